@@ -1,0 +1,1 @@
+"""Mathematics: tensors in, tensors out. Imports torch, numpy, scipy and numba alone."""

@@ -1,0 +1,171 @@
+"""Quantization to a codebook in blocks: scales, codes, and back.
+
+A weight W (out, in) is read row by row as blocks of `block_size` consecutive values. Block b has one scale,
+its largest magnitude unless something better is given, and each value becomes the nearest level:
+
+    code = #{ midpoints of the codebook below W / scale },     W~ = level[code] * scale.
+
+Codes are kept two to a byte, the first in the high half (bitsandbytes' order for 4 bits). With double
+quantization (QLoRA, arXiv 2305.14314, section 3) the scales themselves are stored in 8 bits,
+
+    scale~ = dynamic_map[c] * absmax_of_256(scale − mean) + mean,
+
+and the codes are chosen under scale~, the scale that will be read back: no error is left out of account.
+
+On the CPU the loops are compiled (`kernels`); elsewhere the same arithmetic runs in torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from loftq.core import kernels
+from loftq.core.codebooks import codebook, dynamic_map
+
+SCALE_BLOCK = 256  # scales that share one float32 under double quantization, as in bitsandbytes
+_CHUNK = 1 << 22  # values at a time in torch, so that temporaries stay small beside the weight
+
+
+@dataclass(frozen=True)
+class NestedScales:
+    """Scales stored in 8 bits: codes uint8 (blocks,), absmax float32 (blocks / 256 rounded up,), offset."""
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    offset: float
+
+    def decode(self) -> torch.Tensor:
+        """The float32 scales that a reader of the codes obtains, in bitsandbytes' order of operations."""
+        levels = dynamic_map().to(self.codes.device)[self.codes.int()]
+        spread = self.absmax.repeat_interleave(SCALE_BLOCK)[: len(levels)]
+        return levels * spread + self.offset
+
+
+def encode_scales(scales: torch.Tensor) -> NestedScales:
+    """Double quantization of scales float32 (blocks,)."""
+    table = dynamic_map().to(scales.device)
+    offset = scales.mean()
+    centered = torch.nn.functional.pad(scales - offset, (0, -len(scales) % SCALE_BLOCK))
+    groups = centered.view(-1, SCALE_BLOCK)  # (ceil(blocks / 256), 256)
+    absmax = groups.abs().amax(dim=1)
+    unit = groups / absmax.clamp(min=1e-38).unsqueeze(1)
+    codes = torch.bucketize(unit, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
+    return NestedScales(codes.view(-1)[: len(scales)].contiguous(), absmax, offset.item())
+
+
+@dataclass(frozen=True)
+class Scales:
+    """One float32 scale a block, as a reader will see them, and their 8-bit form where there is one."""
+
+    values: torch.Tensor
+    nested: NestedScales | None = None
+
+
+@dataclass(frozen=True)
+class BlockQuantizer:
+    """A codebook applied in blocks.
+
+    `codebook` is a name of `codebooks.CODEBOOKS`; `block_size` is even and divides the number of values.
+    Tensors are float32 and contiguous; a scale of zero belongs to a block of zeros.
+    """
+
+    codebook: str
+    block_size: int = 64
+    double_quant: bool = False
+
+    @cached_property
+    def levels(self) -> torch.Tensor:
+        """The codebook: float32 (levels,)."""
+        return codebook(self.codebook)
+
+    @cached_property
+    def _boundaries(self) -> torch.Tensor:
+        midpoints = (self.levels[:-1] + self.levels[1:]) / 2
+        return torch.cat([midpoints, torch.tensor([torch.inf])])  # even in number: kernels take them in pairs
+
+    @cached_property
+    def _padded_levels(self) -> torch.Tensor:
+        return torch.cat([self.levels, self.levels[-1:]])
+
+    def scales(self, weight: torch.Tensor, correction: torch.Tensor | None = None) -> Scales:
+        """Scales of `weight - correction`: each block's largest magnitude, doubly quantized where asked."""
+        if weight.device.type == "cpu":
+            absmax = kernels.absmax(weight, correction, self.block_size)
+        else:
+            target = weight if correction is None else weight - correction
+            absmax = target.view(-1, self.block_size).abs().amax(dim=1)
+        if not self.double_quant:
+            return Scales(absmax)
+        nested = encode_scales(absmax)
+        return Scales(nested.decode(), nested)
+
+    def encode(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """Codes under given scales, two a byte: uint8 (numel / 2,)."""
+        if weight.device.type == "cpu":
+            codes, _ = kernels.encode(weight, self._boundaries, self.block_size, scales.values)
+            return codes
+        parts = []
+        for values, scale in self._chunks(weight, scales.values):
+            pairs = self._codes(values, scale).to(torch.uint8).view(-1, 2)
+            parts.append((pairs[:, 0] << 4) | pairs[:, 1])
+        return torch.cat(parts)
+
+    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, Scales]:
+        """Codes and scales of a weight, in one pass where nothing stands between the two."""
+        if weight.device.type == "cpu" and not self.double_quant:
+            codes, absmax = kernels.encode(weight, self._boundaries, self.block_size)
+            return codes, Scales(absmax)
+        scales = self.scales(weight)
+        return self.encode(weight, scales), scales
+
+    def decode(self, codes: torch.Tensor, scales: Scales, shape: torch.Size) -> torch.Tensor:
+        """Levels times scales: float32 of `shape`."""
+        levels = self.levels.to(codes.device)
+        out = torch.empty(shape, device=codes.device)
+        for target, scale, part in zip(
+            out.view(-1).split(_CHUNK),
+            scales.values.split(_CHUNK // self.block_size),
+            codes.split(_CHUNK // 2),
+            strict=True,
+        ):
+            pairs = torch.stack([part >> 4, part & 15], dim=1)  # (values / 2, 2)
+            target.copy_((levels[pairs.int()].view(-1, self.block_size) * scale.unsqueeze(1)).view(-1))
+        return out
+
+    def residual(
+        self,
+        weight: torch.Tensor,
+        correction: torch.Tensor | None,
+        out: torch.Tensor,
+        scales: Scales | None = None,
+    ) -> float:
+        """`out = W − decode(encode(W − correction))`, and its squared norm. `out` may be `correction`.
+
+        Scales are those of `W − correction` unless given.
+        """
+        if scales is None and (self.double_quant or weight.device.type != "cpu"):
+            scales = self.scales(weight, correction)
+        if weight.device.type == "cpu":
+            given = None if scales is None else scales.values
+            table = self._padded_levels
+            return kernels.residual(weight, correction, out, self._boundaries, table, self.block_size, given)
+        target = weight if correction is None else weight - correction
+        levels = self.levels.to(weight.device)
+        total = 0.0
+        flat = zip(weight.view(-1).split(_CHUNK), out.view(-1).split(_CHUNK), strict=True)
+        for (values, scale), (w, e) in zip(self._chunks(target, scales.values), flat, strict=True):
+            rounded = levels[self._codes(values, scale)].view(-1, self.block_size) * scale.unsqueeze(1)
+            torch.sub(w, rounded.view(-1), out=e)
+            total += float(e.double().square().sum())
+        return total
+
+    def _chunks(self, weight: torch.Tensor, scales: torch.Tensor) -> zip[tuple[torch.Tensor, torch.Tensor]]:
+        return zip(weight.view(-1).split(_CHUNK), scales.split(_CHUNK // self.block_size), strict=True)
+
+    def _codes(self, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        inverse = 1 / torch.where(scale == 0, 1e-38, scale)
+        unit = values.view(-1, self.block_size) * inverse.unsqueeze(1)
+        return torch.bucketize(unit, self._boundaries.to(values.device), out_int32=True).view(-1)

@@ -1,0 +1,232 @@
+"""Compiled CPU loops over blocks. What they compute is defined, and tested, by the torch code in blockwise.
+
+All arrays are flat float32 seen as blocks of `block` consecutive values with one scale each. A value is
+divided by its scale as `x * (1 / scale)` and takes the number of boundaries strictly below it as its code,
+which is what bitsandbytes does, so codes agree to the last bit. Boundaries are the midpoints between levels,
+padded to an even count with infinity, because the inner loops compare with two at a time.
+
+The work is cut into tiles of a few blocks that stay in the first-level cache; every tile is computed the
+same way whichever thread it falls to, so results do not depend on the number of threads. Reductions may be
+reordered (`reassoc`), products may not be fused: a dequantized value is rounded as in bitsandbytes. Inputs
+are finite: callers check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numba import njit
+
+_TILE = 1024  # values: two float32 buffers of this length fit in any first-level cache
+_TINY = np.float32(1e-38)
+_ZERO, _ONE, _SIXTEEN = np.float32(0), np.float32(1), np.float32(16)
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+_compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nnan", "nsz"})
+
+
+@_compiled
+def _absmax(x):  # type: ignore[no-untyped-def]
+    # Magnitudes order as their bits do, and an integer maximum is a loop that compilers vectorize.
+    bits = x.view(np.int32)
+    largest = np.int32(0)
+    for j in range(bits.shape[0]):
+        largest = np.int32(max(largest, np.int32(bits[j] & _MAGNITUDE)))
+    return largest
+
+
+@_compiled
+def _encode(x, scales, given, boundaries, packed, block, first, last):  # type: ignore[no-untyped-def]
+    # Even and odd values part at once, so that the comparisons build whole bytes: 16 a step, 1 a step.
+    half = block >> 1
+    evens = np.empty(max(_TILE, block) >> 1, np.float32)
+    odds = np.empty(max(_TILE, block) >> 1, np.float32)
+    bytes_ = np.empty(max(_TILE, block) >> 1, np.float32)
+    scale_bits = scales.view(np.int32)
+    step = max(_TILE // block, 1)
+    for tile in range(first, last, step):
+        end = min(tile + step, last)
+        n = (end - tile) * half
+        even, odd, byte = evens[:n], odds[:n], bytes_[:n]
+        for b in range(tile, end):
+            values = x[b * block : (b + 1) * block]
+            at = slice((b - tile) * half, (b - tile + 1) * half)
+            even_b, odd_b = even[at], odd[at]
+            if not given:
+                scale_bits[b] = _absmax(values)
+            inverse = _ONE / (scales[b] if scales[b] != _ZERO else _TINY)
+            for j in range(half):
+                even_b[j] = values[2 * j] * inverse
+                odd_b[j] = values[2 * j + 1] * inverse
+        for j in range(n):
+            byte[j] = _ZERO
+        for k in range(0, boundaries.shape[0], 2):
+            low, high = boundaries[k], boundaries[k + 1]
+            for j in range(n):
+                x0, x1 = even[j], odd[j]
+                steps = (_SIXTEEN if x0 > low else _ZERO) + (_SIXTEEN if x0 > high else _ZERO)
+                steps += (_ONE if x1 > low else _ZERO) + (_ONE if x1 > high else _ZERO)
+                byte[j] += steps
+        out = packed[tile * half : end * half]
+        for j in range(n):
+            out[j] = np.uint8(np.int32(byte[j]))
+
+
+@_compiled
+def _residual(  # type: ignore[no-untyped-def]
+    w, correction, corrected, e, squares, scales, given, boundaries, levels, block, first, last
+):
+    scaled = np.empty(max(_TILE, block), np.float32)
+    rounded = np.empty(max(_TILE, block), np.float32)
+    scale_bits = scales.view(np.int32)
+    step = max(_TILE // block, 1)
+    for tile in range(first, last, step):
+        end = min(tile + step, last)
+        n = (end - tile) * block
+        v, q = scaled[:n], rounded[:n]
+        for b in range(tile, end):
+            at = slice(b * block, (b + 1) * block)
+            out = v[(b - tile) * block : (b - tile + 1) * block]
+            weights = w[at]
+            if corrected:
+                shift = correction[at]
+                for j in range(block):
+                    out[j] = weights[j] - shift[j]
+            else:
+                for j in range(block):
+                    out[j] = weights[j]
+            if not given:
+                scale_bits[b] = _absmax(out)
+            inverse = _ONE / (scales[b] if scales[b] != _ZERO else _TINY)
+            for j in range(block):
+                out[j] *= inverse
+        for j in range(n):
+            q[j] = levels[0]
+        for k in range(0, boundaries.shape[0], 2):
+            low, high = boundaries[k], boundaries[k + 1]
+            below, above = levels[k + 1], levels[k + 2]
+            for j in range(n):
+                level = below if v[j] > low else q[j]
+                q[j] = above if v[j] > high else level
+        for b in range(tile, end):
+            weights, errors = w[b * block : (b + 1) * block], e[b * block : (b + 1) * block]
+            levels_b = q[(b - tile) * block : (b - tile + 1) * block]
+            total = _ZERO
+            for j in range(block):
+                error = weights[j] - levels_b[j] * scales[b]
+                errors[j] = error
+                total += error * error
+            squares[b] = total
+
+
+@_compiled
+def _block_absmax(w, correction, corrected, scales, block, first, last):  # type: ignore[no-untyped-def]
+    shifted = np.empty(block, np.float32)
+    scale_bits = scales.view(np.int32)
+    for b in range(first, last):
+        values = w[b * block : (b + 1) * block]
+        if corrected:
+            shift = correction[b * block : (b + 1) * block]
+            for j in range(block):
+                shifted[j] = values[j] - shift[j]
+            scale_bits[b] = _absmax(shifted)
+        else:
+            scale_bits[b] = _absmax(values)
+
+
+@_compiled
+def _squares(x, squares, block, first, last):  # type: ignore[no-untyped-def]
+    for b in range(first, last):
+        values = x[b * block : (b + 1) * block]
+        total = _ZERO
+        for j in range(block):
+            total += values[j] * values[j]
+        squares[b] = total
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="loftq-kernel")
+
+
+def _over_blocks(blocks: int, work: Callable[[int, int], None]) -> None:
+    """Run `work(first, last)` over all blocks, on as many threads as torch would use here."""
+    threads = torch.get_num_threads()
+    if threads == 1 or blocks < 4096:
+        work(0, blocks)
+        return
+    edges = [blocks * i // threads for i in range(threads + 1)]
+    shares = list(pairwise(edges))
+    others = [_threads(threads - 1).submit(work, *share) for share in shares[1:]]
+    work(*shares[0])  # this thread takes its share: one more would compete with torch's own for the cores
+    for other in others:
+        other.result()
+
+
+def _flat(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().view(-1).numpy()
+
+
+def absmax(w: torch.Tensor, correction: torch.Tensor | None, block: int) -> torch.Tensor:
+    """Largest magnitude of each block of `w - correction`: float32 `(numel / block,)`."""
+    scales = torch.empty(w.numel() // block)
+    values, out = _flat(w), _flat(scales)
+    shift = values if correction is None else _flat(correction)
+    corrected = correction is not None
+    _over_blocks(len(out), lambda a, b: _block_absmax(values, shift, corrected, out, block, a, b))
+    return scales
+
+
+def squared_norm(x: torch.Tensor, block: int) -> float:
+    """The sum of squares, block by block in float32 and over blocks in float64."""
+    squares = np.empty(x.numel() // block, np.float32)
+    values = _flat(x)
+    _over_blocks(len(squares), lambda a, b: _squares(values, squares, block, a, b))
+    return float(squares.sum(dtype=np.float64))
+
+
+def encode(
+    x: torch.Tensor, boundaries: torch.Tensor, block: int, scales: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes, two a byte with the first in the high half, uint8 `(numel / 2,)`, and the scales used.
+
+    Without `scales` each block takes its own largest magnitude.
+    """
+    given = scales is not None
+    scales = torch.empty(x.numel() // block) if scales is None else scales
+    packed = torch.empty(x.numel() // 2, dtype=torch.uint8)
+    values, s, edges, out = _flat(x), _flat(scales), _flat(boundaries), _flat(packed)
+    _over_blocks(len(s), lambda a, b: _encode(values, s, given, edges, out, block, a, b))
+    return packed, scales
+
+
+def residual(
+    w: torch.Tensor,
+    correction: torch.Tensor | None,
+    out: torch.Tensor,
+    boundaries: torch.Tensor,
+    levels: torch.Tensor,
+    block: int,
+    scales: torch.Tensor | None = None,
+) -> float:
+    """`out = w - round(w - correction)` in one pass; `out` may be `correction`. Returns its squared norm.
+
+    Without `scales` each block takes its own largest magnitude.
+    """
+    given = scales is not None
+    scales = torch.empty(w.numel() // block) if scales is None else scales
+    squares = np.empty(scales.numel(), np.float32)
+    a, e, s = _flat(w), _flat(out), _flat(scales)
+    shift = a if correction is None else _flat(correction)
+    edges, table = _flat(boundaries), _flat(levels)
+    corrected = correction is not None
+
+    def work(first: int, last: int) -> None:
+        _residual(a, shift, corrected, e, squares, s, given, edges, table, block, first, last)
+
+    _over_blocks(len(s), work)
+    return float(squares.sum(dtype=np.float64))
