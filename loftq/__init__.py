@@ -1,0 +1,39 @@
+"""LoftQ initialization for quantized LoRA fine-tuning.
+
+>>> import loftq
+>>> report = loftq.quantize("meta-llama/Llama-2-7b-hf", bits=4, rank=16, iters=5)
+>>> model = loftq.load_qlora(report.folder)
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loftq.errors import LoftQError as LoftQError
+    from loftq.models.loading import load_qlora as load_qlora
+    from loftq.pipeline.quantize import quantize as quantize
+    from loftq.pipeline.quantize_model import quantize_model as quantize_model
+
+__version__ = version("loftq")
+__all__ = ["LoftQError", "load_qlora", "quantize", "quantize_model"]
+
+_HOMES = {
+    "LoftQError": "loftq.errors",
+    "load_qlora": "loftq.models.loading",
+    "quantize": "loftq.pipeline.quantize",
+    "quantize_model": "loftq.pipeline.quantize_model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are first used: peft and transformers take seconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'loftq' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -29,6 +29,10 @@ SCALE_BLOCK = 256  # scales that share one float32 under double quantization, as
 _CHUNK = 1 << 22  # values at a time in torch, so that temporaries stay small beside the weight
 
 
+def _on_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 @dataclass(frozen=True)
 class NestedScales:
     """Scales stored in 8 bits: codes uint8 (blocks,), absmax float32 (blocks / 256 rounded up,), offset."""
@@ -92,7 +96,7 @@ class BlockQuantizer:
 
     def scales(self, weight: torch.Tensor, correction: torch.Tensor | None = None) -> Scales:
         """Scales of `weight - correction`: each block's largest magnitude, doubly quantized where asked."""
-        if weight.device.type == "cpu":
+        if _on_cpu(weight):
             absmax = kernels.absmax(weight, correction, self.block_size)
         else:
             target = weight if correction is None else weight - correction
@@ -104,7 +108,7 @@ class BlockQuantizer:
 
     def encode(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Codes under given scales, two a byte: uint8 (numel / 2,)."""
-        if weight.device.type == "cpu":
+        if _on_cpu(weight):
             codes, _ = kernels.encode(weight, self._boundaries, self.block_size, scales.values)
             return codes
         parts = []
@@ -115,7 +119,7 @@ class BlockQuantizer:
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, Scales]:
         """Codes and scales of a weight, in one pass where nothing stands between the two."""
-        if weight.device.type == "cpu" and not self.double_quant:
+        if _on_cpu(weight) and not self.double_quant:
             codes, absmax = kernels.encode(weight, self._boundaries, self.block_size)
             return codes, Scales(absmax)
         scales = self.scales(weight)
@@ -146,9 +150,9 @@ class BlockQuantizer:
 
         Scales are those of `W − correction` unless given.
         """
-        if scales is None and (self.double_quant or weight.device.type != "cpu"):
+        if scales is None and (self.double_quant or not _on_cpu(weight)):
             scales = self.scales(weight, correction)
-        if weight.device.type == "cpu":
+        if _on_cpu(weight):
             given = None if scales is None else scales.values
             table = self._padded_levels
             return kernels.residual(weight, correction, out, self._boundaries, table, self.block_size, given)

@@ -1,0 +1,1 @@
+"""The `loftq` command, one file a command."""

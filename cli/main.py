@@ -1,0 +1,59 @@
+"""The command group, and the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from typing import Any
+
+import click
+
+from loftq.errors import LoftQError
+
+from .quantize import quantize
+
+_VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes")
+
+
+def _print_versions(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        click.echo("\n".join(f"{name} {version(name)}" for name in _VERSIONS))
+        context.exit()
+
+
+@click.group(
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_versions, help="Show versions."
+)
+def cli() -> None:
+    """A better start for fine-tuning quantized language models: LoftQ and what follows from it."""
+
+
+cli.add_command(quantize)
+
+
+def main(args: list[str] | None = None) -> Any:
+    """Run the command line. Exit codes: 0 done, 1 failed, 2 used wrongly, 130 interrupted."""
+    arguments = sys.argv[1:] if args is None else args
+    try:
+        return cli.main(args=arguments, prog_name="loftq", standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted: what was done is kept, --resume goes on from there", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except LoftQError as error:
+        if "--debug" in arguments:
+            raise
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except MemoryError:
+        click.echo("Error: out of memory: use fewer --workers (--dry-run shows what one needs)", err=True)
+        sys.exit(1)

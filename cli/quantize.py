@@ -1,0 +1,71 @@
+"""`loftq quantize`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from loftq.pipeline.quantize import SAVE_DIR
+from loftq.pipeline.quantize import quantize as run
+from loftq.pipeline.recipe import BITS, COMPUTE_DTYPES, Recipe
+
+from .params import Names
+
+_EPILOG = """\b
+Examples:
+  loftq quantize meta-llama/Llama-2-7b-hf --bits 4 --rank 16 --iter 5
+  loftq quantize ./my-model --target-modules q_proj,v_proj --rank 64 --alpha 16
+  loftq quantize mistralai/Mistral-7B-v0.1 --dry-run
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("model", required=False)
+@click.option("--model-name-or-path", metavar="MODEL", help="The same as MODEL.")
+@click.option("--bits", type=int, default=Recipe.bits, show_default=True, help=f"Bits a weight: {list(BITS)}.")
+@click.option("--rank", type=int, default=Recipe.rank, show_default=True, help="Rank of the adapter.")
+@click.option("--iter", "iters", type=int, default=Recipe.iters, show_default=True, help="0 is QLoRA's start.")
+@click.option("--alpha", type=float, help="LoRA alpha; the scaling is alpha/rank.  [default: the rank]")
+@click.option("--rslora", is_flag=True, help="Rank-stabilized scaling: alpha/sqrt(rank).")
+@click.option("--dropout", type=float, default=Recipe.dropout, show_default=True, help="LoRA dropout.")
+@click.option("--double-quant", is_flag=True, help="Store the block scales in 8 bits.")
+@click.option("--block-size", type=int, default=Recipe.block_size, show_default=True, help="Weights a scale.")
+@click.option("--compute-dtype", type=click.Choice(list(COMPUTE_DTYPES)), default=Recipe.compute_dtype, show_default=True)
+@click.option("--target-modules", type=Names(), help="Names or patterns, commas between.  [default: all linears]")
+@click.option("--exclude-modules", type=Names(), default=(), help="Names or patterns to leave in 16 bits.")
+@click.option("--svd", default=Recipe.svd, show_default=True, help="krylov, or exact as in the paper (slow).")
+@click.option("--save-dir", default=SAVE_DIR, show_default=True, help="Where {name}-{bits}bit-{rank}rank goes.")
+@click.option("--output", help="The exact folder to write.")
+@click.option("--device", default="cpu", show_default=True, help="Where to solve: cpu, cuda, cuda:1, ...")
+@click.option("--workers", type=int, help="Layers at a time.  [default: the cores, at most 8; 1 on a GPU]")
+@click.option("--seed", type=int, default=Recipe.seed, show_default=True)
+@click.option("--max-shard-size", default=Recipe.max_shard_size, show_default=True)
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--token", help="Hub token; better: `hf auth login`.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the model brings.")
+@click.option("--resume", is_flag=True, help="Finish an interrupted run.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing loftq folder.")
+@click.option("--dry-run", is_flag=True, help="Show the plan; only headers are read, nothing is written.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def quantize(
+    model: str | None, model_name_or_path: str | None, as_json: bool, debug: bool, **options: Any
+) -> None:
+    """Quantize MODEL and initialize its LoRA adapter with LoftQ.
+
+    MODEL is a folder or a Hub id; without one, a small default model is taken. The result is a folder with a
+    really quantized backbone and, in loftq_init/, the adapter. Options may be written with underscores.
+    """
+    del debug  # read by main
+    if model and model_name_or_path and model != model_name_or_path:
+        raise click.UsageError(f"MODEL is given twice: {model} and {model_name_or_path}")
+    report = run(model or model_name_or_path, **options)
+    if as_json:
+        click.echo(json.dumps(report.to_dict()))
+        return
+    click.echo(report.table())
+    if report.seconds is not None:
+        click.echo(f"\nLoad it:  model = loftq.load_qlora({str(report.folder)!r})")

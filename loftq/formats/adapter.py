@@ -1,0 +1,78 @@
+"""The adapter folder as peft reads it: `adapter_config.json` and `adapter_model.safetensors`.
+
+Only fields that every peft since 0.10 knows are written: older releases refuse what they do not know.
+`init_lora_weights` is true, because any other value makes peft initialize again on load, and
+`loftq_config` is an empty object, because null has crashed loaders.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from loftq.formats.checkpoint import TensorSpec
+
+FOLDER = "loftq_init"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def scaling(alpha: float, rank: int, rslora: bool) -> float:
+    """The factor that peft puts before B·A: alpha / r, or alpha / sqrt(r) with rank-stabilized LoRA."""
+    return alpha / (rank**0.5 if rslora else rank)
+
+
+def keys(module: str) -> tuple[str, str]:
+    """The names of A and B in the adapter's file."""
+    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
+
+
+def specs(module: str, shape: Sequence[int], rank: int) -> list[TensorSpec]:
+    """A (rank, in) and B (out, rank), in float32, in which peft trains them."""
+    a, b = keys(module)
+    return [TensorSpec(a, torch.float32, (rank, shape[1])), TensorSpec(b, torch.float32, (shape[0], rank))]
+
+
+def config_text(
+    base_model: str,
+    target_modules: Sequence[str],
+    *,
+    rank: int,
+    alpha: float,
+    rslora: bool,
+    dropout: float,
+    task_type: str,
+) -> str:
+    """`adapter_config.json`."""
+    config = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": dropout,
+        "use_rslora": rslora,
+        "target_modules": list(target_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "loftq_config": {},
+        "modules_to_save": None,
+    }
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def target_names(targets: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """The shortest list with which peft finds `targets`, and nothing else, among a model's `modules`.
+
+    Last components (`q_proj`) where they are unambiguous, full names otherwise.
+    """
+    wanted = set(targets)
+    suffixes = {name.rpartition(".")[2] for name in wanted}
+    pattern = re.compile(rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(suffixes)))})")
+    reached = {name for name in modules if pattern.fullmatch(name)}
+    return sorted(suffixes if reached == wanted else wanted)

@@ -1,0 +1,269 @@
+"""Safetensors checkpoints, one tensor at a time: a lazy reader, and a writer with a layout known beforehand.
+
+The reader opens a shard for one tensor and closes it again, so that no more of the file than that tensor
+stays mapped. The writer knows every name, dtype and shape before the first byte: it lays out the shards,
+reserves their bytes on disk (a full disk is found out at once, not after an hour), and writes each tensor
+at its offset, in any order, from any thread, as often as it likes. Only headers are kept in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from loftq.errors import CheckpointError, OptionError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a header says of a tensor."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for side in self.shape:
+            count *= side
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a checkpoint by name, from headers alone, and the file each lies in."""
+
+    folder: Path
+    tensors: Mapping[str, TensorSpec]
+    files: Mapping[str, str]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor; its bytes stay mapped for as long as it lives."""
+        path = self.folder / self.files[name]
+        try:
+            with safe_open(path, "pt") as shard:
+                return shard.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read tensor {name!r} of {path}: {error}") from error
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Open a checkpoint folder: `model.safetensors`, or the shards that its index names.
+
+    Raises CheckpointError where there are no safetensors, where the index names a shard or a tensor that
+    does not exist, and where a shard is truncated or damaged.
+    """
+    index = folder / INDEX
+    weight_map = _read_index(index) if index.is_file() else None
+    if weight_map is None and not (folder / SINGLE).is_file():
+        raise CheckpointError(_no_safetensors(folder, os.listdir(folder)))
+    tensors: dict[str, TensorSpec] = {}
+    files: dict[str, str] = {}
+    for file in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]:
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{index} names the shard {file!r}, which is not there: download it again")
+        for spec in _read_header(folder / file):
+            if weight_map is None or weight_map.get(spec.name) == file:
+                tensors[spec.name], files[spec.name] = spec, file
+    missing = sorted(set(weight_map or ()) - set(tensors))
+    if missing and weight_map is not None:
+        file = weight_map[missing[0]]
+        raise CheckpointError(f"{index} names the tensor {missing[0]!r}, which {file!r} does not hold")
+    return Checkpoint(folder, tensors, files)
+
+
+def check_listing(where: str, names: Iterable[str]) -> None:
+    """Raise CheckpointError unless a repository's file names include a safetensors checkpoint."""
+    names = set(names)
+    if not names & {INDEX, SINGLE}:
+        raise CheckpointError(_no_safetensors(where, names))
+
+
+def _no_safetensors(where: Path | str, names: Iterable[str]) -> str:
+    pickled = sorted(name for name in names if re.search(r"\.(bin|pth?|ckpt)$", name))
+    if pickled:
+        return (
+            f"{where} holds pickled weights only ({pickled[0]}), which are never read: they can run code. "
+            "Save the model with `save_pretrained(..., safe_serialization=True)` first"
+        )
+    return f"{where} holds no {SINGLE} and no {INDEX}: expected a checkpoint in safetensors"
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a safetensors index: {error!r}") from error
+
+
+def _read_header(path: Path) -> list[TensorSpec]:
+    try:
+        with safe_open(path, "pt") as shard:
+            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a mapping)
+            specs = [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error}): download it again") from error
+    return [spec_of(name, code, shape, str(path)) for name, code, shape in specs]
+
+
+def spec_of(name: str, code: str, shape: Sequence[int], where: str) -> TensorSpec:
+    """A spec from a header's dtype code."""
+    if code not in DTYPES:
+        raise CheckpointError(f"{where}: tensor {name!r} has dtype {code}, which torch cannot hold here")
+    return TensorSpec(name, DTYPES[code], tuple(shape))
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size as transformers writes it: `5GB`, `500MB`, `2GiB`, or a number."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B?)\s*", str(text), re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match and match[2].upper() in _UNITS else 0
+    if size < 1:
+        raise OptionError(f"max shard size {text!r} is not a size: write it like 5GB or 500MB")
+    return size
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file to be: its header, and where each tensor's bytes go."""
+
+    file: str
+    header: bytes
+    offsets: Mapping[str, tuple[int, TensorSpec]]
+    nbytes: int
+
+
+def lay_out(
+    groups: Sequence[Sequence[TensorSpec]],
+    max_bytes: int,
+    name: str = SINGLE,
+    metadata: Mapping[str, str] | None = None,
+) -> list[Shard]:
+    """Pack groups of tensors into shards of at most `max_bytes`; a group is never parted.
+
+    One shard is called `name`; several are numbered as transformers numbers them.
+    """
+    shards: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for group in groups:
+        nbytes = sum(spec.nbytes for spec in group)
+        if shards[-1] and filled + nbytes > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].extend(group)
+        filled += nbytes
+    stem, suffix = os.path.splitext(name)
+    count = len(shards)
+    files = [name] if count == 1 else [f"{stem}-{i:05d}-of-{count:05d}{suffix}" for i in range(1, count + 1)]
+    return [_lay_out_one(file, specs, metadata or {}) for file, specs in zip(files, shards, strict=True)]
+
+
+def _lay_out_one(file: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> Shard:
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    offsets: dict[str, tuple[int, TensorSpec]] = {}
+    at = 0
+    # Wide dtypes first, as safetensors itself does: every tensor is aligned to its item size.
+    for spec in sorted(specs, key=lambda s: (-s.dtype.itemsize, s.name)):
+        end = at + spec.nbytes
+        header[spec.name] = {"dtype": _CODES[spec.dtype], "shape": spec.shape, "data_offsets": [at, end]}
+        offsets[spec.name] = (at, spec)
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return Shard(file, head, {n: (len(head) + o, s) for n, (o, s) in offsets.items()}, len(head) + at)
+
+
+class ShardWriter:
+    """Writes tensors into laid-out shards of a folder. Thread-safe; a context manager."""
+
+    def __init__(self, folder: Path, shards: Iterable[Shard]) -> None:
+        self._folder = folder
+        self._shards = list(shards)
+        self._places = {name: (shard, *place) for shard in self._shards for name, place in shard.offsets.items()}
+        self._descriptors: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        """Create or reopen the files and reserve their bytes."""
+        try:
+            for shard in self._shards:
+                path = self._folder / shard.file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                self._descriptors[shard.file] = descriptor
+                _reserve(descriptor, shard.nbytes)
+                _write_at(descriptor, shard.header, 0)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a tensor where the layout has it; it must be as the layout says."""
+        shard, offset, spec = self._places[name]
+        if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+            raise CheckpointError(
+                f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, planned {spec.dtype} {spec.shape}"
+            )
+        if tensor.numel():
+            flat = tensor.detach().cpu().contiguous().view(-1)
+            _write_at(self._descriptors[shard.file], flat.view(torch.uint8).numpy().data, offset)
+
+
+def _reserve(descriptor: int, nbytes: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, nbytes)
+    os.ftruncate(descriptor, nbytes)
+
+
+def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def index_text(shards: Sequence[Shard]) -> str:
+    """The index of several shards, as transformers writes it."""
+    weight_map = {name: shard.file for shard in shards for name in shard.offsets}
+    total = sum(spec.nbytes for shard in shards for _, spec in shard.offsets.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(index, indent=2) + "\n"

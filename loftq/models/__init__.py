@@ -1,0 +1,1 @@
+"""What transformers and peft call things."""

@@ -1,0 +1,101 @@
+"""The model card of an artifact: what it is, how to load it, what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loftq.formats.adapter import FOLDER
+from loftq.pipeline.plan import Plan
+from loftq.pipeline.report import size
+
+_WORST = 5
+
+
+def card_text(plan: Plan, totals: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:
+    """README.md, with metadata that the Hub understands. Holds no date, time or path: the same run, the same card."""
+    recipe = plan.recipe
+    label = plan.source.label
+    base = "" if plan.source.local else f"base_model: {plan.source.name}\nbase_model_relation: quantized\n"
+    start = "QLoRA's start (plain rounding, B = 0)" if recipe.iters == 0 else f"LoftQ, {recipe.iters} iterations"
+    rounding = f"{recipe.quantizer.codebook}, blocks of {recipe.block_size}"
+    settings = {
+        "method": start,
+        "rounding": rounding + (", double quantization" if recipe.double_quant else ""),
+        "rank, alpha": f"{recipe.rank}, {recipe.lora_alpha:g}" + (" (rank-stabilized)" if recipe.rslora else ""),
+        "adapted modules": ", ".join(plan.target_modules),
+        f"in {recipe.compute_dtype}": ", ".join(["embeddings", "norms", *plan.skip_modules]),
+        "seed": str(recipe.seed),
+    }
+    measured = {
+        "bits per weight of the linears": f"{totals['bits_per_weight']:.3f}",
+        "backbone": f"{size(totals['source_bytes'])} -> {size(totals['backbone_bytes'])}",
+        "adapter": size(totals["adapter_bytes"]),
+        "weight error, rounded alone": f"{totals['plain_error']:.5f}",
+        "weight error, with the adapter": f"{totals['error']:.5f}",
+    }
+    worst = sorted(rows, key=lambda row: -row["error"])[:_WORST]
+    listed = "\n".join(f"| {row['name']} | {row['plain_error']:.5f} | {row['error']:.5f} |" for row in worst)
+    remarks = "".join(f"\n- {note}" for note in notes)
+    return f"""---
+{base}library_name: peft
+tags:
+- loftq
+- qlora
+- bitsandbytes
+---
+
+# {label}, {recipe.bits} bits, rank {recipe.rank}
+
+A quantized backbone and the LoRA adapter that repairs it, made from `{label}` by loftq
+(LoftQ, arXiv 2310.08659): a start for fine-tuning that is nearer to the full-precision model than rounding alone.
+
+## Load
+
+```python
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+MODEL_DIR = "..."  # this folder or repository
+
+base_model = AutoModelForCausalLM.from_pretrained(
+    MODEL_DIR,
+    torch_dtype=torch.{recipe.compute_dtype},
+    quantization_config=BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=torch.{recipe.compute_dtype},
+        bnb_4bit_use_double_quant={recipe.double_quant},
+        bnb_4bit_quant_type="{recipe.quantizer.codebook}",
+    ),
+)
+model = PeftModel.from_pretrained(base_model, MODEL_DIR, subfolder="{FOLDER}", is_trainable=True)
+```
+
+or, with loftq installed, `model = loftq.load_qlora(MODEL_DIR)`.
+
+- The adapter belongs to this backbone. On the original weights it counts the rounding error twice.
+- On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward in evaluation mode, and
+  training after that is wrong. `loftq.load_qlora` prevents it; with the lines above, set
+  `module.support_avx512bf16_for_cpu = False` on every `Linear4bit` right after loading.{remarks}
+
+## Settings
+
+{_table(settings)}
+
+## Measured
+
+Errors are Frobenius norms over all quantized weights, relative to the weights' own.
+
+{_table(measured)}
+
+The layers with the largest error:
+
+| layer | rounded alone | with the adapter |
+| --- | --- | --- |
+{listed}
+"""
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])

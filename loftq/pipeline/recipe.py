@@ -1,0 +1,81 @@
+"""What a run was asked to do: every setting, with its default and its bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loftq.core.blockwise import BlockQuantizer
+from loftq.core.solver import SVD
+from loftq.errors import OptionError, UnknownNameError
+from loftq.formats import bitsandbytes
+from loftq.formats.adapter import scaling
+
+BITS = {4: "nf4"}  # width to codebook: the widths that have a format
+COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings that decide the result. The same recipe on the same source gives the same bytes."""
+
+    bits: int = 4
+    rank: int = 16
+    iters: int = 5
+    alpha: float | None = None
+    rslora: bool = False
+    dropout: float = 0.0
+    double_quant: bool = False
+    block_size: int = 64
+    compute_dtype: str = "bfloat16"
+    target_modules: tuple[str, ...] | None = None
+    exclude_modules: tuple[str, ...] = ()
+    svd: str = "krylov"
+    seed: int = 0
+    max_shard_size: str = "5GB"
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise OptionError(f"--bits {self.bits}: no type has that width (known: {', '.join(map(str, BITS))})")
+        if self.rank < 1:
+            raise OptionError(f"--rank {self.rank}: expected 1 or more")
+        if not 0 <= self.iters <= 100:
+            raise OptionError(f"--iter {self.iters}: expected 0 (QLoRA's start) to 100")
+        if not 0 < self.lora_alpha <= 1e6:
+            raise OptionError(f"--alpha {self.alpha}: expected a number above 0, at most 1000000 (default: the rank)")
+        if not 0 <= self.dropout < 1:
+            raise OptionError(f"--dropout {self.dropout}: expected 0 or more, below 1")
+        if not 0 <= self.seed < 2**63:
+            raise OptionError(f"--seed {self.seed}: expected 0 to 2**63 - 1")
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise UnknownNameError("compute dtype", self.compute_dtype, COMPUTE_DTYPES)
+        if self.svd not in SVD:
+            raise UnknownNameError("svd", self.svd, SVD)
+        bitsandbytes.check(self.quantizer)
+
+    @property
+    def lora_alpha(self) -> float:
+        """Alpha, which defaults to the rank: a scaling of one."""
+        return float(self.rank if self.alpha is None else self.alpha)
+
+    @property
+    def scaling(self) -> float:
+        """The factor before B·A with which the adapter will run."""
+        return scaling(self.lora_alpha, self.rank, self.rslora)
+
+    @property
+    def quantizer(self) -> BlockQuantizer:
+        """What rounds the backbone."""
+        return BlockQuantizer(BITS[self.bits], self.block_size, self.double_quant)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the model computes, and in which what is not quantized is stored."""
+        return COMPUTE_DTYPES[self.compute_dtype]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, alpha resolved."""
+        return {**dataclasses.asdict(self), "alpha": self.lora_alpha}

@@ -1,0 +1,122 @@
+"""What a run did: the rows and totals that the table, the card and `loftq.json` all show."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loftq.core.solver import Trace
+from loftq.pipeline.plan import Layer, Plan
+
+
+def layer_row(plan: Plan, layer: Layer, trace: Trace) -> dict[str, Any]:
+    """One layer: errors are Frobenius norms relative to the weight's, as floats."""
+    unit = trace.weight or 1.0
+    return {
+        "name": layer.module,
+        "shape": list(layer.shape),
+        "codebook": plan.recipe.quantizer.codebook,
+        "bits_per_weight": plan.bits_of(layer),
+        "weight_norm": trace.weight,
+        "plain_error": trace.plain / unit,
+        "error": trace.final / unit,
+        "iterations": [error / unit for error in trace.iterations],
+        "kept_iteration": trace.kept,
+    }
+
+
+def totals(plan: Plan, rows: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Sizes, and over all layers the relative error of plain rounding and of what was saved."""
+    found: dict[str, Any] = {
+        "layers": len(plan.layers),
+        "weights": plan.weights,
+        "bits_per_weight": plan.layer_bits,
+        "source_bytes": plan.source_bytes,
+        "backbone_bytes": plan.backbone_bytes,
+        "adapter_bytes": plan.adapter.nbytes,
+    }
+    if rows:
+        norm = math.sqrt(sum(row["weight_norm"] ** 2 for row in rows)) or 1.0
+        for key in ("plain_error", "error"):
+            found[key] = math.sqrt(sum((row[key] * row["weight_norm"]) ** 2 for row in rows)) / norm
+    return found
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of `loftq.quantize`. `layers` is empty for a dry run, and `seconds` None."""
+
+    folder: Path
+    model: str
+    recipe: Mapping[str, Any]
+    totals: Mapping[str, Any]
+    layers: Sequence[Mapping[str, Any]]
+    notes: Sequence[str]
+    memory: int
+    seconds: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain JSON values."""
+        return {
+            "folder": str(self.folder),
+            "model": self.model,
+            "recipe": dict(self.recipe),
+            "totals": dict(self.totals),
+            "layers": [dict(row) for row in self.layers],
+            "notes": list(self.notes),
+            "memory_bytes": self.memory,
+            "seconds": self.seconds,
+        }
+
+    def table(self) -> str:
+        """The totals, for a person."""
+        sums = self.totals
+        share = sums["backbone_bytes"] / sums["source_bytes"]
+        rows = [
+            ("model", self.model),
+            ("folder", str(self.folder)),
+            ("layers", f"{sums['layers']} linears, {sums['weights'] / 1e6:,.1f} M weights"),
+            ("bits per weight", f"{sums['bits_per_weight']:.3f}"),
+            ("backbone", f"{size(sums['source_bytes'])} -> {size(sums['backbone_bytes'])} ({share:.0%})"),
+            ("adapter", f"{size(sums['adapter_bytes'])}, rank {self.recipe['rank']}"),
+        ]
+        if self.seconds is None:
+            rows.append(("memory", f"about {size(self.memory)} while solving (planned, nothing was written)"))
+        else:
+            before, after = sums["plain_error"], sums["error"]
+            gain = f" ({1 - after / before:.1%} less)" if before else ""
+            rows += [
+                ("error, rounded", f"{before:.5f} of ‖W‖"),
+                ("error, with adapter", f"{after:.5f} of ‖W‖{gain}"),
+                ("time", f"{self.seconds:.1f} s"),
+                ("peak memory", size(self.memory)),
+            ]
+        rows += [("note", note) for note in self.notes]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def size(nbytes: float) -> str:
+    """Bytes for a person, in decimal units as the Hub shows them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak: of the device where it counts them, of this process otherwise."""
+    if device.type != "cpu":
+        counter = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+        if counter is not None:
+            return int(counter(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
