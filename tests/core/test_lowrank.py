@@ -93,22 +93,19 @@ def test_gram_and_exact_are_the_svd(shape: tuple[int, int], spectrum: str, rank:
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16])
-@pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_krylov_gains_with_depth_and_from_a_warm_start(shape: tuple[int, int], spectrum: str, rank: int) -> None:
-    """Oracle: the exact SVD in float64. One block alone does worse, as the test's matrices must show."""
-    e = residual(shape, spectrum)
-    width = max(rank, 8)
-    cold = {depth: lowrank.krylov(e, start(shape[1], width), depth) for depth in (1, 3, 7)}
-    captured = [factors.captured(rank) for factors in cold.values()]
-    assert captured == sorted(captured)
-    check(e, cold[7], rank, 0.99 if spectrum == "flat" else 1 - 1e-5)
-    if spectrum == "flat":
-        assert captured[0] < 0.9 * captured[2]
+def test_krylov_gains_with_depth_and_from_a_warm_start(shape: tuple[int, int], rank: int) -> None:
+    """Oracle: the exact SVD in float64. A flat spectrum, since a steep one is found at once."""
+    e, noise = residual(shape, "flat"), residual(shape, "flat", seed=1)
+    cold = [lowrank.krylov(e, start(shape[1], max(rank, 8)), depth) for depth in (1, 3, 7)]
+    shallow, deeper, deep = (factors.captured(rank) for factors in cold)
+    assert shallow < 0.9 * deeper
+    assert deeper < 0.99 * deep
+    check(e, cold[2], rank, 0.99)
 
-    nearby = e + 0.1 * residual(shape, "flat", seed=1) * e.norm() / residual(shape, "flat", seed=1).norm()
-    warm = lowrank.factorize(nearby, rank, 3, cold[7], generator())
-    assert warm.captured(rank) >= lowrank.krylov(nearby, start(shape[1], width), 3).captured(rank)
+    moved = e + 0.1 * noise
+    warm = lowrank.factorize(moved, rank, 2, cold[2], generator())
+    assert warm.captured(rank) > 1.1 * lowrank.factorize(moved, rank, 2, None, generator()).captured(rank)
 
 
 @pytest.mark.parametrize("rank", [1, 8, 16])

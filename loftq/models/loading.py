@@ -1,0 +1,142 @@
+"""Load an artifact for training or inference, with what stock loading leaves to the user done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from loftq.errors import ArtifactError
+from loftq.formats import adapter as adapter_format
+from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def load_qlora(
+    folder: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    is_trainable: bool = True,
+    device_map: Any = None,
+    dtype: torch.dtype | None = None,
+) -> PeftModel:
+    """Load a folder that `loftq quantize` wrote, with its initial adapter or a trained one.
+
+    Beside what `from_pretrained` does: the compute dtype is the folder's (or `dtype`), bitsandbytes' CPU
+    repacking is off, norms run in float32 while embeddings stay as they are, inputs require gradients so that
+    gradient checkpointing works, and the adapter is checked to belong to this backbone. Raises ArtifactError.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    artifact = open_artifact(folder)
+    if artifact.manifest["kind"] != "qlora":
+        raise ArtifactError(f"{folder} is a {artifact.manifest['kind']} artifact: load_qlora reads qlora ones")
+    chosen = artifact.adapter if adapter is None else Path(adapter)
+    check_adapter(artifact, chosen)
+    stored: torch.dtype = getattr(torch, artifact.manifest["recipe"]["compute_dtype"])
+    base = AutoModelForCausalLM.from_pretrained(artifact.folder, dtype=stored, device_map=device_map)
+    guard_cpu(base)
+    if dtype is not None and dtype != stored:
+        _change_dtype(base, dtype)
+    _norms_in_float32(base, dtype or stored)
+    if is_trainable:
+        base.enable_input_require_grads()
+    return PeftModel.from_pretrained(base, chosen, is_trainable=is_trainable)
+
+
+def guard_cpu(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in place on CPUs with AVX512-BF16.
+
+    The repacking happens at the first forward in evaluation mode; dequantization, gradients and merges after
+    it are wrong (bitsandbytes issue 2078).
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def check_adapter(artifact: Artifact, folder: Path) -> None:
+    """Raise ArtifactError unless the adapter in `folder` was made for, or trained on, this backbone."""
+    config = _adapter_config(folder)
+    expected = _adapter_config(artifact.adapter)
+    made_for = config.get("base_model_name_or_path")
+    if folder.resolve() != artifact.adapter.resolve() and made_for:
+        other = Path(made_for)
+        if (other / MANIFEST).is_file() and open_artifact(other).backbone_hash != artifact.backbone_hash:
+            raise ArtifactError(
+                f"the adapter {folder} was trained on {made_for}, another backbone than {artifact.folder}: "
+                f"load it with load_qlora({made_for!r}, {str(folder)!r})"
+            )
+    shapes, ours = _adapter_shapes(folder), _adapter_shapes(artifact.adapter)
+    unknown = sorted(set(shapes) - set(ours))
+    if unknown:
+        raise ArtifactError(f"the adapter {folder} adapts {unknown[0]!r}, which {artifact.folder} does not have adapted")
+    for key, (rows, columns) in shapes.items():
+        if (columns if ".lora_A." in key else rows) != ours[key][1 if ".lora_A." in key else 0]:
+            raise ArtifactError(
+                f"the adapter {folder} does not fit {artifact.folder}: {key} is {rows} x {columns}, "
+                f"expected {ours[key][0]} x {ours[key][1]}"
+            )
+    if config.get("peft_type") != expected["peft_type"]:
+        raise ArtifactError(f"the adapter {folder} is a {config.get('peft_type')} adapter: expected LORA")
+
+
+def _adapter_config(folder: Path) -> Mapping[str, Any]:
+    path = folder / adapter_format.CONFIG
+    if not path.is_file():
+        raise ArtifactError(f"{folder} holds no {adapter_format.CONFIG}: expected the folder of a peft adapter")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not valid JSON: {error}") from error
+
+
+def _adapter_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / adapter_format.WEIGHTS
+    try:
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if ".lora_" in name]  # noqa: SIM118 (not a mapping)
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+
+
+def _change_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
+            module.weight.quant_state.dtype = dtype
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if not isinstance(tensor, Params4bit) and tensor.dtype in (torch.bfloat16, torch.float16):
+            tensor.data = tensor.data.to(dtype)
+
+
+def _norms_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
+    """Norm weights in float32, with activations cast on the way in and back: the rest stays in `dtype`."""
+    for module in model.modules():
+        if type(module).__name__.lower().endswith("norm") and not list(module.children()):
+            module.float()
+            module.register_forward_pre_hook(_cast_input)
+            module.register_forward_hook(partial(_cast_output, dtype))
+
+
+def _cast_input(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (inputs[0].float(), *inputs[1:])
+
+
+def _cast_output(dtype: torch.dtype, _module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    return output.to(dtype)

@@ -1,0 +1,99 @@
+"""Pico models: real transformers models of two layers, made from a config and saved to a temporary folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from loftq_cli.main import main
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+def pico_llama(**changes: object) -> LlamaForCausalLM:
+    """A llama of two layers in bfloat16 with reproducible weights."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes})).bfloat16()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with a token for each byte and a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*alphabet, "<s>", "</s>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    fast.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    return fast
+
+
+def save_model(model: PreTrainedModel, folder: Path, **options: object) -> Path:
+    """Save a model and the tokenizer as a user would have them."""
+    model.save_pretrained(folder, **options)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama checkpoint folder in one file, untied. Do not write to it."""
+    return save_model(pico_llama(), tmp_path_factory.mktemp("pico") / "pico-llama")
+
+
+@pytest.fixture(scope="session")
+def pico_sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same llama in several shards with an index. Do not write to it."""
+    return save_model(pico_llama(), tmp_path_factory.mktemp("pico") / "pico-sharded", max_shard_size="60KB")
+
+
+class Result(NamedTuple):
+    """What a command left behind."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run the command line in this process, errors and exit codes included: `run("quantize", folder)`."""
+
+    def invoke(*arguments: object) -> Result:
+        capsys.readouterr()
+        code = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        return Result(code, *capsys.readouterr())
+
+    return invoke
+
+
+@pytest.fixture(autouse=True)
+def _clean_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the caches or the login of whoever runs it."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
