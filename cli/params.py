@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 
-class Names(click.ParamType):
+class Names(click.ParamType[tuple[str, ...]]):
     """Names with commas or blanks between, as a tuple."""
 
     name = "names"

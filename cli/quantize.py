@@ -32,7 +32,9 @@ Examples:
 @click.option("--dropout", type=float, default=Recipe.dropout, show_default=True, help="LoRA dropout.")
 @click.option("--double-quant", is_flag=True, help="Store the block scales in 8 bits.")
 @click.option("--block-size", type=int, default=Recipe.block_size, show_default=True, help="Weights a scale.")
-@click.option("--compute-dtype", type=click.Choice(list(COMPUTE_DTYPES)), default=Recipe.compute_dtype, show_default=True)
+@click.option(
+    "--compute-dtype", type=click.Choice(list(COMPUTE_DTYPES)), default=Recipe.compute_dtype, show_default=True
+)
 @click.option("--target-modules", type=Names(), help="Names or patterns, commas between.  [default: all linears]")
 @click.option("--exclude-modules", type=Names(), default=(), help="Names or patterns to leave in 16 bits.")
 @click.option("--svd", default=Recipe.svd, show_default=True, help="krylov, or exact as in the paper (slow).")
@@ -51,9 +53,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-def quantize(
-    model: str | None, model_name_or_path: str | None, as_json: bool, debug: bool, **options: Any
-) -> None:
+def quantize(model: str | None, model_name_or_path: str | None, as_json: bool, debug: bool, **options: Any) -> None:
     """Quantize MODEL and initialize its LoRA adapter with LoftQ.
 
     MODEL is a folder or a Hub id; without one, a small default model is taken. The result is a folder with a

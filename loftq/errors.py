@@ -1,12 +1,12 @@
 """What can go wrong, as a tree. Every message says what, where, what was expected, and the next step.
 
-    LoftQError
-    ├── OptionError            an option's value cannot be used           (exit code 2)
-    │   └── UnknownNameError   a name that is in no table                 (exit code 2)
-    ├── SourceError            the model to quantize cannot be read
-    │   └── CheckpointError    its files are damaged or contradict each other
-    ├── OutputError            the folder to write is in the way, full or read-only
-    └── ArtifactError          a folder of ours that is incomplete or does not fit
+LoftQError
+├── OptionError            an option's value cannot be used           (exit code 2)
+│   └── UnknownNameError   a name that is in no table                 (exit code 2)
+├── SourceError            the model to quantize cannot be read
+│   └── CheckpointError    its files are damaged or contradict each other
+├── OutputError            the folder to write is in the way, full or read-only
+└── ArtifactError          a folder of ours that is incomplete or does not fit
 """
 
 from __future__ import annotations

@@ -129,12 +129,8 @@ class BlockQuantizer:
         """Levels times scales: float32 of `shape`."""
         levels = self.levels.to(codes.device)
         out = torch.empty(shape, device=codes.device)
-        for target, scale, part in zip(
-            out.view(-1).split(_CHUNK),
-            scales.values.split(_CHUNK // self.block_size),
-            codes.split(_CHUNK // 2),
-            strict=True,
-        ):
+        parts = torch.split(codes, _CHUNK // 2)
+        for (target, scale), part in zip(self._chunks(out, scales.values), parts, strict=True):
             pairs = torch.stack([part >> 4, part & 15], dim=1)  # (values / 2, 2)
             target.copy_((levels[pairs.int()].view(-1, self.block_size) * scale.unsqueeze(1)).view(-1))
         return out
@@ -150,24 +146,25 @@ class BlockQuantizer:
 
         Scales are those of `W − correction` unless given.
         """
-        if scales is None and (self.double_quant or not _on_cpu(weight)):
-            scales = self.scales(weight, correction)
         if _on_cpu(weight):
+            if scales is None and self.double_quant:
+                scales = self.scales(weight, correction)
             given = None if scales is None else scales.values
             table = self._padded_levels
             return kernels.residual(weight, correction, out, self._boundaries, table, self.block_size, given)
         target = weight if correction is None else weight - correction
         levels = self.levels.to(weight.device)
         total = 0.0
-        flat = zip(weight.view(-1).split(_CHUNK), out.view(-1).split(_CHUNK), strict=True)
-        for (values, scale), (w, e) in zip(self._chunks(target, scales.values), flat, strict=True):
+        chunks = self._chunks(target, (scales or self.scales(target)).values)
+        flat = zip(torch.split(weight.view(-1), _CHUNK), torch.split(out.view(-1), _CHUNK), strict=True)
+        for (values, scale), (w, e) in zip(chunks, flat, strict=True):
             rounded = levels[self._codes(values, scale)].view(-1, self.block_size) * scale.unsqueeze(1)
             torch.sub(w, rounded.view(-1), out=e)
             total += float(e.double().square().sum())
         return total
 
     def _chunks(self, weight: torch.Tensor, scales: torch.Tensor) -> zip[tuple[torch.Tensor, torch.Tensor]]:
-        return zip(weight.view(-1).split(_CHUNK), scales.split(_CHUNK // self.block_size), strict=True)
+        return zip(torch.split(weight.view(-1), _CHUNK), torch.split(scales, _CHUNK // self.block_size), strict=True)
 
     def _codes(self, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         inverse = 1 / torch.where(scale == 0, 1e-38, scale)

@@ -27,7 +27,8 @@ SVD = {
     "krylov": "block Krylov, warm-started: within 0.2 % of exact",
     "exact": "a full SVD at every iteration, as published",
 }
-_FIRST, _LOOP, _LAST = 7, 5, 8  # Krylov depth of the first factorization, of those between, of the last
+_DEPTH_ENDS = 8  # Krylov steps of the first factorization, which starts from noise, and of the last
+_DEPTH_WARM = 5  # and of those between
 
 
 @dataclass(frozen=True)
@@ -80,21 +81,21 @@ def solve(
         a, b = _lora_start(weight, rank, generator)
         return Solution(codes, scales, a, b, Trace(_norm(weight, quantizer), math.sqrt(plain), (), 0))
 
-    factors = parent = best = None
-    errors: list[float] = []
-    for t in range(1, iterations + 1):
-        previous = factors
-        if previous is None:
-            squared = plain
-        else:
-            squared = quantizer.residual(weight, _product(previous, rank, work), work)
+    def factorize(depth: int, previous: lowrank.Factors | None) -> lowrank.Factors:
         if svd == "exact":
-            factors = lowrank.exact(work, rank)
-        else:
-            depth = _LAST if t == iterations else _LOOP if previous else _FIRST
-            factors = lowrank.factorize(work, rank, depth, previous, generator)
-        errors.append(math.sqrt(max(squared - factors.captured(rank), 0.0)))
-        if best is None or errors[-1] < errors[kept - 1]:
+            return lowrank.exact(work, rank)
+        return lowrank.factorize(work, rank, depth, previous, generator)
+
+    factors = factorize(_DEPTH_ENDS, None)
+    errors = [_rest(plain, factors, rank)]
+    kept, best = 1, factors
+    parent: lowrank.Factors | None = None
+    for t in range(2, iterations + 1):
+        previous = factors
+        squared = quantizer.residual(weight, _product(previous, rank, work), work)
+        factors = factorize(_DEPTH_ENDS if t == iterations else _DEPTH_WARM, previous)
+        errors.append(_rest(squared, factors, rank))
+        if errors[-1] < errors[kept - 1]:
             kept, parent, best = t, previous, factors
 
     target = weight if parent is None else torch.sub(weight, _product(parent, rank, work), out=work)
@@ -116,6 +117,10 @@ def _check(weight: torch.Tensor, rank: int, iterations: int, scaling: float, svd
 
 def _product(factors: lowrank.Factors, rank: int, out: torch.Tensor) -> torch.Tensor:
     return torch.mm(factors.left[:, :rank], factors.right[:rank], out=out)
+
+
+def _rest(squared: float, factors: lowrank.Factors, rank: int) -> float:
+    return math.sqrt(max(squared - factors.captured(rank), 0.0))
 
 
 def _norm(weight: torch.Tensor, quantizer: BlockQuantizer) -> float:

@@ -60,7 +60,9 @@ def open_artifact(folder: Path | str) -> Artifact:
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder / name} is missing: {MANIFEST} lists it")
         if name.endswith(".safetensors") and (folder / name).stat().st_size != entry["bytes"]:
-            raise ArtifactError(f"{folder / name} has {(folder / name).stat().st_size} bytes, expected {entry['bytes']}")
+            raise ArtifactError(
+                f"{folder / name} has {(folder / name).stat().st_size} bytes, expected {entry['bytes']}"
+            )
     return Artifact(folder, manifest)
 
 

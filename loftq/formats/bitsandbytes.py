@@ -102,9 +102,7 @@ def quantization_config(
     }
 
 
-def _quant_state(
-    shape: Sequence[int], quantizer: BlockQuantizer, dtype: torch.dtype, offset: float
-) -> torch.Tensor:
+def _quant_state(shape: Sequence[int], quantizer: BlockQuantizer, dtype: torch.dtype, offset: float) -> torch.Tensor:
     state: dict[str, object] = {
         "quant_type": quantizer.codebook,
         "blocksize": quantizer.block_size,

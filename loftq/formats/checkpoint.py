@@ -73,7 +73,8 @@ class Checkpoint:
         path = self.folder / self.files[name]
         try:
             with safe_open(path, "pt") as shard:
-                return shard.get_tensor(name)
+                tensor: torch.Tensor = shard.get_tensor(name)
+                return tensor
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read tensor {name!r} of {path}: {error}") from error
 
@@ -87,7 +88,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     index = folder / INDEX
     weight_map = _read_index(index) if index.is_file() else None
     if weight_map is None and not (folder / SINGLE).is_file():
-        raise CheckpointError(_no_safetensors(folder, os.listdir(folder)))
+        raise CheckpointError(_no_safetensors(folder, [path.name for path in folder.iterdir()]))
     tensors: dict[str, TensorSpec] = {}
     files: dict[str, str] = {}
     for file in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]:
@@ -186,9 +187,9 @@ def lay_out(
             filled = 0
         shards[-1].extend(group)
         filled += nbytes
-    stem, suffix = os.path.splitext(name)
+    stem, dot, suffix = name.rpartition(".")
     count = len(shards)
-    files = [name] if count == 1 else [f"{stem}-{i:05d}-of-{count:05d}{suffix}" for i in range(1, count + 1)]
+    files = [name] if count == 1 else [f"{stem}-{i:05d}-of-{count:05d}{dot}{suffix}" for i in range(1, count + 1)]
     return [_lay_out_one(file, specs, metadata or {}) for file, specs in zip(files, shards, strict=True)]
 
 

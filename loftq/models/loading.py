@@ -42,7 +42,7 @@ def load_qlora(
     chosen = artifact.adapter if adapter is None else Path(adapter)
     check_adapter(artifact, chosen)
     stored: torch.dtype = getattr(torch, artifact.manifest["recipe"]["compute_dtype"])
-    base = AutoModelForCausalLM.from_pretrained(artifact.folder, dtype=stored, device_map=device_map)
+    base: Any = AutoModelForCausalLM.from_pretrained(artifact.folder, dtype=stored, device_map=device_map)
     guard_cpu(base)
     if dtype is not None and dtype != stored:
         _change_dtype(base, dtype)
@@ -80,7 +80,9 @@ def check_adapter(artifact: Artifact, folder: Path) -> None:
     shapes, ours = _adapter_shapes(folder), _adapter_shapes(artifact.adapter)
     unknown = sorted(set(shapes) - set(ours))
     if unknown:
-        raise ArtifactError(f"the adapter {folder} adapts {unknown[0]!r}, which {artifact.folder} does not have adapted")
+        raise ArtifactError(
+            f"the adapter {folder} adapts {unknown[0]!r}, which {artifact.folder} does not have adapted"
+        )
     for key, (rows, columns) in shapes.items():
         if (columns if ".lora_A." in key else rows) != ours[key][1 if ".lora_A." in key else 0]:
             raise ArtifactError(
@@ -138,5 +140,7 @@ def _cast_input(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return (inputs[0].float(), *inputs[1:])
 
 
-def _cast_output(dtype: torch.dtype, _module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+def _cast_output(
+    dtype: torch.dtype, _module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor
+) -> torch.Tensor:
     return output.to(dtype)

@@ -40,7 +40,7 @@ def build_meta(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
     )
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = cast(Any, AutoModelForCausalLM).from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise refusal from error
     base = getattr(model, model.base_model_prefix, model)
@@ -171,7 +171,9 @@ def _check_complete(state: Mapping[str, torch.Tensor], provided: Collection[str]
     missing = [key for key in state if key not in provided and not tied_to_provided(key)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"the checkpoint lacks the tensor {missing[0]!r}{more}, which the model's config asks for")
+        raise CheckpointError(
+            f"the checkpoint lacks the tensor {missing[0]!r}{more}, which the model's config asks for"
+        )
 
 
 def _check_shapes(
@@ -180,7 +182,7 @@ def _check_shapes(
     for key, name in source.items():
         if tensors[name].shape != tuple(state[key].shape):
             raise CheckpointError(
-                f"tensor {name!r} has shape {tensors[name].shape}, the model's config asks for {tuple(state[key].shape)}"
+                f"tensor {name!r} has shape {tensors[name].shape}, the config asks for {tuple(state[key].shape)}"
             )
 
 

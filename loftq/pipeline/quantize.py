@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from loftq.core.solver import solve
-from loftq.errors import CheckpointError, OptionError, OutputError, SourceError
+from loftq.errors import CheckpointError, OptionError
 from loftq.formats import adapter, artifact, bitsandbytes
 from loftq.formats.checkpoint import ShardWriter, index_text
 from loftq.pipeline.card import card_text
@@ -26,7 +26,7 @@ from loftq.pipeline.plan import Layer, Plan, make_plan, passed_spec
 from loftq.pipeline.recipe import Recipe
 from loftq.pipeline.report import Report, layer_row, peak_memory, totals
 from loftq.pipeline.source import Source, find_source
-from loftq.pipeline.staging import Staging, check_output, explain_os_errors, open_staging
+from loftq.pipeline.staging import Staging, check_output, open_staging
 
 SAVE_DIR = "model_zoo/loftq"
 _VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "numba", "scipy")
@@ -162,10 +162,7 @@ def _solve_all(plan: Plan, staging: Staging, device: torch.device, workers: int,
 
         def work(name: str) -> None:
             layer = layers.get(name)
-            if layer is None:
-                record = _pass_through(plan, name, writer)
-            else:
-                record = _solve_layer(plan, layer, writer, device)
+            record = _solve_layer(plan, layer, writer, device) if layer else _pass_through(plan, name, writer)
             staging.note(name, record)
             bar.set_postfix_str(layer.module if layer else name, refresh=False)
             bar.update(tensors[name].numel)
@@ -206,9 +203,7 @@ def _solve_layer(plan: Plan, layer: Layer, writer: ShardWriter, device: torch.de
     _check_finite(weight, layer.tensor, plan.source)
     seed = int.from_bytes(hashlib.sha256(f"{recipe.seed} {layer.module}".encode()).digest()[:8], "little") >> 1
     solution = solve(weight, quantizer, recipe.rank, recipe.iters, recipe.scaling, svd=recipe.svd, seed=seed)
-    packed = bitsandbytes.tensors(
-        layer.module, layer.shape, quantizer, recipe.dtype, solution.codes, solution.scales
-    )
+    packed = bitsandbytes.tensors(layer.module, layer.shape, quantizer, recipe.dtype, solution.codes, solution.scales)
     factors = dict(zip(adapter.keys(layer.module), (solution.a, solution.b), strict=True))
     for name, tensor in {**packed, **factors}.items():
         writer.write(name, tensor)
@@ -254,9 +249,7 @@ def _finish(
         shutil.copyfile(path, staging.folder / path.name)
     config = json.loads((plan.source.folder / "config.json").read_text(encoding="utf-8"))
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = recipe.compute_dtype
-    config["quantization_config"] = bitsandbytes.quantization_config(
-        recipe.quantizer, recipe.dtype, plan.skip_modules
-    )
+    config["quantization_config"] = bitsandbytes.quantization_config(recipe.quantizer, recipe.dtype, plan.skip_modules)
     staging.write_text("config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     if len(plan.backbone) > 1:
         staging.write_text("model.safetensors.index.json", index_text(plan.backbone))

