@@ -57,3 +57,7 @@ def main(args: list[str] | None = None) -> Any:
     except MemoryError:
         click.echo("Error: out of memory: use fewer --workers (--dry-run shows what one needs)", err=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

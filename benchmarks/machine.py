@@ -1,0 +1,47 @@
+"""What every figure is printed with: the machine, the versions, the seed; and how times are taken."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+SEED = 0
+_PACKAGES = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "numba")
+
+
+def describe() -> str:
+    """One line on the machine and one on the versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [
+        line.partition(":")[2].strip()
+        for line in (cpuinfo.read_text().splitlines() if cpuinfo.is_file() else [])
+        if line.startswith("model name")
+    ]
+    cpu = names[0] if names else platform.processor() or platform.machine()
+    versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+    return f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}; seed {SEED}\n{versions}"
+
+
+def seconds(work: Callable[[], object], runs: int = 5) -> float:
+    """The median wall time of `runs` calls, after one that is not counted."""
+    work()
+    return median(once(work) for _ in range(runs))
+
+
+def once(work: Callable[[], object]) -> float:
+    """The wall time of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Rows in aligned columns, the first one a heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

@@ -1,0 +1,82 @@
+"""A whole model from the start of the process to the finished folder, against the same with exact SVD.
+
+    python benchmarks/model.py [MODEL] [--runs 3]
+
+Runs `loftq quantize MODEL --rank 16 --iter 5` and a program that does the published procedure on the same
+model with transformers, bitsandbytes and torch.linalg.svd, each in a process of its own, and prints the
+median wall times, peak resident memory, and the ratio. MODEL defaults to the zoo's default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+from machine import describe, table
+
+from loftq.pipeline.source import find_source
+
+RANK, ITERATIONS = 16, 5
+_PUBLISHED = f"""
+import sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+sys.path.insert(0, sys.argv[3])
+from published import published
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+adapter = {{}}
+for name, module in model.named_modules():
+    if type(module) is torch.nn.Linear and name != "lm_head":
+        backbone, b, a = published(module.weight.data.float(), {RANK}, {ITERATIONS})
+        module.weight.data = backbone.bfloat16()
+        adapter[f"base_model.model.{{name}}.lora_A.weight"] = a.contiguous()
+        adapter[f"base_model.model.{{name}}.lora_B.weight"] = b.contiguous()
+model.save_pretrained(sys.argv[2])
+save_file(adapter, sys.argv[2] + "/adapter_model.safetensors")
+"""
+
+
+def measure(command: list[str]) -> tuple[float, float]:
+    """Wall seconds and peak resident megabytes of a command."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    _, errors = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command[:4])} failed:\n{errors}")
+    return time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
+
+
+def main() -> None:
+    """Print the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--runs", type=int, default=3)
+    options = parser.parse_args()
+    source = str(find_source(options.model).folder)
+    here = str(Path(__file__).parent)
+    print(describe(), end="\n\n", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        ours = [
+            sys.executable,
+            *("-m", "loftq_cli.main", "quantize", source, "--output", f"{scratch}/ours", "--overwrite"),
+            *("--rank", str(RANK), "--iter", str(ITERATIONS)),
+        ]
+        theirs = [sys.executable, "-c", _PUBLISHED, source, f"{scratch}/theirs", here]
+        fast, memory = zip(*(measure(ours) for _ in range(options.runs)), strict=True)
+        slow, more = measure(theirs)
+    rows = [
+        (f"{Path(source).name}, rank {RANK}, {ITERATIONS} iterations", "time", "peak memory", "ratio"),
+        ("published procedure, exact SVD", f"{slow:.1f} s", f"{more:.0f} MB", "1"),
+        ("loftq quantize", f"{median(fast):.1f} s", f"{max(memory):.0f} MB", f"{slow / median(fast):.1f}x"),
+    ]
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
