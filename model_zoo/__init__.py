@@ -1,0 +1,1 @@
+"""Recipes: what to quantize and how, one file a model."""
