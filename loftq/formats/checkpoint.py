@@ -100,7 +100,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     missing = sorted(set(weight_map or ()) - set(tensors))
     if missing and weight_map is not None:
         file = weight_map[missing[0]]
-        raise CheckpointError(f"{index} names the tensor {missing[0]!r}, which {file!r} does not hold")
+        raise CheckpointError(
+            f"{index} names the tensor {missing[0]!r}, which {file!r} does not hold: download both again"
+        )
     return Checkpoint(folder, tensors, files)
 
 
@@ -125,8 +127,8 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         return {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a safetensors index: {error!r}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a safetensors index: {error!r}: download it again") from error
 
 
 def _read_header(path: Path) -> list[TensorSpec]:

@@ -69,9 +69,15 @@ def quantize_model(
     for name, module in targets.items() if quantize else ():
         if type(module) is nn.Linear:
             solutions[name] = _solve(name, module, recipe, rank if lora else 0)
-            model.set_submodule(name, _linear4bit(module, recipe.quantizer, solutions[name], compute_dtype))
+            _replace(model, module, _linear4bit(module, recipe.quantizer, solutions[name], compute_dtype))
     guard_cpu(model)
     return _attach(model, list(targets), recipe, solutions) if lora else model
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, under every name that it goes by."""
+    for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
+        model.set_submodule(name, new)
 
 
 def _find_targets(model: nn.Module, wanted: Sequence[str] | None, excluded: Sequence[str]) -> dict[str, nn.Linear]:
@@ -133,7 +139,13 @@ def _attach(model: nn.Module, names: list[str], recipe: Recipe, solutions: dict[
         use_rslora=recipe.rslora,
         target_modules=names,
     )
+    plain = {name: model.get_submodule(name) for name in names}
     adapted = cast(nn.Module, get_peft_model(model, config))
+    for name, module in plain.items():  # peft wraps a shared layer under one of its names
+        wrapped = model.get_submodule(name)
+        for alias in [a for a, m in model.named_modules(remove_duplicate=False) if m is module]:
+            if not alias.endswith(".base_layer"):
+                model.set_submodule(alias, wrapped)
     for name, solution in solutions.items():
         layer: Any = model.get_submodule(name)
         with torch.no_grad():

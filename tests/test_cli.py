@@ -1,0 +1,91 @@
+"""The command line: what it prints where, and that lines written for the original script run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., Any]
+
+
+def test_original_scripts_line_runs(run: Run, pico: Path, tmp_path: Path) -> None:
+    options = ["--model_name_or_path", pico, "--bits", 4, "--iter", 1, "--rank", 8, "--save_dir", tmp_path]
+    result = run("quantize", *options, "--token", "hf_none")
+    assert result.exit_code == 0, result.stderr
+    folder = tmp_path / "pico-llama-4bit-8rank"
+    assert (folder / "loftq.json").is_file()
+    assert str(folder) in result.stdout
+    assert b"hf_none" not in b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_table_on_stdout_progress_on_stderr(run: Run, pico: Path, tmp_path: Path) -> None:
+    result = run("quantize", pico, "--output", tmp_path / "out", "--rank", 4, "--iter", 1)
+    for word in ("bits per weight", "error, with adapter", "peak memory", "time", "load_qlora"):
+        assert word in result.stdout
+    assert "weight]" in result.stderr
+    assert "w/s" in result.stderr
+    assert "w/s" not in result.stdout
+
+
+def test_quiet(run: Run, pico: Path, tmp_path: Path) -> None:
+    result = run("quantize", pico, "--output", tmp_path / "out", "--rank", 4, "--iter", 1, "--quiet")
+    assert result.stderr == ""
+
+
+def test_json_is_the_report(run: Run, pico: Path, tmp_path: Path) -> None:
+    result = run("quantize", pico, "--output", tmp_path / "out", "--rank", 4, "--iter", 2, "--json")
+    report = json.loads(result.stdout)
+    manifest = json.loads((tmp_path / "out" / "loftq.json").read_text())
+    assert report["totals"] == manifest["totals"]
+    assert report["layers"] == manifest["layers"]
+    assert report["seconds"] > 0
+
+
+def test_dry_run_writes_nothing(run: Run, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("quantize", pico, "--dry-run", "--rank", 4)
+    assert result.exit_code == 0
+    assert "planned" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_default_folder_is_named_after_model_bits_and_rank(
+    run: Run, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("quantize", pico, "--rank", 4, "--iter", 1).exit_code == 0
+    assert (tmp_path / "model_zoo" / "loftq" / "pico-llama-4bit-4rank" / "loftq.json").is_file()
+
+
+def test_patterns_with_commas(run: Run, pico: Path, tmp_path: Path) -> None:
+    result = run("quantize", pico, "--output", tmp_path / "out", "--rank", 4, "--target_modules", "q_proj,v_proj")
+    assert "4 linears" in result.stdout
+    config = json.loads((tmp_path / "out" / "loftq_init" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["quantize", "--help"]])
+def test_help(run: Run, words: list[str]) -> None:
+    result = run(*words)
+    assert result.exit_code == 0
+    assert "quantize" in result.stdout
+
+
+def test_help_shows_examples_and_every_option(run: Run) -> None:
+    text = run("quantize", "--help").stdout
+    assert "Examples:" in text
+    options = """model-name-or-path bits rank iter alpha rslora dropout double-quant block-size compute-dtype svd
+        target-modules exclude-modules save-dir output device seed max-shard-size workers revision token
+        trust-remote-code resume overwrite dry-run json quiet debug"""
+    for option in options.split():
+        assert f"--{option}" in text
+
+
+def test_version_names_what_matters(run: Run) -> None:
+    text = run("--version").stdout
+    for name in ("loftq", "torch", "transformers", "peft", "bitsandbytes"):
+        assert name in text
