@@ -24,14 +24,14 @@ from loftq.formats.checkpoint import ShardWriter, TensorSpec, index_text, lay_ou
 
 _HIDDEN, _INNER, _VOCABULARY = 4096, 11008, 32000
 _RUN = """
-import json, resource, sys
+import json, sys
 import loftq, torch, transformers.models.llama.modeling_llama, scipy.stats, loftq.core.kernels
 from loftq.pipeline.quantize import quantize
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from loftq.pipeline.report import peak_memory
+before = peak_memory(torch.device("cpu"))
 workers = int(sys.argv[3]) or None
 report = quantize(sys.argv[1], output=sys.argv[2], workers=workers, quiet=True)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([before * 1024, after * 1024, report.seconds, report.totals["weights"]]))
+print(json.dumps([before, report.memory, report.seconds, report.totals["weights"]]))
 """
 
 

@@ -10,7 +10,7 @@ median wall times, peak resident memory, and the ratio. MODEL defaults to the zo
 from __future__ import annotations
 
 import argparse
-import resource
+import json
 import subprocess
 import sys
 import tempfile
@@ -24,7 +24,8 @@ from loftq.pipeline.source import find_source
 
 RANK, ITERATIONS = 16, 5
 _PUBLISHED = f"""
-import sys, torch
+import json, sys, torch
+from loftq.pipeline.report import peak_memory
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 sys.path.insert(0, sys.argv[3])
@@ -39,17 +40,17 @@ for name, module in model.named_modules():
         adapter[f"base_model.model.{{name}}.lora_B.weight"] = b.contiguous()
 model.save_pretrained(sys.argv[2])
 save_file(adapter, sys.argv[2] + "/adapter_model.safetensors")
+print(json.dumps({{"memory_bytes": peak_memory(torch.device("cpu"))}}))
 """
 
 
 def measure(command: list[str]) -> tuple[float, float]:
     """Wall seconds and peak resident megabytes of a command."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    _, errors = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command[:4])} failed:\n{errors}")
-    return time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command[:4])} failed:\n{done.stderr}")
+    return time.perf_counter() - started, json.loads(done.stdout.splitlines()[-1])["memory_bytes"] / 1e6
 
 
 def main() -> None:
@@ -65,7 +66,7 @@ def main() -> None:
         ours = [
             sys.executable,
             *("-m", "loftq_cli.main", "quantize", source, "--output", f"{scratch}/ours", "--overwrite"),
-            *("--rank", str(RANK), "--iter", str(ITERATIONS)),
+            *("--rank", str(RANK), "--iter", str(ITERATIONS), "--json", "--quiet"),
         ]
         theirs = [sys.executable, "-c", _PUBLISHED, source, f"{scratch}/theirs", here]
         fast, memory = zip(*(measure(ours) for _ in range(options.runs)), strict=True)

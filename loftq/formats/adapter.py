@@ -8,11 +8,11 @@ Only fields that every peft since 0.10 knows are written: older releases refuse 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 
 import torch
 
+from loftq.errors import OptionError
 from loftq.formats.checkpoint import TensorSpec
 
 FOLDER = "loftq_init"
@@ -69,10 +69,17 @@ def config_text(
 def target_names(targets: Iterable[str], modules: Iterable[str]) -> list[str]:
     """The shortest list with which peft finds `targets`, and nothing else, among a model's `modules`.
 
-    Last components (`q_proj`) where they are unambiguous, full names otherwise.
+    Last components (`q_proj`) where they are unambiguous, full names otherwise. peft takes a name for the end of
+    others too: OptionError where even the full ones reach more than they name.
     """
-    wanted = set(targets)
+    wanted, existing = set(targets), list(modules)
     suffixes = {name.rpartition(".")[2] for name in wanted}
-    pattern = re.compile(rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(suffixes)))})")
-    reached = {name for name in modules if pattern.fullmatch(name)}
-    return sorted(suffixes if reached == wanted else wanted)
+    for names in (suffixes, wanted):
+        ends = tuple(f".{name}" for name in names)
+        more = {name for name in existing if name in names or name.endswith(ends)} - wanted
+        if not more:
+            return sorted(names)
+    raise OptionError(
+        f"peft cannot adapt the targets without {sorted(more)[0]!r}, which ends with the name of one of them: "
+        "target both or neither"
+    )

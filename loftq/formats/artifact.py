@@ -48,22 +48,29 @@ def open_artifact(folder: Path | str) -> Artifact:
             f"{folder} has no {MANIFEST}: it is not a loftq folder, or its making was interrupted "
             "(`loftq quantize ... --resume` finishes it)"
         )
+    manifest, sizes = _read_manifest(path)
+    for name, expected in sizes.items():
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder / name} is missing: {MANIFEST} lists it")
+        found = (folder / name).stat().st_size
+        if name.endswith(".safetensors") and found != expected:
+            raise ArtifactError(f"{folder / name} has {found} bytes, expected {expected}")
+    return Artifact(folder, manifest)
+
+
+def _read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The manifest, with all that readers rely on in it, and its files' sizes."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = int(manifest["format_version"])
-        files = manifest["files"].items()
+        if version > VERSION:
+            raise ArtifactError(f"{path} has format version {version}, this loftq reads up to {VERSION}: upgrade loftq")
+        lacking = [name for name in ("kind", "recipe", "backbone_sha256") if name not in manifest]
+        if lacking:
+            raise KeyError(lacking[0])
+        return manifest, {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged: {error!r}") from error
-    if version > VERSION:
-        raise ArtifactError(f"{path} has format version {version}, this loftq reads up to {VERSION}: upgrade loftq")
-    for name, entry in files:
-        if not (folder / name).is_file():
-            raise ArtifactError(f"{folder / name} is missing: {MANIFEST} lists it")
-        if name.endswith(".safetensors") and (folder / name).stat().st_size != entry["bytes"]:
-            raise ArtifactError(
-                f"{folder / name} has {(folder / name).stat().st_size} bytes, expected {entry['bytes']}"
-            )
-    return Artifact(folder, manifest)
 
 
 def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

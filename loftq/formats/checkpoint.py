@@ -156,7 +156,7 @@ def parse_size(text: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B?)\s*", str(text), re.IGNORECASE)
     size = int(float(match[1]) * _UNITS[match[2].upper()]) if match and match[2].upper() in _UNITS else 0
     if size < 1:
-        raise OptionError(f"max shard size {text!r} is not a size: write it like 5GB or 500MB")
+        raise OptionError(f"--max-shard-size {text!r} is not a size: write it like 5GB or 500MB")
     return size
 
 

@@ -133,7 +133,7 @@ def _refuse_quantized(source: Source) -> None:
     try:
         found = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
     except (ValueError, AttributeError) as error:
-        raise SourceError(f"{path} is not valid JSON: {error}") from error
+        raise SourceError(f"{path} is not a JSON object ({error}): download it again") from error
     if found:
         method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
         raise SourceError(f"{source.name} is already quantized ({method}): start from its full-precision weights")

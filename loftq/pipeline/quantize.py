@@ -24,7 +24,7 @@ from loftq.formats.checkpoint import ShardWriter, index_text
 from loftq.pipeline.card import card_text
 from loftq.pipeline.plan import Layer, Plan, make_plan, passed_spec
 from loftq.pipeline.recipe import Recipe
-from loftq.pipeline.report import Report, layer_row, peak_memory, totals
+from loftq.pipeline.report import Report, layer_row, peak_memory, planned_row, totals
 from loftq.pipeline.source import Source, find_source
 from loftq.pipeline.staging import Staging, check_output, open_staging
 
@@ -99,8 +99,8 @@ def quantize(
         check_output(folder, resume=resume, overwrite=overwrite)
     plan = make_plan(source, recipe, trust_remote_code=trust_remote_code)
     if dry_run:
-        sums = totals(plan)
-        return Report(folder, source.name, recipe.to_dict(), sums, (), plan.notes, plan.memory(count))
+        rows = [planned_row(plan, layer) for layer in plan.layers]
+        return Report(folder, source.name, recipe.to_dict(), totals(plan), rows, plan.notes, plan.memory(count))
     with open_staging(folder, _fingerprint(plan, chosen), overwrite=overwrite) as staging:
         if not staging.ready:
             _solve_all(plan, staging, chosen, count, quiet)

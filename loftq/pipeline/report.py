@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,20 @@ from loftq.core.solver import Trace
 from loftq.pipeline.plan import Layer, Plan
 
 
-def layer_row(plan: Plan, layer: Layer, trace: Trace) -> dict[str, Any]:
-    """One layer: errors are Frobenius norms relative to the weight's, as floats."""
-    unit = trace.weight or 1.0
+def planned_row(plan: Plan, layer: Layer) -> dict[str, Any]:
+    """One layer as it is planned."""
     return {
         "name": layer.module,
         "shape": list(layer.shape),
         "codebook": plan.recipe.quantizer.codebook,
         "bits_per_weight": plan.bits_of(layer),
+    }
+
+
+def layer_row(plan: Plan, layer: Layer, trace: Trace) -> dict[str, Any]:
+    """One layer as it was solved: errors are Frobenius norms relative to the weight's."""
+    unit = trace.weight or 1.0
+    return planned_row(plan, layer) | {
         "weight_norm": trace.weight,
         "plain_error": trace.plain / unit,
         "error": trace.final / unit,
@@ -51,7 +58,7 @@ def totals(plan: Plan, rows: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class Report:
-    """The result of `loftq.quantize`. `layers` is empty for a dry run, and `seconds` None."""
+    """The result of `loftq.quantize`. For a dry run the layers have no errors, and `seconds` is None."""
 
     folder: Path
     model: str
@@ -88,6 +95,7 @@ class Report:
             ("adapter", f"{size(sums['adapter_bytes'])}, rank {self.recipe['rank']}"),
         ]
         if self.seconds is None:
+            rows += [("plan", line) for line in _kinds(self.layers)]
             rows.append(("memory", f"about {size(self.memory)} while solving (planned, nothing was written)"))
         else:
             before, after = sums["plain_error"], sums["error"]
@@ -101,6 +109,16 @@ class Report:
         rows += [("note", note) for note in self.notes]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _kinds(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Layers of the same name, shape and width, counted."""
+    kinds = Counter(
+        (row["name"].rpartition(".")[2], *row["shape"], row["codebook"], row["bits_per_weight"]) for row in layers
+    )
+    return [
+        f"{count} x {kind[0]} ({kind[1]} x {kind[2]}), {kind[3]}, {kind[4]:.3f} bits" for kind, count in kinds.items()
+    ]
 
 
 def size(nbytes: float) -> str:
@@ -118,5 +136,10 @@ def peak_memory(device: torch.device) -> int:
         counter = getattr(torch.get_device_module(device), "max_memory_allocated", None)
         if counter is not None:
             return int(counter(device))
+    status = Path("/proc/self/status")
+    if status.is_file():  # ru_maxrss would count what the parent held when it started this process
+        lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        if lines:
+            return int(lines[0].split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
