@@ -7,36 +7,17 @@ from typing import Any
 
 from loftq.formats.adapter import FOLDER
 from loftq.pipeline.plan import Plan
+from loftq.pipeline.recipe import Recipe
 from loftq.pipeline.report import size
 
 _WORST = 5
 
 
-def card_text(plan: Plan, totals: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:
+def card_text(plan: Plan, totals: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """README.md, with metadata that the Hub understands. Holds no date, time or path: the same run, the same card."""
-    recipe = plan.recipe
-    label = plan.source.label
+    recipe, label = plan.recipe, plan.source.label
     base = "" if plan.source.local else f"base_model: {plan.source.name}\nbase_model_relation: quantized\n"
-    start = "QLoRA's start (plain rounding, B = 0)" if recipe.iters == 0 else f"LoftQ, {recipe.iters} iterations"
-    rounding = f"{recipe.quantizer.codebook}, blocks of {recipe.block_size}"
-    settings = {
-        "method": start,
-        "rounding": rounding + (", double quantization" if recipe.double_quant else ""),
-        "rank, alpha": f"{recipe.rank}, {recipe.lora_alpha:g}" + (" (rank-stabilized)" if recipe.rslora else ""),
-        "adapted modules": ", ".join(plan.target_modules),
-        f"in {recipe.compute_dtype}": ", ".join(["embeddings", "norms", *plan.skip_modules]),
-        "seed": str(recipe.seed),
-    }
-    measured = {
-        "bits per weight of the linears": f"{totals['bits_per_weight']:.3f}",
-        "backbone": f"{size(totals['source_bytes'])} -> {size(totals['backbone_bytes'])}",
-        "adapter": size(totals["adapter_bytes"]),
-        "weight error, rounded alone": f"{totals['plain_error']:.5f}",
-        "weight error, with the adapter": f"{totals['error']:.5f}",
-    }
-    worst = sorted(rows, key=lambda row: -row["error"])[:_WORST]
-    listed = "\n".join(f"| {row['name']} | {row['plain_error']:.5f} | {row['error']:.5f} |" for row in worst)
-    remarks = "".join(f"\n- {note}" for note in notes)
+    notes = "".join(f"\n- {note}" for note in plan.notes)
     return f"""---
 {base}library_name: peft
 tags:
@@ -52,7 +33,33 @@ A quantized backbone and the LoRA adapter that repairs it, made from `{label}` b
 
 ## Load
 
-```python
+{_snippet(recipe)}
+
+or, with loftq installed, `model = loftq.load_qlora(MODEL_DIR)`.
+
+- The adapter belongs to this backbone. On the original weights it counts the rounding error twice.
+- On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward in evaluation mode, and
+  training after that is wrong. `loftq.load_qlora` prevents it; with the lines above, set
+  `module.support_avx512bf16_for_cpu = False` on every `Linear4bit` right after loading.{notes}
+
+## Settings
+
+{_table(_settings(plan))}
+
+## Measured
+
+Errors are Frobenius norms over all quantized weights, relative to the weights' own.
+
+{_table(_measured(totals))}
+
+The layers with the largest error:
+
+{_worst_layers(rows)}
+"""
+
+
+def _snippet(recipe: Recipe) -> str:
+    return f"""```python
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -70,31 +77,37 @@ base_model = AutoModelForCausalLM.from_pretrained(
     ),
 )
 model = PeftModel.from_pretrained(base_model, MODEL_DIR, subfolder="{FOLDER}", is_trainable=True)
-```
+```"""
 
-or, with loftq installed, `model = loftq.load_qlora(MODEL_DIR)`.
 
-- The adapter belongs to this backbone. On the original weights it counts the rounding error twice.
-- On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward in evaluation mode, and
-  training after that is wrong. `loftq.load_qlora` prevents it; with the lines above, set
-  `module.support_avx512bf16_for_cpu = False` on every `Linear4bit` right after loading.{remarks}
+def _settings(plan: Plan) -> dict[str, str]:
+    recipe = plan.recipe
+    rounding = f"{recipe.quantizer.codebook}, blocks of {recipe.block_size}"
+    method = f"LoftQ, {recipe.iters} iterations" if recipe.iters else "QLoRA's start (plain rounding, B = 0)"
+    return {
+        "method": method,
+        "rounding": rounding + (", double quantization" if recipe.double_quant else ""),
+        "rank, alpha": f"{recipe.rank}, {recipe.lora_alpha:g}" + (" (rank-stabilized)" if recipe.rslora else ""),
+        "adapted modules": ", ".join(plan.target_modules),
+        f"in {recipe.compute_dtype}": ", ".join(["embeddings", "norms", *plan.skip_modules]),
+        "seed": str(recipe.seed),
+    }
 
-## Settings
 
-{_table(settings)}
+def _measured(totals: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "bits per weight of the linears": f"{totals['bits_per_weight']:.3f}",
+        "backbone": f"{size(totals['source_bytes'])} -> {size(totals['backbone_bytes'])}",
+        "adapter": size(totals["adapter_bytes"]),
+        "weight error, rounded alone": f"{totals['plain_error']:.5f}",
+        "weight error, with the adapter": f"{totals['error']:.5f}",
+    }
 
-## Measured
 
-Errors are Frobenius norms over all quantized weights, relative to the weights' own.
-
-{_table(measured)}
-
-The layers with the largest error:
-
-| layer | rounded alone | with the adapter |
-| --- | --- | --- |
-{listed}
-"""
+def _worst_layers(rows: Sequence[Mapping[str, Any]]) -> str:
+    worst = sorted(rows, key=lambda row: -row["error"])[:_WORST]
+    lines = [f"| {row['name']} | {row['plain_error']:.5f} | {row['error']:.5f} |" for row in worst]
+    return "\n".join(["| layer | rounded alone | with the adapter |", "| --- | --- | --- |", *lines])
 
 
 def _table(rows: Mapping[str, str]) -> str:

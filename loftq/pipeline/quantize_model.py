@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +14,7 @@ from loftq.errors import OptionError
 from loftq.formats import bitsandbytes
 from loftq.models.loading import guard_cpu
 from loftq.models.naming import select
-from loftq.pipeline.recipe import Recipe
+from loftq.pipeline.recipe import Recipe, layer_seed
 
 if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit
@@ -106,7 +105,7 @@ def _check_fits(name: str, module: nn.Linear, recipe: Recipe, *, quantize: bool,
 
 def _solve(name: str, module: nn.Linear, recipe: Recipe, rank: int) -> Solution:
     weight = module.weight.detach().float().contiguous()
-    seed = int.from_bytes(hashlib.sha256(f"{recipe.seed} {name}".encode()).digest()[:8], "little") >> 1
+    seed = layer_seed(recipe.seed, name)
     return solve(weight, recipe.quantizer, rank, recipe.iters, recipe.scaling, svd=recipe.svd, seed=seed)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,12 @@ from loftq.formats.adapter import scaling
 
 BITS = {4: "nf4"}  # width to codebook: the widths that have a format
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def layer_seed(seed: int, module: str) -> int:
+    """The seed of one layer: its own, whatever the order in which layers are solved."""
+    digest = hashlib.sha256(f"{seed} {module}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from loftq.core.blockwise import BlockQuantizer
 from loftq.core.solver import solve
 from loftq.formats.artifact import open_artifact
 from loftq.models.loading import guard_cpu
+from loftq.pipeline.recipe import layer_seed
 
 
 def make(source: Path, output: Path, **options: Any) -> Path:
@@ -149,8 +150,7 @@ def test_scaling_is_folded_into_the_factors(
     assert layer.scaling["default"] == scaling
     weight = load_file(pico / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"].float()
     name = "model.layers.0.self_attn.q_proj"
-    seed = int.from_bytes(hashlib.sha256(f"0 {name}".encode()).digest()[:8], "little") >> 1
-    plain = solve(weight, BlockQuantizer("nf4"), 4, 2, 1.0, seed=seed)
+    plain = solve(weight, BlockQuantizer("nf4"), 4, 2, 1.0, seed=layer_seed(0, name))
     effective = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     torch.testing.assert_close(effective.detach(), plain.b @ plain.a, rtol=1e-4, atol=1e-6)
 

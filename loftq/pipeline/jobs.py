@@ -1,0 +1,118 @@
+"""The jobs of a run: each takes one tensor of the source to its place in the output.
+
+They are independent and idempotent: any number of workers may run them, in any order, and a job that was cut
+off is simply run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from loftq.core.solver import solve
+from loftq.errors import CheckpointError, OptionError
+from loftq.formats import adapter, bitsandbytes
+from loftq.formats.checkpoint import ShardWriter
+from loftq.pipeline.plan import Layer, Plan, passed_spec
+from loftq.pipeline.recipe import layer_seed
+from loftq.pipeline.report import layer_row
+from loftq.pipeline.source import Source
+from loftq.pipeline.staging import Staging
+
+
+def solve_all(plan: Plan, staging: Staging, device: torch.device, workers: int, quiet: bool) -> None:
+    """Run a job for each tensor that is not in place yet, with a progress bar on stderr."""
+    layers = {layer.tensor: layer for layer in plan.layers}
+    tensors = plan.source.checkpoint.tensors
+    names = [*layers, *plan.passed]
+    left = [name for name in names if name not in staging.done]
+    everything = sum(tensors[name].numel for name in names)
+    begun = everything - sum(tensors[name].numel for name in left)
+    bar = tqdm(total=everything, initial=begun, unit="w", unit_scale=True, disable=quiet, dynamic_ncols=True)
+    shards = [*plan.backbone, plan.adapter]
+    with bar, _one_thread_each(), ShardWriter(staging.folder, shards) as writer:
+
+        def work(name: str) -> None:
+            layer = layers.get(name)
+            record = _solve_layer(plan, layer, writer, device) if layer else _pass_through(plan, name, writer)
+            staging.note(name, record)
+            bar.set_postfix_str(layer.module if layer else name, refresh=False)
+            bar.update(tensors[name].numel)
+
+        _run_jobs(work, left, workers)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """One torch thread a job: a matrix product's last bits depend on how many threads share it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run_jobs(work: Callable[[str], None], names: Sequence[str], workers: int) -> None:
+    """Run independent, idempotent jobs; the first failure stops those not yet begun and is raised."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="loftq-solver")
+    futures: list[Future[None]] = []
+    try:
+        futures = [pool.submit(work, name) for name in names]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _solve_layer(plan: Plan, layer: Layer, writer: ShardWriter, device: torch.device) -> dict[str, Any]:
+    recipe = plan.recipe
+    quantizer = recipe.quantizer
+    stored = plan.source.checkpoint.read(layer.tensor)
+    digest = _digest(stored)
+    weight = stored.to(device, torch.float32).contiguous()
+    _check_finite(weight, layer.tensor, plan.source)
+    seed = layer_seed(recipe.seed, layer.module)
+    solution = solve(weight, quantizer, recipe.rank, recipe.iters, recipe.scaling, svd=recipe.svd, seed=seed)
+    packed = bitsandbytes.tensors(layer.module, layer.shape, quantizer, recipe.dtype, solution.codes, solution.scales)
+    factors = dict(zip(adapter.keys(layer.module), (solution.a, solution.b), strict=True))
+    for name, tensor in {**packed, **factors}.items():
+        writer.write(name, tensor)
+    return {"sha256": digest, "row": layer_row(plan, layer, solution.trace)}
+
+
+def _pass_through(plan: Plan, name: str, writer: ShardWriter) -> dict[str, Any]:
+    stored = plan.source.checkpoint.read(name)
+    spec = passed_spec(plan.source.checkpoint.tensors[name], plan.passed[name], plan.recipe.dtype)
+    if stored.is_floating_point():
+        _check_finite(stored, name, plan.source)
+    cast = stored.to(spec.dtype)
+    if cast.is_floating_point() and stored.dtype != cast.dtype and not _is_finite(cast):
+        raise OptionError(f"tensor {name!r} does not fit --compute-dtype {plan.recipe.compute_dtype}: use bfloat16")
+    writer.write(spec.name, cast)
+    return {"sha256": _digest(stored)}
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def _check_finite(tensor: torch.Tensor, name: str, source: Source) -> None:
+    if not _is_finite(tensor):
+        where = source.checkpoint.folder / source.checkpoint.files[name]
+        count = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(f"tensor {name!r} in {where} holds {count} NaN or Inf: the checkpoint is damaged")
