@@ -19,7 +19,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from scipy.stats import norm
+from scipy.special import ndtri  # the quantile of the standard normal: scipy.stats.norm.ppf, without its import
 
 from loftq.errors import UnknownNameError
 
@@ -29,8 +29,8 @@ _OFFSET = 0.9677083
 def normal_float(bits: int) -> torch.Tensor:
     """NormalFloat levels of a width: float32 `(2**bits,)`, ascending, from -1 to 1, zero included."""
     half = 2 ** (bits - 1)
-    positive = norm.ppf(torch.linspace(_OFFSET, 0.5, half + 1)[:-1].double().numpy())
-    negative = -norm.ppf(torch.linspace(_OFFSET, 0.5, half)[:-1].double().numpy())
+    positive = ndtri(torch.linspace(_OFFSET, 0.5, half + 1)[:-1].double().numpy())
+    negative = -ndtri(torch.linspace(_OFFSET, 0.5, half)[:-1].double().numpy())
     levels = torch.tensor(sorted([*positive, 0.0, *negative]), dtype=torch.float32)
     return levels / levels.max()
 
