@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import click
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from loftq.pipeline.quantize import SAVE_DIR
 from loftq.pipeline.quantize import quantize as run
@@ -62,6 +63,8 @@ def quantize(model: str | None, model_name_or_path: str | None, as_json: bool, d
     del debug  # read by main
     if model and model_name_or_path and model != model_name_or_path:
         raise click.UsageError(f"MODEL is given twice: {model} and {model_name_or_path}")
+    if options["quiet"]:
+        disable_progress_bars()  # the Hub client's own
     report = run(model or model_name_or_path, **options)
     if as_json:
         click.echo(json.dumps(report.to_dict()))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -80,18 +80,18 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Open a checkpoint folder: `model.safetensors`, or the shards that its index names.
+    """Open a checkpoint folder: `model.safetensors`, or else the shards that its index names.
 
     Raises CheckpointError where there are no safetensors, where the index names a shard or a tensor that
     does not exist, and where a shard is truncated or damaged.
     """
     index = folder / INDEX
-    weight_map = _read_index(index) if index.is_file() else None
-    if weight_map is None and not (folder / SINGLE).is_file():
-        raise CheckpointError(_no_safetensors(folder, [path.name for path in folder.iterdir()]))
+    names = [path.name for path in folder.iterdir()]
+    check_listing(folder, names)
+    weight_map = None if SINGLE in names else read_index(folder)
     tensors: dict[str, TensorSpec] = {}
     files: dict[str, str] = {}
-    for file in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]:
+    for file in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
         if not (folder / file).is_file():
             raise CheckpointError(f"{index} names the shard {file!r}, which is not there: download it again")
         for spec in _read_header(folder / file):
@@ -106,24 +106,22 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, tensors, files)
 
 
-def check_listing(where: str, names: Iterable[str]) -> None:
-    """Raise CheckpointError unless a repository's file names include a safetensors checkpoint."""
-    names = set(names)
-    if not names & {INDEX, SINGLE}:
-        raise CheckpointError(_no_safetensors(where, names))
-
-
-def _no_safetensors(where: Path | str, names: Iterable[str]) -> str:
+def check_listing(where: Path | str, names: Collection[str]) -> None:
+    """Raise CheckpointError unless a folder's or repository's file names include a safetensors checkpoint."""
+    if SINGLE in names or INDEX in names:
+        return
     pickled = sorted(name for name in names if re.search(r"\.(bin|pth?|ckpt)$", name))
     if pickled:
-        return (
+        raise CheckpointError(
             f"{where} holds pickled weights only ({pickled[0]}), which are never read: they can run code. "
             "Save the model with `save_pretrained(..., safe_serialization=True)` first"
         )
-    return f"{where} holds no {SINGLE} and no {INDEX}: expected a checkpoint in safetensors"
+    raise CheckpointError(f"{where} holds no {SINGLE} and no {INDEX}: expected a checkpoint in safetensors")
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(folder: Path) -> dict[str, str]:
+    """The file of each tensor, by the index of a sharded checkpoint. Raises CheckpointError."""
+    path = folder / INDEX
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         return {str(name): str(file) for name, file in weight_map.items()}

@@ -6,7 +6,6 @@ This is the one place where quantizing reaches the Hub. Weights come as safetens
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -27,6 +26,7 @@ from loftq.formats.checkpoint import (
     TensorSpec,
     check_listing,
     read_checkpoint,
+    read_index,
     spec_of,
 )
 
@@ -73,6 +73,8 @@ def find_source(
     except (OSError, RuntimeError) as error:  # a name too long, no permission, the home of nobody
         raise SourceError(f"cannot look for {model}: {getattr(error, 'strerror', None) or error}") from error
     if is_folder:
+        if revision is not None:
+            raise OptionError(f"--revision {revision} is for models on the Hub, and {model} is a folder")
         return Source(str(folder.resolve()), folder, read_checkpoint(folder), local=True)
     if exists:
         raise SourceError(f"{model} is a file: expected a checkpoint folder or the id of a model on the Hub")
@@ -115,7 +117,7 @@ def _download(repo: str, revision: str | None, token: str | None, small: Sequenc
     # Asked for by its name, not by its commit, the revision is found in the cache by that name.
     folder = Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=list(small)))
     commit = folder.name
-    weights = _weight_files(folder)
+    weights = [SINGLE] if SINGLE in listed else sorted(set(read_index(folder).values()))
     absent = sorted(set(weights) - listed)
     if absent:
         raise CheckpointError(f"{INDEX} of {repo} names the shard {absent[0]!r}, which is not in the repository")
@@ -123,17 +125,6 @@ def _download(repo: str, revision: str | None, token: str | None, small: Sequenc
         return Source(repo, folder, _remote_headers(api, repo, commit, folder), commit)
     snapshot_download(repo, revision=commit, token=token, allow_patterns=weights)
     return Source(repo, folder, read_checkpoint(folder), commit)
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """The files that the index names, or the one file: a repository may hold the same weights in others again."""
-    try:
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        return sorted({str(file) for file in weight_map.values()})
-    except FileNotFoundError:
-        return [SINGLE]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / INDEX} is not a safetensors index: {error!r}") from error
 
 
 @contextmanager
@@ -216,7 +207,7 @@ def _default_source(*, revision: str | None, token: str | None, headers_only: bo
     default = zoo_default()
     shipped = default["package"]
     found = importlib.util.find_spec(shipped["module"])
-    if found is None or not found.submodule_search_locations:
+    if found is None or not found.submodule_search_locations or revision is not None:
         try:
             return _hub_source(default["model"], revision, token, False, headers_only)
         except SourceError as error:
@@ -247,7 +238,7 @@ def _unpack_gguf(file: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         where = Path(scratch) / folder.name
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
-        del model.hf_quantizer, model.config.quantization_config  # save_pretrained refuses with them in place
+        del model.hf_quantizer, model.config.quantization_config  # with them save_pretrained refuses
         model.save_pretrained(where)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(where)
         if not (folder / "config.json").is_file():  # another run may have been faster, and be reading its own
