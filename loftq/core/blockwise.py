@@ -51,7 +51,7 @@ class NestedScales:
 def encode_scales(scales: torch.Tensor) -> NestedScales:
     """Double quantization of scales float32 (blocks,)."""
     table = dynamic_map().to(scales.device)
-    offset = scales.mean()
+    offset = scales.double().mean().float()  # in float32 its last bits would depend on the threads
     centered = torch.nn.functional.pad(scales - offset, (0, -len(scales) % SCALE_BLOCK))
     groups = centered.view(-1, SCALE_BLOCK)  # (ceil(blocks / 256), 256)
     absmax = groups.abs().amax(dim=1)
@@ -129,7 +129,7 @@ class BlockQuantizer:
         """Levels times scales: float32 of `shape`."""
         levels = self.levels.to(codes.device)
         out = torch.empty(shape, device=codes.device)
-        parts = torch.split(codes, _CHUNK // 2)
+        parts = torch.split(codes, self._step // 2)
         for (target, scale), part in zip(self._chunks(out, scales.values), parts, strict=True):
             pairs = torch.stack([part >> 4, part & 15], dim=1)  # (values / 2, 2)
             target.copy_((levels[pairs.int()].view(-1, self.block_size) * scale.unsqueeze(1)).view(-1))
@@ -156,17 +156,22 @@ class BlockQuantizer:
         levels = self.levels.to(weight.device)
         total = 0.0
         chunks = self._chunks(target, (scales or self.scales(target)).values)
-        flat = zip(torch.split(weight.view(-1), _CHUNK), torch.split(out.view(-1), _CHUNK), strict=True)
+        flat = zip(torch.split(weight.view(-1), self._step), torch.split(out.view(-1), self._step), strict=True)
         for (values, scale), (w, e) in zip(chunks, flat, strict=True):
             rounded = levels[self._codes(values, scale)].view(-1, self.block_size) * scale.unsqueeze(1)
             torch.sub(w, rounded.view(-1), out=e)
             total += float(e.double().square().sum())
         return total
 
+    @property
+    def _step(self) -> int:
+        return _CHUNK // self.block_size * self.block_size  # whole blocks
+
     def _chunks(self, weight: torch.Tensor, scales: torch.Tensor) -> zip[tuple[torch.Tensor, torch.Tensor]]:
-        return zip(torch.split(weight.view(-1), _CHUNK), torch.split(scales, _CHUNK // self.block_size), strict=True)
+        blocks = self._step // self.block_size
+        return zip(torch.split(weight.view(-1), self._step), torch.split(scales, blocks), strict=True)
 
     def _codes(self, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        inverse = 1 / torch.where(scale == 0, 1e-38, scale)
+        inverse = 1 / torch.where(scale.abs() > 1e-38, scale, 1e-38)
         unit = values.view(-1, self.block_size) * inverse.unsqueeze(1)
         return torch.bucketize(unit, self._boundaries.to(values.device), out_int32=True).view(-1)

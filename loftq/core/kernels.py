@@ -58,7 +58,7 @@ def _encode(x, scales, given, boundaries, packed, block, first, last):  # type: 
             even_b, odd_b = even[at], odd[at]
             if not given:
                 scale_bits[b] = _absmax(values)
-            inverse = _ONE / (scales[b] if scales[b] != _ZERO else _TINY)
+            inverse = _ONE / (scales[b] if abs(scales[b]) > _TINY else _TINY)
             for j in range(half):
                 even_b[j] = values[2 * j] * inverse
                 odd_b[j] = values[2 * j + 1] * inverse
@@ -101,7 +101,7 @@ def _residual(  # type: ignore[no-untyped-def]
                     out[j] = weights[j]
             if not given:
                 scale_bits[b] = _absmax(out)
-            inverse = _ONE / (scales[b] if scales[b] != _ZERO else _TINY)
+            inverse = _ONE / (scales[b] if abs(scales[b]) > _TINY else _TINY)
             for j in range(block):
                 out[j] *= inverse
         for j in range(n):

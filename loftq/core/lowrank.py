@@ -24,7 +24,7 @@ _NARROWEST = 8  # columns of a Krylov block: fewer cost as much, since reading E
 
 @dataclass(frozen=True)
 class Factors:
-    """`left @ right` approximates E: left (out, k) orthonormal, right (k, in) = leftᵀ E, rows by falling norm."""
+    """`left @ right` approximates E: left (out, k) orthonormal (or zero), right (k, in) = leftᵀ E, by falling norm."""
 
     left: torch.Tensor
     right: torch.Tensor
@@ -84,7 +84,7 @@ def krylov(residual: torch.Tensor, start: torch.Tensor, depth: int) -> Factors:
         lefts.append(block)
         rights.append(right)
         start = right.T
-    return _rotate(torch.cat(lefts, dim=1), torch.cat(rights))
+    return _rotate(*_whiten(torch.cat(lefts, dim=1), torch.cat(rights)))
 
 
 def factorize(
@@ -103,6 +103,18 @@ def factorize(
         start = torch.randn(residual.shape[1], width, generator=generator).to(residual.device)
     factors = krylov(residual, start, depth)
     return Factors(factors.left[:, :width], factors.right[:width], factors.singular_values[:width])
+
+
+def _whiten(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make a nearly orthonormal basis orthonormal, and zero the directions that it holds twice.
+
+    Where E has fewer directions than the Krylov space, the last blocks are noise or exact zeros, and QR fills
+    them with directions that are in the basis already: counted twice, they would claim energy that E lacks.
+    """
+    overlap, vectors = torch.linalg.eigh((left.T @ left).double())
+    inverse_root = torch.where(overlap > 0.5, overlap.clamp(min=0.5).rsqrt(), 0)
+    turn = (vectors * inverse_root).to(left.dtype)
+    return left @ turn, turn.T @ right
 
 
 def _rotate(left: torch.Tensor, right: torch.Tensor) -> Factors:

@@ -155,11 +155,11 @@ def _layer(module: str, origin: Mapping[str, str], source: Source, recipe: Recip
             f"--rank {recipe.rank} is larger than the smaller side of {module} ({rows} x {columns}): "
             f"use at most {min(rows, columns)}, or --exclude-modules {module.rpartition('.')[2]}"
         )
-    if rows * columns % recipe.block_size:
-        fitting = [size for size in bitsandbytes.BLOCK_SIZES if rows * columns % size == 0]
+    if columns % recipe.block_size:  # blocks across rows are legal, but bitsandbytes reads them wrongly on the CPU
+        fitting = [size for size in bitsandbytes.BLOCK_SIZES if columns % size == 0]
         advice = f"use --block-size {fitting[-1]}" if fitting else f"--exclude-modules {module.rpartition('.')[2]}"
         raise OptionError(
-            f"--block-size {recipe.block_size} does not divide the {rows * columns} weights of {module} "
+            f"--block-size {recipe.block_size} does not divide the {columns} inputs of {module} "
             f"({rows} x {columns}): {advice}"
         )
     return Layer(module, spec.name, (rows, columns))

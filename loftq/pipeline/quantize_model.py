@@ -95,9 +95,9 @@ def _check_fits(name: str, module: nn.Linear, recipe: Recipe, *, quantize: bool,
     if lora and recipe.rank > min(rows, columns):
         raise OptionError(f"rank {recipe.rank} is larger than the smaller side of {name!r} ({rows} x {columns})")
     if quantize and type(module) is nn.Linear:
-        if rows * columns % recipe.block_size:
+        if columns % recipe.block_size:
             raise OptionError(
-                f"block size {recipe.block_size} does not divide the weights of {name!r} ({rows} x {columns})"
+                f"block size {recipe.block_size} does not divide the inputs of {name!r} ({rows} x {columns})"
             )
         if not bool(torch.isfinite(module.weight).all()):
             raise OptionError(f"the weight of {name!r} holds NaN or Inf")
