@@ -31,18 +31,20 @@ def build_meta(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError) as error:
+        named = [str(name) for name in config.architectures or ()]
+    except Exception as error:  # a config's own class may raise anything for values that make no sense
         raise SourceError(_config_problem(folder, error)) from error
-    named = list(config.architectures or ())
     refusal = SourceError(
         f"{folder} is a {config.model_type} model ({', '.join(named) or 'no architecture named'}), "
         "not a causal language model: those are what can be quantized"
     )
+    if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
+        raise refusal
     try:
         with torch.device("meta"):
             model = cast(Any, AutoModelForCausalLM).from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        raise refusal from error
+    except Exception as error:  # so may a model's
+        raise SourceError(_config_problem(folder, error)) from error
     base = getattr(model, model.base_model_prefix, model)
     if named and not {type(model).__name__, type(base).__name__} & set(named):
         raise refusal
@@ -59,7 +61,7 @@ def _config_problem(folder: Path, error: Exception) -> str:
         found = re.search(r"model type `?'?(\w+)", text)
         named = f"model type {found[1]!r}" if found else "model type"
         return f"{folder / 'config.json'}: transformers {__version__} does not know its {named}: upgrade transformers"
-    return f"{folder / 'config.json'} cannot be read: {text}"
+    return f"{folder / 'config.json'} describes no model that transformers can build: {text or type(error).__name__}"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from transformers.integrations import replace_with_bnb_linear
 
@@ -138,4 +140,12 @@ def test_transposed_layers_are_refused_for_now(tmp_path: Path) -> None:
     torch.manual_seed(0)
     source = save_model(GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=320)), tmp_path / "gpt2")
     with pytest.raises(SourceError, match="Conv1D"):
+        loftq.quantize(str(source), output=tmp_path / "out", quiet=True)
+
+
+def test_encoder_decoders_are_refused_for_now(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = T5Config(d_model=64, d_ff=128, d_kv=16, num_layers=2, num_heads=4, vocab_size=320)
+    source = save_model(T5ForConditionalGeneration(config), tmp_path / "t5")
+    with pytest.raises(SourceError, match="t5 model .*not a causal language model"):
         loftq.quantize(str(source), output=tmp_path / "out", quiet=True)
