@@ -147,5 +147,5 @@ def test_encoder_decoders_are_refused_for_now(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = T5Config(d_model=64, d_ff=128, d_kv=16, num_layers=2, num_heads=4, vocab_size=320)
     source = save_model(T5ForConditionalGeneration(config), tmp_path / "t5")
-    with pytest.raises(SourceError, match="t5 model .*not a causal language model"):
+    with pytest.raises(SourceError, match=r"t5 model .*not a causal language model"):
         loftq.quantize(str(source), output=tmp_path / "out", quiet=True)
