@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -10,8 +11,7 @@ import click
 
 from loftq.errors import LoftQError
 
-from .quantize import quantize
-
+_COMMANDS = ("quantize",)
 _VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -21,7 +21,20 @@ def _print_versions(context: click.Context, _: click.Parameter, wanted: bool) ->
         context.exit()
 
 
+class _Commands(click.Group):
+    """Each command is imported when it is asked for: torch takes seconds, and Ctrl-C may come within them."""
+
+    def list_commands(self, _context: click.Context) -> list[str]:
+        """In the order of their use."""
+        return list(_COMMANDS)
+
+    def get_command(self, _context: click.Context, name: str) -> click.Command | None:
+        """The function of a file's own name."""
+        return getattr(import_module(f".{name}", __package__), name) if name in _COMMANDS else None
+
+
 @click.group(
+    cls=_Commands,
     context_settings={
         "help_option_names": ["-h", "--help"],
         "max_content_width": 110,
@@ -33,9 +46,6 @@ def _print_versions(context: click.Context, _: click.Parameter, wanted: bool) ->
 )
 def cli() -> None:
     """A better start for fine-tuning quantized language models: LoftQ and what follows from it."""
-
-
-cli.add_command(quantize)
 
 
 def main(args: list[str] | None = None) -> Any:

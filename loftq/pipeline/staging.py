@@ -2,9 +2,9 @@
 
 All files are made inside `OUTPUT/.loftq-partial/`: the shards, with their bytes reserved, and a journal with
 a line for each tensor that is in place. A tensor is written, then noted; on resuming, what is noted is done
-and the rest is written again, with the same bytes. When everything is there a marker says so, and the files
+and the rest is written again, with the same bytes. When everything is there the journal says so, and the files
 are moved to their names, `config.json` and the index after the weights, `loftq.json` last: a folder that
-loads is complete.
+loads is complete. The journal alone tells how far a run has come, so it is the last to go.
 """
 
 from __future__ import annotations
@@ -26,52 +26,60 @@ from loftq.formats.checkpoint import INDEX
 
 PARTIAL = ".loftq-partial"
 _JOURNAL = "journal.jsonl"
-_READY = "ready"
 _LAST = (INDEX, "config.json", MANIFEST)
+_FAULTS = {  # what is wrong, and what mends it; None where nothing does at this place
+    errno.ENOSPC: ("the disk is full", "free some space"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space"),
+    errno.EROFS: ("the file system is read-only", "make it writable"),
+    errno.EACCES: ("permission denied", "make it writable"),
+    errno.EPERM: ("permission denied", "make it writable"),
+    errno.EFBIG: ("a file would be larger than allowed (--overwrite with a smaller --max-shard-size may do)", None),
+    errno.ENOTDIR: ("a part of the path is a file", None),
+    errno.ENAMETOOLONG: ("the name is too long", None),
+}
 
 
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse an output that is in the way. Reads names only. Raises OutputError."""
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file: name a folder with --output")
-    if not output.is_dir() or not any(output.iterdir()):
-        return
-    if (output / PARTIAL).is_dir():
-        if not resume and not overwrite:
-            done = max(_count_lines(output / PARTIAL / _JOURNAL) - 1, 0)
+    """Refuse an output that is in the way, before any work. Raises OutputError."""
+    with explain_os_errors(output):
+        if output.exists() and not output.is_dir():
+            raise OutputError(f"{output} is a file: name a folder with --output")
+        journal, manifest = output / PARTIAL / _JOURNAL, output / MANIFEST
+        begun, complete = journal.is_file(), manifest.is_file()
+        if begun and not resume and not overwrite:
+            done = journal.read_bytes().count(b'\n{"tensor":')
             raise OutputError(
                 f"{output} holds an unfinished run ({done} tensors done): "
                 "add --resume to finish it, or --overwrite to start again"
             )
-        return
-    if not (output / MANIFEST).is_file():
-        raise OutputError(
-            f"{output} is not empty and not a loftq folder: it will not be touched, name another --output"
-        )
-    if not resume and not overwrite:
-        raise OutputError(f"{output} is there already: add --overwrite to make it again, or name another --output")
+        if not begun and not complete and output.is_dir() and any(p.name != PARTIAL for p in output.iterdir()):
+            raise OutputError(
+                f"{output} is not empty and not a loftq folder: it will not be touched, name another --output"
+            )
+        if complete and not resume and not overwrite:
+            raise OutputError(f"{output} is there already: add --overwrite to make it again, or name another --output")
+        if complete:
+            _listed(manifest)  # what it lists will be removed
 
 
 class Staging:
-    """The partial folder of one output, locked for this process."""
+    """The partial folder of one output, locked for this process.
 
-    def __init__(self, output: Path, done: dict[str, dict[str, Any]], journal: int) -> None:
+    `done` holds the records of the tensors in place; `ready` says that all is made and only the moving is left.
+    """
+
+    def __init__(self, output: Path, journal: int, done: dict[str, dict[str, Any]], ready: bool) -> None:
         self.output = output
         self.folder = output / PARTIAL
         self.done = done
+        self.ready = ready
         self._journal = journal
         self._lock = threading.Lock()
 
-    @property
-    def ready(self) -> bool:
-        """Whether everything has been made and only the moving is left."""
-        return (self.folder / _READY).is_file()
-
     def note(self, name: str, record: Mapping[str, Any]) -> None:
         """Note that a tensor is in place."""
-        line = json.dumps({"tensor": name, **record}) + "\n"
         with self._lock:
-            os.write(self._journal, line.encode())
+            _append(self._journal, {"tensor": name, **record})
             self.done[name] = dict(record)
 
     def write_text(self, name: str, text: str) -> None:
@@ -82,21 +90,26 @@ class Staging:
 
     def files(self) -> list[str]:
         """Names, relative to the output, of all files made so far."""
-        own = {_JOURNAL, _READY}
         found = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
-        return sorted(name for name in found if name not in own)
+        return sorted(name for name in found if name != _JOURNAL)
 
     def publish(self) -> None:
         """Move everything into place, removing an older artifact first. May be killed and called again."""
-        (self.folder / _READY).touch()
-        if (self.folder / MANIFEST).is_file():
-            _remove_artifact(self.output)
+        if not self.ready:
+            _append(self._journal, {"ready": True})
+            self.ready = True
+        older = self.output / MANIFEST
+        if (self.folder / MANIFEST).is_file() and older.is_file():
+            _remove_listed(self.output, older)
+            older.unlink()
         waiting = self.files()
         for name in [*(n for n in waiting if n not in _LAST), *(n for n in _LAST if n in waiting)]:
             target = self.output / name
             target.parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).replace(target)
-        shutil.rmtree(self.folder)
+        _clear(self.folder)
+        (self.folder / _JOURNAL).unlink()
+        self.folder.rmdir()
 
 
 @contextmanager
@@ -106,22 +119,20 @@ def open_staging(output: Path, fingerprint: Mapping[str, Any], *, overwrite: boo
     with explain_os_errors(output):
         folder.mkdir(parents=True, exist_ok=True)
         journal = os.open(folder / _JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
         try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(f"another run is writing {output}: wait for it, or name another --output") from error
-        done: dict[str, dict[str, Any]] = {}
-        if not overwrite:
-            done = _read_journal(folder / _JOURNAL, fingerprint, output)
-        if not done and not (folder / _READY).is_file():
-            _clear(folder)
-            os.ftruncate(journal, 0)
-            os.write(journal, (json.dumps({"fingerprint": fingerprint}) + "\n").encode())
-        with explain_os_errors(output):
-            yield Staging(output, done, journal)
-    finally:
-        os.close(journal)
+            _lock(journal, output)
+            if overwrite:
+                os.ftruncate(journal, 0)
+            done, ready = _read_journal(folder / _JOURNAL, fingerprint, output)
+            if not done and not ready:
+                if (folder / MANIFEST).is_file() and not (output / MANIFEST).is_file():
+                    _remove_listed(output, folder / MANIFEST)  # the run that is given up had begun to publish
+                _clear(folder)
+                os.ftruncate(journal, 0)
+                _append(journal, {"fingerprint": fingerprint})
+            yield Staging(output, journal, done, ready)
+        finally:
+            os.close(journal)
 
 
 @contextmanager
@@ -130,35 +141,64 @@ def explain_os_errors(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = {
-            errno.ENOSPC: "the disk is full: free some space",
-            errno.EDQUOT: "the disk quota is used up: free some space",
-            errno.EFBIG: "a file would be larger than allowed: use a smaller --max-shard-size",
-            errno.EROFS: "the file system is read-only",
-            errno.EACCES: "permission denied",
-            errno.EPERM: "permission denied",
-            errno.ENOTDIR: "a part of the path is a file",
-        }.get(error.errno or 0)
-        if reason is None:
+        if error.errno not in _FAULTS:
             raise
-        after = ", then run again with --resume" if (output / PARTIAL).is_dir() else ", or name another --output"
-        raise OutputError(f"cannot write {output}: {reason}{after}") from error
+        what, cure = _FAULTS[error.errno]
+        if cure is None:
+            advice = "name another --output"
+        elif os.access(output / PARTIAL, os.F_OK):
+            advice = f"{cure}, then run again with --resume"
+        else:
+            advice = f"{cure}, or name another --output"
+        raise OutputError(f"cannot write {output}: {what}: {advice}") from error
 
 
-def _read_journal(path: Path, fingerprint: Mapping[str, Any], output: Path) -> dict[str, dict[str, Any]]:
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was cut off by the kill
-    if not lines:
-        return {}
-    before = json.loads(lines[0])["fingerprint"]
-    now = json.loads(json.dumps(fingerprint))
-    changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+def _lock(journal: int, output: Path) -> None:
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(f"another run is writing {output}: wait for it, or name another --output") from error
+
+
+def _append(journal: int, record: Mapping[str, Any]) -> None:
+    line = json.dumps(record).encode() + b"\n"
+    while line:  # a disk that is almost full takes a part of it
+        line = line[os.write(journal, line) :]
+
+
+def _read_journal(path: Path, fingerprint: Mapping[str, Any], output: Path) -> tuple[dict[str, dict[str, Any]], bool]:
+    """The tensors that are noted, and whether everything is. Cuts off what a kill left of a line."""
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    os.truncate(path, len(whole))
+    records = [record for line in whole.splitlines() if (record := _parse(line))]
+    if not records or "fingerprint" not in records[0]:
+        return {}, False
+    changed = sorted(_differences(records[0]["fingerprint"], json.loads(json.dumps(fingerprint))))
     if changed:
         raise OutputError(
-            f"{output} holds an unfinished run with another {', '.join(changed)}: "
-            "resume it with the settings it was begun with, or add --overwrite to start again"
+            f"{output} holds an unfinished run with another source or other settings ({', '.join(changed)}): "
+            "resume it with those it was begun with, or add --overwrite to start again"
         )
-    records = [json.loads(line) for line in lines[1:]]
-    return {record.pop("tensor"): record for record in records}
+    done = {record.pop("tensor"): record for record in records if "tensor" in record}
+    return done, any("ready" in record for record in records)
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """A line of the journal; empty for one that a full disk cut short: what it noted is made again."""
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        return {}
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for key in {*before, *now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new)
+        elif old != new:
+            yield f"{key} has changed" if isinstance(old, list) else f"{key} was {old}"
 
 
 def _clear(folder: Path) -> None:
@@ -169,15 +209,19 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-def _remove_artifact(output: Path) -> None:
-    manifest = output / MANIFEST
-    if not manifest.is_file():
-        return
-    listed = json.loads(manifest.read_text(encoding="utf-8")).get("files", {})
-    for name in ["config.json", INDEX, *listed]:  # what makes it loadable goes first
+def _remove_listed(output: Path, manifest: Path) -> None:
+    """Remove the files that a manifest lists, what makes the folder loadable first."""
+    for name in ["config.json", INDEX, *_listed(manifest)]:
         (output / name).unlink(missing_ok=True)
-    manifest.unlink()
 
 
-def _count_lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
+def _listed(manifest: Path) -> list[str]:
+    """The files that a manifest lists. Raises OutputError where it is damaged, or lists any outside its folder."""
+    try:
+        names = [str(name) for name in json.loads(manifest.read_text(encoding="utf-8"))["files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{manifest} is damaged: its folder will not be touched, name another --output") from error
+    outside = [name for name in names if ".." in Path(name).parts or Path(name).is_absolute()]
+    if outside:
+        raise OutputError(f"{manifest} lists {outside[0]!r}, which lies outside its folder: name another --output")
+    return names
