@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from loftq.errors import OptionError
+from loftq.errors import OptionError, OutputError
 from loftq.formats import adapter, artifact, bitsandbytes
 from loftq.formats.checkpoint import INDEX, index_text
 from loftq.pipeline.card import card_text
@@ -22,7 +22,7 @@ from loftq.pipeline.plan import Plan, make_plan
 from loftq.pipeline.recipe import Recipe
 from loftq.pipeline.report import Report, peak_memory, planned_row, totals
 from loftq.pipeline.source import find_source
-from loftq.pipeline.staging import Staging, check_output, open_staging
+from loftq.pipeline.staging import Staging, check_output, is_begun, open_staging
 
 SAVE_DIR = "model_zoo/loftq"
 _VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numba", "scipy")
@@ -97,6 +97,10 @@ def quantize(
     if dry_run:
         rows = [planned_row(plan, layer) for layer in plan.layers]
         return Report(folder, source.name, recipe.to_dict(), totals(plan), rows, plan.notes, plan.memory(count))
+    if resume and not is_begun(folder) and (folder / artifact.MANIFEST).is_file():
+        rows = _finished_rows(folder, plan)
+        seconds, peak = time.perf_counter() - started, peak_memory(chosen)
+        return Report(folder, source.name, recipe.to_dict(), totals(plan, rows), rows, plan.notes, peak, seconds)
     with open_staging(folder, _fingerprint(plan, chosen), overwrite=overwrite) as staging:
         if not staging.ready:
             solve_all(plan, staging, chosen, count, quiet)
@@ -110,6 +114,21 @@ def quantize(
 
 def _rows(plan: Plan, staging: Staging) -> list[dict[str, Any]]:
     return [staging.done[layer.tensor]["row"] for layer in plan.layers]
+
+
+def _finished_rows(folder: Path, plan: Plan) -> list[dict[str, Any]]:
+    """The layers of a folder that is complete already, where it is the one that was asked for."""
+    manifest = artifact.open_artifact(folder).manifest
+    found, asked = manifest["recipe"], plan.recipe.to_dict()
+    differing = [key for key in asked if found.get(key) != json.loads(json.dumps(asked[key]))]
+    if (manifest["source"]["model"], manifest["source"]["revision"]) != (plan.source.name, plan.source.revision):
+        differing.append("source")
+    if differing:
+        raise OutputError(
+            f"{folder} is finished, with another {', '.join(differing)}: "
+            "add --overwrite instead of --resume to make it again, or name another --output"
+        )
+    return list(manifest["layers"])
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -39,15 +39,20 @@ _FAULTS = {  # what is wrong, and what mends it; None where nothing does at this
 }
 
 
+def is_begun(output: Path) -> bool:
+    """Whether an unfinished run has left its files here."""
+    return (output / PARTIAL / _JOURNAL).is_file()
+
+
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse an output that is in the way, before any work. Raises OutputError."""
     with explain_os_errors(output):
         if output.exists() and not output.is_dir():
             raise OutputError(f"{output} is a file: name a folder with --output")
-        journal, manifest = output / PARTIAL / _JOURNAL, output / MANIFEST
-        begun, complete = journal.is_file(), manifest.is_file()
+        manifest = output / MANIFEST
+        begun, complete = is_begun(output), manifest.is_file()
         if begun and not resume and not overwrite:
-            done = journal.read_bytes().count(b'\n{"tensor":')
+            done = (output / PARTIAL / _JOURNAL).read_bytes().count(b'\n{"tensor":')
             raise OutputError(
                 f"{output} holds an unfinished run ({done} tensors done): "
                 "add --resume to finish it, or --overwrite to start again"

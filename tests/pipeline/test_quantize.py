@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import loftq
 from loftq.core.blockwise import BlockQuantizer
 from loftq.core.solver import solve
+from loftq.errors import OutputError
 from loftq.formats.artifact import open_artifact
 from loftq.models.loading import guard_cpu
 from loftq.pipeline.recipe import layer_seed
@@ -246,3 +247,14 @@ def test_a_dead_layer_does_no_harm(tmp_path: Path) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in adapter.values())
     row = next(r for r in open_artifact(folder).manifest["layers"] if r["name"].endswith("0.mlp.up_proj"))
     assert row["error"] == row["plain_error"] == 0
+
+
+def test_resuming_a_finished_folder_changes_nothing(pico: Path, tmp_path: Path) -> None:
+    """Oracle: the files and the report of the run that finished it. Other settings are no reason to redo it."""
+    done = loftq.quantize(str(pico), output=tmp_path / "out", rank=4, iters=2, quiet=True)
+    before = {path: path.stat().st_mtime_ns for path in done.folder.rglob("*")}
+    again = loftq.quantize(str(pico), output=tmp_path / "out", rank=4, iters=2, quiet=True, resume=True)
+    assert (again.totals, again.layers) == (done.totals, done.layers)
+    with pytest.raises(OutputError, match="finished, with another iters"):
+        make(pico, tmp_path / "out", iters=3, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in done.folder.rglob("*")} == before
