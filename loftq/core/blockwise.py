@@ -24,6 +24,7 @@ import torch
 
 from loftq.core import kernels
 from loftq.core.codebooks import codebook, dynamic_map
+from loftq.errors import OptionError
 
 SCALE_BLOCK = 256  # scales that share one float32 under double quantization, as in bitsandbytes
 _CHUNK = 1 << 22  # values at a time in torch, so that temporaries stay small beside the weight
@@ -72,13 +73,17 @@ class Scales:
 class BlockQuantizer:
     """A codebook applied in blocks.
 
-    `codebook` is a name of `codebooks.CODEBOOKS`; `block_size` is even and divides the number of values.
+    `codebook` is a name of `codebooks.CODEBOOKS`; `block_size` is a multiple of 8 and divides the number of values.
     Tensors are float32 and contiguous; a scale of zero belongs to a block of zeros.
     """
 
     codebook: str
     block_size: int = 64
     double_quant: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block_size < 8 or self.block_size % 8:
+            raise OptionError(f"block size {self.block_size} is not a multiple of 8")
 
     @cached_property
     def levels(self) -> torch.Tensor:

@@ -30,13 +30,13 @@ _CODEBOOKS = {"nf4"}
 _OFFSET_WIDTH = 24  # characters of the longest float64 in JSON
 
 
-def check(quantizer: BlockQuantizer) -> None:
-    """Raise OptionError where this format cannot hold what the quantizer produces."""
-    if quantizer.codebook not in _CODEBOOKS:
-        raise OptionError(f"the bitsandbytes format holds {', '.join(sorted(_CODEBOOKS))}, not {quantizer.codebook}")
-    if quantizer.block_size not in BLOCK_SIZES:
+def check(codebook: str, block_size: int) -> None:
+    """Raise OptionError where this format cannot hold such codes."""
+    if codebook not in _CODEBOOKS:
+        raise OptionError(f"the bitsandbytes format holds {', '.join(sorted(_CODEBOOKS))}, not {codebook}")
+    if block_size not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
-        raise OptionError(f"block size {quantizer.block_size} is not one that bitsandbytes has (known: {sizes})")
+        raise OptionError(f"block size {block_size} is not one that bitsandbytes has (known: {sizes})")
 
 
 def specs(module: str, shape: Sequence[int], quantizer: BlockQuantizer, dtype: torch.dtype) -> list[TensorSpec]:

@@ -174,7 +174,8 @@ def _check_complete(state: Mapping[str, torch.Tensor], provided: Collection[str]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
-            f"the checkpoint lacks the tensor {missing[0]!r}{more}, which the model's config asks for"
+            f"the checkpoint lacks the tensor {missing[0]!r}{more}, which the model's config asks for: "
+            "download it again, or correct config.json"
         )
 
 

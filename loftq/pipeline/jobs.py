@@ -115,4 +115,6 @@ def _check_finite(tensor: torch.Tensor, name: str, source: Source) -> None:
     if not _is_finite(tensor):
         where = source.checkpoint.folder / source.checkpoint.files[name]
         count = int((~torch.isfinite(tensor)).sum())
-        raise CheckpointError(f"tensor {name!r} in {where} holds {count} NaN or Inf: the checkpoint is damaged")
+        raise CheckpointError(
+            f"tensor {name!r} in {where} holds {count} NaN or Inf: the checkpoint is damaged, download it again"
+        )

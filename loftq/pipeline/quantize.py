@@ -152,7 +152,8 @@ def _workers(workers: int | None, device: torch.device) -> int:
 def _fingerprint(plan: Plan, device: torch.device) -> dict[str, Any]:
     """All that the bytes of the result depend on: an unfinished run is resumed only where it is the same."""
     checkpoint = plan.source.checkpoint
-    states = {file: (checkpoint.folder / file).stat() for file in sorted(set(checkpoint.files.values()))}
+    names = ["config.json", *sorted(set(checkpoint.files.values()))]
+    states = {name: (checkpoint.folder / name).stat() for name in names}
     return {
         "source": {
             "name": plan.source.name,
@@ -161,7 +162,7 @@ def _fingerprint(plan: Plan, device: torch.device) -> dict[str, Any]:
         },
         "recipe": plan.recipe.to_dict(),
         "device": device.type,
-        "versions": {"loftq": version("loftq"), "torch": torch.__version__},
+        "versions": {name: version(name) for name in ("loftq", "torch", "transformers")},
     }
 
 

@@ -100,7 +100,7 @@ def _check_fits(name: str, module: nn.Linear, recipe: Recipe, *, quantize: bool,
                 f"block size {recipe.block_size} does not divide the inputs of {name!r} ({rows} x {columns})"
             )
         if not bool(torch.isfinite(module.weight).all()):
-            raise OptionError(f"the weight of {name!r} holds NaN or Inf")
+            raise OptionError(f"the weight of {name!r} holds NaN or Inf: leave it out with exclude_modules")
 
 
 def _solve(name: str, module: nn.Linear, recipe: Recipe, rank: int) -> Solution:

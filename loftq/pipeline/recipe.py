@@ -61,7 +61,7 @@ class Recipe:
             raise UnknownNameError("compute dtype", self.compute_dtype, COMPUTE_DTYPES)
         if self.svd not in SVD:
             raise UnknownNameError("svd", self.svd, SVD)
-        bitsandbytes.check(self.quantizer)
+        bitsandbytes.check(BITS[self.bits], self.block_size)
 
     @property
     def lora_alpha(self) -> float:

@@ -9,6 +9,7 @@ import torch
 from loftq.core import blockwise, kernels
 from loftq.core.blockwise import BlockQuantizer, NestedScales, Scales
 from loftq.core.codebooks import CODEBOOKS
+from loftq.errors import OptionError
 
 THREADED = 4100  # blocks: just enough for the kernels to share them out among threads
 BLOCK_SIZES = [32, 64, 128, 4096]
@@ -285,3 +286,9 @@ def test_blocks_that_do_not_divide_the_chunk(monkeypatch: pytest.MonkeyPatch) ->
     whole = quantizer.decode(codes, scales, weight.shape)
     monkeypatch.setattr(blockwise, "_CHUNK", 1000)
     assert torch.equal(quantizer.decode(codes, scales, weight.shape), whole)
+
+
+@pytest.mark.parametrize("block_size", [0, -64, 4, 100])
+def test_block_sizes_that_the_loops_cannot_take_are_refused(block_size: int) -> None:
+    with pytest.raises(OptionError, match=f"block size {block_size} is not a multiple of 8"):
+        BlockQuantizer("nf4", block_size)

@@ -76,9 +76,14 @@ def test_double_quantization_has_linear4bits_tensors_and_nearest_codes(
     weight, quantizer = weight_of(shape, dtype), BlockQuantizer("nf4", double_quant=True)
     found, expected = ours(weight, quantizer)[0], theirs(weight, quantizer)
     assert set(found) == set(expected)
-    for name in ("m.weight.quant_map", "m.weight.nested_absmax", "m.weight.nested_quant_map"):
+    for name in ("m.weight.quant_map", "m.weight.nested_quant_map"):
         assert_same(found[name], expected[name])
-    assert state_of(found) == state_of(expected)
+    # The mean of the scales is float64's here and float32's there, whose last bits depend on the processor.
+    largest, theirs_largest = found["m.weight.nested_absmax"], expected["m.weight.nested_absmax"]
+    torch.testing.assert_close(largest, theirs_largest, rtol=1e-6, atol=1e-8)
+    state, theirs_state = state_of(found), state_of(expected)
+    assert state.pop("nested_offset") == pytest.approx(theirs_state.pop("nested_offset"), rel=1e-6)
+    assert state == theirs_state
 
     # The scales' codes: bitsandbytes' search on the CPU is not exact, so where the two differ ours is the nearer.
     absmax = weight.double().view(-1, 64).abs().amax(dim=1)
@@ -92,8 +97,8 @@ def test_double_quantization_has_linear4bits_tensors_and_nearest_codes(
     assert int((codes != theirs_).sum()) <= max(1, len(codes) // 50)
 
     # The weight's codes: nearest under the scale that is read back, which bitsandbytes rounds only after choosing.
-    state = loaded(found).quant_state
-    scales = bnb.dequantize_blockwise(state.absmax, state.state2).double() + state.offset
+    read = loaded(found).quant_state
+    scales = bnb.dequantize_blockwise(read.absmax, read.state2).double() + read.offset
     options = scales.view(-1, 1, 1) * quantizer.levels.double()  # (blocks, 1, levels)
     distances = (weight.double().view(-1, 64, 1) - options).abs()
     packed = found["m.weight"].view(-1)
@@ -200,7 +205,7 @@ def test_config_is_what_transformers_writes(dtype: torch.dtype, double_quant: bo
 @pytest.mark.parametrize("name", ["nf2", "nf3"])
 def test_other_codebooks_are_refused(name: str) -> None:
     with pytest.raises(OptionError, match=f"holds nf4, not {name}"):
-        layout.check(BlockQuantizer(name))
+        layout.check(name, 64)
 
 
 @pytest.mark.parametrize("block_size", [16, 48, 63, 8192])
@@ -208,10 +213,10 @@ def test_block_sizes_that_bitsandbytes_has_not_are_refused(block_size: int) -> N
     with pytest.raises(ValueError, match="invalid blocksize"):
         bnb.quantize_4bit(torch.ones(8192), blocksize=block_size, quant_type="nf4")
     with pytest.raises(OptionError, match=rf"block size {block_size} .*\(known: 32, 64, .*, 4096\)"):
-        layout.check(BlockQuantizer("nf4", block_size))
+        layout.check("nf4", block_size)
 
 
 @pytest.mark.parametrize("block_size", layout.BLOCK_SIZES)
 def test_block_sizes_that_bitsandbytes_has_are_not(block_size: int) -> None:
-    layout.check(BlockQuantizer("nf4", block_size))
+    layout.check("nf4", block_size)
     bnb.quantize_4bit(torch.ones(4096), blocksize=block_size, quant_type="nf4")

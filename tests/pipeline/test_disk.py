@@ -132,11 +132,11 @@ TASKS: dict[str, Callable[..., Any]] = {
 
 @pytest.fixture(scope="module")
 def disk(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
-    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+    unshared = ["unshare", "-rm", sys.executable]
+    if not shutil.which("unshare") or subprocess.run([*unshared, "-c", ""], capture_output=True).returncode:
         pytest.skip("no right to mount a disk here")
     folder = tmp_path_factory.mktemp("disk")
-    command = ["unshare", "-rm", sys.executable, __file__]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*unshared, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         yield Disk(process, folder, pico)
         assert process.stdin is not None
         process.stdin.close()
