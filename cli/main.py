@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from importlib import import_module
 from importlib.metadata import version
@@ -50,6 +51,7 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> Any:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 used wrongly, 130 interrupted."""
+    gc.set_threshold(100_000)  # torch and transformers make a million objects that stay
     arguments = sys.argv[1:] if args is None else args
     try:
         return cli.main(args=arguments, prog_name="loftq", standalone_mode=False)
@@ -67,6 +69,8 @@ def main(args: list[str] | None = None) -> Any:
     except MemoryError:
         click.echo("Error: out of memory: use fewer --workers (--dry-run shows what one needs)", err=True)
         sys.exit(1)
+    finally:
+        gc.freeze()  # nor need they be searched for cycles at the end, which takes a second
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
+from threading import Lock
 from types import FunctionType
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 from numba import njit
 
 _TILE = 1024  # values: two float32 buffers of this length fit in any first-level cache
+_SHARES = 16  # of the work, a thread
 _LANES = 8  # of which a block has a multiple
 _TINY = np.float32(1e-38)
 _ZERO, _ONE, _SIXTEEN = np.float32(0), np.float32(1), np.float32(16)
@@ -173,10 +175,22 @@ def _over_blocks(blocks: int, work: Callable[[int, int], None]) -> None:
     if threads == 1 or blocks < 4096:
         work(0, blocks)
         return
-    edges = [blocks * i // threads for i in range(threads + 1)]
-    shares = list(pairwise(edges))
-    others = [_threads(threads - 1).submit(work, *share) for share in shares[1:]]
-    work(*shares[0])  # this thread takes its share: one more would compete with torch's own for the cores
+    shares = _SHARES * threads
+    queue = pairwise(blocks * i // shares for i in range(shares + 1))
+    lock = Lock()
+
+    def drain() -> None:
+        while True:
+            with lock:
+                share = next(queue, None)
+            if share is None:
+                return
+            work(*share)
+
+    # This thread works too: one more would compete for the cores with torch's own, which spin a while after
+    # every product and let the others start late; hence many small shares.
+    others = [_threads(threads - 1).submit(drain) for _ in range(threads - 1)]
+    drain()
     for other in others:
         other.result()
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+_SMALL = 128  # a side up to which all of the spectrum costs little
 _NARROWEST = 8  # columns of a Krylov block: fewer cost as much, since reading E is what takes the time
 
 
@@ -64,27 +65,31 @@ def gram(residual: torch.Tensor, rank: int) -> Factors:
     else:
         _, vectors = torch.linalg.eigh((residual.T @ residual).double())
         left, _ = torch.linalg.qr(residual @ vectors[:, -rank:].to(residual.dtype))
-    return _rotate(left, left.T @ residual)
+    return _leading(left, left.T @ residual, rank)
 
 
 def krylov(residual: torch.Tensor, start: torch.Tensor, depth: int) -> Factors:
-    """The best approximation within span[K, (EEᵀ)K, …, (EEᵀ)^(depth-1) K], K = E · start.
+    """The best approximation of as many columns as `start` within span[K, (EEᵀ)K, …, (EEᵀ)^(depth-1) K], K = E · start.
 
     Reads E twice a step. `start` is (in, b) with b * depth at most the smaller side of E.
     """
-    lefts: list[torch.Tensor] = []
-    rights: list[torch.Tensor] = []
-    for _ in range(depth):
+    width = start.shape[1]
+    left = residual.new_empty(residual.shape[0], depth * width)
+    right = residual.new_empty(depth * width, residual.shape[1])
+    for step in range(depth):
         block = residual @ start  # (out, b)
+        before = torch.linalg.vector_norm(block, dim=0)
+        basis = left[:, : step * width]
         for _ in range(2):  # twice is enough: the basis stays orthogonal to working precision
-            for left in lefts:
-                block -= left @ (left.T @ block)
-        block, _ = torch.linalg.qr(block)
-        right = block.T @ residual  # (b, in)
-        lefts.append(block)
-        rights.append(right)
-        start = right.T
-    return _rotate(*_whiten(torch.cat(lefts, dim=1), torch.cat(rights)))
+            block -= basis @ (basis.T @ block)
+        block, triangle = torch.linalg.qr(block)
+        # Where E has fewer directions than the Krylov space, what is left of a column is noise, and QR fills it
+        # with a direction that the basis may hold already. Counted twice, it would claim energy that E lacks.
+        new = triangle.diagonal().abs() > 1e-5 * before
+        span = slice(step * width, (step + 1) * width)
+        left[:, span] = block * new
+        start = torch.mm(left[:, span].T, residual, out=right[span]).T  # (in, b)
+    return _leading(left, right, width)
 
 
 def factorize(
@@ -92,35 +97,20 @@ def factorize(
 ) -> Factors:
     """The leading `rank` factors, from `previous` ones or from Gaussian columns drawn on the CPU.
 
-    Where `depth` Krylov blocks would span half of the smaller side, the whole spectrum costs no more.
+    Where the smaller side is small, or `depth` Krylov blocks would span half of it, all of the spectrum costs no more.
     """
     width = max(rank, _NARROWEST)
-    if 2 * depth * width >= min(residual.shape):
+    if min(residual.shape) <= max(_SMALL, 2 * depth * width):
         return gram(residual, rank)
     if previous is not None and previous.right.shape[0] >= width:
         start = previous.right[:width].T
     else:
         start = torch.randn(residual.shape[1], width, generator=generator).to(residual.device)
-    factors = krylov(residual, start, depth)
-    return Factors(factors.left[:, :width], factors.right[:width], factors.singular_values[:width])
+    return krylov(residual, start, depth)
 
 
-def _whiten(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make a nearly orthonormal basis orthonormal, and zero the directions that it holds twice.
-
-    Where E has fewer directions than the Krylov space, the last blocks are noise or exact zeros, and QR fills
-    them with directions that are in the basis already: counted twice, they would claim energy that E lacks.
-    """
-    overlap, vectors = torch.linalg.eigh((left.T @ left).double())
-    inverse_root = torch.where(overlap > 0.5, overlap.clamp(min=0.5).rsqrt(), 0)
-    turn = (vectors * inverse_root).to(left.dtype)
-    return left @ turn, turn.T @ right
-
-
-def _rotate(left: torch.Tensor, right: torch.Tensor) -> Factors:
-    """Align an orthonormal basis with the singular directions of E inside it."""
-    gram = (right @ right.T).double()  # (b, b)
-    values, vectors = torch.linalg.eigh(gram)
-    order = torch.arange(len(values) - 1, -1, -1, device=values.device)
-    vectors = vectors[:, order].to(left.dtype)
-    return Factors(left @ vectors, vectors.T @ right, values[order].clamp(min=0).sqrt())
+def _leading(left: torch.Tensor, right: torch.Tensor, count: int) -> Factors:
+    """The leading singular directions of E within an orthonormal basis `left`, where right = leftᵀ E."""
+    energy, vectors = torch.linalg.eigh((right @ right.T).double())
+    turn = vectors[:, -count:].flip(1).to(left.dtype)  # eigh's order is rising
+    return Factors(left @ turn, turn.T @ right, energy[-count:].flip(0).clamp(min=0).sqrt())

@@ -27,8 +27,8 @@ SVD = {
     "krylov": "block Krylov, warm-started: within 0.2 % of exact",
     "exact": "a full SVD at every iteration, as published",
 }
-_DEPTH_ENDS = 8  # Krylov steps of the first factorization, which starts from noise, and of the last
-_DEPTH_WARM = 5  # and of those between
+_DEPTH_COLD = 10  # Krylov steps of the first factorization, which starts from noise
+_DEPTH_WARM = 3  # and of the others, which start from the one before; a single step loses up to 1.6 %
 
 
 @dataclass(frozen=True)
@@ -81,19 +81,20 @@ def solve(
         a, b = _lora_start(weight, rank, generator)
         return Solution(codes, scales, a, b, Trace(_norm(weight, quantizer), math.sqrt(plain), (), 0))
 
-    def factorize(depth: int, previous: lowrank.Factors | None) -> lowrank.Factors:
+    def factorize(previous: lowrank.Factors | None) -> lowrank.Factors:
         if svd == "exact":
             return lowrank.exact(work, rank)
+        depth = _DEPTH_COLD if previous is None else _DEPTH_WARM
         return lowrank.factorize(work, rank, depth, previous, generator)
 
-    factors = factorize(_DEPTH_ENDS, None)
+    factors = factorize(None)
     errors = [_rest(plain, factors, rank)]
     kept, best = 1, factors
     parent: lowrank.Factors | None = None
     for t in range(2, iterations + 1):
         previous = factors
         squared = quantizer.residual(weight, _product(previous, rank, work), work)
-        factors = factorize(_DEPTH_ENDS if t == iterations else _DEPTH_WARM, previous)
+        factors = factorize(previous)
         errors.append(_rest(squared, factors, rank))
         if errors[-1] < errors[kept - 1]:
             kept, parent, best = t, previous, factors

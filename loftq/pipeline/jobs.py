@@ -30,7 +30,7 @@ def solve_all(plan: Plan, staging: Staging, device: torch.device, workers: int, 
     """Run a job for each tensor that is not in place yet, with a progress bar on stderr."""
     layers = {layer.tensor: layer for layer in plan.layers}
     tensors = plan.source.checkpoint.tensors
-    names = [*layers, *plan.passed]
+    names = [*plan.passed, *layers]  # embeddings first: at the end they would be one worker's, the others idle
     left = [name for name in names if name not in staging.done]
     everything = sum(tensors[name].numel for name in names)
     begun = everything - sum(tensors[name].numel for name in left)

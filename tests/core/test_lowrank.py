@@ -8,7 +8,7 @@ import torch
 from loftq.core import lowrank
 from loftq.core.lowrank import Factors
 
-SHAPES = [(384, 384), (640, 256), (256, 640)]
+SHAPES = [(384, 384), (640, 320), (320, 640)]
 SPECTRA = ["flat", "steep"]
 RANKS = [1, 4, 16, 64]
 
