@@ -12,7 +12,7 @@ from loftq.pipeline.quantize import SAVE_DIR
 from loftq.pipeline.quantize import quantize as run
 from loftq.pipeline.recipe import BITS, COMPUTE_DTYPES, Recipe
 
-from .params import Names
+from .params import names
 
 _EPILOG = """\b
 Examples:
@@ -36,8 +36,8 @@ Examples:
 @click.option(
     "--compute-dtype", type=click.Choice(list(COMPUTE_DTYPES)), default=Recipe.compute_dtype, show_default=True
 )
-@click.option("--target-modules", type=Names(), help="Names or patterns, commas between.  [default: all linears]")
-@click.option("--exclude-modules", type=Names(), default=(), help="Names or patterns to leave in 16 bits.")
+@click.option("--target-modules", type=names, help="Names or patterns, commas between.  [default: all linears]")
+@click.option("--exclude-modules", type=names, default=(), help="Names or patterns to leave in 16 bits.")
 @click.option("--svd", default=Recipe.svd, show_default=True, help="krylov, or exact as in the paper (slow).")
 @click.option("--save-dir", default=SAVE_DIR, show_default=True, help="Where {name}-{bits}bit-{rank}rank goes.")
 @click.option("--output", help="The exact folder to write.")
