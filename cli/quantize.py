@@ -38,6 +38,8 @@ Examples:
 )
 @click.option("--target-modules", type=names, help="Names or patterns, commas between.  [default: all linears]")
 @click.option("--exclude-modules", type=names, default=(), help="Names or patterns to leave in 16 bits.")
+@click.option("--task", help="causal-lm, seq2seq-lm, sequence-classification, ...  [default: the checkpoint's own]")
+@click.option("--num-labels", type=int, help="Classes of a classifier: a head of another size begins anew.")
 @click.option("--svd", default=Recipe.svd, show_default=True, help="krylov, or exact as in the paper (slow).")
 @click.option("--save-dir", default=SAVE_DIR, show_default=True, help="Where {name}-{bits}bit-{rank}rank goes.")
 @click.option("--output", help="The exact folder to write.")

@@ -11,6 +11,8 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from loftq.models import plugin
+
 if TYPE_CHECKING:
     from loftq.errors import LoftQError as LoftQError
     from loftq.models.loading import load_qlora as load_qlora
@@ -26,6 +28,9 @@ _HOMES = {
     "quantize": "loftq.pipeline.quantize",
     "quantize_model": "loftq.pipeline.quantize_model",
 }
+
+
+plugin.install()  # folders of ours that stock transformers cannot load, it can from here on
 
 
 def __getattr__(name: str) -> Any:

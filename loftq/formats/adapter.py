@@ -18,6 +18,7 @@ from loftq.formats.checkpoint import TensorSpec
 FOLDER = "loftq_init"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # peft's name for the model within its own
 
 
 def scaling(alpha: float, rank: int, rslora: bool) -> float:
@@ -27,7 +28,17 @@ def scaling(alpha: float, rank: int, rslora: bool) -> float:
 
 def keys(module: str) -> tuple[str, str]:
     """The names of A and B in the adapter's file."""
-    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
+    return key_of(f"{module}.lora_A.weight"), key_of(f"{module}.lora_B.weight")
+
+
+def key_of(parameter: str) -> str:
+    """The name in the adapter's file of a parameter that is saved beside the factors: a head's."""
+    return f"{_PREFIX}{parameter}"
+
+
+def is_key(name: str) -> bool:
+    """Whether a name is one of the adapter's file."""
+    return name.startswith(_PREFIX)
 
 
 def specs(module: str, shape: Sequence[int], rank: int) -> list[TensorSpec]:
@@ -44,10 +55,11 @@ def config_text(
     alpha: float,
     rslora: bool,
     dropout: float,
-    task_type: str,
+    task_type: str | None,
+    modules_to_save: Sequence[str] = (),
 ) -> str:
     """`adapter_config.json`."""
-    config = {
+    config: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model,
@@ -61,7 +73,7 @@ def config_text(
         "inference_mode": True,
         "init_lora_weights": True,
         "loftq_config": {},
-        "modules_to_save": None,
+        "modules_to_save": list(modules_to_save) or None,
     }
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from torch import nn
 from loftq.errors import ArtifactError
 from loftq.formats import adapter as adapter_format
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
+from loftq.models.tasks import TASKS, auto_class
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,11 +33,11 @@ def load_qlora(
     """Load a folder that `loftq quantize` wrote, with its initial adapter or a trained one.
 
     Beside what `from_pretrained` does: the compute dtype is the folder's (or `dtype`), bitsandbytes' CPU
-    repacking is off, norms run in float32 while embeddings stay as they are, inputs require gradients so that
-    gradient checkpointing works, and the adapter is checked to belong to this backbone. Raises ArtifactError.
+    repacking is off, norms and a task's head run in float32 while embeddings stay as they are, inputs require
+    gradients so that gradient checkpointing works, and the adapter is checked to belong to this backbone.
+    Raises ArtifactError.
     """
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     artifact = open_artifact(folder)
     if artifact.manifest["kind"] != "qlora":
@@ -42,14 +45,18 @@ def load_qlora(
     chosen = artifact.adapter if adapter is None else Path(adapter)
     check_adapter(artifact, chosen)
     stored: torch.dtype = getattr(torch, artifact.manifest["recipe"]["compute_dtype"])
-    base: Any = AutoModelForCausalLM.from_pretrained(artifact.folder, dtype=stored, device_map=device_map)
+    task = TASKS[artifact.manifest["source"].get("task", "causal-lm")]
+    with _expecting_a_new_head(task.has_head):
+        base: Any = auto_class(task).from_pretrained(artifact.folder, dtype=stored, device_map=device_map)
     guard_cpu(base)
     if dtype is not None and dtype != stored:
         _change_dtype(base, dtype)
     _norms_in_float32(base, dtype or stored)
     if is_trainable:
         base.enable_input_require_grads()
-    return PeftModel.from_pretrained(base, chosen, is_trainable=is_trainable)
+    model = PeftModel.from_pretrained(base, chosen, is_trainable=is_trainable)
+    _heads_in_float32(model)
+    return model
 
 
 def guard_cpu(model: nn.Module) -> None:
@@ -136,8 +143,31 @@ def _norms_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
             module.register_forward_hook(partial(_cast_output, dtype))
 
 
+def _heads_in_float32(model: nn.Module) -> None:
+    """Heads that train in full: an update of a few millionths is lost in bfloat16."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.float()
+            module.register_forward_pre_hook(_cast_input)
+
+
+@contextmanager
+def _expecting_a_new_head(expected: bool) -> Iterator[None]:
+    """Without transformers' warning that a head begins anew, where the adapter holds it."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    try:
+        if expected:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _cast_input(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (inputs[0].float(), *inputs[1:])
+    return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def _cast_output(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loftq.formats.adapter import FOLDER
 from loftq.pipeline.plan import Plan
-from loftq.pipeline.recipe import Recipe
 from loftq.pipeline.report import size
 
 _WORST = 5
@@ -33,14 +33,14 @@ A quantized backbone and the LoRA adapter that repairs it, made from `{label}` b
 
 ## Load
 
-{_snippet(recipe)}
+{_snippet(plan)}
 
 or, with loftq installed, `model = loftq.load_qlora(MODEL_DIR)`.
 
 - The adapter belongs to this backbone. On the original weights it counts the rounding error twice.
 - On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward in evaluation mode, and
   training after that is wrong. `loftq.load_qlora` prevents it; with the lines above, set
-  `module.support_avx512bf16_for_cpu = False` on every `Linear4bit` right after loading.{notes}
+  `module.support_avx512bf16_for_cpu = False` on every `Linear4bit` right after loading.{_head(plan)}{notes}
 
 ## Settings
 
@@ -58,15 +58,28 @@ The layers with the largest error:
 """
 
 
-def _snippet(recipe: Recipe) -> str:
-    return f"""```python
+def _snippet(plan: Plan) -> str:
+    recipe, loader = plan.recipe, plan.task.auto_class
+    if not plan.stock:
+        return f"""```python
+import loftq  # stock transformers alone cannot load this model's linears quantized, and refuses the folder
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import {loader}
 
 MODEL_DIR = "..."  # this folder or repository
 
-base_model = AutoModelForCausalLM.from_pretrained(
+base_model = {loader}.from_pretrained(MODEL_DIR, torch_dtype=torch.{recipe.compute_dtype})
+model = PeftModel.from_pretrained(base_model, MODEL_DIR, subfolder="{FOLDER}", is_trainable=True)
+```"""
+    return f"""```python
+import torch
+from peft import PeftModel
+from transformers import {loader}, BitsAndBytesConfig
+
+MODEL_DIR = "..."  # this folder or repository
+
+base_model = {loader}.from_pretrained(
     MODEL_DIR,
     torch_dtype=torch.{recipe.compute_dtype},
     quantization_config=BitsAndBytesConfig(
@@ -80,18 +93,34 @@ model = PeftModel.from_pretrained(base_model, MODEL_DIR, subfolder="{FOLDER}", i
 ```"""
 
 
+def _head(plan: Plan) -> str:
+    if not plan.modules_to_save:
+        return ""
+    names = ", ".join(f"`{name}`" for name in plan.modules_to_save)
+    return (
+        f"\n- The head ({names}) is in the adapter, which trains and saves it: transformers says that it begins "
+        "anew, and peft then fills it."
+    )
+
+
 def _settings(plan: Plan) -> dict[str, str]:
     recipe = plan.recipe
     rounding = f"{recipe.quantizer.codebook}, blocks of {recipe.block_size}"
     method = f"LoftQ, {recipe.iters} iterations" if recipe.iters else "QLoRA's start (plain rounding, B = 0)"
     return {
+        "task": plan.task.name,
         "method": method,
         "rounding": rounding + (", double quantization" if recipe.double_quant else ""),
         "rank, alpha": f"{recipe.rank}, {recipe.lora_alpha:g}" + (" (rank-stabilized)" if recipe.rslora else ""),
         "adapted modules": ", ".join(plan.target_modules),
-        f"in {recipe.compute_dtype}": ", ".join(["embeddings", "norms", *plan.skip_modules]),
+        f"in {recipe.compute_dtype}": ", ".join(["embeddings", "norms", *_collapsed(plan.skip_modules)]),
         "seed": str(recipe.seed),
     }
+
+
+def _collapsed(names: Sequence[str]) -> list[str]:
+    """Names that differ in a layer's number alone, once."""
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
 
 
 def _measured(totals: Mapping[str, Any]) -> dict[str, str]:

@@ -19,7 +19,8 @@ from loftq.core.solver import solve
 from loftq.errors import CheckpointError, OptionError
 from loftq.formats import adapter, bitsandbytes
 from loftq.formats.checkpoint import ShardWriter
-from loftq.pipeline.plan import Layer, Plan, passed_spec
+from loftq.models import naming
+from loftq.pipeline.plan import Layer, Plan
 from loftq.pipeline.recipe import layer_seed
 from loftq.pipeline.report import layer_row
 from loftq.pipeline.source import Source
@@ -29,23 +30,31 @@ from loftq.pipeline.staging import Staging
 def solve_all(plan: Plan, staging: Staging, device: torch.device, workers: int, quiet: bool) -> None:
     """Run a job for each tensor that is not in place yet, with a progress bar on stderr."""
     layers = {layer.tensor: layer for layer in plan.layers}
-    tensors = plan.source.checkpoint.tensors
-    names = [*plan.passed, *layers]  # embeddings first: at the end they would be one worker's, the others idle
-    left = [name for name in names if name not in staging.done]
-    everything = sum(tensors[name].numel for name in names)
-    begun = everything - sum(tensors[name].numel for name in left)
+    # Embeddings first: at the end they would be one worker's, the others idle.
+    kept = {name: spec.numel for name, spec in {**plan.created, **plan.passed}.items()}
+    sizes = {**kept, **{name: layer.weights for name, layer in layers.items()}}
+    left = [name for name in sizes if name not in staging.done]
+    everything = sum(sizes.values())
+    begun = everything - sum(sizes[name] for name in left)
     bar = tqdm(total=everything, initial=begun, unit="w", unit_scale=True, disable=quiet, dynamic_ncols=True)
     shards = [*plan.backbone, plan.adapter]
     with bar, _one_thread_each(), ShardWriter(staging.folder, shards) as writer:
 
         def work(name: str) -> None:
             layer = layers.get(name)
-            record = _solve_layer(plan, layer, writer, device) if layer else _pass_through(plan, name, writer)
+            if layer is not None:
+                record = _solve_layer(plan, layer, writer, device)
+            elif name in plan.passed:
+                record = _pass_through(plan, name, writer)
+            else:
+                record = _create(plan, name, writer)
             staging.note(name, record)
             bar.set_postfix_str(layer.module if layer else name, refresh=False)
-            bar.update(tensors[name].numel)
+            bar.update(sizes[name])
 
-        _run_jobs(work, left, workers)
+        for name in plan.created.keys() & set(left):  # drawn from torch's own generator, which threads share
+            work(name)
+        _run_jobs(work, [name for name in left if name not in plan.created], workers)
 
 
 @contextmanager
@@ -77,7 +86,7 @@ def _solve_layer(plan: Plan, layer: Layer, writer: ShardWriter, device: torch.de
     quantizer = recipe.quantizer
     stored = plan.source.checkpoint.read(layer.tensor)
     digest = _digest(stored)
-    weight = stored.to(device, torch.float32).contiguous()
+    weight = (stored.t() if layer.transposed else stored).to(device, torch.float32).contiguous()
     _check_finite(weight, layer.tensor, plan.source)
     seed = layer_seed(recipe.seed, layer.module)
     solution = solve(weight, quantizer, recipe.rank, recipe.iters, recipe.scaling, svd=recipe.svd, seed=seed)
@@ -90,7 +99,7 @@ def _solve_layer(plan: Plan, layer: Layer, writer: ShardWriter, device: torch.de
 
 def _pass_through(plan: Plan, name: str, writer: ShardWriter) -> dict[str, Any]:
     stored = plan.source.checkpoint.read(name)
-    spec = passed_spec(plan.source.checkpoint.tensors[name], plan.passed[name], plan.recipe.dtype)
+    spec = plan.passed[name]
     if stored.is_floating_point():
         _check_finite(stored, name, plan.source)
     cast = stored.to(spec.dtype)
@@ -98,6 +107,14 @@ def _pass_through(plan: Plan, name: str, writer: ShardWriter) -> dict[str, Any]:
         raise OptionError(f"tensor {name!r} does not fit --compute-dtype {plan.recipe.compute_dtype}: use bfloat16")
     writer.write(spec.name, cast)
     return {"sha256": _digest(stored)}
+
+
+def _create(plan: Plan, key: str, writer: ShardWriter) -> dict[str, Any]:
+    """Begin a parameter anew that the checkpoint lacks: a new task's head, a pooler."""
+    seed = layer_seed(plan.recipe.seed, key)
+    spec = plan.created[key]
+    writer.write(spec.name, naming.initial_tensor(plan.model, key, seed).to(spec.dtype))
+    return {}
 
 
 def _digest(tensor: torch.Tensor) -> str:

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch import nn
 
 from loftq.errors import CheckpointError, OptionError, SourceError
 from loftq.formats import adapter, bitsandbytes
 from loftq.formats.checkpoint import Shard, TensorSpec, lay_out, parse_size
-from loftq.models import naming
+from loftq.models import linears, naming
 from loftq.models.families import family_of
+from loftq.models.linears import Dense, Linears
+from loftq.models.naming import NameMap
+from loftq.models.tasks import Task, build_meta
 from loftq.pipeline.recipe import Recipe
 from loftq.pipeline.source import Source
 
 _SOLVER_BYTES = 13  # a weight in solution: float32 twice, its source, its codes, their packed form, a sketch
+_POOLER = "pooler"  # checkpoints of masked language models often lack it, and transformers begins it anew
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear to quantize: its module, the checkpoint tensor it comes from, its shape (out, in)."""
+    """A linear to quantize: its module, the checkpoint tensor it comes from, its shape (out, in).
+
+    The tensor itself is (in, out) where `transposed`.
+    """
 
     module: str
     tensor: str
     shape: tuple[int, int]
+    transposed: bool = False
 
     @property
     def weights(self) -> int:
@@ -36,19 +45,32 @@ class Layer:
 
 @dataclass(frozen=True)
 class Plan:
-    """Layers to quantize, tensors to pass through (source name to written name), and where all bytes go."""
+    """What becomes of every tensor, and where all bytes go."""
 
     recipe: Recipe
     source: Source
-    model_type: str
+    model: nn.Module  # on the meta device
+    task: Task
     layers: tuple[Layer, ...]
-    passed: Mapping[str, str]
+    passed: Mapping[str, TensorSpec]  # tensors of the source that are not quantized, and what they are written as
+    created: Mapping[str, TensorSpec]  # parameters that no tensor of the source provides
     backbone: tuple[Shard, ...]
     adapter: Shard
     target_modules: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
     skip_modules: tuple[str, ...]
-    task_type: str
+    stock: bool  # stock transformers loads the backbone
     notes: tuple[str, ...]
+
+    @property
+    def model_type(self) -> str:
+        """What transformers calls the architecture."""
+        return str(self.model.config.model_type)  # type: ignore[union-attr]
+
+    @cached_property
+    def expert_bytes(self) -> int:
+        """Bytes of fused experts, which are not quantized."""
+        return sum(linears.fused_experts(self.model).values()) * self.recipe.dtype.itemsize
 
     @cached_property
     def layer_bits(self) -> float:
@@ -90,40 +112,46 @@ class Plan:
 def make_plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False) -> Plan:
     """Resolve a recipe against a source. Raises SourceError or OptionError with what to change."""
     _refuse_quantized(source)
-    model = naming.build_meta(source.folder, trust_remote_code=trust_remote_code)
-    model_type = str(model.config.model_type)  # type: ignore[union-attr]
-    linears = naming.find_linears(model)
-    notes = []
-    if not linears.candidates:
-        kinds = ", ".join(sorted(set(linears.others.values()))) or "none"
-        raise SourceError(
-            f"{source.name}: no dense layer that stock transformers loads quantized (its dense layers: {kinds})"
-        )
-    family = family_of(model_type)
-    if not family.tested:
-        notes.append(f"model type {model_type} has no row of its own: quantized the generic way, by its modules")
-    if linears.others:
-        kinds = ", ".join(sorted(set(linears.others.values())))
-        notes.append(f"{len(linears.others)} dense layers of class {kinds} stay in {recipe.compute_dtype}")
-    targets = naming.select(list(linears.candidates), recipe.target_modules, recipe.exclude_modules)
-    names = naming.map_names(model, source.checkpoint.tensors)
-    notes += [f"not part of the model, left out: {name}" for name in names.left_out]
-    layers = tuple(_layer(target, names.source, source, recipe) for target in targets)
+    model, task = build_meta(
+        source.folder, task=recipe.task, num_labels=recipe.num_labels, trust_remote_code=trust_remote_code
+    )
+    if family_of(str(model.config.model_type)).float32:  # type: ignore[union-attr]
+        recipe = replace(recipe, compute_dtype="float32")
+    found = linears.find_linears(model)
+    targets = _targets(model, found, recipe, source)
+    heads = found.heads if task.has_head else ()
+    resized = heads if recipe.num_labels is not None else ()
+    names = naming.map_names(model, source.checkpoint.tensors, new=(*heads, _POOLER), resized=resized)
+    layers = tuple(_layer(target, found.candidates[target], names.source, source, recipe) for target in targets)
     quantized = {layer.tensor for layer in layers}
-    passed = {name: key for name, key in names.written.items() if name not in quantized}
-    return Plan(
+    tensors = source.checkpoint.tensors
+    passed = {
+        name: _kept_spec(key, tensors[name], heads, recipe)
+        for name, key in names.written.items()
+        if name not in quantized
+    }
+    created = {
+        key: _kept_spec(key, TensorSpec(key, torch.float32, shape), heads, recipe)
+        for key, shape in names.created.items()
+    }
+    stock = all(found.candidates[target].stock for target in targets)
+    plan = Plan(
         recipe=recipe,
         source=source,
-        model_type=model_type,
+        model=model,
+        task=task,
         layers=layers,
         passed=passed,
-        backbone=_lay_out_backbone(layers, names.written, source, recipe),
-        adapter=_lay_out_adapter(layers, recipe),
+        created=created,
+        backbone=_lay_out_backbone(layers, names, {**passed, **created}, recipe),
+        adapter=_lay_out_adapter(layers, {**passed, **created}, recipe),
         target_modules=tuple(adapter.target_names(targets, [name for name, _ in model.named_modules()])),
-        skip_modules=tuple(naming.skip_modules(linears, targets)),
-        task_type=family.task_type,
-        notes=tuple(notes),
+        modules_to_save=heads,
+        skip_modules=tuple(linears.skip_modules(model, found, targets)),
+        stock=stock,
+        notes=(),
     )
+    return replace(plan, notes=tuple(_notes(plan, found, names)))
 
 
 def _refuse_quantized(source: Source) -> None:
@@ -139,51 +167,101 @@ def _refuse_quantized(source: Source) -> None:
         raise SourceError(f"{source.name} is already quantized ({method}): start from its full-precision weights")
 
 
-def _layer(module: str, origin: Mapping[str, str], source: Source, recipe: Recipe) -> Layer:
+def _targets(model: nn.Module, found: Linears, recipe: Recipe, source: Source) -> list[str]:
+    """The modules to quantize: those asked for, or the family's, or all."""
+    if not found.candidates:
+        kinds = ", ".join(sorted(set(found.others.values()))) or "none"
+        raise SourceError(f"{source.name} has no linear layer that can be quantized (its other dense layers: {kinds})")
+    wanted = recipe.target_modules
+    if wanted is None:
+        usual = family_of(str(model.config.model_type)).targets  # type: ignore[union-attr]
+        names = list(found.candidates)
+        reached = [p for p in usual or () if any(linears.reaches(p, name) for name in names)]
+        wanted = tuple(reached) or None
+    return linears.select(model, found, wanted, recipe.exclude_modules)
+
+
+def _layer(module: str, dense: Dense, origin: Mapping[str, str], source: Source, recipe: Recipe) -> Layer:
     key = f"{module}.weight"
+    last = module.rpartition(".")[2]
     if key not in origin:
         raise SourceError(
             f"{key} is made of several checkpoint tensors when it is loaded, which cannot be streamed: "
-            f"add --exclude-modules {module.rpartition('.')[2]}"
+            f"add --exclude-modules {last}"
         )
     spec = source.checkpoint.tensors[origin[key]]
     if spec.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise CheckpointError(f"tensor {spec.name!r} has dtype {spec.dtype}: expected 16 or 32 bits, not quantized")
-    rows, columns = spec.shape
+    rows, columns = dense.shape
     if recipe.rank > min(rows, columns):
         raise OptionError(
             f"--rank {recipe.rank} is larger than the smaller side of {module} ({rows} x {columns}): "
-            f"use at most {min(rows, columns)}, or --exclude-modules {module.rpartition('.')[2]}"
+            f"use at most {min(rows, columns)}, or --exclude-modules {last}"
         )
     if columns % recipe.block_size:  # blocks across rows are legal, but bitsandbytes reads them wrongly on the CPU
         fitting = [size for size in bitsandbytes.BLOCK_SIZES if columns % size == 0]
-        advice = f"use --block-size {fitting[-1]}" if fitting else f"--exclude-modules {module.rpartition('.')[2]}"
+        advice = f"use --block-size {fitting[-1]}" if fitting else f"--exclude-modules {last}"
         raise OptionError(
             f"--block-size {recipe.block_size} does not divide the {columns} inputs of {module} "
             f"({rows} x {columns}): {advice}"
         )
-    return Layer(module, spec.name, (rows, columns))
+    return Layer(module, spec.name, (rows, columns), dense.transposed)
+
+
+def _kept_spec(key: str, spec: TensorSpec, heads: Sequence[str], recipe: Recipe) -> TensorSpec:
+    """What a tensor that is not quantized is written as: in the compute dtype, or, a head's, in the adapter's."""
+    if not spec.dtype.is_floating_point:
+        return TensorSpec(key, spec.dtype, spec.shape)
+    if any(key.startswith(f"{head}.") for head in heads):
+        return TensorSpec(adapter.key_of(key), torch.float32, spec.shape)
+    return TensorSpec(key, recipe.dtype, spec.shape)
 
 
 def _lay_out_backbone(
-    layers: tuple[Layer, ...], written: Mapping[str, str], source: Source, recipe: Recipe
+    layers: tuple[Layer, ...], names: NameMap, kept: Mapping[str, TensorSpec], recipe: Recipe
 ) -> tuple[Shard, ...]:
     by_tensor = {layer.tensor: layer for layer in layers}
     groups = []
-    for name, key in written.items():
+    for name in [*names.written, *names.created]:
         layer = by_tensor.get(name)
-        if layer is None:
-            groups.append([passed_spec(source.checkpoint.tensors[name], key, recipe.dtype)])
-        else:
+        if layer is not None:
             groups.append(bitsandbytes.specs(layer.module, layer.shape, recipe.quantizer, recipe.dtype))
+        elif not adapter.is_key(kept[name].name):
+            groups.append([kept[name]])
     return tuple(lay_out(groups, parse_size(recipe.max_shard_size)))
 
 
-def _lay_out_adapter(layers: tuple[Layer, ...], recipe: Recipe) -> Shard:
+def _lay_out_adapter(layers: tuple[Layer, ...], kept: Mapping[str, TensorSpec], recipe: Recipe) -> Shard:
     specs = [spec for layer in layers for spec in adapter.specs(layer.module, layer.shape, recipe.rank)]
+    specs += [spec for spec in kept.values() if adapter.is_key(spec.name)]
     return lay_out([specs], max(sum(spec.nbytes for spec in specs), 1), f"{adapter.FOLDER}/{adapter.WEIGHTS}")[0]
 
 
-def passed_spec(spec: TensorSpec, key: str, dtype: torch.dtype) -> TensorSpec:
-    """How a tensor that is not quantized is written: floating point in the compute dtype, the rest as it is."""
-    return TensorSpec(key, dtype if spec.dtype.is_floating_point else spec.dtype, spec.shape)
+def _notes(plan: Plan, found: Linears, names: NameMap) -> Iterator[str]:
+    """What a user should know of this model, a line each."""
+    dtype = plan.recipe.compute_dtype
+    if not family_of(plan.model_type).tested:
+        yield f"model type {plan.model_type} has no row of its own: quantized the generic way, by its modules"
+    if family_of(plan.model_type).float32:
+        yield f"transformers runs {plan.model_type} in float32 alone: that is its compute dtype here"
+    if not plan.stock:
+        kinds = {type(plan.model.get_submodule(layer.module)).__name__ for layer in plan.layers} - {"Linear"}
+        yield (
+            f"stock transformers cannot load {', '.join(sorted(kinds))} quantized: "
+            "import loftq before from_pretrained, or use loftq.load_qlora"
+        )
+    if plan.expert_bytes:
+        yield f"fused experts stay in {dtype}: {plan.expert_bytes / 1e9:.3g} GB"
+    for what, left in (("", found.others), (" that share their weight", found.shared)):
+        if left:
+            kinds = {type(plan.model.get_submodule(name)).__name__ for name in left}
+            yield f"{len(left)} dense layers of class {', '.join(sorted(kinds))}{what} stay in {dtype}"
+    if plan.created:
+        yield f"not in the checkpoint, begun anew: {_some(list(plan.created))}"
+    if names.left_out:
+        yield f"not part of the model, left out: {_some(names.left_out)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from loftq.errors import OptionError, OutputError
-from loftq.formats import adapter, artifact, bitsandbytes
+from loftq.formats import adapter, artifact, bitsandbytes, native
 from loftq.formats.checkpoint import INDEX, index_text
 from loftq.pipeline.card import card_text
 from loftq.pipeline.jobs import solve_all
 from loftq.pipeline.plan import Plan, make_plan
 from loftq.pipeline.recipe import Recipe
-from loftq.pipeline.report import Report, peak_memory, planned_row, totals
+from loftq.pipeline.report import Report, peak_memory, planned_row, report, totals
 from loftq.pipeline.source import find_source
 from loftq.pipeline.staging import Staging, check_output, is_begun, open_staging
 
@@ -42,6 +42,8 @@ def quantize(
     compute_dtype: str = "bfloat16",
     target_modules: Sequence[str] | None = None,
     exclude_modules: Sequence[str] = (),
+    task: str | None = None,
+    num_labels: int | None = None,
     svd: str = "krylov",
     seed: int = 0,
     max_shard_size: str = "5GB",
@@ -57,10 +59,11 @@ def quantize(
     dry_run: bool = False,
     quiet: bool = False,
 ) -> Report:
-    """Quantize a causal language model and initialize its LoRA adapter with LoftQ.
+    """Quantize a model and initialize its LoRA adapter with LoftQ.
 
     `model` is a folder or a Hub id; without one, the default model of the zoo. The result is the folder
-    `output`, by default `save_dir/{name}-{bits}bit-{rank}rank`. The settings are those of
+    `output`, by default `save_dir/{name}-{bits}bit-{rank}rank`. `task` is one of `loftq.models.tasks.TASKS`, by
+    default that of the checkpoint's own architecture. The settings are those of
     `loftq quantize --help`. On one machine the same source and settings give the same bytes, on any number
     of workers, resumed or not. Returns the report; raises LoftQError.
     """
@@ -77,6 +80,8 @@ def quantize(
         compute_dtype=compute_dtype,
         target_modules=None if target_modules is None else tuple(target_modules),
         exclude_modules=tuple(exclude_modules),
+        task=task,
+        num_labels=num_labels,
         svd=svd,
         seed=seed,
         max_shard_size=max_shard_size,
@@ -95,21 +100,17 @@ def quantize(
         check_output(folder, resume=resume, overwrite=overwrite)
     plan = make_plan(source, recipe, trust_remote_code=trust_remote_code)
     if dry_run:
-        rows = [planned_row(plan, layer) for layer in plan.layers]
-        return Report(folder, source.name, recipe.to_dict(), totals(plan), rows, plan.notes, plan.memory(count))
+        return report(plan, folder, [planned_row(plan, layer) for layer in plan.layers], plan.memory(count))
     if resume and not is_begun(folder) and (folder / artifact.MANIFEST).is_file():
         rows = _finished_rows(folder, plan)
-        seconds, peak = time.perf_counter() - started, peak_memory(chosen)
-        return Report(folder, source.name, recipe.to_dict(), totals(plan, rows), rows, plan.notes, peak, seconds)
-    with open_staging(folder, _fingerprint(plan, chosen), overwrite=overwrite) as staging:
-        if not staging.ready:
-            solve_all(plan, staging, chosen, count, quiet)
-            _finish(plan, staging, folder, trust_remote_code)
-        rows = _rows(plan, staging)
-        staging.publish()
-    seconds = time.perf_counter() - started
-    peak = peak_memory(chosen)
-    return Report(folder, source.name, recipe.to_dict(), totals(plan, rows), rows, plan.notes, peak, seconds)
+    else:
+        with open_staging(folder, _fingerprint(plan, chosen), overwrite=overwrite) as staging:
+            if not staging.ready:
+                solve_all(plan, staging, chosen, count, quiet)
+                _finish(plan, staging, folder, trust_remote_code)
+            rows = _rows(plan, staging)
+            staging.publish()
+    return report(plan, folder, rows, peak_memory(chosen), time.perf_counter() - started)
 
 
 def _rows(plan: Plan, staging: Staging) -> list[dict[str, Any]]:
@@ -166,15 +167,26 @@ def _fingerprint(plan: Plan, device: torch.device) -> dict[str, Any]:
     }
 
 
+def _config_text(plan: Plan) -> str:
+    """The source's `config.json` with the class that was built, its labels, the dtype, and the quantization."""
+    recipe = plan.recipe
+    config = json.loads((plan.source.folder / "config.json").read_text(encoding="utf-8"))
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = recipe.compute_dtype
+    config["architectures"] = [type(plan.model).__name__]
+    if recipe.num_labels is not None:
+        built: Any = plan.model.config
+        config |= {"id2label": built.id2label, "label2id": built.label2id}
+    layout = bitsandbytes if plan.stock else native
+    config["quantization_config"] = layout.quantization_config(recipe.quantizer, recipe.dtype, plan.skip_modules)
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
 def _finish(plan: Plan, staging: Staging, folder: Path, trust_remote_code: bool) -> None:
     """Make the small files: configs, tokenizer, card, and the manifest, which hashes all the others."""
     recipe = plan.recipe
     for path in plan.source.side_files(trust_remote_code):
         shutil.copyfile(path, staging.folder / path.name)
-    config = json.loads((plan.source.folder / "config.json").read_text(encoding="utf-8"))
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = recipe.compute_dtype
-    config["quantization_config"] = bitsandbytes.quantization_config(recipe.quantizer, recipe.dtype, plan.skip_modules)
-    staging.write_text("config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    staging.write_text("config.json", _config_text(plan))
     if len(plan.backbone) > 1:
         staging.write_text(INDEX, index_text(plan.backbone))
     staging.write_text(
@@ -186,7 +198,8 @@ def _finish(plan: Plan, staging: Staging, folder: Path, trust_remote_code: bool)
             alpha=recipe.lora_alpha,
             rslora=recipe.rslora,
             dropout=recipe.dropout,
-            task_type=plan.task_type,
+            task_type=plan.task.peft_type,
+            modules_to_save=plan.modules_to_save,
         ),
     )
     rows = _rows(plan, staging)
@@ -194,7 +207,7 @@ def _finish(plan: Plan, staging: Staging, folder: Path, trust_remote_code: bool)
     staging.write_text("README.md", card_text(plan, sums, rows))
     names = [name for name in staging.files() if name != artifact.MANIFEST]
     files = artifact.describe_files(staging.folder, names)
-    hashes = {name: record["sha256"] for name, record in staging.done.items()}
+    hashes = {name: record["sha256"] for name, record in staging.done.items() if name not in plan.created}
     manifest = {
         "format_version": artifact.VERSION,
         "kind": "qlora",
@@ -202,6 +215,7 @@ def _finish(plan: Plan, staging: Staging, folder: Path, trust_remote_code: bool)
         "source": {
             "model": plan.source.name,
             "model_type": plan.model_type,
+            "task": plan.task.name,
             "revision": plan.source.revision,
             "sha256": artifact.combine_hashes(hashes),
         },

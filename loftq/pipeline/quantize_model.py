@@ -12,8 +12,8 @@ from loftq.core.blockwise import BlockQuantizer
 from loftq.core.solver import Solution, solve
 from loftq.errors import OptionError
 from loftq.formats import bitsandbytes
+from loftq.models.linears import Dense, Linears, select
 from loftq.models.loading import guard_cpu
-from loftq.models.naming import select
 from loftq.pipeline.recipe import Recipe, layer_seed
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ def _find_targets(model: nn.Module, wanted: Sequence[str] | None, excluded: Sequ
         raise OptionError(f"{type(model).__name__} holds no nn.Linear: there is nothing to quantize")
     if any(hasattr(module, "lora_A") for module in model.modules()):
         raise OptionError("the model has LoRA adapters already: merge or unload them first")
-    return {name: found[name] for name in select(list(found), wanted, excluded)}
+    shapes = {name: Dense((module.out_features, module.in_features)) for name, module in found.items()}
+    return {name: found[name] for name in select(model, Linears(shapes), wanted, excluded)}
 
 
 def _check_fits(name: str, module: nn.Linear, recipe: Recipe, *, quantize: bool, lora: bool) -> None:

@@ -40,6 +40,8 @@ class Recipe:
     compute_dtype: str = "bfloat16"
     target_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] = ()
+    task: str | None = None
+    num_labels: int | None = None
     svd: str = "krylov"
     seed: int = 0
     max_shard_size: str = "5GB"
@@ -57,6 +59,8 @@ class Recipe:
             raise OptionError(f"--dropout {self.dropout}: expected 0 or more, below 1")
         if not 0 <= self.seed < 2**63:
             raise OptionError(f"--seed {self.seed}: expected 0 to 2**63 - 1")
+        if self.num_labels is not None and not 1 <= self.num_labels <= 1_000_000:
+            raise OptionError(f"--num-labels {self.num_labels}: expected 1 or more")
         if self.compute_dtype not in COMPUTE_DTYPES:
             raise UnknownNameError("compute dtype", self.compute_dtype, COMPUTE_DTYPES)
         if self.svd not in SVD:

@@ -48,6 +48,7 @@ def totals(plan: Plan, rows: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]
         "source_bytes": plan.source_bytes,
         "backbone_bytes": plan.backbone_bytes,
         "adapter_bytes": plan.adapter.nbytes,
+        "expert_bytes": plan.expert_bytes,
     }
     if rows:
         norm = math.sqrt(sum(row["weight_norm"] ** 2 for row in rows)) or 1.0
@@ -62,6 +63,7 @@ class Report:
 
     folder: Path
     model: str
+    task: str
     recipe: Mapping[str, Any]
     totals: Mapping[str, Any]
     layers: Sequence[Mapping[str, Any]]
@@ -74,6 +76,7 @@ class Report:
         return {
             "folder": str(self.folder),
             "model": self.model,
+            "task": self.task,
             "recipe": dict(self.recipe),
             "totals": dict(self.totals),
             "layers": [dict(row) for row in self.layers],
@@ -87,7 +90,7 @@ class Report:
         sums = self.totals
         share = sums["backbone_bytes"] / sums["source_bytes"]
         rows = [
-            ("model", self.model),
+            ("model", f"{self.model}, {self.task}"),
             ("folder", str(self.folder)),
             ("layers", f"{sums['layers']} linears, {sums['weights'] / 1e6:,.1f} M weights"),
             ("bits per weight", f"{sums['bits_per_weight']:.3f}"),
@@ -109,6 +112,15 @@ class Report:
         rows += [("note", note) for note in self.notes]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def report(
+    plan: Plan, folder: Path, rows: Sequence[Mapping[str, Any]], memory: int, seconds: float | None = None
+) -> Report:
+    """The report of a run, or, without `seconds`, of a plan."""
+    sums = totals(plan, rows if seconds is not None else ())
+    recipe = plan.recipe.to_dict()
+    return Report(folder, plan.source.name, plan.task.name, recipe, sums, rows, plan.notes, memory, seconds)
 
 
 def _kinds(layers: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,90 +1,137 @@
-"""Every family that the table calls tested, and decoders that go the generic way: quantized, loaded by stock
-transformers and peft, compared with the weights they came from."""
+"""Every family of the table and some without a row: quantized, loaded by stock transformers and peft (or, where the
+plan says so, by transformers with our plug-in), and compared with the weights they came from."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from conftest import SIZES, save_model
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import AutoConfig, AutoModelForCausalLM
+from peft.utils import ModulesToSaveWrapper
+from picos import CHANGES, dtype_of, output_of, pico_config, save_pico
+from transformers.pytorch_utils import Conv1D
 
 import loftq
 from loftq.formats.artifact import open_artifact
-from loftq.models.families import FAMILIES
+from loftq.models.families import FAMILIES, family_of
+from loftq.models.linears import find_linears, reaches
 from loftq.models.loading import guard_cpu
+from loftq.models.tasks import TASKS, auto_class
 
-TOKENS = torch.tensor([[11, 42, 7, 99, 3, 250, 17, 5]])
-CHANGES: dict[str, dict[str, object]] = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 16},
-    "smollm3": {"pad_token_id": 0},
-    "phi": {"num_key_value_heads": 4},
-    "gemma2": {"head_dim": 16, "pad_token_id": 0},
-    "olmo2": {},
-    "gpt_neox": {},
-    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "pad_token_id": 0},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-}
+GENERIC = {"granite": "causal-lm", "stablelm": "causal-lm", "codegen": "causal-lm", "camembert": "masked-lm"}
+CASES = [
+    (name, task)
+    for name in CHANGES
+    for task in (family_of(name.partition("/")[0]).tasks or (GENERIC[name],))
+    if "/" not in name or task == family_of(name.partition("/")[0]).tasks[0]
+]
 
 
-def pico_of(model_type: str, folder: Path) -> Path:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**SIZES, **CHANGES[model_type]})
-    return save_model(AutoModelForCausalLM.from_config(config).bfloat16(), folder)
-
-
-def test_every_tested_family_is_here() -> None:
-    assert {name for name, family in FAMILIES.items() if family.tested} <= set(CHANGES)
-
-
-@pytest.mark.parametrize("model_type", CHANGES)
-def test_family(model_type: str, tmp_path: Path) -> None:
-    """Oracles: bitsandbytes' dequantization, peft's scaling, the report's errors, full-precision logits."""
-    source = pico_of(model_type, tmp_path / model_type)
-    folder = loftq.quantize(str(source), output=tmp_path / "out", rank=8, iters=3, alpha=16, quiet=True).folder
-    full = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval()
-    weights = {name: module.weight.data for name, module in full.named_modules() if hasattr(module, "weight")}
-
-    base, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
-    assert not loading["missing_keys"]
+def load_stock(folder: Path, task: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """As the card says: the base and the peft model on it."""
+    base, loading = auto_class(TASKS[task]).from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    heads = find_linears(base).heads if TASKS[task].has_head else ()
+    assert {key.split(".")[0] for key in loading["missing_keys"]} <= set(heads)
     assert not loading["unexpected_keys"]
+    assert not loading["mismatched_keys"]
     guard_cpu(base)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        model = PeftModel.from_pretrained(base, folder, subfolder="loftq_init", is_trainable=True).eval()
+        return base, PeftModel.from_pretrained(base, folder, subfolder="loftq_init", is_trainable=True).eval()
 
+
+def dense_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Weights (out, in) of all dense layers."""
+    return {
+        name: module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D))
+    }
+
+
+def train_one_step(model: Any, base: Any) -> set[str]:
+    """The names of what a step changed, frozen weights included."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
+    output_of(model, base).square().mean().backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
+    model.eval()
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def test_every_row_has_a_pico_model() -> None:
+    assert {name.partition("/")[0] for name in CHANGES} == set(FAMILIES) | set(GENERIC)
+
+
+@pytest.mark.parametrize(("name", "task"), CASES)
+def test_family(name: str, task: str, tmp_path: Path) -> None:
+    """Oracles: bitsandbytes' dequantization, peft's scaling, the report's errors, full-precision outputs."""
+    source, dtype = save_pico(name, task, tmp_path / "source"), dtype_of(name)
+    report = loftq.quantize(str(source), output=tmp_path / "out", rank=8, iters=3, alpha=16, quiet=True)
+    folder = report.folder
+    assert report.task == task
+    full = auto_class(TASKS[task]).from_pretrained(source, dtype=dtype).eval()
+    weights = dense_weights(full)
+
+    base, model = load_stock(folder, task, dtype)
     rows = {row["name"]: row for row in open_artifact(folder).manifest["layers"]}
     assert set(rows) == {name for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    assert all(isinstance(base.get_submodule(name).base_layer, Linear4bit) for name in rows)
-    for name, row in rows.items():
-        layer = base.get_submodule(name)
-        weight = weights[name].double()
+    quantized = {name for name, module in base.named_modules() if isinstance(module, Linear4bit)}
+    assert {name.removesuffix(".base_layer") for name in quantized} == set(rows)
+    for module, row in rows.items():
+        layer = base.get_submodule(module)
+        weight = weights[module].double()
         state = layer.base_layer.weight.quant_state
         state.dtype = torch.float32  # the exact product of level and scale, as the report counts it
         rounded = dequantize_4bit(layer.base_layer.weight.data, state).double()
-        state.dtype = torch.bfloat16
+        state.dtype = dtype
         factors = layer.lora_B["default"].weight.detach().double() @ layer.lora_A["default"].weight.detach().double()
         error = float((weight - rounded - layer.scaling["default"] * factors).norm() / weight.norm())
         assert error == pytest.approx(row["error"], rel=1e-5)
         assert error < row["plain_error"]
 
     with torch.no_grad():
-        wanted = full(TOKENS).logits.float()
-        adapted = model(TOKENS).logits.float()
+        wanted = output_of(full)
+        adapted = output_of(model, base)
         with model.disable_adapter():
-            alone = model(TOKENS).logits.float()
+            for wrapper in base.modules():  # the head is the adapter's: off, it would be one begun anew
+                if isinstance(wrapper, ModulesToSaveWrapper):
+                    wrapper.original_module.load_state_dict(wrapper.modules_to_save["default"].state_dict())
+            alone = output_of(model, base)
     assert (adapted - wanted).norm() < (alone - wanted).norm()
 
+    changed = train_one_step(model, base)
+    assert changed
+    assert all(".lora_" in key or ".modules_to_save." in key for key in changed), changed
+    with torch.no_grad():
+        trained = output_of(model, base)
+    model.save_pretrained(tmp_path / "trained")
+    again = loftq.load_qlora(folder, tmp_path / "trained")
+    _, stock = load_stock(folder, task, dtype)
+    stock.load_adapter(str(tmp_path / "trained"), "trained")
+    stock.set_adapter("trained")
+    with torch.no_grad():
+        assert torch.equal(output_of(stock.eval(), base), trained)
+        close = output_of(again.eval(), base)
+    assert (close - trained).norm() < 0.05 * trained.norm()  # norms in float32
 
-def test_generic_way_is_said(tmp_path: Path) -> None:
-    report = loftq.quantize(str(pico_of("olmo2", tmp_path / "m")), output=tmp_path / "out", rank=4, dry_run=True)
-    assert any("generic" in note for note in report.notes)
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_row_says_what_the_modules_say(name: str) -> None:
+    """Oracle: the modules of the model. All that is not a target is a head, kept by the model's wish, or listed."""
+    kind = name.partition("/")[0]
+    family = family_of(kind)
+    for task in family.tasks:
+        with torch.device("meta"):
+            found = find_linears(auto_class(TASKS[task]).from_config(pico_config(name)))
+        rest = [n for n in found.candidates if not any(reaches(p, n) for p in family.targets or ())]
+        assert all(set(family.stays) & set(n.split(".")) for n in rest), rest
+        left = {n for n in found.kept if not set(family.stays) & set(n.split("."))}
+        assert not left or "router" in family.stays, left
+        assert family.stock == all(dense.stock for dense in found.candidates.values())

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForSequenceClassification
 
 from loftq.errors import OptionError
 
@@ -327,11 +326,28 @@ def test_an_artifact_of_ours_for_a_model(
     check(refuse(tmp_path / "artifact"), 1, [tmp_path / "artifact", "already quantized (bitsandbytes)"], out)
 
 
-def test_not_a_causal_model(tmp_path: Path, refuse: Callable[..., Refused], out: Path) -> None:
-    config = BertConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
-    names = [tmp_path / "bert", "bert", "BertForSequenceClassification", "not a causal language model"]
-    check(refuse(tmp_path / "bert"), 1, names, out)
+def test_an_architecture_of_no_task(model: Path, refuse: Callable[..., Refused], out: Path) -> None:
+    edit_config(model, architectures=["LlamaForPoetry"])
+    check(refuse(model), 1, [model, "llama", "LlamaForPoetry", "--task (it has: causal-lm, sequence-class"], out)
+    edit_config(model, architectures=None)
+    check(refuse(model), 1, [model, "no architecture named", "--task (it has: causal-lm"], out)
+
+
+def test_a_task_that_the_family_has_no_class_for(pico: Path, refuse: Callable[..., Refused], out: Path) -> None:
+    names = ["--task seq2seq-lm", "llama", "no class for it", "causal-lm, sequence-classification"]
+    check(refuse(pico, "--task", "seq2seq-lm"), 2, names, out)
+    check(refuse(pico, "--task", "causal"), 2, ["'causal'", "did you mean causal-lm"], out)
+
+
+def test_labels_where_there_are_none(pico: Path, refuse: Callable[..., Refused], out: Path) -> None:
+    check(refuse(pico, "--num-labels", 3), 2, ["--num-labels 3", "causal-lm"], out)
+    check(refuse(pico, "--task", "sequence-classification", "--num-labels", 0), 2, ["--num-labels 0"], out)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "norm", "lm_head"])
+def test_targets_that_are_no_linears(name: str, pico: Path, refuse: Callable[..., Refused], out: Path) -> None:
+    names = [f"--target-modules '{name}'", name, "q_proj, up_proj, v_proj"]
+    check(refuse(pico, "--target-modules", name), 2, names, out)
 
 
 @pytest.mark.parametrize(
