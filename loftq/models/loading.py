@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -54,9 +54,8 @@ def load_qlora(
     _norms_in_float32(base, dtype or stored)
     if is_trainable:
         base.enable_input_require_grads()
-    model = PeftModel.from_pretrained(base, chosen, is_trainable=is_trainable)
-    _heads_in_float32(model)
-    return model
+    _heads_in_float32(base, _adapter_config(chosen).get("modules_to_save") or ())
+    return PeftModel.from_pretrained(base, chosen, is_trainable=is_trainable)
 
 
 def guard_cpu(model: nn.Module) -> None:
@@ -143,14 +142,11 @@ def _norms_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
             module.register_forward_hook(partial(_cast_output, dtype))
 
 
-def _heads_in_float32(model: nn.Module) -> None:
-    """Heads that train in full: an update of a few millionths is lost in bfloat16."""
-    from peft.utils import ModulesToSaveWrapper
-
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            module.float()
-            module.register_forward_pre_hook(_cast_input)
+def _heads_in_float32(model: nn.Module, names: Iterable[str]) -> None:
+    """Heads that train in full: in bfloat16 an update of a few millionths is lost."""
+    for name in names:
+        head = model.get_submodule(name).float()
+        head.register_forward_pre_hook(_cast_input)
 
 
 @contextmanager
