@@ -54,7 +54,7 @@ def load_qlora(
     _norms_in_float32(base, dtype or stored)
     if is_trainable:
         base.enable_input_require_grads()
-    _heads_in_float32(base, _adapter_config(chosen).get("modules_to_save") or ())
+    _heads_in_float32(base, _adapter_config(artifact.adapter)["modules_to_save"] or ())
     return PeftModel.from_pretrained(base, chosen, is_trainable=is_trainable)
 
 
