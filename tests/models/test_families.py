@@ -11,10 +11,11 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from conftest import save_model
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from picos import CHANGES, dtype_of, output_of, pico_config, save_pico
+from picos import CHANGES, dtype_of, output_of, pico_config, pico_model, save_pico
 from transformers.pytorch_utils import Conv1D
 
 import loftq
@@ -135,3 +136,52 @@ def test_a_row_says_what_the_modules_say(name: str) -> None:
         left = {n for n in found.kept if not set(family.stays) & set(n.split("."))}
         assert not left or "router" in family.stays, left
         assert family.stock == all(dense.stock for dense in found.candidates.values())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "falcon", "bloom", "gpt_neox", "deberta", "t5"])
+def test_weights_that_nf4_holds_exactly_come_back(name: str, tmp_path: Path) -> None:
+    """Oracle: weights made of NF4's levels and powers of two, fused and transposed ones too: no error is left."""
+    from loftq.core.codebooks import codebook
+
+    task = family_of(name).tasks[0]
+    model = pico_model(name, task)
+    levels, generator = codebook("nf4").bfloat16(), torch.Generator().manual_seed(0)
+    wanted: dict[str, torch.Tensor] = {}
+    for module_name, dense in find_linears(model).candidates.items():
+        rows, columns = dense.shape
+        codes = torch.randint(16, (rows, columns // 64, 64), generator=generator)
+        codes[..., 0] = 15  # each block reaches its scale
+        scales = 2.0 ** torch.randint(-6, -1, (rows, columns // 64, 1), generator=generator)
+        exact = (levels[codes] * scales.bfloat16()).view(rows, columns).to(dtype_of(name))
+        wanted[module_name] = exact
+        model.get_submodule(module_name).weight.data = exact.T.contiguous() if dense.transposed else exact
+    source = save_model(model, tmp_path / "source")
+    report = loftq.quantize(str(source), output=tmp_path / "out", rank=4, iters=0, quiet=True)
+    loaded = auto_class(TASKS[task]).from_pretrained(report.folder, dtype=dtype_of(name))
+    assert {row["name"] for row in report.layers} == set(wanted)
+    for module_name, exact in wanted.items():
+        weight = loaded.get_submodule(module_name).weight
+        found = dequantize_4bit(weight.data, weight.quant_state)
+        torch.testing.assert_close(found.float(), exact.float(), rtol=2**-8, atol=0)
+
+
+def test_fused_experts_are_counted(tmp_path: Path, run: Any) -> None:
+    """Oracle: the parameters of the model that stock transformers builds."""
+    source = save_pico("qwen2_moe", "causal-lm", tmp_path / "source")
+    report = loftq.quantize(str(source), output=tmp_path / "out", rank=4, iters=1, quiet=True)
+    model = auto_class(TASKS["causal-lm"]).from_pretrained(source, dtype=torch.bfloat16)
+    experts = sum(p.numel() * 2 for name, p in model.named_parameters() if ".experts." in name)
+    assert report.totals["expert_bytes"] == experts > 0
+    said = f"fused experts stay in bfloat16: {experts / 1e9:.3g} GB"
+    assert said in report.notes
+    assert said in (report.folder / "README.md").read_text()
+    assert said in run("quantize", source, "--rank", "4", "--dry-run").stdout
+    shared = [row["name"] for row in report.layers if "shared_expert" in row["name"]]
+    assert len(shared) == 6
+    assert not any(row["name"].endswith("gate") for row in report.layers)
+
+
+def test_generic_way_is_said(tmp_path: Path) -> None:
+    source = save_pico("granite", "causal-lm", tmp_path / "m")
+    report = loftq.quantize(str(source), output=tmp_path / "out", rank=4, dry_run=True)
+    assert any("generic" in note for note in report.notes)
