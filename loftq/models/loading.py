@@ -138,7 +138,7 @@ def _norms_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         if type(module).__name__.lower().endswith("norm") and not list(module.children()):
             module.float()
-            module.register_forward_pre_hook(_cast_input)
+            module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
             module.register_forward_hook(partial(_cast_output, dtype))
 
 
@@ -146,7 +146,7 @@ def _heads_in_float32(model: nn.Module, names: Iterable[str]) -> None:
     """Heads that train in full: in bfloat16 an update of a few millionths is lost."""
     for name in names:
         head = model.get_submodule(name).float()
-        head.register_forward_pre_hook(_cast_input)
+        head.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
 
 
 @contextmanager
@@ -162,8 +162,13 @@ def _expecting_a_new_head(expected: bool) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _cast_input(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+def _cast_inputs(
+    _module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def cast(value: Any) -> Any:
+        return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return tuple(cast(value) for value in inputs), {name: cast(value) for name, value in named.items()}
 
 
 def _cast_output(

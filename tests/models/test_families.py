@@ -121,6 +121,11 @@ def test_family(name: str, task: str, tmp_path: Path) -> None:
         assert torch.equal(output_of(stock.eval(), base), trained)
         close = output_of(again.eval(), base)
     assert (close - trained).norm() < 0.05 * trained.norm()  # norms in float32
+    if again.base_model.model.supports_gradient_checkpointing:
+        again.gradient_checkpointing_enable()
+    changed = train_one_step(again, again.base_model.model)
+    assert changed
+    assert all(".lora_" in key or ".modules_to_save." in key for key in changed), changed
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from picos import pico_config
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.integrations import replace_with_bnb_linear
@@ -136,6 +137,13 @@ def test_targets_that_are_no_linears_are_named(pico: Path) -> None:
     ]:
         with pytest.raises(OptionError, match=said):
             select(model, linears, [pattern], ())
+
+
+def test_convolutions_are_named(tmp_path: Path) -> None:
+    pico_config("vit", architectures=["ViTModel"]).save_pretrained(tmp_path)
+    model = build_meta(tmp_path)[0]
+    with pytest.raises(OptionError, match="of class Conv2d: only linear layers"):
+        select(model, find_linears(model), ["projection"], ())
 
 
 def test_a_shared_linear_cannot_be_adapted_twice() -> None:

