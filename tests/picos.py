@@ -146,6 +146,8 @@ def inputs_for(model: Any) -> dict[str, torch.Tensor]:
         pixels = torch.randn(16, 3, size, size, generator=torch.Generator().manual_seed(0))
         return {"pixel_values": pixels.bfloat16()}
     inputs = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}
+    if model.config.model_type == "gemma3":
+        inputs["token_type_ids"] = torch.zeros_like(TOKENS)  # text alone
     if model.config.is_encoder_decoder and "Classification" not in type(model).__name__:
         inputs["decoder_input_ids"] = TOKENS.flip(1)
     return inputs

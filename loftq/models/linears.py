@@ -138,6 +138,8 @@ def select(model: nn.Module, linears: Linears, targets: Sequence[str] | None, ex
     names = list(linears.candidates)
     for option, patterns in (("--target-modules", targets or ()), ("--exclude-modules", excluded)):
         for pattern in patterns:
+            if option == "--exclude-modules" and any(reaches(pattern, name) for name, _ in model.named_modules()):
+                continue  # what is not quantized anyway may be excluded too
             if not any(reaches(pattern, name) for name in names):
                 raise OptionError(f"{option} {pattern!r} {_why_nothing(model, linears, pattern)}")
     for name, other in linears.shared.items():

@@ -106,14 +106,15 @@ def _head(plan: Plan) -> str:
 def _settings(plan: Plan) -> dict[str, str]:
     recipe = plan.recipe
     rounding = f"{recipe.quantizer.codebook}, blocks of {recipe.block_size}"
+    left = [name for name in plan.skip_modules if not any(name.startswith(saved) for saved in plan.modules_to_save)]
     method = f"LoftQ, {recipe.iters} iterations" if recipe.iters else "QLoRA's start (plain rounding, B = 0)"
     return {
         "task": plan.task.name,
         "method": method,
         "rounding": rounding + (", double quantization" if recipe.double_quant else ""),
         "rank, alpha": f"{recipe.rank}, {recipe.lora_alpha:g}" + (" (rank-stabilized)" if recipe.rslora else ""),
-        "adapted modules": ", ".join(plan.target_modules),
-        f"in {recipe.compute_dtype}": ", ".join(["embeddings", "norms", *_collapsed(plan.skip_modules)]),
+        "adapted modules": ", ".join(_collapsed(plan.target_modules)),
+        f"in {recipe.compute_dtype}": ", ".join(["embeddings", "norms", *_collapsed(left)]),
         "seed": str(recipe.seed),
     }
 

@@ -122,16 +122,17 @@ def make_plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False
     heads = found.heads if task.has_head else ()
     resized = heads if recipe.num_labels is not None else ()
     names = naming.map_names(model, source.checkpoint.tensors, new=(*heads, _POOLER), resized=resized)
+    saved = (*heads, *_new_poolers(names)) if task.has_head else ()
     layers = tuple(_layer(target, found.candidates[target], names.source, source, recipe) for target in targets)
     quantized = {layer.tensor for layer in layers}
     tensors = source.checkpoint.tensors
     passed = {
-        name: _kept_spec(key, tensors[name], heads, recipe)
+        name: _kept_spec(key, tensors[name], saved, recipe)
         for name, key in names.written.items()
         if name not in quantized
     }
     created = {
-        key: _kept_spec(key, TensorSpec(key, torch.float32, shape), heads, recipe)
+        key: _kept_spec(key, TensorSpec(key, torch.float32, shape), saved, recipe)
         for key, shape in names.created.items()
     }
     stock = all(found.candidates[target].stock for target in targets)
@@ -146,7 +147,7 @@ def make_plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False
         backbone=_lay_out_backbone(layers, names, {**passed, **created}, recipe),
         adapter=_lay_out_adapter(layers, {**passed, **created}, recipe),
         target_modules=tuple(adapter.target_names(targets, [name for name, _ in model.named_modules()])),
-        modules_to_save=heads,
+        modules_to_save=saved,
         skip_modules=tuple(linears.skip_modules(model, found, targets)),
         stock=stock,
         notes=(),
@@ -208,11 +209,17 @@ def _layer(module: str, dense: Dense, origin: Mapping[str, str], source: Source,
     return Layer(module, spec.name, (rows, columns), dense.transposed)
 
 
-def _kept_spec(key: str, spec: TensorSpec, heads: Sequence[str], recipe: Recipe) -> TensorSpec:
+def _new_poolers(names: NameMap) -> list[str]:
+    """Poolers that begin anew before a head: they must be trained with it."""
+    keys = [key.partition(f".{_POOLER}.") for key in names.created]
+    return list(dict.fromkeys(f"{before}.{_POOLER}" for before, found, _ in keys if found))
+
+
+def _kept_spec(key: str, spec: TensorSpec, saved: Sequence[str], recipe: Recipe) -> TensorSpec:
     """What a tensor that is not quantized is written as: in the compute dtype, or, a head's, in the adapter's."""
     if not spec.dtype.is_floating_point:
         return TensorSpec(key, spec.dtype, spec.shape)
-    if any(key.startswith(f"{head}.") for head in heads):
+    if any(key.startswith(f"{module}.") for module in saved):
         return TensorSpec(adapter.key_of(key), torch.float32, spec.shape)
     return TensorSpec(key, recipe.dtype, spec.shape)
 

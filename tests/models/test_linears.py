@@ -139,6 +139,13 @@ def test_targets_that_are_no_linears_are_named(pico: Path) -> None:
             select(model, linears, [pattern], ())
 
 
+def test_what_stays_anyway_may_be_excluded(pico: Path) -> None:
+    model = build_meta(pico)[0]
+    assert len(select(model, find_linears(model), None, ["lm_head", "model.norm"])) == 14
+    with pytest.raises(OptionError, match="matches no linear layer"):
+        select(model, find_linears(model), None, ["lm_tail"])
+
+
 def test_convolutions_are_named(tmp_path: Path) -> None:
     pico_config("vit", architectures=["ViTModel"]).save_pretrained(tmp_path)
     model = build_meta(tmp_path)[0]

@@ -114,6 +114,8 @@ def test_a_new_task_begins_a_head_that_the_seed_decides(pretrained: Path, tmp_pa
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.std().item() == pytest.approx(0.02, rel=0.2)
+    adapter = load_file(reports[0].folder / "loftq_init" / "adapter_model.safetensors")
+    assert "base_model.model.bert.pooler.dense.weight" in adapter  # begun anew too, it must train with the head
     assert any("begun anew: " in note and "classifier.weight" in note for note in reports[0].notes)
     assert any("left out: cls.predictions" in note for note in reports[0].notes)
     config = json.loads((reports[0].folder / "config.json").read_text())
