@@ -33,6 +33,7 @@ Examples:
 @click.option("--dropout", type=float, default=Recipe.dropout, show_default=True, help="LoRA dropout.")
 @click.option("--double-quant", is_flag=True, help="Store the block scales in 8 bits.")
 @click.option("--block-size", type=int, default=Recipe.block_size, show_default=True, help="Weights a scale.")
+@click.option("--format", help="bitsandbytes (stock loaders; nf4) or loftq.  [default: the first that holds it]")
 @click.option(
     "--compute-dtype", type=click.Choice(list(COMPUTE_DTYPES)), default=Recipe.compute_dtype, show_default=True
 )

@@ -74,16 +74,27 @@ class BlockQuantizer:
     """A codebook applied in blocks.
 
     `codebook` is a name of `codebooks.CODEBOOKS`; `block_size` is a multiple of 8 and divides the number of values.
+    Codes are chosen under the scales as they will be stored.
     Tensors are float32 and contiguous; a scale of zero belongs to a block of zeros.
     """
 
     codebook: str
     block_size: int = 64
     double_quant: bool = False
+    scale_dtype: torch.dtype = torch.float32  # in which scales are stored, where they are not doubly quantized
 
     def __post_init__(self) -> None:
         if self.block_size < 8 or self.block_size % 8:
             raise OptionError(f"block size {self.block_size} is not a multiple of 8")
+
+    @property
+    def bits(self) -> int:
+        """Bits a code."""
+        return (len(self.levels) - 1).bit_length()
+
+    @property
+    def _rounds_scales(self) -> bool:
+        return self.double_quant or self.scale_dtype != torch.float32
 
     @cached_property
     def levels(self) -> torch.Tensor:
@@ -107,7 +118,7 @@ class BlockQuantizer:
             target = weight if correction is None else weight - correction
             absmax = target.view(-1, self.block_size).abs().amax(dim=1)
         if not self.double_quant:
-            return Scales(absmax)
+            return Scales(self._representable(absmax))
         nested = encode_scales(absmax)
         return Scales(nested.decode(), nested)
 
@@ -124,7 +135,7 @@ class BlockQuantizer:
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, Scales]:
         """Codes and scales of a weight, in one pass where nothing stands between the two."""
-        if _on_cpu(weight) and not self.double_quant:
+        if _on_cpu(weight) and not self._rounds_scales:
             codes, absmax = kernels.encode(weight, self._boundaries, self.block_size)
             return codes, Scales(absmax)
         scales = self.scales(weight)
@@ -152,7 +163,7 @@ class BlockQuantizer:
         Scales are those of `W − correction` unless given.
         """
         if _on_cpu(weight):
-            if scales is None and self.double_quant:
+            if scales is None and self._rounds_scales:
                 scales = self.scales(weight, correction)
             given = None if scales is None else scales.values
             table = self._padded_levels
@@ -167,6 +178,13 @@ class BlockQuantizer:
             torch.sub(w, rounded.view(-1), out=e)
             total += float(e.double().square().sum())
         return total
+
+    def _representable(self, absmax: torch.Tensor) -> torch.Tensor:
+        """Scales as their stored form gives them back. Only a block of zeros has a scale of zero."""
+        if self.scale_dtype == torch.float32:
+            return absmax
+        kind = torch.finfo(self.scale_dtype)
+        return torch.where(absmax > 0, absmax.clamp(kind.tiny * kind.eps, kind.max), 0).to(self.scale_dtype).float()
 
     @property
     def _step(self) -> int:

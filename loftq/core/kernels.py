@@ -29,6 +29,7 @@ _TILE = 1024  # values: two float32 buffers of this length fit in any first-leve
 _SHARES = 16  # of the work, a thread
 _LANES = 8  # of which a block has a multiple
 _TINY = np.float32(1e-38)
+_HALF, _BIT, _BELOW = np.uint32(16), np.uint32(1), np.uint32(0x7FFF)
 _ZERO, _ONE, _SIXTEEN = np.float32(0), np.float32(1), np.float32(16)
 _compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nnan", "nsz"})
 
@@ -164,6 +165,55 @@ def _squares(x, squares, first, last, block=64):  # type: ignore[no-untyped-def]
         squares[b] = total
 
 
+def _dequantize(packed, scales, table, out, halved, first, last, block=64):  # type: ignore[no-untyped-def]
+    # `table` has the values of every group of whole codes: of a byte, or for 3 bits of 12 bits.
+    width = table.shape[1]
+    wide = table.shape[0] == 4096
+    buffer = np.empty(max(_TILE, block), np.float32)
+    words = buffer.view(np.uint32)
+    step = max(_TILE // block, 1)
+    for tile in range(first, last, step):
+        end = min(tile + step, last)
+        n = (end - tile) * block
+        at = 0
+        for b in range(tile, end):
+            scale = scales[b]
+            if wide:
+                start = b * block // 8 * 3
+                for k in range(0, block // 8 * 3, 3):
+                    low, middle, high = packed[start + k], packed[start + k + 1], packed[start + k + 2]
+                    left = table[low | (middle & 15) << 8]
+                    right = table[middle >> 4 | high << 4]
+                    for j in range(4):
+                        buffer[at + j] = left[j] * scale
+                        buffer[at + 4 + j] = right[j] * scale
+                    at += 8
+            elif width == 4:
+                start = b * block // 4
+                for k in range(block // 4):
+                    values = table[packed[start + k]]
+                    for j in range(4):
+                        buffer[at + j] = values[j] * scale
+                    at += 4
+            else:
+                start = b * block // 2
+                for k in range(0, block // 2, 2):
+                    left = table[packed[start + k]]
+                    right = table[packed[start + k + 1]]
+                    for j in range(2):
+                        buffer[at + j] = left[j] * scale
+                        buffer[at + 2 + j] = right[j] * scale
+                    at += 4
+        target = out[tile * block : end * block]
+        if halved:
+            for j in range(n):
+                even = (words[j] >> _HALF) & _BIT  # ties to even
+                target[j] = (words[j] + _BELOW + even) >> _HALF
+        else:
+            for j in range(n):
+                target[j] = buffer[j]
+
+
 @cache
 def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="loftq-kernel")
@@ -262,3 +312,19 @@ def residual(
 
     _over_blocks(len(s), work)
     return float(squares.sum(dtype=np.float64))
+
+
+def dequantize(
+    packed: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, block: int, out: torch.Tensor
+) -> torch.Tensor:
+    """Fill `out`, float32 or bfloat16, with levels times scales.
+
+    `packed` is the stream of `packing`, and `table` float32 has a row for every value of a byte (of 12 bits for
+    codes of 3), with the levels of the codes in it.
+    """
+    halved = out.dtype == torch.bfloat16
+    target = out.view(-1).view(torch.int16).numpy().view(np.uint16) if halved else _flat(out)
+    source, s, levels = packed.numpy(), _flat(scales), table.numpy()
+    loop = _for_block(_dequantize, block)
+    _over_blocks(len(s), lambda first, last: loop(source, s, levels, target, halved, first, last))
+    return out

@@ -25,15 +25,18 @@ from loftq.core.codebooks import dynamic_map
 from loftq.errors import OptionError
 from loftq.formats.checkpoint import TensorSpec
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_CODEBOOKS = {"nf4"}
+BLOCK_SIZES: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+SCALE_DTYPE = torch.float32
+CODEBOOKS = {"nf4"}
 _OFFSET_WIDTH = 24  # characters of the longest float64 in JSON
 
 
 def check(codebook: str, block_size: int) -> None:
     """Raise OptionError where this format cannot hold such codes."""
-    if codebook not in _CODEBOOKS:
-        raise OptionError(f"the bitsandbytes format holds {', '.join(sorted(_CODEBOOKS))}, not {codebook}")
+    if codebook not in CODEBOOKS:
+        raise OptionError(
+            f"--format bitsandbytes holds {', '.join(sorted(CODEBOOKS))}, not {codebook}: use --format loftq"
+        )
     if block_size not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
         raise OptionError(f"block size {block_size} is not one that bitsandbytes has (known: {sizes})")

@@ -94,7 +94,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     for file in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
         if not (folder / file).is_file():
             raise CheckpointError(f"{index} names the shard {file!r}, which is not there: download it again")
-        for spec in _read_header(folder / file):
+        for spec in read_header(folder / file):
             if weight_map is None or weight_map.get(spec.name) == file:
                 tensors[spec.name], files[spec.name] = spec, file
     missing = sorted(set(weight_map or ()) - set(tensors))
@@ -129,7 +129,8 @@ def read_index(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} is not a safetensors index: {error!r}: download it again") from error
 
 
-def _read_header(path: Path) -> list[TensorSpec]:
+def read_header(path: Path) -> list[TensorSpec]:
+    """The tensors of one safetensors file. Raises CheckpointError where it is truncated or damaged."""
     try:
         with safe_open(path, "pt") as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a mapping)

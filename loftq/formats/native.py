@@ -1,8 +1,15 @@
-"""Our own `quant_method`, for what stock loaders cannot take: another format's tensors, and a loader of ours.
+"""Our own layout, `quant_method: loftq`, for what no stock format holds: codebooks of 2 and 3 bits, and linears
+that stock loaders do not convert.
 
-`config.json` says `"quant_method": "loftq"`, which transformers knows once loftq is imported, and `"format"`, which
-is the layout of the tensors. There is one so far: bitsandbytes' 4 bits, on linears that stock transformers would
-not convert. A stock load of such a folder fails at the first packed weight, whose shape is not the model's.
+For a linear (out, in) with n = out · in weights in blocks of 64:
+
+    weight                  uint8   (n · bits / 8)   codes, a dense stream with low bits first, row-major
+    weight_scales           float16 (n / 64)         uint8 under double quantization
+    weight_scales_absmax    float32 (n / 64 / 256 rounded up)    double quantization only
+    weight_scales_offset    float32 (1)                          double quantization only
+
+`config.json` says which codebook. A stock load of such a folder fails at the first weight, whose shape is not the
+model's; transformers loads it once loftq is imported.
 """
 
 from __future__ import annotations
@@ -11,10 +18,76 @@ from collections.abc import Sequence
 
 import torch
 
-from loftq.core.blockwise import BlockQuantizer
+from loftq.core.blockwise import SCALE_BLOCK, BlockQuantizer, NestedScales, Scales
+from loftq.core.codebooks import CODEBOOKS
+from loftq.core.packing import from_pairs, packed_size
+from loftq.errors import ArtifactError, OptionError
+from loftq.formats.checkpoint import TensorSpec
 
 METHOD = "loftq"
-FORMATS = ("bitsandbytes",)
+VERSION = 1
+BLOCK_SIZES: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+SCALE_DTYPE = torch.float16
+
+
+def check(codebook: str, block_size: int) -> None:
+    """Raise OptionError where this format cannot hold such codes."""
+    if codebook not in CODEBOOKS:
+        raise OptionError(f"--format loftq holds {', '.join(CODEBOOKS)}, not {codebook}")
+    if block_size not in BLOCK_SIZES:
+        sizes = ", ".join(map(str, BLOCK_SIZES))
+        raise OptionError(f"block size {block_size} is not one that --format loftq has (known: {sizes})")
+
+
+def tensor_shapes(
+    shape: Sequence[int], bits: int, block_size: int, double_quant: bool
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of each tensor of one linear, by its name within the module."""
+    weights = shape[0] * shape[1]
+    blocks = weights // block_size
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (torch.uint8, (packed_size(weights, bits),))}
+    if not double_quant:
+        return found | {"weight_scales": (SCALE_DTYPE, (blocks,))}
+    return found | {
+        "weight_scales": (torch.uint8, (blocks,)),
+        "weight_scales_absmax": (torch.float32, (-(-blocks // SCALE_BLOCK),)),
+        "weight_scales_offset": (torch.float32, (1,)),
+    }
+
+
+def specs(module: str, shape: Sequence[int], quantizer: BlockQuantizer, _dtype: torch.dtype) -> list[TensorSpec]:
+    """The tensors of one linear."""
+    shapes = tensor_shapes(shape, quantizer.bits, quantizer.block_size, quantizer.double_quant)
+    return [TensorSpec(f"{module}.{name}", dtype, size) for name, (dtype, size) in shapes.items()]
+
+
+def tensors(
+    module: str,
+    _shape: Sequence[int],
+    quantizer: BlockQuantizer,
+    _dtype: torch.dtype,
+    codes: torch.Tensor,
+    scales: Scales,
+) -> dict[str, torch.Tensor]:
+    """The named tensors of one linear from its codes, two a byte as the solver leaves them, and scales."""
+    found = {"weight": from_pairs(codes, quantizer.bits)}
+    nested = scales.nested
+    if nested is None:
+        found["weight_scales"] = scales.values.to(SCALE_DTYPE)
+    else:
+        found["weight_scales"] = nested.codes
+        found["weight_scales_absmax"] = nested.absmax
+        found["weight_scales_offset"] = torch.tensor([nested.offset])
+    return {f"{module}.{name}": tensor for name, tensor in found.items()}
+
+
+def read_scales(
+    scales: torch.Tensor, absmax: torch.Tensor | None = None, offset: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The float32 scales that stored ones stand for."""
+    if absmax is None or offset is None:
+        return scales.float()
+    return NestedScales(scales, absmax, 0.0).decode() + offset
 
 
 def quantization_config(
@@ -23,9 +96,18 @@ def quantization_config(
     """The entry of `config.json`."""
     return {
         "quant_method": METHOD,
-        "format": FORMATS[0],
+        "format_version": VERSION,
         "codebook": quantizer.codebook,
+        "block_size": quantizer.block_size,
         "double_quant": quantizer.double_quant,
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "skip_modules": list(skip_modules),
     }
+
+
+def check_config(version: int, codebook: str) -> None:
+    """Raise ArtifactError for a folder that a later loftq wrote."""
+    if version > VERSION:
+        raise ArtifactError(f"loftq format version {version}: this loftq reads up to {VERSION}: upgrade loftq")
+    if codebook not in CODEBOOKS:
+        raise ArtifactError(f"loftq format: codebook {codebook!r} is none of {', '.join(CODEBOOKS)}: upgrade loftq")

@@ -1,7 +1,7 @@
-"""Makes `quant_method: loftq` known to transformers when, and only when, somebody uses its quantizers.
+"""Makes our format known to transformers, and our LoRA layer to peft, when somebody uses them.
 
-transformers and bitsandbytes take seconds to import; `import loftq` should not. So nothing is imported here:
-what is registered is registered in the moment in which transformers' own table of quantizers has been imported.
+transformers and peft take seconds to import; `import loftq` should not. So nothing is imported here: what is
+registered is registered in the moment in which their own tables have been imported.
 """
 
 from __future__ import annotations
@@ -14,39 +14,47 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-_TABLE = "transformers.quantizers.auto"
-_PLUGIN = "loftq.models.integration"
+_PLUGINS = {
+    "transformers.quantizers.auto": "loftq.models.integration",
+    "peft.tuners.lora.model": "loftq.models.packed_lora",
+}
 
 
 def install() -> None:
-    """Register now if the table is there already, or else as soon as it is."""
-    if _TABLE in sys.modules:
-        import_module(_PLUGIN)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Register now where the table is there already, or else as soon as it is."""
+    for table, plugin in _PLUGINS.items():
+        if table in sys.modules:
+            import_module(plugin)
+        elif not any(isinstance(finder, _Finder) and finder.table == table for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Finder(table, plugin))
 
 
 class _Finder(MetaPathFinder):
-    """Finds the table once, as everybody else would, and gives it a loader that registers afterwards."""
+    """Finds a table once, as everybody else would, and gives it a loader that registers afterwards."""
+
+    def __init__(self, table: str, plugin: str) -> None:
+        self.table = table
+        self._plugin = plugin
 
     def find_spec(
         self, fullname: str, _path: Sequence[str] | None, _target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The spec of the table, or None for every other module."""
-        if fullname != _TABLE:
+        if fullname != self.table:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Registering(spec.loader)
+            spec.loader = _Registering(spec.loader, self._plugin)
         return spec
 
 
 class _Registering(Loader):
-    """A loader that imports the plug-in after its module."""
+    """A loader that imports a plug-in after its module."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader, plugin: str) -> None:
         self._loader = loader
+        self._plugin = plugin
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         """As the module's own loader does."""
@@ -55,4 +63,4 @@ class _Registering(Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Run the module, then register."""
         self._loader.exec_module(module)
-        import_module(_PLUGIN)
+        import_module(self._plugin)

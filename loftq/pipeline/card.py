@@ -86,7 +86,7 @@ base_model = {loader}.from_pretrained(
         load_in_4bit=True,
         bnb_4bit_compute_dtype=torch.{recipe.compute_dtype},
         bnb_4bit_use_double_quant={recipe.double_quant},
-        bnb_4bit_quant_type="{recipe.quantizer.codebook}",
+        bnb_4bit_quant_type="{recipe.codebook}",
     ),
 )
 model = PeftModel.from_pretrained(base_model, MODEL_DIR, subfolder="{FOLDER}", is_trainable=True)
@@ -105,7 +105,7 @@ def _head(plan: Plan) -> str:
 
 def _settings(plan: Plan) -> dict[str, str]:
     recipe = plan.recipe
-    rounding = f"{recipe.quantizer.codebook}, blocks of {recipe.block_size}"
+    rounding = f"{recipe.codebook}, blocks of {recipe.block_size}"
     left = [name for name in plan.skip_modules if not any(name.startswith(saved) for saved in plan.modules_to_save)]
     method = f"LoftQ, {recipe.iters} iterations" if recipe.iters else "QLoRA's start (plain rounding, B = 0)"
     return {

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from loftq.core.solver import solve
 from loftq.errors import CheckpointError, OptionError
-from loftq.formats import adapter, bitsandbytes
+from loftq.formats import adapter
 from loftq.formats.checkpoint import ShardWriter
 from loftq.models import naming
 from loftq.pipeline.plan import Layer, Plan
@@ -83,14 +83,14 @@ def _run_jobs(work: Callable[[str], None], names: Sequence[str], workers: int) -
 
 def _solve_layer(plan: Plan, layer: Layer, writer: ShardWriter, device: torch.device) -> dict[str, Any]:
     recipe = plan.recipe
-    quantizer = recipe.quantizer
+    quantizer = plan.quantizer
     stored = plan.source.checkpoint.read(layer.tensor)
     digest = _digest(stored)
     weight = (stored.t() if layer.transposed else stored).to(device, torch.float32).contiguous()
     _check_finite(weight, layer.tensor, plan.source)
     seed = layer_seed(recipe.seed, layer.module)
     solution = solve(weight, quantizer, recipe.rank, recipe.iters, recipe.scaling, svd=recipe.svd, seed=seed)
-    packed = bitsandbytes.tensors(layer.module, layer.shape, quantizer, recipe.dtype, solution.codes, solution.scales)
+    packed = plan.layout.tensors(layer.module, layer.shape, quantizer, recipe.dtype, solution.codes, solution.scales)
     factors = dict(zip(adapter.keys(layer.module), (solution.a, solution.b), strict=True))
     for name, tensor in {**packed, **factors}.items():
         writer.write(name, tensor)

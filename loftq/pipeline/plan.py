@@ -10,9 +10,11 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from loftq.core.blockwise import BlockQuantizer
 from loftq.errors import CheckpointError, OptionError, SourceError
-from loftq.formats import adapter, bitsandbytes
+from loftq.formats import adapter
 from loftq.formats.checkpoint import Shard, TensorSpec, lay_out, parse_size
+from loftq.formats.layouts import LAYOUTS, Layout, choose
 from loftq.models import linears, naming
 from loftq.models.families import family_of
 from loftq.models.linears import Dense, Linears
@@ -59,13 +61,28 @@ class Plan:
     target_modules: tuple[str, ...]
     modules_to_save: tuple[str, ...]
     skip_modules: tuple[str, ...]
-    stock: bool  # stock transformers loads the backbone
+    format: str  # a name of LAYOUTS
     notes: tuple[str, ...]
 
     @property
     def model_type(self) -> str:
         """What transformers calls the architecture."""
         return str(self.model.config.model_type)  # type: ignore[union-attr]
+
+    @property
+    def layout(self) -> Layout:
+        """How a quantized linear is written."""
+        return LAYOUTS[self.format]
+
+    @property
+    def stock(self) -> bool:
+        """Whether stock transformers and peft load the result."""
+        return self.format != "loftq"
+
+    @property
+    def quantizer(self) -> BlockQuantizer:
+        """What rounds the backbone, with scales as the format stores them."""
+        return self.recipe.quantizer(self.layout)
 
     @cached_property
     def expert_bytes(self) -> int:
@@ -105,7 +122,7 @@ class Plan:
         return 8 * self._stored(layer) / layer.weights
 
     def _stored(self, layer: Layer) -> int:
-        specs = bitsandbytes.specs(layer.module, layer.shape, self.recipe.quantizer, self.recipe.dtype)
+        specs = self.layout.specs(layer.module, layer.shape, self.quantizer, self.recipe.dtype)
         return sum(spec.nbytes for spec in specs)
 
 
@@ -136,6 +153,7 @@ def make_plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False
         for key, shape in names.created.items()
     }
     stock = all(found.candidates[target].stock for target in targets)
+    format = choose(recipe.codebook, recipe.block_size, recipe.format, stock=stock)
     plan = Plan(
         recipe=recipe,
         source=source,
@@ -144,12 +162,12 @@ def make_plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False
         layers=layers,
         passed=passed,
         created=created,
-        backbone=_lay_out_backbone(layers, names, {**passed, **created}, recipe),
+        backbone=_lay_out_backbone(layers, names, {**passed, **created}, recipe, LAYOUTS[format]),
         adapter=_lay_out_adapter(layers, {**passed, **created}, recipe),
         target_modules=tuple(adapter.target_names(targets, [name for name, _ in model.named_modules()])),
         modules_to_save=saved,
         skip_modules=tuple(linears.skip_modules(model, found, targets)),
-        stock=stock,
+        format=format,
         notes=(),
     )
     return replace(plan, notes=tuple(_notes(plan, found, names)))
@@ -200,7 +218,8 @@ def _layer(module: str, dense: Dense, origin: Mapping[str, str], source: Source,
             f"use at most {min(rows, columns)}, or --exclude-modules {last}"
         )
     if columns % recipe.block_size:  # blocks across rows are legal, but bitsandbytes reads them wrongly on the CPU
-        fitting = [size for size in bitsandbytes.BLOCK_SIZES if columns % size == 0]
+        sizes = {size for layout in LAYOUTS.values() for size in layout.BLOCK_SIZES if columns % size == 0}
+        fitting = sorted(sizes)
         advice = f"use --block-size {fitting[-1]}" if fitting else f"--exclude-modules {last}"
         raise OptionError(
             f"--block-size {recipe.block_size} does not divide the {columns} inputs of {module} "
@@ -225,14 +244,15 @@ def _kept_spec(key: str, spec: TensorSpec, saved: Sequence[str], recipe: Recipe)
 
 
 def _lay_out_backbone(
-    layers: tuple[Layer, ...], names: NameMap, kept: Mapping[str, TensorSpec], recipe: Recipe
+    layers: tuple[Layer, ...], names: NameMap, kept: Mapping[str, TensorSpec], recipe: Recipe, layout: Layout
 ) -> tuple[Shard, ...]:
+    quantizer = recipe.quantizer(layout)
     by_tensor = {layer.tensor: layer for layer in layers}
     groups = []
     for name in [*names.written, *names.created]:
         layer = by_tensor.get(name)
         if layer is not None:
-            groups.append(bitsandbytes.specs(layer.module, layer.shape, recipe.quantizer, recipe.dtype))
+            groups.append(layout.specs(layer.module, layer.shape, quantizer, recipe.dtype))
         elif not adapter.is_key(kept[name].name):
             groups.append([kept[name]])
     return tuple(lay_out(groups, parse_size(recipe.max_shard_size)))
@@ -252,11 +272,9 @@ def _notes(plan: Plan, found: Linears, names: NameMap) -> Iterator[str]:
     if family_of(plan.model_type).float32:
         yield f"transformers runs {plan.model_type} in float32 alone: that is its compute dtype here"
     if not plan.stock:
-        kinds = {type(plan.model.get_submodule(layer.module)).__name__ for layer in plan.layers} - {"Linear"}
-        yield (
-            f"stock transformers cannot load {', '.join(sorted(kinds))} quantized: "
-            "import loftq before from_pretrained, or use loftq.load_qlora"
-        )
+        odd = {type(plan.model.get_submodule(layer.module)).__name__ for layer in plan.layers} - {"Linear", "Conv1D"}
+        what = f"{', '.join(sorted(odd))} quantized" if odd else plan.recipe.codebook
+        yield (f"stock transformers cannot load {what}: import loftq before from_pretrained, or use loftq.load_qlora")
     if plan.expert_bytes:
         yield f"fused experts stay in {dtype}: {plan.expert_bytes / 1e9:.3g} GB"
     for what, left in (("", found.others), (" that share their weight", found.shared)):

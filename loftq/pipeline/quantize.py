@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from loftq.errors import OptionError, OutputError
-from loftq.formats import adapter, artifact, bitsandbytes, native
+from loftq.formats import adapter, artifact
 from loftq.formats.checkpoint import INDEX, index_text
 from loftq.pipeline.card import card_text
 from loftq.pipeline.jobs import solve_all
@@ -39,6 +39,7 @@ def quantize(
     dropout: float = 0.0,
     double_quant: bool = False,
     block_size: int = 64,
+    format: str | None = None,
     compute_dtype: str = "bfloat16",
     target_modules: Sequence[str] | None = None,
     exclude_modules: Sequence[str] = (),
@@ -77,6 +78,7 @@ def quantize(
         dropout=dropout,
         double_quant=double_quant,
         block_size=block_size,
+        format=format,
         compute_dtype=compute_dtype,
         target_modules=None if target_modules is None else tuple(target_modules),
         exclude_modules=tuple(exclude_modules),
@@ -176,8 +178,7 @@ def _config_text(plan: Plan) -> str:
     if recipe.num_labels is not None:
         built: Any = plan.model.config
         config |= {"id2label": built.id2label, "label2id": built.label2id}
-    layout = bitsandbytes if plan.stock else native
-    config["quantization_config"] = layout.quantization_config(recipe.quantizer, recipe.dtype, plan.skip_modules)
+    config["quantization_config"] = plan.layout.quantization_config(plan.quantizer, recipe.dtype, plan.skip_modules)
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
@@ -211,6 +212,7 @@ def _finish(plan: Plan, staging: Staging, folder: Path, trust_remote_code: bool)
     manifest = {
         "format_version": artifact.VERSION,
         "kind": "qlora",
+        "format": plan.format,
         "versions": {name: version(name) for name in _VERSIONS},
         "source": {
             "model": plan.source.name,

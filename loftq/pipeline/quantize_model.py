@@ -11,13 +11,16 @@ from torch import nn
 from loftq.core.blockwise import BlockQuantizer
 from loftq.core.solver import Solution, solve
 from loftq.errors import OptionError
-from loftq.formats import bitsandbytes
+from loftq.formats import bitsandbytes, native
+from loftq.formats.layouts import LAYOUTS, choose
 from loftq.models.linears import Dense, Linears, select
 from loftq.models.loading import guard_cpu
 from loftq.pipeline.recipe import Recipe, layer_seed
 
 if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit
+
+    from loftq.models.packed_linear import PackedLinear
 
 
 def quantize_model(
@@ -42,7 +45,8 @@ def quantize_model(
     """Quantize the linears of `model` in place and give them LoRA adapters that repair the error.
 
     `target_modules` are names or patterns; by default every `nn.Linear`. Weights become bitsandbytes'
-    `Linear4bit`, biases stay, and the adapters are peft's: the return value is a `PeftModel` around `model`.
+    `Linear4bit`, or our `PackedLinear` at 2 and 3 bits; biases stay, and the adapters are peft's: the return value
+    is a `PeftModel` around `model`.
     `quantize=False` leaves the weights and starts plain LoRA (B = 0); `lora=False` quantizes alone and
     returns `model` itself. A linear that is quantized already is not quantized again: it gets a plain LoRA.
     `compute_dtype` defaults to each weight's own. Raises OptionError.
@@ -64,11 +68,14 @@ def quantize_model(
     targets = _find_targets(model, target_modules, exclude_modules)
     for name, module in targets.items():
         _check_fits(name, module, recipe, quantize=quantize, lora=lora)
+    format = choose(recipe.codebook, block_size, None)
     solutions: dict[str, Solution] = {}
     for name, module in targets.items() if quantize else ():
         if type(module) is nn.Linear:
-            solutions[name] = _solve(name, module, recipe, rank if lora else 0)
-            _replace(model, module, _linear4bit(module, recipe.quantizer, solutions[name], compute_dtype))
+            quantizer = recipe.quantizer(LAYOUTS[format])
+            solutions[name] = _solve(name, module, recipe, quantizer, rank if lora else 0)
+            make = _linear4bit if format == "bitsandbytes" else _packed_linear
+            _replace(model, module, make(module, quantizer, solutions[name], compute_dtype))
     guard_cpu(model)
     return _attach(model, list(targets), recipe, solutions) if lora else model
 
@@ -82,7 +89,10 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def _find_targets(model: nn.Module, wanted: Sequence[str] | None, excluded: Sequence[str]) -> dict[str, nn.Linear]:
     from bitsandbytes.nn import Linear4bit
 
-    found = {name: m for name, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Linear4bit)}
+    from loftq.models.packed_linear import PackedLinear
+
+    quantized = (Linear4bit, PackedLinear)
+    found = {name: m for name, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, quantized)}
     if not found:
         raise OptionError(f"{type(model).__name__} holds no nn.Linear: there is nothing to quantize")
     if any(hasattr(module, "lora_A") for module in model.modules()):
@@ -104,10 +114,10 @@ def _check_fits(name: str, module: nn.Linear, recipe: Recipe, *, quantize: bool,
             raise OptionError(f"the weight of {name!r} holds NaN or Inf: leave it out with exclude_modules")
 
 
-def _solve(name: str, module: nn.Linear, recipe: Recipe, rank: int) -> Solution:
+def _solve(name: str, module: nn.Linear, recipe: Recipe, quantizer: BlockQuantizer, rank: int) -> Solution:
     weight = module.weight.detach().float().contiguous()
     seed = layer_seed(recipe.seed, name)
-    return solve(weight, recipe.quantizer, rank, recipe.iters, recipe.scaling, svd=recipe.svd, seed=seed)
+    return solve(weight, quantizer, rank, recipe.iters, recipe.scaling, svd=recipe.svd, seed=seed)
 
 
 def _linear4bit(
@@ -127,6 +137,29 @@ def _linear4bit(
     quantized.weight = Params4bit.from_prequantized(weight, stored, device=linear.weight.device, module=quantized)
     quantized.bias = linear.bias
     return quantized.train(linear.training)
+
+
+def _packed_linear(
+    linear: nn.Linear, quantizer: BlockQuantizer, solution: Solution, compute_dtype: torch.dtype | None
+) -> PackedLinear:
+    from loftq.models.packed_linear import PackedLinear
+
+    packed = PackedLinear(
+        linear.in_features,
+        linear.out_features,
+        linear.bias is not None,
+        codebook=quantizer.codebook,
+        block_size=quantizer.block_size,
+        double_quant=quantizer.double_quant,
+        dtype=compute_dtype or linear.weight.dtype,
+        device=linear.weight.device,
+    )
+    shape = tuple(linear.weight.shape)
+    stored = native.tensors("", shape, quantizer, linear.weight.dtype, solution.codes, solution.scales)
+    for name, tensor in stored.items():
+        getattr(packed, name.lstrip(".")).data.copy_(tensor)
+    packed.bias = linear.bias
+    return packed.train(linear.training)
 
 
 def _attach(model: nn.Module, names: list[str], recipe: Recipe, solutions: dict[str, Solution]) -> nn.Module:

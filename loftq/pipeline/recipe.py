@@ -12,10 +12,11 @@ import torch
 from loftq.core.blockwise import BlockQuantizer
 from loftq.core.solver import SVD
 from loftq.errors import OptionError, UnknownNameError
-from loftq.formats import bitsandbytes
+from loftq.formats import layouts
 from loftq.formats.adapter import scaling
+from loftq.formats.layouts import Layout
 
-BITS = {4: "nf4"}  # width to codebook: the widths that have a format
+BITS = {2: "nf2", 3: "nf3", 4: "nf4"}  # width to codebook
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -37,6 +38,7 @@ class Recipe:
     dropout: float = 0.0
     double_quant: bool = False
     block_size: int = 64
+    format: str | None = None
     compute_dtype: str = "bfloat16"
     target_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] = ()
@@ -65,7 +67,7 @@ class Recipe:
             raise UnknownNameError("compute dtype", self.compute_dtype, COMPUTE_DTYPES)
         if self.svd not in SVD:
             raise UnknownNameError("svd", self.svd, SVD)
-        bitsandbytes.check(BITS[self.bits], self.block_size)
+        layouts.choose(self.codebook, self.block_size, self.format)
 
     @property
     def lora_alpha(self) -> float:
@@ -78,9 +80,13 @@ class Recipe:
         return scaling(self.lora_alpha, self.rank, self.rslora)
 
     @property
-    def quantizer(self) -> BlockQuantizer:
-        """What rounds the backbone."""
-        return BlockQuantizer(BITS[self.bits], self.block_size, self.double_quant)
+    def codebook(self) -> str:
+        """The levels that weights are rounded to."""
+        return BITS[self.bits]
+
+    def quantizer(self, layout: Layout) -> BlockQuantizer:
+        """What rounds the backbone, with scales as the layout stores them."""
+        return BlockQuantizer(self.codebook, self.block_size, self.double_quant, layout.SCALE_DTYPE)
 
     @property
     def dtype(self) -> torch.dtype:

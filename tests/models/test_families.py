@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from conftest import save_model
+from oracles import read_linear
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
@@ -23,6 +23,7 @@ from loftq.formats.artifact import open_artifact
 from loftq.models.families import FAMILIES, family_of
 from loftq.models.linears import find_linears, reaches
 from loftq.models.loading import guard_cpu
+from loftq.models.packed_linear import PackedLinear
 from loftq.models.tasks import TASKS, auto_class
 
 GENERIC = {"granite": "causal-lm", "stablelm": "causal-lm", "codegen": "causal-lm", "camembert": "masked-lm"}
@@ -83,15 +84,13 @@ def test_family(name: str, task: str, tmp_path: Path) -> None:
     base, model = load_stock(folder, task, dtype)
     rows = {row["name"]: row for row in open_artifact(folder).manifest["layers"]}
     assert set(rows) == {name for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    quantized = {name for name, module in base.named_modules() if isinstance(module, Linear4bit)}
+    kind = Linear4bit if family_of(name.partition("/")[0]).stock else PackedLinear
+    quantized = {name for name, module in base.named_modules() if isinstance(module, kind)}
     assert {name.removesuffix(".base_layer") for name in quantized} == set(rows)
     for module, row in rows.items():
         layer = base.get_submodule(module)
         weight = weights[module].double()
-        state = layer.base_layer.weight.quant_state
-        state.dtype = torch.float32  # the exact product of level and scale, as the report counts it
-        rounded = dequantize_4bit(layer.base_layer.weight.data, state).double()
-        state.dtype = dtype
+        rounded = read_linear(layer.base_layer).double()
         factors = layer.lora_B["default"].weight.detach().double() @ layer.lora_A["default"].weight.detach().double()
         error = float((weight - rounded - layer.scaling["default"] * factors).norm() / weight.norm())
         assert error == pytest.approx(row["error"], rel=1e-5)
@@ -165,8 +164,7 @@ def test_weights_that_nf4_holds_exactly_come_back(name: str, tmp_path: Path) -> 
     loaded = auto_class(TASKS[task]).from_pretrained(report.folder, dtype=dtype_of(name))
     assert {row["name"] for row in report.layers} == set(wanted)
     for module_name, exact in wanted.items():
-        weight = loaded.get_submodule(module_name).weight
-        found = dequantize_4bit(weight.data, weight.quant_state)
+        found = read_linear(loaded.get_submodule(module_name))
         torch.testing.assert_close(found.float(), exact.float(), rtol=2**-8, atol=0)
 
 

@@ -8,18 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from bitsandbytes.nn import Linear4bit
-from picos import save_pico
+import torch
+from oracles import read_linear
+from picos import output_of, save_pico
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import loftq
+from loftq.models.packed_linear import PackedLinear
 
 LOAD = """
 import sys
 {imports}
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16{options})
 model = PeftModel.from_pretrained(model, sys.argv[1], subfolder="loftq_init", is_trainable=True)
-print(sum(type(module).__module__.startswith("bitsandbytes") for module in model.modules()))
+print(sum(type(module).__name__ == "PackedLinear" for module in model.modules()))
 """
 STOCK = "import torch\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM"
 
@@ -64,6 +67,43 @@ def test_the_import_is_light() -> None:
     assert run_python(code).stdout.strip() == "[]"
 
 
+def test_save_pretrained_writes_the_same_tensors_back(falcon: Path, tmp_path: Path) -> None:
+    """Oracle: the folder's own tensors and config, and the outputs of the model that was saved."""
+    model = AutoModelForCausalLM.from_pretrained(falcon, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "again")
+    before, after = (load_file(folder / "model.safetensors") for folder in (falcon, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    configs = [json.loads((f / "config.json").read_text())["quantization_config"] for f in (falcon, tmp_path / "again")]
+    assert configs[0] == configs[1]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(output_of(model.eval()), output_of(loaded.eval()))
+
+
+def test_dequantize_gives_dense_linears(falcon: Path) -> None:
+    """Oracle: the weights as numpy reads them."""
+    packed = AutoModelForCausalLM.from_pretrained(falcon, dtype=torch.bfloat16)
+    wanted = {n: read_linear(m) for n, m in packed.named_modules() if isinstance(m, PackedLinear)}
+    dense = packed.dequantize()
+    assert wanted
+    assert all(torch.equal(dense.get_submodule(n).weight, weight.bfloat16()) for n, weight in wanted.items())
+
+
+def test_packed_tensors_of_a_wrong_size_are_refused(falcon: Path, tmp_path: Path) -> None:
+    import shutil
+
+    broken = shutil.copytree(falcon, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    name = next(key for key in tensors if key.endswith("query_key_value.weight"))
+    tensors[name] = tensors[name][:-8].clone()
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(loftq.LoftQError, match=rf"model.safetensors: {name} is torch.uint8 .*expected torch.uint8"):
+        AutoModelForCausalLM.from_pretrained(broken)
+    with pytest.raises(loftq.LoftQError, match=r"has \d+ bytes, expected \d+"):
+        loftq.load_qlora(broken)
+
+
 def test_the_plan_and_the_card_say_how_it_loads(falcon: Path) -> None:
     card = (falcon / "README.md").read_text()
     assert "import loftq" in card
@@ -78,9 +118,9 @@ def test_a_format_of_a_later_loftq_is_refused(falcon: Path, tmp_path: Path) -> N
 
     later = shutil.copytree(falcon, tmp_path / "later")
     config = json.loads((later / "config.json").read_text())
-    config["quantization_config"]["format"] = "of-tomorrow"
+    config["quantization_config"]["format_version"] = 99
     (later / "config.json").write_text(json.dumps(config))
-    with pytest.raises(loftq.LoftQError, match=r"'of-tomorrow'.*upgrade loftq"):
+    with pytest.raises(loftq.LoftQError, match=r"format version 99.*upgrade loftq"):
         AutoModelForCausalLM.from_pretrained(later)
 
 
@@ -92,4 +132,4 @@ def test_excluded_linears_stay_as_they_are(tmp_path: Path) -> None:
     model = loftq.load_qlora(report.folder)
     kinds = {name.split(".")[-1]: type(m) for name, m in model.named_modules() if "mlp.dense" in name}
     assert kinds["dense_h_to_4h"].__name__ == "FalconLinear"
-    assert any(isinstance(module, Linear4bit) for module in model.modules())
+    assert any(isinstance(module, PackedLinear) for module in model.modules())

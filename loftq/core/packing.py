@@ -1,0 +1,60 @@
+"""Codes of 2, 3, 4 and 8 bits as a dense stream of bytes, low bits first.
+
+Code i of k bits lies at bits i·k … i·k + k − 1 of the stream, where bit b of the stream is bit b mod 8 of byte
+b div 8. A 3-bit code may straddle two bytes; eight of them fill three bytes. The last byte is filled with zeros.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from loftq.errors import OptionError
+
+WIDTHS = (2, 3, 4, 8)
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes that `count` codes take."""
+    if bits not in WIDTHS:
+        raise OptionError(f"codes of {bits} bits cannot be packed (known: {', '.join(map(str, WIDTHS))})")
+    return -(-count * bits // 8)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes uint8 (n,), each below 2**bits, as a stream: uint8 (packed_size(n, bits),)."""
+    size = packed_size(len(codes), bits)
+    group, wide = _group(bits)  # the fewest codes that fill whole bytes, and how many
+    padded = torch.nn.functional.pad(codes, (0, -len(codes) % group)).view(-1, group)
+    words = torch.zeros(len(padded), dtype=torch.int32, device=codes.device)
+    for i in range(group):
+        words |= padded[:, i].int() << (i * bits)
+    return torch.stack([(words >> (8 * i)) & 255 for i in range(wide)], dim=1).to(torch.uint8).view(-1)[:size].clone()
+
+
+def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The first `count` codes of a stream: uint8 (count,)."""
+    group, wide = _group(bits)
+    padded = torch.nn.functional.pad(packed, (0, -len(packed) % wide)).view(-1, wide)
+    words = torch.zeros(len(padded), dtype=torch.int32, device=packed.device)
+    for i in range(wide):
+        words |= padded[:, i].int() << (8 * i)
+    mask = (1 << bits) - 1
+    return torch.stack([(words >> (i * bits)) & mask for i in range(group)], dim=1).to(torch.uint8).view(-1)[:count]
+
+
+def _group(bits: int) -> tuple[int, int]:
+    common = math.lcm(bits, 8)
+    return common // bits, common // 8
+
+
+def from_pairs(pairs: torch.Tensor, bits: int) -> torch.Tensor:
+    """A stream from codes kept two a byte with the first in the high half, as the solver leaves them."""
+    return pack(torch.stack([pairs >> 4, pairs & 15], dim=1).view(-1), bits)
+
+
+def to_pairs(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Codes of at most 4 bits two a byte, the first in the high half: uint8 (count / 2,), `count` even."""
+    pairs = unpack(packed, bits, count).view(-1, 2)
+    return (pairs[:, 0] << 4) | pairs[:, 1]

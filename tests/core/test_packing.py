@@ -1,0 +1,38 @@
+"""Packing against plain Python: one integer of all bits, codes at their places."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loftq.core.packing import WIDTHS, from_pairs, pack, packed_size, to_pairs, unpack
+from loftq.errors import OptionError
+
+
+def plain_pack(codes: list[int], bits: int) -> bytes:
+    stream = sum(code << (i * bits) for i, code in enumerate(codes))
+    return stream.to_bytes(-(-len(codes) * bits // 8), "little")
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 8, 9, 64, 1000, 4097])
+def test_pack_is_the_stream_and_comes_back(bits: int, count: int) -> None:
+    codes = torch.randint(2**bits, (count,), generator=torch.Generator().manual_seed(count)).to(torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.numpy().tobytes() == plain_pack(codes.tolist(), bits)
+    assert len(packed) == packed_size(count, bits)
+    assert torch.equal(unpack(packed, bits, count), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_pairs_and_streams(bits: int) -> None:
+    codes = torch.randint(2**bits, (128,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    pairs = (codes[::2] << 4) | codes[1::2]
+    packed = from_pairs(pairs, bits)
+    assert torch.equal(packed, pack(codes, bits))
+    assert torch.equal(to_pairs(packed, bits, 128), pairs)
+
+
+def test_other_widths_are_refused() -> None:
+    with pytest.raises(OptionError, match="5 bits"):
+        packed_size(8, 5)

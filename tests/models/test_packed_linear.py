@@ -1,0 +1,252 @@
+"""The packed linear: what it computes, what it keeps alive, how peft, autocast, compile and DDP take it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from oracles import read_linear
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import loftq
+from loftq.models import packed_linear
+from loftq.models.packed_linear import PackedLinear
+from loftq.models.packed_lora import PackedLoraLinear
+
+CODEBOOKS = ["nf2", "nf3", "nf4"]
+
+
+def make(
+    out: int = 96, inputs: int = 128, *, codebook: str = "nf3", bias: bool = True, double: bool = False, block: int = 64
+) -> PackedLinear:
+    """A packed linear of random codes and scales."""
+    generator = torch.Generator().manual_seed(0)
+    layer = PackedLinear(inputs, out, bias, codebook=codebook, block_size=block, double_quant=double)
+    layer.weight.data = torch.randint(256, layer.weight.shape, generator=generator).to(torch.uint8)
+    if double:
+        layer.weight_scales = torch.randint(256, layer.weight_scales.shape, generator=generator).to(torch.uint8)
+        layer.weight_scales_absmax.fill_(0.05)
+        layer.weight_scales_offset.fill_(0.06)
+    else:
+        layer.weight_scales = (torch.rand(layer.weight_scales.shape, generator=generator) / 8).half()
+    if bias:
+        layer.bias.data = torch.randn(out, generator=generator)
+    return layer
+
+
+def inputs_for(layer: PackedLinear, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    x = torch.randn(3, 5, layer.in_features, generator=torch.Generator().manual_seed(1))
+    return x.to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(("out", "inputs", "block"), [(96, 128, 64), (1, 64, 64), (7, 24, 8), (3, 40, 8), (5, 96, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_are_what_numpy_reads(
+    codebook: str, double: bool, out: int, inputs: int, block: int, dtype: torch.dtype
+) -> None:
+    """Oracle: the stream of bits read by numpy."""
+    layer = make(out, inputs, codebook=codebook, double=double, block=block)
+    found = layer.dequantize(dtype)
+    assert found.shape == (out, inputs)
+    assert torch.equal(found, read_linear(layer).to(dtype))
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("part", [1 << 24, 2000])
+def test_forward_and_backward_are_a_dense_linears(
+    codebook: str, bias: bool, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: `nn.Linear` of the same weight, also where the weight is unpacked in parts."""
+    monkeypatch.setattr(packed_linear, "_PART", part)
+    layer = make(codebook=codebook, bias=bias)
+    dense = nn.Linear(128, 96, bias)
+    dense.weight.data = read_linear(layer)
+    dense.bias = layer.bias
+    x, y = inputs_for(layer), inputs_for(layer)
+    torch.testing.assert_close(layer(x), dense(y))
+    layer(x).square().sum().backward()
+    dense(y).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_other_devices_compute_the_same(codebook: str) -> None:
+    """Oracle: the compiled loop. What other devices run is run here on the CPU."""
+    layer = make(codebook=codebook)
+    found = packed_linear._dequantize_in_torch(layer.weight, layer.weight_scales.float(), codebook, 64)
+    assert torch.equal(found.view(96, 128), layer.dequantize())
+
+
+def test_autograd_keeps_the_packed_form_alone() -> None:
+    """Oracle: the bytes of the tensors that autograd asks to keep."""
+    layer = make(512, 512, codebook="nf2", bias=False)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        layer(inputs_for(layer))
+    assert sum(t.numel() * t.element_size() for t in kept) == 512 * 512 * 2 // 8 + 512 * 512 // 64 * 2
+    assert all(t.data_ptr() in {layer.weight.data_ptr(), layer.weight_scales.data_ptr()} for t in kept)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_casts_leave_codes_and_scales(double: bool) -> None:
+    layer = make(double=double)
+    wanted = {name: tensor.clone() for name, tensor in layer.state_dict().items() if name != "bias"}
+    for cast in (nn.Module.bfloat16, nn.Module.half, nn.Module.float, nn.Module.double):
+        cast(layer)
+        for name, tensor in wanted.items():
+            found = getattr(layer, name)
+            assert found.dtype == tensor.dtype
+            assert torch.equal(found, tensor)
+    assert layer.bias.dtype == torch.float64
+
+
+def test_state_dict_and_copies() -> None:
+    layer = make()
+    other = PackedLinear(128, 96, codebook="nf3")
+    other.load_state_dict(layer.state_dict())
+    x = inputs_for(layer)
+    assert torch.equal(other(x), layer(x))
+    assert torch.equal(deepcopy(layer)(x), layer(x))
+    assert layer.to("meta").weight_scales.is_meta
+
+
+def test_autocast_decides_the_dtype() -> None:
+    layer = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(inputs_for(layer)).dtype == torch.bfloat16
+    assert layer(inputs_for(layer)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    """Oracle: the gradient without."""
+    layer = make()
+    x, y = inputs_for(layer), inputs_for(layer)
+    checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
+    layer(y).square().sum().backward()
+    assert torch.equal(x.grad, y.grad)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch of itself
+@pytest.mark.parametrize("double", [False, True])
+def test_compiles_in_one_graph(double: bool) -> None:
+    """Oracle: the layer as it is."""
+    layer = make(double=double)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x, y = inputs_for(layer), inputs_for(layer)
+    torch.testing.assert_close(compiled(x), layer(y))
+    compiled(x).square().sum().backward()
+    layer(y).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+class Network(nn.Module):
+    """Two packed linears and a dense head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = make(128, 128), make(96, 128, codebook="nf2"), nn.Linear(96, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["first", "second"]])
+def test_peft_attaches(targets: Any) -> None:
+    network = Network()
+    model = get_peft_model(network, LoraConfig(target_modules=targets, r=4))
+    assert isinstance(network.first, PackedLoraLinear)
+    assert isinstance(network.second, PackedLoraLinear)
+    model(inputs_for(network.first.base_layer)).sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".lora_" in name for name in trained)
+    assert network.first.lora_B["default"].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_merge_gives_the_dense_weight_and_comes_back(safe: bool, bias: bool) -> None:
+    """Oracle: the weight that numpy reads plus peft's own scaling times B·A."""
+    network = nn.Sequential(make(bias=bias))
+    before = read_linear(network[0])
+    model = get_peft_model(network, LoraConfig(target_modules=["0"], r=4, lora_alpha=8, init_lora_weights=False))
+    layer = model.base_model.model[0]
+    delta = 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    x = inputs_for(layer.base_layer)
+    wanted = model(x)
+    model.merge_adapter(safe_merge=safe)
+    torch.testing.assert_close(layer.base_layer.weight, before + delta)
+    torch.testing.assert_close(model(x), wanted)
+    model.unmerge_adapter()
+    assert isinstance(layer.base_layer, PackedLinear)
+    assert torch.equal(model(x), wanted)
+    merged = model.merge_and_unload(safe_merge=safe)
+    assert type(merged[0]) is nn.Linear
+    torch.testing.assert_close(merged[0].weight, before + delta)
+    torch.testing.assert_close(merged(x), wanted)
+
+
+def test_a_dense_merge_by_hand_fails() -> None:
+    """What expects a dense weight must not compute nonsense."""
+    layer = make()
+    with pytest.raises(RuntimeError):
+        layer.weight.data += torch.randn(96, 128)
+
+
+@pytest.mark.parametrize(("bits", "codebook"), [(2, "nf2"), (3, "nf3")])
+def test_any_network_in_memory(bits: int, codebook: str) -> None:
+    """Oracle: the errors of the parts, by numpy's reading."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(128, 192), nn.ReLU(), nn.Linear(192, 64))
+    weights = [network[0].weight.detach().clone(), network[2].weight.detach().clone()]
+    model = loftq.quantize_model(network, bits=bits, rank=16, iters=3, alpha=32)
+    for i, weight in zip((0, 2), weights, strict=True):
+        layer = model.base_model.model[i]
+        assert layer.base_layer.codebook == codebook
+        rounded = read_linear(layer.base_layer)
+        adapted = rounded + 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        assert (weight - adapted).norm() < 0.9 * (weight - rounded).norm()
+    model(torch.randn(4, 128)).sum().backward()
+
+
+DDP = """
+import os, sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from peft import LoraConfig, get_peft_model
+import loftq
+
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
+torch.manual_seed(0)
+network = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+model = DistributedDataParallel(loftq.quantize_model(network, bits=2, rank=4, iters=1))
+torch.manual_seed(int(sys.argv[2]))
+for _ in range(2):
+    model(torch.randn(4, 64)).square().mean().backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.grad is not None:
+                p -= 0.1 * p.grad
+                p.grad = None
+total = sum(p.double().abs().sum() for p in model.parameters() if p.requires_grad)
+print(total.item())
+"""
+
+
+def test_two_processes_train_the_same(tmp_path: Any) -> None:
+    """Oracle: each other. They see different data, so only the exchange keeps them alike."""
+    command = [sys.executable, "-c", DDP, str(tmp_path / "store")]
+    running = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in (0, 1)]
+    ended = [process.communicate(timeout=120) for process in running]
+    sums = [out.decode().strip() for out, _ in ended]
+    assert sums[0], ended[0][1].decode()
+    assert sums[0] == sums[1]
