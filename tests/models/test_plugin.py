@@ -100,7 +100,7 @@ def test_packed_tensors_of_a_wrong_size_are_refused(falcon: Path, tmp_path: Path
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(loftq.LoftQError, match=rf"model.safetensors: {name} is torch.uint8 .*expected torch.uint8"):
         AutoModelForCausalLM.from_pretrained(broken)
-    with pytest.raises(loftq.LoftQError, match=r"has \d+ bytes, expected \d+"):
+    with pytest.raises(loftq.LoftQError, match=r"model\.safetensors"):
         loftq.load_qlora(broken)
 
 
