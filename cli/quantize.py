@@ -10,7 +10,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from loftq.pipeline.quantize import SAVE_DIR
 from loftq.pipeline.quantize import quantize as run
-from loftq.pipeline.recipe import BITS, COMPUTE_DTYPES, Recipe
+from loftq.pipeline.recipe import COMPUTE_DTYPES, Recipe
 
 from .params import names
 
@@ -25,7 +25,11 @@ Examples:
 @click.command(epilog=_EPILOG)
 @click.argument("model", required=False)
 @click.option("--model-name-or-path", metavar="MODEL", help="The same as MODEL.")
-@click.option("--bits", type=int, default=Recipe.bits, show_default=True, help=f"Bits a weight: {list(BITS)}.")
+@click.option("--bits", type=float, default=Recipe.bits, show_default=True, help="2, 3, 4, or a budget between.")
+@click.option(
+    "--allocation",
+    help="Where the bits go: first (first layers 4, rest 2), or auto (least error; default for 2.5 etc.).",
+)
 @click.option("--rank", type=int, default=Recipe.rank, show_default=True, help="Rank of the adapter.")
 @click.option("--iter", "iters", type=int, default=Recipe.iters, show_default=True, help="0 is QLoRA's start.")
 @click.option("--alpha", type=float, help="LoRA alpha; the scaling is alpha/rank.  [default: the rank]")

@@ -16,7 +16,7 @@ depend on the values in it, so that the layout of a file is known before its wei
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -85,7 +85,7 @@ def tensors(
 
 
 def quantization_config(
-    quantizer: BlockQuantizer, compute_dtype: torch.dtype, skip_modules: Sequence[str]
+    quantizer: BlockQuantizer, compute_dtype: torch.dtype, skip_modules: Sequence[str], _codebooks: Mapping[str, str]
 ) -> dict[str, object]:
     """The entry of `config.json`. `skip_modules` replaces the library's defaults: it must list the head."""
     return {

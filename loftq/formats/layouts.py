@@ -40,7 +40,12 @@ class Layout(Protocol):
         """Their values."""
 
     def quantization_config(
-        self, quantizer: BlockQuantizer, compute_dtype: torch.dtype, skip_modules: Sequence[str], /
+        self,
+        quantizer: BlockQuantizer,
+        compute_dtype: torch.dtype,
+        skip_modules: Sequence[str],
+        codebooks: Mapping[str, str],
+        /,
     ) -> dict[str, object]:
         """The entry of `config.json`."""
 

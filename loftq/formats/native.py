@@ -14,7 +14,8 @@ model's; transformers loads it once loftq is imported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -91,13 +92,15 @@ def read_scales(
 
 
 def quantization_config(
-    quantizer: BlockQuantizer, compute_dtype: torch.dtype, skip_modules: Sequence[str]
+    quantizer: BlockQuantizer, compute_dtype: torch.dtype, skip_modules: Sequence[str], codebooks: Mapping[str, str]
 ) -> dict[str, object]:
-    """The entry of `config.json`."""
+    """The entry of `config.json`: the commonest codebook, and the modules that have another by name."""
+    (common, _), *_ = Counter(codebooks.values()).most_common()
     return {
         "quant_method": METHOD,
         "format_version": VERSION,
-        "codebook": quantizer.codebook,
+        "codebook": common,
+        "codebooks": {module: name for module, name in codebooks.items() if name != common},
         "block_size": quantizer.block_size,
         "double_quant": quantizer.double_quant,
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
@@ -105,9 +108,10 @@ def quantization_config(
     }
 
 
-def check_config(version: int, codebook: str) -> None:
+def check_config(version: int, codebooks: Iterable[str]) -> None:
     """Raise ArtifactError for a folder that a later loftq wrote."""
     if version > VERSION:
         raise ArtifactError(f"loftq format version {version}: this loftq reads up to {VERSION}: upgrade loftq")
-    if codebook not in CODEBOOKS:
-        raise ArtifactError(f"loftq format: codebook {codebook!r} is none of {', '.join(CODEBOOKS)}: upgrade loftq")
+    unknown = sorted(set(codebooks) - set(CODEBOOKS))
+    if unknown:
+        raise ArtifactError(f"loftq format: codebook {unknown[0]!r} is none of {', '.join(CODEBOOKS)}: upgrade loftq")

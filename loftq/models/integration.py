@@ -29,13 +29,15 @@ class LoftQConfig(QuantizationConfigMixin):
         double_quant: bool = False,
         compute_dtype: str = "bfloat16",
         skip_modules: list[str] | None = None,
+        codebooks: dict[str, str] | None = None,
         format_version: int = VERSION,
         **_: Any,
     ) -> None:
-        check_config(format_version, codebook)
+        check_config(format_version, [codebook, *(codebooks or {}).values()])
         self.quant_method = METHOD  # type: ignore[assignment]
         self.format_version = format_version
         self.codebook = codebook
+        self.codebooks = dict(codebooks or {})
         self.block_size = block_size
         self.double_quant = double_quant
         self.compute_dtype = compute_dtype
@@ -62,7 +64,7 @@ class LoftQQuantizer(HfQuantizer):
                     columns,
                     rows,
                     old.bias is not None,
-                    codebook=config.codebook,
+                    codebook=config.codebooks.get(name, config.codebook),
                     block_size=config.block_size,
                     double_quant=config.double_quant,
                     dtype=old.weight.dtype,

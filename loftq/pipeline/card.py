@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -86,7 +87,7 @@ base_model = {loader}.from_pretrained(
         load_in_4bit=True,
         bnb_4bit_compute_dtype=torch.{recipe.compute_dtype},
         bnb_4bit_use_double_quant={recipe.double_quant},
-        bnb_4bit_quant_type="{recipe.codebook}",
+        bnb_4bit_quant_type="{plan.quantizer(plan.layers[0]).codebook}",
     ),
 )
 model = PeftModel.from_pretrained(base_model, MODEL_DIR, subfolder="{FOLDER}", is_trainable=True)
@@ -105,7 +106,9 @@ def _head(plan: Plan) -> str:
 
 def _settings(plan: Plan) -> dict[str, str]:
     recipe = plan.recipe
-    rounding = f"{recipe.codebook}, blocks of {recipe.block_size}"
+    counts = Counter(plan.codebooks.values())
+    kinds = "".join(counts) if len(counts) == 1 else ", ".join(f"{n} x {name}" for name, n in sorted(counts.items()))
+    rounding = f"{kinds}, blocks of {recipe.block_size}"
     left = [name for name in plan.skip_modules if not any(name.startswith(saved) for saved in plan.modules_to_save)]
     method = f"LoftQ, {recipe.iters} iterations" if recipe.iters else "QLoRA's start (plain rounding, B = 0)"
     return {

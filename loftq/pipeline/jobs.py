@@ -38,7 +38,7 @@ def solve_all(plan: Plan, staging: Staging, device: torch.device, workers: int, 
     begun = everything - sum(sizes[name] for name in left)
     bar = tqdm(total=everything, initial=begun, unit="w", unit_scale=True, disable=quiet, dynamic_ncols=True)
     shards = [*plan.backbone, plan.adapter]
-    with bar, _one_thread_each(), ShardWriter(staging.folder, shards) as writer:
+    with bar, one_thread_each(), ShardWriter(staging.folder, shards) as writer:
 
         def work(name: str) -> None:
             layer = layers.get(name)
@@ -54,11 +54,11 @@ def solve_all(plan: Plan, staging: Staging, device: torch.device, workers: int, 
 
         for name in plan.created.keys() & set(left):  # drawn from torch's own generator, which threads share
             work(name)
-        _run_jobs(work, [name for name in left if name not in plan.created], workers)
+        run_jobs(work, [name for name in left if name not in plan.created], workers)
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread_each() -> Iterator[None]:
     """One torch thread a job: a matrix product's last bits depend on how many threads share it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -68,7 +68,7 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run_jobs(work: Callable[[str], None], names: Sequence[str], workers: int) -> None:
+def run_jobs(work: Callable[[str], None], names: Sequence[str], workers: int) -> None:
     """Run independent, idempotent jobs; the first failure stops those not yet begun and is raised."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="loftq-solver")
     futures: list[Future[None]] = []
@@ -83,11 +83,8 @@ def _run_jobs(work: Callable[[str], None], names: Sequence[str], workers: int) -
 
 def _solve_layer(plan: Plan, layer: Layer, writer: ShardWriter, device: torch.device) -> dict[str, Any]:
     recipe = plan.recipe
-    quantizer = plan.quantizer
-    stored = plan.source.checkpoint.read(layer.tensor)
-    digest = _digest(stored)
-    weight = (stored.t() if layer.transposed else stored).to(device, torch.float32).contiguous()
-    _check_finite(weight, layer.tensor, plan.source)
+    quantizer = plan.quantizer(layer)
+    weight, digest = read_weight(plan, layer, device)
     seed = layer_seed(recipe.seed, layer.module)
     solution = solve(weight, quantizer, recipe.rank, recipe.iters, recipe.scaling, svd=recipe.svd, seed=seed)
     packed = plan.layout.tensors(layer.module, layer.shape, quantizer, recipe.dtype, solution.codes, solution.scales)
@@ -95,6 +92,14 @@ def _solve_layer(plan: Plan, layer: Layer, writer: ShardWriter, device: torch.de
     for name, tensor in {**packed, **factors}.items():
         writer.write(name, tensor)
     return {"sha256": digest, "row": layer_row(plan, layer, solution.trace)}
+
+
+def read_weight(plan: Plan, layer: Layer, device: torch.device) -> tuple[torch.Tensor, str]:
+    """A layer's weight (out, in) in float32, and the hash of what is stored."""
+    stored = plan.source.checkpoint.read(layer.tensor)
+    weight = (stored.t() if layer.transposed else stored).to(device, torch.float32).contiguous()
+    _check_finite(weight, layer.tensor, plan.source)
+    return weight, _digest(stored)
 
 
 def _pass_through(plan: Plan, name: str, writer: ShardWriter) -> dict[str, Any]:

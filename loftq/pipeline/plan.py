@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from loftq.core import allocation
 from loftq.core.blockwise import BlockQuantizer
 from loftq.errors import CheckpointError, OptionError, SourceError
 from loftq.formats import adapter
@@ -20,7 +21,7 @@ from loftq.models.families import family_of
 from loftq.models.linears import Dense, Linears
 from loftq.models.naming import NameMap
 from loftq.models.tasks import Task, build_meta
-from loftq.pipeline.recipe import Recipe
+from loftq.pipeline.recipe import BITS, Recipe
 from loftq.pipeline.source import Source
 
 _SOLVER_BYTES = 13  # a weight in solution: float32 twice, its source, its codes, their packed form, a sketch
@@ -38,6 +39,7 @@ class Layer:
     tensor: str
     shape: tuple[int, int]
     transposed: bool = False
+    bits: int = 4
 
     @property
     def weights(self) -> int:
@@ -79,10 +81,14 @@ class Plan:
         """Whether stock transformers and peft load the result."""
         return self.format != "loftq"
 
+    def quantizer(self, layer: Layer) -> BlockQuantizer:
+        """What rounds a layer, with scales as the format stores them."""
+        return self.recipe.quantizer(self.layout, layer.bits)
+
     @property
-    def quantizer(self) -> BlockQuantizer:
-        """What rounds the backbone, with scales as the format stores them."""
-        return self.recipe.quantizer(self.layout)
+    def codebooks(self) -> dict[str, str]:
+        """The codebook of each quantized module."""
+        return {layer.module: BITS[layer.bits] for layer in self.layers}
 
     @cached_property
     def expert_bytes(self) -> int:
@@ -122,12 +128,18 @@ class Plan:
         return 8 * self._stored(layer) / layer.weights
 
     def _stored(self, layer: Layer) -> int:
-        specs = self.layout.specs(layer.module, layer.shape, self.quantizer, self.recipe.dtype)
+        specs = self.layout.specs(layer.module, layer.shape, self.quantizer(layer), self.recipe.dtype)
         return sum(spec.nbytes for spec in specs)
 
 
-def make_plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False) -> Plan:
-    """Resolve a recipe against a source. Raises SourceError or OptionError with what to change."""
+def make_plan(
+    source: Source, recipe: Recipe, *, trust_remote_code: bool = False, widths: Mapping[str, int] | None = None
+) -> Plan:
+    """Resolve a recipe against a source. Raises SourceError or OptionError with what to change.
+
+    `widths` are the bits of each module under `--allocation auto`; until they are known, a plan of the same size is
+    made.
+    """
     _refuse_quantized(source)
     model, task = build_meta(
         source.folder, task=recipe.task, num_labels=recipe.num_labels, trust_remote_code=trust_remote_code
@@ -141,6 +153,7 @@ def make_plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False
     names = naming.map_names(model, source.checkpoint.tensors, new=(*heads, _POOLER), resized=resized)
     saved = (*heads, *_new_poolers(names)) if task.has_head else ()
     layers = tuple(_layer(target, found.candidates[target], names.source, source, recipe) for target in targets)
+    layers = _allocate(layers, recipe, widths)
     quantized = {layer.tensor for layer in layers}
     tensors = source.checkpoint.tensors
     passed = {
@@ -153,7 +166,7 @@ def make_plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False
         for key, shape in names.created.items()
     }
     stock = all(found.candidates[target].stock for target in targets)
-    format = choose(recipe.codebook, recipe.block_size, recipe.format, stock=stock)
+    format = choose(BITS[recipe.widths[0]], recipe.block_size, recipe.format, stock=stock)
     plan = Plan(
         recipe=recipe,
         source=source,
@@ -234,6 +247,16 @@ def _new_poolers(names: NameMap) -> list[str]:
     return list(dict.fromkeys(f"{before}.{_POOLER}" for before, found, _ in keys if found))
 
 
+def _allocate(layers: tuple[Layer, ...], recipe: Recipe, widths: Mapping[str, int] | None) -> tuple[Layer, ...]:
+    """The layers with their bits."""
+    if recipe.allocation is None:
+        return tuple(replace(layer, bits=recipe.widths[0]) for layer in layers)
+    if widths is not None:
+        return tuple(replace(layer, bits=widths[layer.module]) for layer in layers)
+    bits = allocation.first([layer.weights for layer in layers], recipe.widths[0], recipe.widths[-1], recipe.bits)
+    return tuple(replace(layer, bits=width) for layer, width in zip(layers, bits, strict=True))
+
+
 def _kept_spec(key: str, spec: TensorSpec, saved: Sequence[str], recipe: Recipe) -> TensorSpec:
     """What a tensor that is not quantized is written as: in the compute dtype, or, a head's, in the adapter's."""
     if not spec.dtype.is_floating_point:
@@ -246,13 +269,12 @@ def _kept_spec(key: str, spec: TensorSpec, saved: Sequence[str], recipe: Recipe)
 def _lay_out_backbone(
     layers: tuple[Layer, ...], names: NameMap, kept: Mapping[str, TensorSpec], recipe: Recipe, layout: Layout
 ) -> tuple[Shard, ...]:
-    quantizer = recipe.quantizer(layout)
     by_tensor = {layer.tensor: layer for layer in layers}
     groups = []
     for name in [*names.written, *names.created]:
         layer = by_tensor.get(name)
         if layer is not None:
-            groups.append(layout.specs(layer.module, layer.shape, quantizer, recipe.dtype))
+            groups.append(layout.specs(layer.module, layer.shape, recipe.quantizer(layout, layer.bits), recipe.dtype))
         elif not adapter.is_key(kept[name].name):
             groups.append([kept[name]])
     return tuple(lay_out(groups, parse_size(recipe.max_shard_size)))
@@ -273,7 +295,7 @@ def _notes(plan: Plan, found: Linears, names: NameMap) -> Iterator[str]:
         yield f"transformers runs {plan.model_type} in float32 alone: that is its compute dtype here"
     if not plan.stock:
         odd = {type(plan.model.get_submodule(layer.module)).__name__ for layer in plan.layers} - {"Linear", "Conv1D"}
-        what = f"{', '.join(sorted(odd))} quantized" if odd else plan.recipe.codebook
+        what = f"{', '.join(sorted(odd))} quantized" if odd else ", ".join(sorted(set(plan.codebooks.values())))
         yield (f"stock transformers cannot load {what}: import loftq before from_pretrained, or use loftq.load_qlora")
     if plan.expert_bytes:
         yield f"fused experts stay in {dtype}: {plan.expert_bytes / 1e9:.3g} GB"

@@ -16,6 +16,7 @@ import torch
 from loftq.errors import OptionError, OutputError
 from loftq.formats import adapter, artifact
 from loftq.formats.checkpoint import INDEX, index_text
+from loftq.pipeline.allocate import allocate
 from loftq.pipeline.card import card_text
 from loftq.pipeline.jobs import solve_all
 from loftq.pipeline.plan import Plan, make_plan
@@ -31,7 +32,8 @@ _VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "safetens
 def quantize(
     model: str | None = None,
     *,
-    bits: int = 4,
+    bits: float = 4,
+    allocation: str | None = None,
     rank: int = 16,
     iters: int = 5,
     alpha: float | None = None,
@@ -71,6 +73,7 @@ def quantize(
     started = time.perf_counter()
     recipe = Recipe(
         bits=bits,
+        allocation=allocation,
         rank=rank,
         iters=iters,
         alpha=alpha,
@@ -97,10 +100,13 @@ def quantize(
     source = find_source(
         model, revision=revision, token=token, trust_remote_code=trust_remote_code, headers_only=dry_run
     )
-    folder = Path(output) if output else Path(save_dir) / f"{source.label}-{bits}bit-{rank}rank"
+    folder = Path(output) if output else Path(save_dir) / f"{source.label}-{bits:g}bit-{rank}rank"
     if not dry_run:
         check_output(folder, resume=resume, overwrite=overwrite)
     plan = make_plan(source, recipe, trust_remote_code=trust_remote_code)
+    if recipe.allocation == "auto" and not dry_run:
+        widths = allocate(plan, chosen, count, quiet)
+        plan = make_plan(source, recipe, trust_remote_code=trust_remote_code, widths=widths)
     if dry_run:
         return report(plan, folder, [planned_row(plan, layer) for layer in plan.layers], plan.memory(count))
     if resume and not is_begun(folder) and (folder / artifact.MANIFEST).is_file():
@@ -178,7 +184,9 @@ def _config_text(plan: Plan) -> str:
     if recipe.num_labels is not None:
         built: Any = plan.model.config
         config |= {"id2label": built.id2label, "label2id": built.label2id}
-    config["quantization_config"] = plan.layout.quantization_config(plan.quantizer, recipe.dtype, plan.skip_modules)
+    config["quantization_config"] = plan.layout.quantization_config(
+        plan.quantizer(plan.layers[0]), recipe.dtype, plan.skip_modules, plan.codebooks
+    )
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 

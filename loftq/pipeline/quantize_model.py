@@ -15,7 +15,7 @@ from loftq.formats import bitsandbytes, native
 from loftq.formats.layouts import LAYOUTS, choose
 from loftq.models.linears import Dense, Linears, select
 from loftq.models.loading import guard_cpu
-from loftq.pipeline.recipe import Recipe, layer_seed
+from loftq.pipeline.recipe import BITS, Recipe, layer_seed
 
 if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit
@@ -68,11 +68,13 @@ def quantize_model(
     targets = _find_targets(model, target_modules, exclude_modules)
     for name, module in targets.items():
         _check_fits(name, module, recipe, quantize=quantize, lora=lora)
-    format = choose(recipe.codebook, block_size, None)
+    if recipe.allocation is not None:
+        raise OptionError(f"bits={bits}: quantize_model gives every layer the same width, 2, 3 or 4")
+    format = choose(BITS[recipe.widths[0]], block_size, None)
     solutions: dict[str, Solution] = {}
     for name, module in targets.items() if quantize else ():
         if type(module) is nn.Linear:
-            quantizer = recipe.quantizer(LAYOUTS[format])
+            quantizer = recipe.quantizer(LAYOUTS[format], recipe.widths[0])
             solutions[name] = _solve(name, module, recipe, quantizer, rank if lora else 0)
             make = _linear4bit if format == "bitsandbytes" else _packed_linear
             _replace(model, module, make(module, quantizer, solutions[name], compute_dtype))

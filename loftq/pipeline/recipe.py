@@ -17,6 +17,10 @@ from loftq.formats.adapter import scaling
 from loftq.formats.layouts import Layout
 
 BITS = {2: "nf2", 3: "nf3", 4: "nf4"}  # width to codebook
+ALLOCATIONS = {
+    "first": "4 bits for the first layers, 2 for the rest, as in the paper",
+    "auto": "the widths with which the summed error is least",
+}
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -30,7 +34,8 @@ def layer_seed(seed: int, module: str) -> int:
 class Recipe:
     """The settings that decide the result. The same recipe on the same source gives the same bytes."""
 
-    bits: int = 4
+    bits: float = 4
+    allocation: str | None = None
     rank: int = 16
     iters: int = 5
     alpha: float | None = None
@@ -49,8 +54,7 @@ class Recipe:
     max_shard_size: str = "5GB"
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise OptionError(f"--bits {self.bits}: no type has that width (known: {', '.join(map(str, BITS))})")
+        self._resolve_bits()
         if self.rank < 1:
             raise OptionError(f"--rank {self.rank}: expected 1 or more")
         if not 0 <= self.iters <= 100:
@@ -67,7 +71,27 @@ class Recipe:
             raise UnknownNameError("compute dtype", self.compute_dtype, COMPUTE_DTYPES)
         if self.svd not in SVD:
             raise UnknownNameError("svd", self.svd, SVD)
-        layouts.choose(self.codebook, self.block_size, self.format)
+        for width in self.widths:
+            layouts.choose(BITS[width], self.block_size, self.format)
+
+    def _resolve_bits(self) -> None:
+        """A whole number as an int, and an allocation for what is none."""
+        if float(self.bits).is_integer():
+            object.__setattr__(self, "bits", int(self.bits))
+        if self.allocation is not None and self.allocation not in ALLOCATIONS:
+            raise UnknownNameError("allocation", self.allocation, ALLOCATIONS)
+        known = f"known: {', '.join(map(str, BITS))}, and budgets between"
+        if not min(BITS) <= self.bits <= max(BITS):
+            raise OptionError(f"--bits {self.bits}: no type has that width ({known})")
+        if self.bits not in BITS and self.allocation is None:
+            object.__setattr__(self, "allocation", "auto")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths that layers may get, the narrowest first."""
+        if self.allocation is None:
+            return (int(self.bits),)
+        return (min(BITS), max(BITS)) if self.allocation == "first" else tuple(sorted(BITS))
 
     @property
     def lora_alpha(self) -> float:
@@ -79,14 +103,9 @@ class Recipe:
         """The factor before B·A with which the adapter will run."""
         return scaling(self.lora_alpha, self.rank, self.rslora)
 
-    @property
-    def codebook(self) -> str:
-        """The levels that weights are rounded to."""
-        return BITS[self.bits]
-
-    def quantizer(self, layout: Layout) -> BlockQuantizer:
-        """What rounds the backbone, with scales as the layout stores them."""
-        return BlockQuantizer(self.codebook, self.block_size, self.double_quant, layout.SCALE_DTYPE)
+    def quantizer(self, layout: Layout, width: int) -> BlockQuantizer:
+        """What rounds a layer to a width, with scales as the layout stores them."""
+        return BlockQuantizer(BITS[width], self.block_size, self.double_quant, layout.SCALE_DTYPE)
 
     @property
     def dtype(self) -> torch.dtype:

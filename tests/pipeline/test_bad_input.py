@@ -97,7 +97,7 @@ def check(refused: Refused, code: int, names: Sequence[object], out: Path, *, le
 
 OPTIONS: list[tuple[list[object], list[str]]] = [
     (["--bits", 5], ["--bits 5", "known: 2, 3, 4"]),
-    (["--bits", "four"], ["'--bits'", "'four'", "integer"]),
+    (["--bits", "four"], ["'--bits'", "'four'", "float"]),
     (["--alpha", 0], ["--alpha 0", "above 0"]),
     (["--alpha", -1], ["--alpha -1", "above 0"]),
     (["--alpha", "nan"], ["--alpha nan", "above 0"]),

@@ -119,3 +119,71 @@ def test_the_folder_is_named_after_its_bits(pico: Path, run: Callable[..., Any],
     assert ended.exit_code == 0
     assert (tmp_path / "pico-llama-2bit-4rank" / "loftq.json").is_file()
     assert "import loftq" in (tmp_path / "pico-llama-2bit-4rank" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("allocation", "bits"), [("first", 2.5), ("auto", 2.7), ("first", 3), ("auto", 3), (None, 2.25)]
+)
+def test_mixed_widths_in_one_folder(allocation: str | None, bits: float, pico: Path, tmp_path: Path) -> None:
+    """Oracle: numpy's reading of the files by the codebook that the report names, and the budget."""
+    folder = make(pico, tmp_path / "out", bits=bits, allocation=allocation)
+    source, tensors = load_file(pico / "model.safetensors"), load_file(folder / "model.safetensors")
+    manifest = open_artifact(folder).manifest
+    rows = manifest["layers"]
+    widths = [int(row["codebook"][2]) for row in rows]
+    counts = [row["shape"][0] * row["shape"][1] for row in rows]
+    assert len(set(widths)) > 1
+    mean = sum(n * b for n, b in zip(counts, widths, strict=True)) / sum(counts)
+    assert bits - 0.35 < mean <= bits
+    assert manifest["totals"]["bits_per_weight"] == pytest.approx(mean + 0.25)
+    if allocation == "first":
+        assert widths == sorted(widths, reverse=True)
+        assert set(widths) == {2, 4}
+    else:
+        assert manifest["recipe"]["allocation"] == "auto"
+    model = loftq.load_qlora(folder)
+    for row in rows:
+        own = {k.removeprefix(f"{row['name']}."): t for k, t in tensors.items() if k.startswith(f"{row['name']}.")}
+        weight = source[f"{row['name']}.weight"].double()
+        rounded = read_packed(own, row["codebook"], 64, weight.shape)
+        layer = model.base_model.model.get_submodule(row["name"])
+        assert layer.base_layer.codebook == row["codebook"]
+        assert torch.equal(layer.base_layer.dequantize(), rounded.float())
+        factors = layer.lora_B["default"].weight.detach().double() @ layer.lora_A["default"].weight.detach().double()
+        assert float((weight - rounded - factors).norm() / weight.norm()) == pytest.approx(row["error"], rel=1e-5)
+
+
+def test_auto_leaves_less_than_first(pico: Path, tmp_path: Path) -> None:
+    errors = {
+        allocation: open_artifact(make(pico, tmp_path / allocation, bits=2.5, allocation=allocation)).manifest["totals"]
+        for allocation in ("first", "auto")
+    }
+    assert errors["auto"]["error"] < errors["first"]["error"]
+
+
+def test_a_budget_in_name_plan_and_resume(pico: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    options = ["--bits", "2.5", "--rank", 4, "--iter", 1, "--save-dir", tmp_path]
+    planned = run("quantize", pico, *options, "--dry-run").stdout
+    assert "pico-llama-2.5bit-4rank" in planned
+    assert "nf4, 4.250 bits" in planned
+    assert run("quantize", pico, *options, "--quiet").exit_code == 0
+    folder = tmp_path / "pico-llama-2.5bit-4rank"
+    before = {file.name: file.read_bytes() for file in folder.glob("*.*")}
+    assert run("quantize", pico, *options, "--quiet", "--overwrite", "--workers", 3).exit_code == 0
+    assert {file.name: file.read_bytes() for file in folder.glob("*.*")} == before
+    assert run("quantize", pico, *options, "--quiet", "--resume").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--bits", "1.5"], ["--bits 1.5", "known: 2, 3, 4, and budgets between"]),
+        (["--bits", "4.5", "--allocation", "auto"], ["--bits 4.5", "budgets between"]),
+        (["--bits", "2.5", "--allocation", "last"], ["unknown allocation 'last'", "auto, first"]),
+        (["--bits", "2.5", "--format", "bitsandbytes"], ["--format bitsandbytes holds nf4"]),
+    ],
+)
+def test_bad_budgets(options: list[str], said: list[str], pico: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    ended = run("quantize", pico, *options, "--rank", 4, "--output", tmp_path / "out")
+    assert ended.exit_code == 2
+    assert all(part in ended.stderr for part in said), ended.stderr

@@ -1,0 +1,48 @@
+"""Bits for each layer by what each width leaves of it: a first pass over the weights, before the plan is final."""
+
+from __future__ import annotations
+
+import torch
+from tqdm import tqdm
+
+from loftq.core.allocation import least_error
+from loftq.core.solver import solve
+from loftq.pipeline.jobs import one_thread_each, read_weight, run_jobs
+from loftq.pipeline.plan import Layer, Plan
+from loftq.pipeline.recipe import layer_seed
+
+
+def allocate(plan: Plan, device: torch.device, workers: int, quiet: bool) -> dict[str, int]:
+    """The width of each module under the plan's budget, for the least sum of squared errors with the adapter on.
+
+    A layer's error at a width is that of one alternation: later ones take nearly the same share off all of them.
+    """
+    recipe = plan.recipe
+    layers = {layer.module: layer for layer in plan.layers}
+    errors: dict[str, list[float]] = {}
+    total = sum(layer.weights for layer in plan.layers)
+    bar = tqdm(total=total, unit="w", unit_scale=True, disable=quiet, dynamic_ncols=True, desc="widths")
+
+    def measure(name: str) -> None:
+        layer = layers[name]
+        errors[name] = _errors(plan, layer, device)
+        bar.update(layer.weights)
+
+    with bar, one_thread_each():
+        run_jobs(measure, list(layers), workers)
+    by_width = {width: [errors[layer.module][i] for layer in plan.layers] for i, width in enumerate(recipe.widths)}
+    chosen = least_error([layer.weights for layer in plan.layers], by_width, recipe.bits)
+    return dict(zip(layers, chosen, strict=True))
+
+
+def _errors(plan: Plan, layer: Layer, device: torch.device) -> list[float]:
+    """Squared errors of a layer, a width each."""
+    recipe = plan.recipe
+    weight, _ = read_weight(plan, layer, device)
+    found = []
+    for width in recipe.widths:
+        quantizer = recipe.quantizer(plan.layout, width)
+        once, seed = min(recipe.iters, 1), layer_seed(recipe.seed, layer.module)
+        solution = solve(weight, quantizer, recipe.rank, once, recipe.scaling, svd=recipe.svd, seed=seed)
+        found.append(solution.trace.final**2)
+    return found
