@@ -85,7 +85,10 @@ def tensors(
 
 
 def quantization_config(
-    quantizer: BlockQuantizer, compute_dtype: torch.dtype, skip_modules: Sequence[str], _codebooks: Mapping[str, str]
+    quantizer: BlockQuantizer,
+    compute_dtype: torch.dtype,
+    skip_modules: Sequence[str],
+    _codebooks: Mapping[str, str] | None = None,
 ) -> dict[str, object]:
     """The entry of `config.json`. `skip_modules` replaces the library's defaults: it must list the head."""
     return {

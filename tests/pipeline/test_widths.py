@@ -122,7 +122,7 @@ def test_the_folder_is_named_after_its_bits(pico: Path, run: Callable[..., Any],
 
 
 @pytest.mark.parametrize(
-    ("allocation", "bits"), [("first", 2.5), ("auto", 2.7), ("first", 3), ("auto", 3), (None, 2.25)]
+    ("allocation", "bits"), [("first", 2.5), ("auto", 2.7), ("first", 3), ("auto", 3.2), (None, 2.25)]
 )
 def test_mixed_widths_in_one_folder(allocation: str | None, bits: float, pico: Path, tmp_path: Path) -> None:
     """Oracle: numpy's reading of the files by the codebook that the report names, and the budget."""
