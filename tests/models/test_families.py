@@ -71,11 +71,17 @@ def test_every_row_has_a_pico_model() -> None:
     assert {name.partition("/")[0] for name in CHANGES} == set(FAMILIES) | set(GENERIC)
 
 
-@pytest.mark.parametrize(("name", "task"), CASES)
-def test_family(name: str, task: str, tmp_path: Path) -> None:
+PACKED = ["llama", "gpt2", "phi3", "mixtral", "t5", "bert", "deberta", "falcon"]  # at 2 bits, in our own layout
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "bits"),
+    [*((name, task, 4) for name, task in CASES), *((name, family_of(name).tasks[0], 2) for name in PACKED)],
+)
+def test_family(name: str, task: str, bits: int, tmp_path: Path) -> None:
     """Oracles: bitsandbytes' dequantization, peft's scaling, the report's errors, full-precision outputs."""
     source, dtype = save_pico(name, task, tmp_path / "source"), dtype_of(name)
-    report = loftq.quantize(str(source), output=tmp_path / "out", rank=8, iters=3, alpha=16, quiet=True)
+    report = loftq.quantize(str(source), output=tmp_path / "out", bits=bits, rank=8, iters=3, alpha=16, quiet=True)
     folder = report.folder
     assert report.task == task
     full = auto_class(TASKS[task]).from_pretrained(source, dtype=dtype).eval()
@@ -84,7 +90,7 @@ def test_family(name: str, task: str, tmp_path: Path) -> None:
     base, model = load_stock(folder, task, dtype)
     rows = {row["name"]: row for row in open_artifact(folder).manifest["layers"]}
     assert set(rows) == {name for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    kind = Linear4bit if family_of(name.partition("/")[0]).stock else PackedLinear
+    kind = Linear4bit if bits == 4 and family_of(name.partition("/")[0]).stock else PackedLinear
     quantized = {name for name, module in base.named_modules() if isinstance(module, kind)}
     assert {name.removesuffix(".base_layer") for name in quantized} == set(rows)
     for module, row in rows.items():
