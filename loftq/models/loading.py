@@ -124,10 +124,14 @@ def _adapter_shapes(folder: Path) -> dict[str, tuple[int, int]]:
 def _change_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
+    from loftq.models.packed_linear import PackedLinear
+
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
             module.weight.quant_state.dtype = dtype
+        elif isinstance(module, PackedLinear):
+            module.compute_dtype = dtype
     for tensor in [*model.parameters(), *model.buffers()]:
         if not isinstance(tensor, Params4bit) and tensor.dtype in (torch.bfloat16, torch.float16):
             tensor.data = tensor.data.to(dtype)

@@ -160,6 +160,7 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.codebook, self.block_size, self.double_quant = codebook, block_size, double_quant
+        self.compute_dtype = dtype or torch.get_default_dtype()
         shapes = tensor_shapes((out_features, in_features), CODEBOOKS[codebook], block_size, double_quant)
         stored = {name: torch.zeros(size, dtype=kind, device=device) for name, (kind, size) in shapes.items()}
         self.weight = nn.Parameter(stored.pop("weight"), requires_grad=False)
@@ -185,8 +186,9 @@ class PackedLinear(nn.Linear):
         found: torch.Tensor = dequantize(self.weight, scales, self.codebook, self.block_size, self.in_features, dtype)
         return found
 
-    def to_dense(self, dtype: torch.dtype) -> nn.Linear:
-        """An ordinary linear of the same values."""
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """An ordinary linear of the same values, in the compute dtype unless another is given."""
+        dtype = dtype or self.compute_dtype
         with torch.device("meta"):
             dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, dtype=dtype)
         dense.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)

@@ -19,12 +19,10 @@ class PackedLoraLinear(layer.Linear):  # type: ignore[misc]
     base_layer: Any
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge into a dense copy of the base layer, in the dtype of its bias or else of the factors."""
+        """Merge into a dense copy of the base layer, in its compute dtype."""
         if isinstance(self.base_layer, PackedLinear):
-            name = next(iter(self.lora_A))
-            dtype = self.lora_A[name].weight.dtype if self.base_layer.bias is None else self.base_layer.bias.dtype
             self._packed = [self.base_layer]  # in a list: not a submodule
-            self.base_layer = self.base_layer.to_dense(dtype)
+            self.base_layer = self.base_layer.to_dense()
         super().merge(safe_merge, adapter_names)
 
     def unmerge(self) -> None:

@@ -93,6 +93,19 @@ def test_load_qlora_trains_and_evaluates(pico: Path, tmp_path: Path) -> None:
         assert exact.eval()(TOKENS).logits.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_merged_model_is_dense_and_answers_the_same(dtype: torch.dtype, pico: Path, tmp_path: Path) -> None:
+    """Oracle: the logits before the merge."""
+    model = loftq.load_qlora(make(pico, tmp_path / "out", bits=2), dtype=dtype, is_trainable=False).eval()
+    with torch.no_grad():
+        before = model(TOKENS).logits
+        merged = model.merge_and_unload()
+        after = merged(TOKENS).logits
+    assert not any(isinstance(module, PackedLinear) for module in merged.modules())
+    assert merged.model.layers[0].mlp.up_proj.weight.dtype == dtype
+    assert (after - before).norm() < (0.02 if dtype == torch.bfloat16 else 1e-5) * before.norm()
+
+
 def test_same_bytes_on_any_number_of_workers(pico: Path, tmp_path: Path) -> None:
     folders = [make(pico, tmp_path / str(workers), bits=3, workers=workers) for workers in (1, 3)]
     assert len({(folder / "model.safetensors").read_bytes() for folder in folders}) == 1
