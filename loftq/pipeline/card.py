@@ -23,8 +23,7 @@ def card_text(plan: Plan, totals: Mapping[str, Any], rows: Sequence[Mapping[str,
 {base}library_name: peft
 tags:
 - loftq
-- qlora
-- bitsandbytes
+- qlora{_tag(plan)}
 ---
 
 # {label}, {recipe.bits} bits, rank {recipe.rank}
@@ -39,9 +38,7 @@ A quantized backbone and the LoRA adapter that repairs it, made from `{label}` b
 or, with loftq installed, `model = loftq.load_qlora(MODEL_DIR)`.
 
 - The adapter belongs to this backbone. On the original weights it counts the rounding error twice.
-- On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward in evaluation mode, and
-  training after that is wrong. `loftq.load_qlora` prevents it; with the lines above, set
-  `module.support_avx512bf16_for_cpu = False` on every `Linear4bit` right after loading.{_head(plan)}{notes}
+{_repacking(plan)}{_head(plan)}{notes}
 
 ## Settings
 
@@ -92,6 +89,18 @@ base_model = {loader}.from_pretrained(
 )
 model = PeftModel.from_pretrained(base_model, MODEL_DIR, subfolder="{FOLDER}", is_trainable=True)
 ```"""
+
+
+def _tag(plan: Plan) -> str:
+    return "\n- bitsandbytes" if plan.stock else ""
+
+
+def _repacking(plan: Plan) -> str:
+    if not plan.stock:
+        return "- The weights stay packed in memory. `merge_and_unload` gives a dense model with the adapter in it."
+    return """- On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward in evaluation mode, and
+  training after that is wrong. `loftq.load_qlora` prevents it; with the lines above, set
+  `module.support_avx512bf16_for_cpu = False` on every `Linear4bit` right after loading."""
 
 
 def _head(plan: Plan) -> str:
