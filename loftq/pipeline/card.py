@@ -60,7 +60,7 @@ def _snippet(plan: Plan) -> str:
     recipe, loader = plan.recipe, plan.task.auto_class
     if not plan.stock:
         return f"""```python
-import loftq  # stock transformers alone cannot load this model's linears quantized, and refuses the folder
+import loftq  # teaches transformers this folder's format; without it the folder is refused
 import torch
 from peft import PeftModel
 from transformers import {loader}
@@ -98,8 +98,8 @@ def _tag(plan: Plan) -> str:
 def _repacking(plan: Plan) -> str:
     if not plan.stock:
         return "- The weights stay packed in memory. `merge_and_unload` gives a dense model with the adapter in it."
-    return """- On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward in evaluation mode, and
-  training after that is wrong. `loftq.load_qlora` prevents it; with the lines above, set
+    return """- On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward in evaluation mode,
+  and training after that is wrong. `loftq.load_qlora` prevents it; with the lines above, set
   `module.support_avx512bf16_for_cpu = False` on every `Linear4bit` right after loading."""
 
 
@@ -119,7 +119,11 @@ def _settings(plan: Plan) -> dict[str, str]:
     kinds = "".join(counts) if len(counts) == 1 else ", ".join(f"{n} x {name}" for name, n in sorted(counts.items()))
     rounding = f"{kinds}, blocks of {recipe.block_size}"
     left = [name for name in plan.skip_modules if not any(name.startswith(saved) for saved in plan.modules_to_save)]
-    method = f"LoftQ, {recipe.iters} iterations" if recipe.iters else "QLoRA's start (plain rounding, B = 0)"
+    method = (
+        f"LoftQ, {recipe.iters} iteration{'s' if recipe.iters > 1 else ''}"
+        if recipe.iters
+        else "QLoRA's start (plain rounding, B = 0)"
+    )
     return {
         "task": plan.task.name,
         "method": method,
