@@ -49,8 +49,7 @@ def _cell(value: object) -> str:
 
 
 def _table(rows: list[dict[str, str]]) -> str:
-    heads = {"loader": "loads with", "stays": "stays"}
-    lines = [{name: heads.get(name, name) for name in rows[0]}, *rows]
+    lines = [{name: "loads with" if name == "loader" else name for name in rows[0]}, *rows]
     order = ["model type", "tested", "loader", "stays", "targets", "tasks"]
     widths = {name: max(len(line[name]) for line in lines) for name in order}
     return "\n".join("  ".join(line[name].ljust(widths[name]) for name in order).rstrip() for line in lines)

@@ -52,7 +52,9 @@ def solve_all(plan: Plan, staging: Staging, device: torch.device, workers: int, 
             bar.set_postfix_str(layer.module if layer else name, refresh=False)
             bar.update(sizes[name])
 
-        for name in plan.created.keys() & set(left):  # drawn from torch's own generator, which threads share
+        for name in [
+            name for name in left if name in plan.created
+        ]:  # drawn from torch's own generator, which threads share
             work(name)
         run_jobs(work, [name for name in left if name not in plan.created], workers)
 

@@ -152,7 +152,10 @@ def make_plan(
     resized = heads if recipe.num_labels is not None else ()
     names = naming.map_names(model, source.checkpoint.tensors, new=(*heads, _POOLER), resized=resized)
     saved = (*heads, *_new_poolers(names)) if task.has_head else ()
-    layers = tuple(_layer(target, found.candidates[target], names.source, source, recipe) for target in targets)
+    stock = all(found.candidates[target].stock for target in targets)
+    format = choose(BITS[recipe.widths[0]], recipe.block_size, recipe.format, stock=stock)
+    sizes = LAYOUTS[format].BLOCK_SIZES
+    layers = tuple(_layer(target, found.candidates[target], names.source, source, recipe, sizes) for target in targets)
     layers = _allocate(layers, recipe, widths)
     quantized = {layer.tensor for layer in layers}
     tensors = source.checkpoint.tensors
@@ -165,8 +168,6 @@ def make_plan(
         key: _kept_spec(key, TensorSpec(key, torch.float32, shape), saved, recipe)
         for key, shape in names.created.items()
     }
-    stock = all(found.candidates[target].stock for target in targets)
-    format = choose(BITS[recipe.widths[0]], recipe.block_size, recipe.format, stock=stock)
     plan = Plan(
         recipe=recipe,
         source=source,
@@ -213,7 +214,9 @@ def _targets(model: nn.Module, found: Linears, recipe: Recipe, source: Source) -
     return linears.select(model, found, wanted, recipe.exclude_modules)
 
 
-def _layer(module: str, dense: Dense, origin: Mapping[str, str], source: Source, recipe: Recipe) -> Layer:
+def _layer(
+    module: str, dense: Dense, origin: Mapping[str, str], source: Source, recipe: Recipe, sizes: Sequence[int]
+) -> Layer:
     key = f"{module}.weight"
     last = module.rpartition(".")[2]
     if key not in origin:
@@ -231,8 +234,7 @@ def _layer(module: str, dense: Dense, origin: Mapping[str, str], source: Source,
             f"use at most {min(rows, columns)}, or --exclude-modules {last}"
         )
     if columns % recipe.block_size:  # blocks across rows are legal, but bitsandbytes reads them wrongly on the CPU
-        sizes = {size for layout in LAYOUTS.values() for size in layout.BLOCK_SIZES if columns % size == 0}
-        fitting = sorted(sizes)
+        fitting = [size for size in sizes if columns % size == 0]
         advice = f"use --block-size {fitting[-1]}" if fitting else f"--exclude-modules {last}"
         raise OptionError(
             f"--block-size {recipe.block_size} does not divide the {columns} inputs of {module} "

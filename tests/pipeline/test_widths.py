@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import pico_llama, save_model
 from oracles import read_packed
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -125,6 +126,17 @@ def test_bad_input(options: list[str], said: list[str], pico: Path, run: Callabl
     assert ended.exit_code == 2
     assert all(part in ended.stderr for part in said), ended.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("bits", "advice"), [(4, "--exclude-modules down_proj"), (2, "use --block-size 16")])
+def test_the_block_size_advised_is_one_of_the_format(
+    bits: int, advice: str, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """80 inputs: 16 divides them, which our own layout has and bitsandbytes has not."""
+    source = save_model(pico_llama(intermediate_size=80), tmp_path / "odd")
+    ended = run("quantize", source, "--bits", bits, "--rank", 4, "--output", tmp_path / "out")
+    assert ended.exit_code == 2
+    assert advice in ended.stderr
 
 
 def test_the_folder_is_named_after_its_bits(pico: Path, run: Callable[..., Any], tmp_path: Path) -> None:
