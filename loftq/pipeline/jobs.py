@@ -52,9 +52,8 @@ def solve_all(plan: Plan, staging: Staging, device: torch.device, workers: int, 
             bar.set_postfix_str(layer.module if layer else name, refresh=False)
             bar.update(sizes[name])
 
-        for name in [
-            name for name in left if name in plan.created
-        ]:  # drawn from torch's own generator, which threads share
+        # In this thread: they are drawn from torch's own generator, which threads share.
+        for name in [name for name in left if name in plan.created]:
             work(name)
         run_jobs(work, [name for name in left if name not in plan.created], workers)
 
