@@ -5,12 +5,8 @@ its largest magnitude unless something better is given, and each value becomes t
 
     code = #{ midpoints of the codebook below W / scale },     W~ = level[code] * scale.
 
-Codes are kept two to a byte, the first in the high half (bitsandbytes' order for 4 bits). With double
-quantization (QLoRA, arXiv 2305.14314, section 3) the scales themselves are stored in 8 bits,
-
-    scale~ = dynamic_map[c] * absmax_of_256(scale − mean) + mean,
-
-and the codes are chosen under scale~, the scale that will be read back: no error is left out of account.
+Codes are kept two to a byte, the first in the high half (bitsandbytes' order for 4 bits). They are chosen under
+the scales as they will be read back (`scales`): no error is left out of account.
 
 On the CPU the loops are compiled (`kernels`); elsewhere the same arithmetic runs in torch.
 """
@@ -23,10 +19,10 @@ from functools import cached_property
 import torch
 
 from loftq.core import kernels
-from loftq.core.codebooks import codebook, dynamic_map
-from loftq.errors import OptionError
+from loftq.core.codebooks import NORMAL_FLOATS, codebook
+from loftq.core.scales import Scales, stored_scales
+from loftq.errors import OptionError, UnknownNameError
 
-SCALE_BLOCK = 256  # scales that share one float32 under double quantization, as in bitsandbytes
 _CHUNK = 1 << 22  # values at a time in torch, so that temporaries stay small beside the weight
 
 
@@ -35,45 +31,10 @@ def _on_cpu(tensor: torch.Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class NestedScales:
-    """Scales stored in 8 bits: codes uint8 (blocks,), absmax float32 (blocks / 256 rounded up,), offset."""
-
-    codes: torch.Tensor
-    absmax: torch.Tensor
-    offset: float
-
-    def decode(self) -> torch.Tensor:
-        """The float32 scales that a reader of the codes obtains, in bitsandbytes' order of operations."""
-        levels = dynamic_map().to(self.codes.device)[self.codes.int()]
-        spread = self.absmax.repeat_interleave(SCALE_BLOCK)[: len(levels)]
-        return levels * spread + self.offset
-
-
-def encode_scales(scales: torch.Tensor) -> NestedScales:
-    """Double quantization of scales float32 (blocks,)."""
-    table = dynamic_map().to(scales.device)
-    offset = scales.double().mean().float()  # in float32 its last bits would depend on the threads
-    centered = torch.nn.functional.pad(scales - offset, (0, -len(scales) % SCALE_BLOCK))
-    groups = centered.view(-1, SCALE_BLOCK)  # (ceil(blocks / 256), 256)
-    absmax = groups.abs().amax(dim=1)
-    unit = groups / absmax.clamp(min=1e-38).unsqueeze(1)
-    codes = torch.bucketize(unit, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
-    return NestedScales(codes.view(-1)[: len(scales)].contiguous(), absmax, offset.item())
-
-
-@dataclass(frozen=True)
-class Scales:
-    """One float32 scale a block, as a reader will see them, and their 8-bit form where there is one."""
-
-    values: torch.Tensor
-    nested: NestedScales | None = None
-
-
-@dataclass(frozen=True)
 class BlockQuantizer:
     """A codebook applied in blocks.
 
-    `codebook` is a name of `codebooks.CODEBOOKS`; `block_size` is a multiple of 8 and divides the number of values.
+    `codebook` is a name of `codebooks.NORMAL_FLOATS`; `block_size` is a multiple of 8 and divides the number of values.
     Codes are chosen under the scales as they will be stored.
     Tensors are float32 and contiguous; a scale of zero belongs to a block of zeros.
     """
@@ -84,13 +45,10 @@ class BlockQuantizer:
     scale_dtype: torch.dtype = torch.float32  # in which scales are stored, where they are not doubly quantized
 
     def __post_init__(self) -> None:
+        if self.codebook not in NORMAL_FLOATS:
+            raise UnknownNameError("codebook", self.codebook, NORMAL_FLOATS)
         if self.block_size < 8 or self.block_size % 8:
             raise OptionError(f"block size {self.block_size} is not a multiple of 8")
-
-    @property
-    def bits(self) -> int:
-        """Bits a code."""
-        return (len(self.levels) - 1).bit_length()
 
     @property
     def _rounds_scales(self) -> bool:
@@ -117,10 +75,7 @@ class BlockQuantizer:
         else:
             target = weight if correction is None else weight - correction
             absmax = target.view(-1, self.block_size).abs().amax(dim=1)
-        if not self.double_quant:
-            return Scales(self._representable(absmax))
-        nested = encode_scales(absmax)
-        return Scales(nested.decode(), nested)
+        return stored_scales(absmax, self.scale_dtype, self.double_quant)
 
     def encode(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Codes under given scales, two a byte: uint8 (numel / 2,)."""
@@ -178,13 +133,6 @@ class BlockQuantizer:
             torch.sub(w, rounded.view(-1), out=e)
             total += float(e.double().square().sum())
         return total
-
-    def _representable(self, absmax: torch.Tensor) -> torch.Tensor:
-        """Scales as their stored form gives them back. Only a block of zeros has a scale of zero."""
-        if self.scale_dtype == torch.float32:
-            return absmax
-        kind = torch.finfo(self.scale_dtype)
-        return torch.where(absmax > 0, absmax.clamp(kind.tiny * kind.eps, kind.max), 0).to(self.scale_dtype).float()
 
     @property
     def _step(self) -> int:

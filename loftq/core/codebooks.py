@@ -10,6 +10,8 @@ distribution, with an exact zero and one level more on the positive side:
 The evenly spaced points are float32, as in bitsandbytes, whose NF4 table this reproduces to the last bit.
 LoftQ (arXiv 2310.08659, section 3.1) uses the same construction at 2 and 3 bits.
 
+Integers are whole numbers of a width, centered on zero: a group's scale is the step between them.
+
 The dynamic map (arXiv 2110.02861, section 1.3) is the 8-bit codebook in which double quantization stores
 block scales: a sign, a decimal exponent in unary, and a linear fraction with the bits that are left.
 """
@@ -47,7 +49,15 @@ def dynamic_map() -> torch.Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
-CODEBOOKS = {"nf2": 2, "nf3": 3, "nf4": 4}
+def integers(bits: int) -> torch.Tensor:
+    """The whole numbers of a width: float32 `(2**bits,)`, from -2**(bits-1) to 2**(bits-1) - 1."""
+    half = 2 ** (bits - 1)
+    return torch.arange(-half, half, dtype=torch.float32)
+
+
+NORMAL_FLOATS = {f"nf{bits}": bits for bits in (2, 3, 4)}
+INTEGERS = {f"int{bits}": bits for bits in (2, 3, 4, 8)}
+CODEBOOKS = {**NORMAL_FLOATS, **INTEGERS}  # name to bits a code
 
 
 @cache
@@ -55,4 +65,5 @@ def codebook(name: str) -> torch.Tensor:
     """Levels of a codebook by name, float32 ascending. The tensor is shared: do not write to it."""
     if name not in CODEBOOKS:
         raise UnknownNameError("codebook", name, CODEBOOKS)
-    return normal_float(CODEBOOKS[name])
+    make = normal_float if name in NORMAL_FLOATS else integers
+    return make(CODEBOOKS[name])

@@ -1,60 +1,38 @@
-"""Compiled CPU loops over blocks. What they compute is defined, and tested, by the torch code in blockwise.
+"""Compiled CPU loops over blocks of a codebook. What they compute is defined, and tested, by torch code in blockwise.
 
 All arrays are flat float32 seen as blocks of `block` consecutive values with one scale each. A value is
 divided by its scale as `x * (1 / scale)` and takes the number of boundaries strictly below it as its code,
 which is what bitsandbytes does, so codes agree to the last bit. Boundaries are the midpoints between levels,
-padded to an even count with infinity, because the inner loops compare with two at a time.
-
-Block sizes are compiled in: loops of known length are a quarter faster. The work is cut into tiles of a few
-blocks that stay in the first-level cache; every tile is computed the same way whichever thread it falls to,
-so results do not depend on the number of threads. Reductions may be reordered (`reassoc`), products may not
-be fused: a dequantized value is rounded as in bitsandbytes. Inputs are finite: callers check.
+padded to an even count with infinity, because the inner loops compare with two at a time. Inputs are finite:
+callers check.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
-from threading import Lock
-from types import FunctionType
-from typing import Any
-
 import numpy as np
 import torch
-from numba import njit
 
-_TILE = 1024  # values: two float32 buffers of this length fit in any first-level cache
-_SHARES = 16  # of the work, a thread
-_LANES = 8  # of which a block has a multiple
-_TINY = np.float32(1e-38)
+from loftq.core.compiled import LANES, TILE, TINY, compiled, flat, for_block, over_blocks
+
 _HALF, _BIT, _BELOW = np.uint32(16), np.uint32(1), np.uint32(0x7FFF)
 _ZERO, _ONE, _SIXTEEN = np.float32(0), np.float32(1), np.float32(16)
-_compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nnan", "nsz"})
 
 
-@cache
-def _for_block(function: FunctionType, block: int) -> Any:
-    """`function` compiled for one block size, the default of its last argument: numba takes defaults as constants."""
-    return _compiled(FunctionType(function.__code__, function.__globals__, function.__name__, (block,)))
-
-
-@_compiled
+@compiled
 def _absmax(x, scales, lanes, block):  # type: ignore[no-untyped-def]
     # Eight maxima a block side by side, then across: a maximum down one block at a time does not vectorize.
     for b in range(scales.shape[0]):
-        values, maxima = x[b * block : (b + 1) * block], lanes[b * _LANES : (b + 1) * _LANES]
-        for j in range(_LANES):
+        values, maxima = x[b * block : (b + 1) * block], lanes[b * LANES : (b + 1) * LANES]
+        for j in range(LANES):
             maxima[j] = _ZERO
-        for start in range(0, block, _LANES):
-            for j in range(_LANES):
+        for start in range(0, block, LANES):
+            for j in range(LANES):
                 value = abs(values[start + j])
                 maxima[j] = value if value > maxima[j] else maxima[j]
     for b in range(scales.shape[0]):
-        largest = lanes[b * _LANES]
-        for j in range(1, _LANES):
-            value = lanes[b * _LANES + j]
+        largest = lanes[b * LANES]
+        for j in range(1, LANES):
+            value = lanes[b * LANES + j]
             largest = value if value > largest else largest
         scales[b] = largest
 
@@ -62,11 +40,11 @@ def _absmax(x, scales, lanes, block):  # type: ignore[no-untyped-def]
 def _encode(x, scales, given, boundaries, packed, first, last, block=64):  # type: ignore[no-untyped-def]
     # Even and odd values part at once, so that the comparisons build whole bytes: 16 a step, 1 a step.
     half = block >> 1
-    evens = np.empty(max(_TILE, block) >> 1, np.float32)
-    odds = np.empty(max(_TILE, block) >> 1, np.float32)
-    bytes_ = np.empty(max(_TILE, block) >> 1, np.float32)
-    step = max(_TILE // block, 1)
-    lanes = np.empty(step * _LANES, np.float32)
+    evens = np.empty(max(TILE, block) >> 1, np.float32)
+    odds = np.empty(max(TILE, block) >> 1, np.float32)
+    bytes_ = np.empty(max(TILE, block) >> 1, np.float32)
+    step = max(TILE // block, 1)
+    lanes = np.empty(step * LANES, np.float32)
     for tile in range(first, last, step):
         end = min(tile + step, last)
         n = (end - tile) * half
@@ -77,7 +55,7 @@ def _encode(x, scales, given, boundaries, packed, first, last, block=64):  # typ
             values = x[b * block : (b + 1) * block]
             at = slice((b - tile) * half, (b - tile + 1) * half)
             even_b, odd_b = even[at], odd[at]
-            inverse = _ONE / (scales[b] if abs(scales[b]) > _TINY else _TINY)
+            inverse = _ONE / (scales[b] if abs(scales[b]) > TINY else TINY)
             for j in range(half):
                 even_b[j] = values[2 * j] * inverse
                 odd_b[j] = values[2 * j + 1] * inverse
@@ -98,10 +76,10 @@ def _encode(x, scales, given, boundaries, packed, first, last, block=64):  # typ
 def _residual(  # type: ignore[no-untyped-def]
     w, correction, corrected, e, squares, scales, given, boundaries, levels, first, last, block=64
 ):
-    scaled = np.empty(max(_TILE, block), np.float32)
-    rounded = np.empty(max(_TILE, block), np.float32)
-    step = max(_TILE // block, 1)
-    lanes = np.empty(step * _LANES, np.float32)
+    scaled = np.empty(max(TILE, block), np.float32)
+    rounded = np.empty(max(TILE, block), np.float32)
+    step = max(TILE // block, 1)
+    lanes = np.empty(step * LANES, np.float32)
     for tile in range(first, last, step):
         end = min(tile + step, last)
         n = (end - tile) * block
@@ -118,7 +96,7 @@ def _residual(  # type: ignore[no-untyped-def]
             _absmax(v, scales[tile:end], lanes, block)
         for b in range(tile, end):
             out = v[(b - tile) * block : (b - tile + 1) * block]
-            inverse = _ONE / (scales[b] if abs(scales[b]) > _TINY else _TINY)
+            inverse = _ONE / (scales[b] if abs(scales[b]) > TINY else TINY)
             for j in range(block):
                 out[j] *= inverse
         for j in range(n):
@@ -141,9 +119,9 @@ def _residual(  # type: ignore[no-untyped-def]
 
 
 def _block_absmax(w, correction, corrected, scales, first, last, block=64):  # type: ignore[no-untyped-def]
-    step = max(_TILE // block, 1)
+    step = max(TILE // block, 1)
     shifted = np.empty(step * block, np.float32)
-    lanes = np.empty(step * _LANES, np.float32)
+    lanes = np.empty(step * LANES, np.float32)
     for tile in range(first, last, step):
         end = min(tile + step, last)
         weights = w[tile * block : end * block]
@@ -165,19 +143,22 @@ def _squares(x, squares, first, last, block=64):  # type: ignore[no-untyped-def]
         squares[b] = total
 
 
-def _dequantize(packed, scales, table, out, halved, first, last, block=64):  # type: ignore[no-untyped-def]
+def _dequantize(  # type: ignore[no-untyped-def]
+    packed, scales, shifts, shifted, table, out, halved, first, last, block=64
+):
     # `table` has the values of every group of whole codes: of a byte, or for 3 bits of 12 bits.
     width = table.shape[1]
     wide = table.shape[0] == 4096
-    buffer = np.empty(max(_TILE, block), np.float32)
+    buffer = np.empty(max(TILE, block), np.float32)
     words = buffer.view(np.uint32)
-    step = max(_TILE // block, 1)
+    step = max(TILE // block, 1)
     for tile in range(first, last, step):
         end = min(tile + step, last)
         n = (end - tile) * block
         at = 0
         for b in range(tile, end):
             scale = scales[b]
+            shift = shifts[b] if shifted else _ZERO
             if wide:
                 start = b * block // 8 * 3
                 for k in range(0, block // 8 * 3, 3):
@@ -185,24 +166,29 @@ def _dequantize(packed, scales, table, out, halved, first, last, block=64):  # t
                     left = table[low | (middle & 15) << 8]
                     right = table[middle >> 4 | high << 4]
                     for j in range(4):
-                        buffer[at + j] = left[j] * scale
-                        buffer[at + 4 + j] = right[j] * scale
+                        buffer[at + j] = left[j] * scale + shift
+                        buffer[at + 4 + j] = right[j] * scale + shift
                     at += 8
             elif width == 4:
                 start = b * block // 4
                 for k in range(block // 4):
                     values = table[packed[start + k]]
                     for j in range(4):
-                        buffer[at + j] = values[j] * scale
+                        buffer[at + j] = values[j] * scale + shift
                     at += 4
+            elif width == 1:
+                codes = packed[b * block : (b + 1) * block]
+                for k in range(block):
+                    buffer[at + k] = table[codes[k], 0] * scale + shift
+                at += block
             else:
                 start = b * block // 2
                 for k in range(0, block // 2, 2):
                     left = table[packed[start + k]]
                     right = table[packed[start + k + 1]]
                     for j in range(2):
-                        buffer[at + j] = left[j] * scale
-                        buffer[at + 2 + j] = right[j] * scale
+                        buffer[at + j] = left[j] * scale + shift
+                        buffer[at + 2 + j] = right[j] * scale + shift
                     at += 4
         target = out[tile * block : end * block]
         if halved:
@@ -214,58 +200,23 @@ def _dequantize(packed, scales, table, out, halved, first, last, block=64):  # t
                 target[j] = buffer[j]
 
 
-@cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="loftq-kernel")
-
-
-def _over_blocks(blocks: int, work: Callable[[int, int], None]) -> None:
-    """Run `work(first, last)` over all blocks, on as many threads as torch would use here."""
-    threads = torch.get_num_threads()
-    if threads == 1 or blocks < 4096:
-        work(0, blocks)
-        return
-    shares = _SHARES * threads
-    queue = pairwise(blocks * i // shares for i in range(shares + 1))
-    lock = Lock()
-
-    def drain() -> None:
-        while True:
-            with lock:
-                share = next(queue, None)
-            if share is None:
-                return
-            work(*share)
-
-    # This thread works too: one more would compete for the cores with torch's own, which spin a while after
-    # every product and let the others start late; hence many small shares.
-    others = [_threads(threads - 1).submit(drain) for _ in range(threads - 1)]
-    drain()
-    for other in others:
-        other.result()
-
-
-def _flat(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().view(-1).numpy()
-
-
 def absmax(w: torch.Tensor, correction: torch.Tensor | None, block: int) -> torch.Tensor:
     """Largest magnitude of each block of `w - correction`: float32 `(numel / block,)`."""
     scales = torch.empty(w.numel() // block)
-    values, out = _flat(w), _flat(scales)
-    shift = values if correction is None else _flat(correction)
+    values, out = flat(w), flat(scales)
+    shift = values if correction is None else flat(correction)
     corrected = correction is not None
-    loop = _for_block(_block_absmax, block)
-    _over_blocks(len(out), lambda first, last: loop(values, shift, corrected, out, first, last))
+    loop = for_block(_block_absmax, block)
+    over_blocks(len(out), block, lambda first, last: loop(values, shift, corrected, out, first, last))
     return scales
 
 
 def squared_norm(x: torch.Tensor, block: int) -> float:
     """The sum of squares, block by block in float32 and over blocks in float64."""
     squares = np.empty(x.numel() // block, np.float32)
-    values = _flat(x)
-    loop = _for_block(_squares, block)
-    _over_blocks(len(squares), lambda first, last: loop(values, squares, first, last))
+    values = flat(x)
+    loop = for_block(_squares, block)
+    over_blocks(len(squares), block, lambda first, last: loop(values, squares, first, last))
     return float(squares.sum(dtype=np.float64))
 
 
@@ -279,9 +230,9 @@ def encode(
     given = scales is not None
     scales = torch.empty(x.numel() // block) if scales is None else scales
     packed = torch.empty(x.numel() // 2, dtype=torch.uint8)
-    values, s, edges, out = _flat(x), _flat(scales), _flat(boundaries), _flat(packed)
-    loop = _for_block(_encode, block)
-    _over_blocks(len(s), lambda first, last: loop(values, s, given, edges, out, first, last))
+    values, s, edges, out = flat(x), flat(scales), flat(boundaries), flat(packed)
+    loop = for_block(_encode, block)
+    over_blocks(len(s), block, lambda first, last: loop(values, s, given, edges, out, first, last))
     return packed, scales
 
 
@@ -301,30 +252,36 @@ def residual(
     given = scales is not None
     scales = torch.empty(w.numel() // block) if scales is None else scales
     squares = np.empty(scales.numel(), np.float32)
-    a, e, s = _flat(w), _flat(out), _flat(scales)
-    shift = a if correction is None else _flat(correction)
-    edges, table = _flat(boundaries), _flat(levels)
+    a, e, s = flat(w), flat(out), flat(scales)
+    shift = a if correction is None else flat(correction)
+    edges, table = flat(boundaries), flat(levels)
     corrected = correction is not None
-    loop = _for_block(_residual, block)
+    loop = for_block(_residual, block)
 
     def work(first: int, last: int) -> None:
         loop(a, shift, corrected, e, squares, s, given, edges, table, first, last)
 
-    _over_blocks(len(s), work)
+    over_blocks(len(s), block, work)
     return float(squares.sum(dtype=np.float64))
 
 
 def dequantize(
-    packed: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, block: int, out: torch.Tensor
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    shifts: torch.Tensor | None,
+    table: torch.Tensor,
+    block: int,
+    out: torch.Tensor,
 ) -> torch.Tensor:
-    """Fill `out`, float32 or bfloat16, with levels times scales.
+    """Fill `out`, float32 or bfloat16, with levels times scales, plus shifts where there are any.
 
     `packed` is the stream of `packing`, and `table` float32 has a row for every value of a byte (of 12 bits for
     codes of 3), with the levels of the codes in it.
     """
     halved = out.dtype == torch.bfloat16
-    target = out.view(-1).view(torch.int16).numpy().view(np.uint16) if halved else _flat(out)
-    source, s, levels = packed.numpy(), _flat(scales), table.numpy()
-    loop = _for_block(_dequantize, block)
-    _over_blocks(len(s), lambda first, last: loop(source, s, levels, target, halved, first, last))
+    target = out.view(-1).view(torch.int16).numpy().view(np.uint16) if halved else flat(out)
+    source, s, levels = packed.numpy(), flat(scales), table.numpy()
+    t, shifted = (s, False) if shifts is None else (flat(shifts), True)
+    loop = for_block(_dequantize, block)
+    over_blocks(len(s), block, lambda first, last: loop(source, s, t, shifted, levels, target, halved, first, last))
     return out

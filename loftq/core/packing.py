@@ -49,12 +49,6 @@ def _group(bits: int) -> tuple[int, int]:
     return common // bits, common // 8
 
 
-def from_pairs(pairs: torch.Tensor, bits: int) -> torch.Tensor:
-    """A stream from codes kept two a byte with the first in the high half, as the solver leaves them."""
-    return pack(torch.stack([pairs >> 4, pairs & 15], dim=1).view(-1), bits)
-
-
-def to_pairs(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Codes of at most 4 bits two a byte, the first in the high half: uint8 (count / 2,), `count` even."""
-    pairs = unpack(packed, bits, count).view(-1, 2)
-    return (pairs[:, 0] << 4) | pairs[:, 1]
+def single(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes one a byte, from how the solver leaves them: of at most 4 bits two a byte, the first in the high half."""
+    return codes if bits > 4 else torch.stack([codes >> 4, codes & 15], dim=1).view(-1)

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 
 from loftq.core import kernels, lowrank
-from loftq.core.blockwise import BlockQuantizer, Scales
+from loftq.core.grid import Quantizer
+from loftq.core.scales import Scales
 from loftq.errors import OptionError, UnknownNameError
 
 SVD = {
@@ -48,7 +49,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Solution:
-    """Codes uint8 (numel / 2,), their scales, A float32 (rank, in), B float32 (out, rank), and the trace."""
+    """Codes as the quantizer gives them, their scales, A float32 (rank, in), B float32 (out, rank), and the trace."""
 
     codes: torch.Tensor
     scales: Scales
@@ -59,7 +60,7 @@ class Solution:
 
 def solve(
     weight: torch.Tensor,
-    quantizer: BlockQuantizer,
+    quantizer: Quantizer,
     rank: int,
     iterations: int,
     scaling: float,
@@ -124,7 +125,7 @@ def _rest(squared: float, factors: lowrank.Factors, rank: int) -> float:
     return math.sqrt(max(squared - factors.captured(rank), 0.0))
 
 
-def _norm(weight: torch.Tensor, quantizer: BlockQuantizer) -> float:
+def _norm(weight: torch.Tensor, quantizer: Quantizer) -> float:
     if weight.device.type == "cpu":
         return math.sqrt(kernels.squared_norm(weight, quantizer.block_size))
     return float(torch.linalg.vector_norm(weight, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""The 4-bit layout of bitsandbytes, as its `Linear4bit` saves and loads it.
+"""The layouts of bitsandbytes, as its `Linear4bit` and `Linear8bitLt` save and load them.
 
 For a linear (out, in) with n = out · in weights in blocks of 64:
 
@@ -8,6 +8,12 @@ For a linear (out, in) with n = out · in weights in blocks of 64:
     weight.quant_state.bitsandbytes__nf4   uint8   JSON: quant_type, blocksize, dtype, shape, …
     weight.nested_absmax                   float32 (n / 64 / 256 rounded up)    double quantization only
     weight.nested_quant_map                float32 (256)                        double quantization only
+
+and for INT8 (arXiv 2208.07339), with one scale a row and codes from −127 to 127,
+
+    weight          int8    (out, in)
+    SCB             float32 (out)       127 times the scale
+    weight_format   uint8   ()          0: rows as they are
 
 `dtype` is the dtype that dequantization returns. The JSON is padded with blanks to a length that does not
 depend on the values in it, so that the layout of a file is known before its weights are.
@@ -20,41 +26,44 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from loftq.core.blockwise import SCALE_BLOCK, BlockQuantizer, Scales
-from loftq.core.codebooks import dynamic_map
-from loftq.errors import OptionError
+from loftq.core.codebooks import codebook, dynamic_map
+from loftq.core.grid import ROW, Grid
+from loftq.core.scales import SCALE_BLOCK, Scales
 from loftq.formats.checkpoint import TensorSpec
 
-BLOCK_SIZES: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+BLOCK_SIZES: tuple[int, ...] = (ROW, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+SIDES = 1
 SCALE_DTYPE = torch.float32
-CODEBOOKS = {"nf4"}
+HOLDS = "nf4 in blocks, and int8 with one symmetric, plain scale a row"
 _OFFSET_WIDTH = 24  # characters of the longest float64 in JSON
 
 
-def check(codebook: str, block_size: int) -> None:
-    """Raise OptionError where this format cannot hold such codes."""
-    if codebook not in CODEBOOKS:
-        raise OptionError(
-            f"--format bitsandbytes holds {', '.join(sorted(CODEBOOKS))}, not {codebook}: use --format loftq"
-        )
-    if block_size not in BLOCK_SIZES:
-        sizes = ", ".join(map(str, BLOCK_SIZES))
-        raise OptionError(f"block size {block_size} is not one that bitsandbytes has (known: {sizes})")
+def holds(grid: Grid) -> bool:
+    """Whether such codes have a place in this format."""
+    if grid.codebook == "int8":
+        return grid.block_size == ROW and grid.zero_point == "symmetric" and not grid.double_quant
+    return grid.codebook == "nf4" and grid.block_size != ROW
 
 
-def specs(module: str, shape: Sequence[int], quantizer: BlockQuantizer, dtype: torch.dtype) -> list[TensorSpec]:
+def specs(module: str, shape: Sequence[int], grid: Grid, dtype: torch.dtype) -> list[TensorSpec]:
     """The tensors of one linear, in the order in which `tensors` gives them."""
-    weights = shape[0] * shape[1]
-    blocks = weights // quantizer.block_size
     key = f"{module}.weight"
-    state = _quant_state(shape, quantizer, dtype, 0.0)
+    if grid.bits == 8:
+        return [
+            TensorSpec(key, torch.int8, (shape[0], shape[1])),
+            TensorSpec(f"{module}.SCB", torch.float32, (shape[0],)),
+            TensorSpec(f"{module}.weight_format", torch.uint8, ()),
+        ]
+    weights = shape[0] * shape[1]
+    blocks = weights // grid.block_size
+    state = _quant_state(shape, grid, dtype, 0.0)
     found = [
         TensorSpec(key, torch.uint8, (weights // 2, 1)),
-        TensorSpec(f"{key}.absmax", torch.uint8 if quantizer.double_quant else torch.float32, (blocks,)),
-        TensorSpec(f"{key}.quant_map", torch.float32, (len(quantizer.levels),)),
-        TensorSpec(f"{key}.quant_state.bitsandbytes__{quantizer.codebook}", torch.uint8, (len(state),)),
+        TensorSpec(f"{key}.absmax", torch.uint8 if grid.double_quant else torch.float32, (blocks,)),
+        TensorSpec(f"{key}.quant_map", torch.float32, (2**grid.bits,)),
+        TensorSpec(f"{key}.quant_state.bitsandbytes__{grid.codebook}", torch.uint8, (len(state),)),
     ]
-    if quantizer.double_quant:
+    if grid.double_quant:
         found += [
             TensorSpec(f"{key}.nested_absmax", torch.float32, (-(-blocks // SCALE_BLOCK),)),
             TensorSpec(f"{key}.nested_quant_map", torch.float32, (256,)),
@@ -63,42 +72,42 @@ def specs(module: str, shape: Sequence[int], quantizer: BlockQuantizer, dtype: t
 
 
 def tensors(
-    module: str,
-    shape: Sequence[int],
-    quantizer: BlockQuantizer,
-    dtype: torch.dtype,
-    codes: torch.Tensor,
-    scales: Scales,
+    module: str, shape: Sequence[int], grid: Grid, dtype: torch.dtype, codes: torch.Tensor, scales: Scales
 ) -> dict[str, torch.Tensor]:
-    """The named tensors of one linear from its codes, uint8 (n / 2,), and scales."""
+    """The named tensors of one linear from its codes, as the solver leaves them, and scales."""
+    names = [spec.name for spec in specs(module, shape, grid, dtype)]
+    if grid.bits == 8:
+        levels = (codes.view(shape[0], shape[1]) ^ 128).view(torch.int8)  # code − 128
+        return dict(zip(names, (levels, scales.values * 127, torch.tensor(0, dtype=torch.uint8)), strict=True))
     nested = scales.nested
     values = [
         codes.view(-1, 1),
         scales.values if nested is None else nested.codes,
-        quantizer.levels,
-        _quant_state(shape, quantizer, dtype, 0.0 if nested is None else nested.offset),
+        codebook(grid.codebook),
+        _quant_state(shape, grid, dtype, 0.0 if nested is None else nested.offset),
     ]
     if nested is not None:
         values += [nested.absmax, dynamic_map()]
-    names = [spec.name for spec in specs(module, shape, quantizer, dtype)]
     return dict(zip(names, values, strict=True))
 
 
 def quantization_config(
-    quantizer: BlockQuantizer,
+    grid: Grid,
     compute_dtype: torch.dtype,
     skip_modules: Sequence[str],
     _codebooks: Mapping[str, str] | None = None,
+    _target_modules: Sequence[str] = (),
 ) -> dict[str, object]:
     """The entry of `config.json`. `skip_modules` replaces the library's defaults: it must list the head."""
+    eight = grid.bits == 8
     return {
         "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "_load_in_4bit": True,
-        "_load_in_8bit": False,
-        "bnb_4bit_quant_type": quantizer.codebook,
-        "bnb_4bit_use_double_quant": quantizer.double_quant,
+        "load_in_4bit": not eight,
+        "load_in_8bit": eight,
+        "_load_in_4bit": not eight,
+        "_load_in_8bit": eight,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": grid.double_quant,
         "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_enable_fp32_cpu_offload": False,
@@ -108,15 +117,15 @@ def quantization_config(
     }
 
 
-def _quant_state(shape: Sequence[int], quantizer: BlockQuantizer, dtype: torch.dtype, offset: float) -> torch.Tensor:
+def _quant_state(shape: Sequence[int], grid: Grid, dtype: torch.dtype, offset: float) -> torch.Tensor:
     state: dict[str, object] = {
-        "quant_type": quantizer.codebook,
-        "blocksize": quantizer.block_size,
+        "quant_type": grid.codebook,
+        "blocksize": grid.block_size,
         "dtype": str(dtype).removeprefix("torch."),
         "shape": list(shape),
     }
     text = json.dumps(state)
-    if quantizer.double_quant:
+    if grid.double_quant:
         state |= {"nested_blocksize": SCALE_BLOCK, "nested_dtype": "float32", "nested_offset": 0}
         width = len(json.dumps(state)) + _OFFSET_WIDTH
         state["nested_offset"] = offset

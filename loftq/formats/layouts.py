@@ -1,15 +1,17 @@
-"""The layouts that a quantized linear can be written in, by name: what each holds is its own `check`."""
+"""The layouts that a quantized linear can be written in, by name: what each holds it says itself."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 
-from loftq.core.blockwise import BlockQuantizer, Scales
+from loftq.core.grid import ROW, Grid
+from loftq.core.scales import Scales
 from loftq.errors import OptionError, UnknownNameError
-from loftq.formats import bitsandbytes, native
+from loftq.formats import bitsandbytes, gptq, native
 from loftq.formats.checkpoint import TensorSpec
 
 
@@ -17,21 +19,21 @@ class Layout(Protocol):
     """What a format's module offers: names and bytes of one linear, and the entry of `config.json`."""
 
     BLOCK_SIZES: tuple[int, ...]
+    SIDES: int  # of which both sides of a linear are multiples
     SCALE_DTYPE: torch.dtype
+    HOLDS: str  # what `holds` says yes to
 
-    def check(self, codebook: str, block_size: int, /) -> None:
-        """Raise OptionError where the format cannot hold such codes."""
+    def holds(self, grid: Grid, /) -> bool:
+        """Whether such codes have a place in the format."""
 
-    def specs(
-        self, module: str, shape: Sequence[int], quantizer: BlockQuantizer, dtype: torch.dtype, /
-    ) -> list[TensorSpec]:
+    def specs(self, module: str, shape: Sequence[int], grid: Grid, dtype: torch.dtype, /) -> list[TensorSpec]:
         """The tensors of one linear."""
 
     def tensors(
         self,
         module: str,
         shape: Sequence[int],
-        quantizer: BlockQuantizer,
+        grid: Grid,
         dtype: torch.dtype,
         codes: torch.Tensor,
         scales: Scales,
@@ -41,26 +43,66 @@ class Layout(Protocol):
 
     def quantization_config(
         self,
-        quantizer: BlockQuantizer,
+        grid: Grid,
         compute_dtype: torch.dtype,
         skip_modules: Sequence[str],
         codebooks: Mapping[str, str],
+        target_modules: Sequence[str],
         /,
     ) -> dict[str, object]:
         """The entry of `config.json`."""
 
 
-LAYOUTS: Mapping[str, Layout] = {"bitsandbytes": bitsandbytes, "loftq": native}
+LAYOUTS: Mapping[str, Layout] = {"bitsandbytes": bitsandbytes, "gptq": gptq, "loftq": native}
+OURS = "loftq"
 
 
-def choose(codebook: str, block_size: int, wanted: str | None, *, stock: bool = True) -> str:
-    """The name of the layout: the one wanted, or else bitsandbytes where it holds such codes and stock loaders can
-    load the model's linears, or else our own. Raises OptionError where the layout cannot hold them.
+def choose(
+    grids: Sequence[Grid],
+    wanted: str | None,
+    *,
+    shapes: Collection[tuple[int, int]] = (),
+    loadable: Collection[str] = tuple(LAYOUTS),
+) -> str:
+    """The name of the layout: the one wanted, or else the first that holds such codes.
+
+    `grids` are those that layers may have, and `loadable` the layouts in which a loader takes the model's linears.
+    Raises OptionError where the layout cannot hold them, with those that can.
     """
-    if wanted is not None and wanted not in LAYOUTS:
+    if wanted is None:
+        wanted = next(name for name in LAYOUTS if name in loadable and _fits(name, grids, shapes))
+    if wanted not in LAYOUTS:
         raise UnknownNameError("format", wanted, LAYOUTS)
-    if wanted == "bitsandbytes" and not stock:
-        raise OptionError("--format bitsandbytes: stock transformers cannot load this model's linears: use loftq")
-    name = wanted or ("bitsandbytes" if stock and codebook in bitsandbytes.CODEBOOKS else "loftq")
-    LAYOUTS[name].check(codebook, block_size)
-    return name
+    if wanted not in loadable:
+        raise OptionError(f"--format {wanted}: its loaders cannot load this model's linears: use --format {OURS}")
+    layout = LAYOUTS[wanted]
+    for grid in grids:
+        if not layout.holds(grid):
+            others = " or ".join(name for name in LAYOUTS if name in loadable and LAYOUTS[name].holds(grid))
+            raise OptionError(f"--format {wanted} holds {layout.HOLDS}, not {grid}: use --format {others}")
+        if grid.block_size not in layout.BLOCK_SIZES:
+            known = [size for size in layout.BLOCK_SIZES if layout.holds(replace(grid, block_size=size))]
+            sizes = ", ".join(map(str, known))
+            raise OptionError(f"{grid.sharing} {grid.block_size} is not one that {wanted} has (known: {sizes})")
+    if len(grids) > 1 and wanted != OURS:
+        raise OptionError(f"--format {wanted} holds one width a folder: use --format {OURS} for {grids[0]} and others")
+    return wanted
+
+
+def _fits(name: str, grids: Sequence[Grid], shapes: Collection[tuple[int, int]]) -> bool:
+    layout = LAYOUTS[name]
+    sides = all(side % layout.SIDES == 0 for shape in shapes for side in shape)
+    return name == OURS or (len(grids) == 1 and layout.holds(grids[0]) and sides)
+
+
+def misfit(name: str, grid: Grid, rows: int, columns: int) -> str | None:
+    """Why a layout cannot hold a linear of these sides, and what could be used instead."""
+    layout, block = LAYOUTS[name], grid.block(columns)
+    if rows % layout.SIDES or columns % layout.SIDES:
+        return f"--format {name} packs {layout.SIDES} weights a word along both sides: use --format {OURS}"
+    if columns % block == 0:  # blocks across rows are legal, but bitsandbytes reads them wrongly on the CPU
+        return f"its {columns} inputs are no multiple of 8" if block % 8 else None
+    option = f"--{grid.sharing.replace(' ', '-')}"
+    fitting = [size for size in layout.BLOCK_SIZES if size != ROW and columns % size == 0]
+    advice = f": use {option} {fitting[-1]}" if fitting else ""
+    return f"{option} {block} does not divide its {columns} inputs{advice}"

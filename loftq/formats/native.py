@@ -1,12 +1,16 @@
-"""Our own layout, `quant_method: loftq`, for what no stock format holds: codebooks of 2 and 3 bits, and linears
-that stock loaders do not convert.
+"""Our own layout, `quant_method: loftq`, for what no stock format holds: codebooks of 2 and 3 bits, integers with
+floating zero-points, several widths in one folder, and linears that stock loaders do not convert.
 
-For a linear (out, in) with n = out · in weights in blocks of 64:
+For a linear (out, in) with n = out · in weights, of which g share a scale:
 
     weight                  uint8   (n · bits / 8)   codes, a dense stream with low bits first, row-major
-    weight_scales           float16 (n / 64)         uint8 under double quantization
-    weight_scales_absmax    float32 (n / 64 / 256 rounded up)    double quantization only
-    weight_scales_offset    float32 (1)                          double quantization only
+    weight_scales           float16 (n / g)          uint8 under double quantization
+    weight_scales_absmax    float32 (n / g / 256 rounded up)    double quantization only
+    weight_scales_offset    float32 (1)                         double quantization only
+    weight_zeros            uint8   (n · bits / g / 8 rounded up)    zero-points, packed like codes: integer ones only
+    weight_shifts           float16 (n / g)                          floating zero-points only
+
+    W~ = scale · level + shift,  shift = 0, or scale · (2^(bits−1) − zero), or the one that is stored
 
 `config.json` says which codebook. A stock load of such a folder fails at the first weight, whose shape is not the
 model's; transformers loads it once loftq is imported.
@@ -19,59 +23,55 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from loftq.core.blockwise import SCALE_BLOCK, BlockQuantizer, NestedScales, Scales
-from loftq.core.codebooks import CODEBOOKS
-from loftq.core.packing import from_pairs, packed_size
-from loftq.errors import ArtifactError, OptionError
+from loftq.core.affine import SHIFT_DTYPE, ZERO_POINTS
+from loftq.core.codebooks import CODEBOOKS, INTEGERS
+from loftq.core.grid import ROW, Grid
+from loftq.core.packing import pack, packed_size, single, unpack
+from loftq.core.scales import SCALE_BLOCK, NestedScales, Scales
+from loftq.errors import ArtifactError
 from loftq.formats.checkpoint import TensorSpec
 
 METHOD = "loftq"
 VERSION = 1
-BLOCK_SIZES: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+BLOCK_SIZES: tuple[int, ...] = (ROW, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+SIDES = 1
 SCALE_DTYPE = torch.float16
+HOLDS = f"{', '.join(CODEBOOKS)} with zero-points of every kind"
 
 
-def check(codebook: str, block_size: int) -> None:
-    """Raise OptionError where this format cannot hold such codes."""
-    if codebook not in CODEBOOKS:
-        raise OptionError(f"--format loftq holds {', '.join(CODEBOOKS)}, not {codebook}")
-    if block_size not in BLOCK_SIZES:
-        sizes = ", ".join(map(str, BLOCK_SIZES))
-        raise OptionError(f"block size {block_size} is not one that --format loftq has (known: {sizes})")
+def holds(grid: Grid) -> bool:
+    """Whether such codes have a place in this format: all that there are, codebooks in blocks."""
+    return grid.codebook in INTEGERS or grid.block_size != ROW
 
 
-def tensor_shapes(
-    shape: Sequence[int], bits: int, block_size: int, double_quant: bool
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def tensor_shapes(shape: Sequence[int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of each tensor of one linear, by its name within the module."""
     weights = shape[0] * shape[1]
-    blocks = weights // block_size
-    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (torch.uint8, (packed_size(weights, bits),))}
-    if not double_quant:
-        return found | {"weight_scales": (SCALE_DTYPE, (blocks,))}
-    return found | {
-        "weight_scales": (torch.uint8, (blocks,)),
-        "weight_scales_absmax": (torch.float32, (-(-blocks // SCALE_BLOCK),)),
-        "weight_scales_offset": (torch.float32, (1,)),
+    groups = weights // grid.block(shape[1])
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "weight": (torch.uint8, (packed_size(weights, grid.bits),)),
+        "weight_scales": (torch.uint8 if grid.double_quant else SCALE_DTYPE, (groups,)),
     }
+    if grid.double_quant:
+        found["weight_scales_absmax"] = (torch.float32, (-(-groups // SCALE_BLOCK),))
+        found["weight_scales_offset"] = (torch.float32, (1,))
+    if grid.codebook in INTEGERS and grid.zero_point == "integer":
+        found["weight_zeros"] = (torch.uint8, (packed_size(groups, grid.bits),))
+    if grid.codebook in INTEGERS and grid.zero_point == "float":
+        found["weight_shifts"] = (SHIFT_DTYPE, (groups,))
+    return found
 
 
-def specs(module: str, shape: Sequence[int], quantizer: BlockQuantizer, _dtype: torch.dtype) -> list[TensorSpec]:
+def specs(module: str, shape: Sequence[int], grid: Grid, _dtype: torch.dtype) -> list[TensorSpec]:
     """The tensors of one linear."""
-    shapes = tensor_shapes(shape, quantizer.bits, quantizer.block_size, quantizer.double_quant)
-    return [TensorSpec(f"{module}.{name}", dtype, size) for name, (dtype, size) in shapes.items()]
+    return [TensorSpec(f"{module}.{name}", dtype, size) for name, (dtype, size) in tensor_shapes(shape, grid).items()]
 
 
 def tensors(
-    module: str,
-    _shape: Sequence[int],
-    quantizer: BlockQuantizer,
-    _dtype: torch.dtype,
-    codes: torch.Tensor,
-    scales: Scales,
+    module: str, _shape: Sequence[int], grid: Grid, _dtype: torch.dtype, codes: torch.Tensor, scales: Scales
 ) -> dict[str, torch.Tensor]:
-    """The named tensors of one linear from its codes, two a byte as the solver leaves them, and scales."""
-    found = {"weight": from_pairs(codes, quantizer.bits)}
+    """The named tensors of one linear from its codes, as the solver leaves them, and scales."""
+    found = {"weight": pack(single(codes, grid.bits), grid.bits)}
     nested = scales.nested
     if nested is None:
         found["weight_scales"] = scales.values.to(SCALE_DTYPE)
@@ -79,6 +79,10 @@ def tensors(
         found["weight_scales"] = nested.codes
         found["weight_scales_absmax"] = nested.absmax
         found["weight_scales_offset"] = torch.tensor([nested.offset])
+    if scales.zeros is not None:
+        found["weight_zeros"] = pack(scales.zeros, grid.bits)
+    elif scales.shifts is not None:
+        found["weight_shifts"] = scales.shifts.to(SHIFT_DTYPE)
     return {f"{module}.{name}": tensor for name, tensor in found.items()}
 
 
@@ -91,8 +95,18 @@ def read_scales(
     return NestedScales(scales, absmax, 0.0).decode() + offset
 
 
+def read_zeros(zeros: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """The float32 shifts that packed zero-points stand for under float32 scales."""
+    steps: torch.Tensor = 2 ** (bits - 1) - unpack(zeros, bits, len(scales)).float()
+    return scales * steps
+
+
 def quantization_config(
-    quantizer: BlockQuantizer, compute_dtype: torch.dtype, skip_modules: Sequence[str], codebooks: Mapping[str, str]
+    grid: Grid,
+    compute_dtype: torch.dtype,
+    skip_modules: Sequence[str],
+    codebooks: Mapping[str, str],
+    _target_modules: Sequence[str] = (),
 ) -> dict[str, object]:
     """The entry of `config.json`: the commonest codebook, and the modules that have another by name."""
     (common, _), *_ = Counter(codebooks.values()).most_common()
@@ -101,17 +115,22 @@ def quantization_config(
         "format_version": VERSION,
         "codebook": common,
         "codebooks": {module: name for module, name in codebooks.items() if name != common},
-        "block_size": quantizer.block_size,
-        "double_quant": quantizer.double_quant,
+        "block_size": grid.block_size,
+        "zero_point": grid.zero_point,
+        "double_quant": grid.double_quant,
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "skip_modules": list(skip_modules),
     }
 
 
-def check_config(version: int, codebooks: Iterable[str]) -> None:
+def check_config(version: int, codebooks: Iterable[str], zero_point: str | None) -> None:
     """Raise ArtifactError for a folder that a later loftq wrote."""
     if version > VERSION:
         raise ArtifactError(f"loftq format version {version}: this loftq reads up to {VERSION}: upgrade loftq")
-    unknown = sorted(set(codebooks) - set(CODEBOOKS))
-    if unknown:
-        raise ArtifactError(f"loftq format: codebook {unknown[0]!r} is none of {', '.join(CODEBOOKS)}: upgrade loftq")
+    for kind, names, known in (
+        ("codebook", codebooks, CODEBOOKS),
+        ("zero-point", () if zero_point is None else (zero_point,), ZERO_POINTS),
+    ):
+        unknown = sorted(set(names) - set(known))
+        if unknown:
+            raise ArtifactError(f"loftq format: {kind} {unknown[0]!r} is none of {', '.join(known)}: upgrade loftq")

@@ -8,6 +8,7 @@ by our own plug-in.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -94,6 +95,21 @@ def computes_as_linear(kind: type[nn.Module]) -> bool:
         return torch.equal(found, nn.functional.linear(inputs, layer.weight, layer.bias))
     except Exception:  # whatever another constructor or forward wants, it is not `nn.Linear`'s
         return False
+
+
+def bears_other_linears(model: nn.Module, targets: Iterable[str]) -> bool:
+    """Whether transformers can set up a model where the targets' places are taken by modules with no `weight`, as
+    gptqmodel's are: by trying. Some architectures begin the weights of their parts by name.
+    """
+    tried: Any = deepcopy(model)
+    for name in targets:
+        tried.set_submodule(name, nn.Module())
+    try:
+        for module in tried.modules():
+            tried._init_weights(module)
+    except AttributeError:
+        return False
+    return True
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:

@@ -126,14 +126,17 @@ def _change_dtype(model: nn.Module, dtype: torch.dtype) -> None:
 
     from loftq.models.packed_linear import PackedLinear
 
+    scales: set[int] = set()  # are what the codes were chosen under: in another dtype they would be others
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
             module.weight.quant_state.dtype = dtype
         elif isinstance(module, PackedLinear):
             module.compute_dtype = dtype
+            scales.update(id(buffer) for buffer in module.buffers(recurse=False))
     for tensor in [*model.parameters(), *model.buffers()]:
-        if not isinstance(tensor, Params4bit) and tensor.dtype in (torch.bfloat16, torch.float16):
+        kept = isinstance(tensor, Params4bit) or id(tensor) in scales
+        if not kept and tensor.dtype in (torch.bfloat16, torch.float16):
             tensor.data = tensor.data.to(dtype)
 
 

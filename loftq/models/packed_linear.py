@@ -1,4 +1,4 @@
-"""The linear that holds packed codes, and its LoRA layer.
+"""The linears that hold packed codes: our own layout's and GPTQ's.
 
 Only the codes and their scales live: a forward pass unpacks the weight, multiplies, and forgets it, and the
 backward pass unpacks it again. Large weights are unpacked in parts, a few rows at a time.
@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 
 from loftq.core import kernels
 from loftq.core.codebooks import CODEBOOKS, codebook
+from loftq.core.grid import Grid
 from loftq.core.packing import unpack
-from loftq.formats.native import read_scales, tensor_shapes
+from loftq.formats import gptq, native
 
 _PART = 1 << 24  # weights unpacked at a time
 Part = tuple[slice, torch.Tensor]
@@ -35,31 +36,41 @@ def _table(name: str, device: torch.device) -> torch.Tensor:
 
 @torch.library.custom_op("loftq::dequantize", mutates_args=())
 def dequantize(
-    packed: torch.Tensor, scales: torch.Tensor, name: str, block: int, columns: int, dtype: torch.dtype
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    shifts: torch.Tensor | None,
+    name: str,
+    block: int,
+    columns: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Levels times scales: (rows, columns) of `dtype`, from a stream of codes and float32 scales (blocks,)."""
+    """Levels times scales, plus shifts: (rows, columns) of `dtype`, from a stream of codes and float32 (blocks,)."""
     rows = len(scales) * block // columns
     if packed.device.type == "cpu":
         kept = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
         out = torch.empty(rows, columns, dtype=kept)
-        return kernels.dequantize(packed, scales, _table(name, packed.device), block, out).to(dtype)
-    return _dequantize_in_torch(packed, scales, name, block).to(dtype).view(rows, columns)
+        return kernels.dequantize(packed, scales, shifts, _table(name, packed.device), block, out).to(dtype)
+    return _dequantize_in_torch(packed, scales, shifts, name, block).to(dtype).view(rows, columns)
 
 
-def _dequantize_in_torch(packed: torch.Tensor, scales: torch.Tensor, name: str, block: int) -> torch.Tensor:
+def _dequantize_in_torch(
+    packed: torch.Tensor, scales: torch.Tensor, shifts: torch.Tensor | None, name: str, block: int
+) -> torch.Tensor:
     """The same by torch's own operators, for every device: float32 (blocks, block)."""
     if CODEBOOKS[name] == 3:
         levels = codebook(name).to(packed.device)[unpack(packed, 3, len(scales) * block).int()]
     else:
         levels = _table(name, packed.device)[packed.int()]
-    return levels.view(-1, block) * scales.unsqueeze(1)
+    values = levels.view(-1, block) * scales.unsqueeze(1)
+    return values if shifts is None else values + shifts.unsqueeze(1)
 
 
 @dequantize.register_fake
 def _(
     packed: torch.Tensor,
     scales: torch.Tensor,
-    name: str,  # noqa: ARG001 (of the operator's signature)
+    shifts: torch.Tensor | None,  # noqa: ARG001 (of the operator's signature)
+    name: str,  # noqa: ARG001
     block: int,
     columns: int,
     dtype: torch.dtype,
@@ -70,7 +81,7 @@ def _(
 @torch.library.custom_op("loftq::decode_scales", mutates_args=())
 def _decode_scales(codes: torch.Tensor, absmax: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """Doubly quantized scales: float32 (blocks,)."""
-    return read_scales(codes, absmax, offset)
+    return native.read_scales(codes, absmax, offset)
 
 
 @_decode_scales.register_fake
@@ -78,61 +89,127 @@ def _(codes: torch.Tensor, absmax: torch.Tensor, offset: torch.Tensor) -> torch.
     return codes.new_empty(codes.shape, dtype=torch.float32)
 
 
-def _scales(
-    stored: torch.Tensor, absmax: torch.Tensor | None = None, offset: torch.Tensor | None = None
-) -> torch.Tensor:
-    if absmax is None or offset is None:
-        return stored.float()
-    found: torch.Tensor = _decode_scales(stored, absmax, offset)
-    return found
+@torch.library.custom_op("loftq::decode_zeros", mutates_args=())
+def _decode_zeros(zeros: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """The shifts of packed zero-points: float32 (blocks,)."""
+    return native.read_zeros(zeros, scales, bits)
+
+
+@_decode_zeros.register_fake
+def _(zeros: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:  # noqa: ARG001
+    return torch.empty_like(scales)
+
+
+class _Layout(Protocol):
+    """How a weight (rows, columns) lies in the tensors of its module."""
+
+    def parts(self, dtype: torch.dtype, *stored: torch.Tensor | None) -> Iterator[Part]:
+        """The weight in parts of whole rows, with the rows that each holds."""
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """How the codes of a weight (rows, columns) lie in their stream."""
+class _Native:
+    """One stream of codes, row-major, and a scale a block."""
 
     name: str
     block: int
     rows: int
     columns: int
 
-    def parts(self, packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Iterator[Part]:
+    def parts(self, dtype: torch.dtype, *stored: torch.Tensor | None) -> Iterator[Part]:
         """The weight in parts of whole rows, with the rows that each holds."""
-        bits = CODEBOOKS[self.name]
+        packed, scales, absmax, offset, zeros, shifts = stored
+        assert packed is not None
+        assert scales is not None
+        bits, per_row = CODEBOOKS[self.name], self.columns // self.block
+        values = scales.float() if absmax is None else _decode_scales(scales, absmax, offset)
+        if zeros is not None:
+            shifts = _decode_zeros(zeros, values, bits)
+        elif shifts is not None:
+            shifts = shifts.float()
         step = max(_PART // self.columns // 8 * 8, 8)  # so that parts begin at whole bytes
         for first in range(0, self.rows, step):
             last = min(first + step, self.rows)
-            begin, end = first * self.columns, last * self.columns
-            codes, blocks = packed[begin * bits // 8 : end * bits // 8], scales[begin // self.block : end // self.block]
-            yield slice(first, last), dequantize(codes, blocks, self.name, self.block, self.columns, dtype)
+            codes = packed[first * self.columns * bits // 8 : last * self.columns * bits // 8]
+            blocks = slice(first * per_row, last * per_row)
+            moved = None if shifts is None else shifts[blocks]
+            yield (
+                slice(first, last),
+                dequantize(codes, values[blocks], moved, self.name, self.block, self.columns, dtype),
+            )
+
+
+@torch.library.custom_op("loftq::gptq_stream", mutates_args=())
+def _gptq_stream(qweight: torch.Tensor) -> torch.Tensor:
+    """The codes of some outputs as one dense stream: uint8."""
+    return gptq.read_stream(qweight)
+
+
+@_gptq_stream.register_fake
+def _(qweight: torch.Tensor) -> torch.Tensor:
+    return qweight.new_empty(qweight.numel() * 4, dtype=torch.uint8)
+
+
+@torch.library.custom_op("loftq::gptq_scales", mutates_args=())
+def _gptq_scales(scales: torch.Tensor, qzeros: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift of each group: float32 (groups,) each."""
+    return gptq.read_scales(scales, qzeros, bits)
+
+
+@_gptq_scales.register_fake
+def _(
+    scales: torch.Tensor,
+    qzeros: torch.Tensor,  # noqa: ARG001
+    bits: int,  # noqa: ARG001
+) -> tuple[torch.Tensor, torch.Tensor]:
+    found = scales.new_empty(scales.numel(), dtype=torch.float32)
+    return found, torch.empty_like(found)
+
+
+@dataclass(frozen=True)
+class _Gptq:
+    """Codes in columns: a part is turned into a stream of rows on the way."""
+
+    name: str
+    block: int
+    rows: int
+    columns: int
+
+    def parts(self, dtype: torch.dtype, *stored: torch.Tensor | None) -> Iterator[Part]:
+        """The weight in parts of whole rows, with the rows that each holds."""
+        qweight, qzeros, scales, _ = stored
+        assert qweight is not None
+        assert qzeros is not None
+        assert scales is not None
+        values, shifts = _gptq_scales(scales, qzeros, CODEBOOKS[self.name])
+        per_row = self.columns // self.block
+        step = max(_PART // self.columns, 1)
+        for first in range(0, self.rows, step):
+            last = min(first + step, self.rows)
+            codes, blocks = _gptq_stream(qweight[:, first:last]), slice(first * per_row, last * per_row)
+            part = dequantize(codes, values[blocks], shifts[blocks], self.name, self.block, self.columns, dtype)
+            yield slice(first, last), part
 
 
 class _Matmul(torch.autograd.Function):
     """x Wᵀ with W unpacked on the way forward and again on the way back: autograd keeps what is stored, no more."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        layout: _Layout,
-        packed: torch.Tensor,
-        scales: torch.Tensor,
-        *nested: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, layout: _Layout, *stored: torch.Tensor | None) -> torch.Tensor:
         ctx.layout = layout
-        ctx.save_for_backward(packed, scales, *nested)
-        products = [x @ weight.T for _, weight in layout.parts(packed, _scales(scales, *nested), x.dtype)]
+        ctx.save_for_backward(*stored)
+        products = [x @ weight.T for _, weight in layout.parts(x.dtype, *stored)]
         return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        packed, *scales = ctx.saved_tensors
-        parts = ctx.layout.parts(packed, _scales(*scales), grad.dtype)
+        stored = ctx.saved_tensors
+        parts = ctx.layout.parts(grad.dtype, *stored)
         rows, weight = next(parts)
         total = grad[..., rows] @ weight
         for rows, weight in parts:
             total += grad[..., rows] @ weight
-        return (total, *[None] * (2 + len(scales)))
+        return (total, *[None] * (1 + len(stored)))
 
 
 class PackedLinear(nn.Linear):
@@ -141,9 +218,15 @@ class PackedLinear(nn.Linear):
     `weight` is uint8 and one-dimensional: code that expects a dense weight fails rather than compute nonsense.
     """
 
-    weight_scales: torch.Tensor
-    weight_scales_absmax: torch.Tensor | None
-    weight_scales_offset: torch.Tensor | None
+    _format: Any = native
+    _tensors: tuple[str, ...] = (
+        "weight",
+        "weight_scales",
+        "weight_scales_absmax",
+        "weight_scales_offset",
+        "weight_zeros",
+        "weight_shifts",
+    )
 
     def __init__(
         self,
@@ -151,20 +234,19 @@ class PackedLinear(nn.Linear):
         out_features: int,
         bias: bool = True,
         *,
-        codebook: str = "nf4",
-        block_size: int = 64,
-        double_quant: bool = False,
+        grid: Grid,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self.codebook, self.block_size, self.double_quant = codebook, block_size, double_quant
+        self.grid = grid
         self.compute_dtype = dtype or torch.get_default_dtype()
-        shapes = tensor_shapes((out_features, in_features), CODEBOOKS[codebook], block_size, double_quant)
+        shapes = self._format.tensor_shapes((out_features, in_features), grid)
         stored = {name: torch.zeros(size, dtype=kind, device=device) for name, (kind, size) in shapes.items()}
-        self.weight = nn.Parameter(stored.pop("weight"), requires_grad=False)
-        for name in ("weight_scales", "weight_scales_absmax", "weight_scales_offset"):
+        codes, *others = self._tensors
+        self.register_parameter(codes, nn.Parameter(stored[codes], requires_grad=False))
+        for name in others:
             self.register_buffer(name, stored.get(name))
         kept = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), False) if bias else None
         self.register_parameter("bias", kept)
@@ -173,18 +255,20 @@ class PackedLinear(nn.Linear):
         """y = x Wᵀ + b in the input's dtype, or autocast's."""
         kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-        layout = _Layout(self.codebook, self.block_size, self.out_features, self.in_features)
-        out: torch.Tensor = _Matmul.apply(input.to(dtype), layout, self.weight, *self._stored_scales())  # type: ignore[no-untyped-call]
+        out: torch.Tensor = _Matmul.apply(input.to(dtype), self._layout(), *self._stored())  # type: ignore[no-untyped-call]
         return out if self.bias is None else out + self.bias.to(dtype)
 
-    def _stored_scales(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        return self.weight_scales, self.weight_scales_absmax, self.weight_scales_offset
+    def _layout(self) -> _Layout:
+        block = self.grid.block(self.in_features)
+        return _Native(self.grid.codebook, block, self.out_features, self.in_features)
+
+    def _stored(self) -> list[torch.Tensor | None]:
+        return [getattr(self, name) for name in self._tensors]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight that the codes stand for: (out, in)."""
-        scales = _scales(*self._stored_scales())
-        found: torch.Tensor = dequantize(self.weight, scales, self.codebook, self.block_size, self.in_features, dtype)
-        return found
+        parts = [part for _, part in self._layout().parts(dtype, *self._stored())]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An ordinary linear of the same values, in the compute dtype unless another is given."""
@@ -212,4 +296,20 @@ class PackedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         """As `nn.Linear`, with the codebook."""
-        return f"{super().extra_repr()}, codebook={self.codebook}, block_size={self.block_size}"
+        return f"{super().extra_repr()}, {self.grid}, {self.grid.sharing} {self.grid.block(self.in_features)}"
+
+
+class GptqLinear(PackedLinear):
+    """A frozen linear (out, in) in GPTQ's layout, version 2: `formats.gptq` defines its tensors."""
+
+    _format = gptq
+    _tensors = ("qweight", "qzeros", "scales", "g_idx")
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The codes: int32 words, whose device is the linear's."""
+        return cast(torch.Tensor, self.qweight)
+
+    def _layout(self) -> _Layout:
+        block = self.grid.block(self.in_features)
+        return _Gptq(self.grid.codebook, block, self.out_features, self.in_features)

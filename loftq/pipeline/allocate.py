@@ -41,7 +41,7 @@ def _errors(plan: Plan, layer: Layer, device: torch.device) -> list[float]:
     weight, _ = read_weight(plan, layer, device)
     found = []
     for width in recipe.widths:
-        quantizer = recipe.quantizer(plan.layout, width)
+        quantizer = plan.quantizer(layer, width)
         once, seed = min(recipe.iters, 1), layer_seed(recipe.seed, layer.module)
         solution = solve(weight, quantizer, recipe.rank, once, recipe.scaling, svd=recipe.svd, seed=seed)
         found.append(solution.trace.final**2)

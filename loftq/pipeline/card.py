@@ -7,11 +7,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loftq.core.grid import ROW
 from loftq.formats.adapter import FOLDER
 from loftq.pipeline.plan import Plan
 from loftq.pipeline.report import size
 
 _WORST = 5
+_IMPORTS = {
+    "loftq": "import loftq  # teaches transformers this folder's format; without it the folder is refused",
+    "gptq": "import loftq  # not needed where gptqmodel and optimum are installed",
+}
 
 
 def card_text(plan: Plan, totals: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -58,9 +63,9 @@ The layers with the largest error:
 
 def _snippet(plan: Plan) -> str:
     recipe, loader = plan.recipe, plan.task.auto_class
-    if not plan.stock:
+    if plan.format != "bitsandbytes":
         return f"""```python
-import loftq  # teaches transformers this folder's format; without it the folder is refused
+{_IMPORTS[plan.format]}
 import torch
 from peft import PeftModel
 from transformers import {loader}
@@ -70,6 +75,12 @@ MODEL_DIR = "..."  # this folder or repository
 base_model = {loader}.from_pretrained(MODEL_DIR, torch_dtype=torch.{recipe.compute_dtype})
 model = PeftModel.from_pretrained(base_model, MODEL_DIR, subfolder="{FOLDER}", is_trainable=True)
 ```"""
+    options = f"""
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=torch.{recipe.compute_dtype},
+        bnb_4bit_use_double_quant={recipe.double_quant},
+        bnb_4bit_quant_type="{recipe.grids[0].codebook}",
+    """
     return f"""```python
 import torch
 from peft import PeftModel
@@ -80,22 +91,22 @@ MODEL_DIR = "..."  # this folder or repository
 base_model = {loader}.from_pretrained(
     MODEL_DIR,
     torch_dtype=torch.{recipe.compute_dtype},
-    quantization_config=BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=torch.{recipe.compute_dtype},
-        bnb_4bit_use_double_quant={recipe.double_quant},
-        bnb_4bit_quant_type="{plan.quantizer(plan.layers[0]).codebook}",
-    ),
+    quantization_config=BitsAndBytesConfig({"load_in_8bit=True" if recipe.bits == 8 else options}),
 )
 model = PeftModel.from_pretrained(base_model, MODEL_DIR, subfolder="{FOLDER}", is_trainable=True)
 ```"""
 
 
 def _tag(plan: Plan) -> str:
-    return "\n- bitsandbytes" if plan.stock else ""
+    return f"\n- {plan.format}" if plan.stock else ""
 
 
 def _repacking(plan: Plan) -> str:
+    if plan.format == "gptq":
+        return """- The layout is GPTQ's, version 2. Stock transformers load it where gptqmodel and optimum are
+  installed; where they are not, `import loftq` does."""
+    if plan.recipe.bits == 8:
+        return "- bitsandbytes rounds activations to 8 bits too (LLM.int8): outputs are those of the weights, nearly."
     if not plan.stock:
         return "- The weights stay packed in memory. `merge_and_unload` gives a dense model with the adapter in it."
     return """- On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward in evaluation mode,
@@ -117,7 +128,10 @@ def _settings(plan: Plan) -> dict[str, str]:
     recipe = plan.recipe
     counts = Counter(plan.codebooks.values())
     kinds = "".join(counts) if len(counts) == 1 else ", ".join(f"{n} x {name}" for name, n in sorted(counts.items()))
-    rounding = f"{kinds}, blocks of {recipe.block_size}"
+    grid = recipe.grids[0]
+    what = "groups" if grid.zero_point else "blocks"
+    rounding = f"{kinds}, " + ("one scale a row" if grid.block_size == ROW else f"{what} of {grid.block_size}")
+    rounding += f", {grid.zero_point} zero-points" if grid.zero_point else ""
     left = [name for name in plan.skip_modules if not any(name.startswith(saved) for saved in plan.modules_to_save)]
     method = (
         f"LoftQ, {recipe.iters} iteration{'s' if recipe.iters > 1 else ''}"

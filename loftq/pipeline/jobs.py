@@ -84,11 +84,13 @@ def run_jobs(work: Callable[[str], None], names: Sequence[str], workers: int) ->
 
 def _solve_layer(plan: Plan, layer: Layer, writer: ShardWriter, device: torch.device) -> dict[str, Any]:
     recipe = plan.recipe
-    quantizer = plan.quantizer(layer)
     weight, digest = read_weight(plan, layer, device)
     seed = layer_seed(recipe.seed, layer.module)
-    solution = solve(weight, quantizer, recipe.rank, recipe.iters, recipe.scaling, svd=recipe.svd, seed=seed)
-    packed = plan.layout.tensors(layer.module, layer.shape, quantizer, recipe.dtype, solution.codes, solution.scales)
+    solution = solve(
+        weight, plan.quantizer(layer), recipe.rank, recipe.iters, recipe.scaling, svd=recipe.svd, seed=seed
+    )
+    grid = plan.grid(layer)
+    packed = plan.layout.tensors(layer.module, layer.shape, grid, recipe.dtype, solution.codes, solution.scales)
     factors = dict(zip(adapter.keys(layer.module), (solution.a, solution.b), strict=True))
     for name, tensor in {**packed, **factors}.items():
         writer.write(name, tensor)

@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 from loftq.core import allocation
-from loftq.core.blockwise import BlockQuantizer
+from loftq.core.grid import Grid, Quantizer
 from loftq.errors import CheckpointError, OptionError, SourceError
 from loftq.formats import adapter
 from loftq.formats.checkpoint import Shard, TensorSpec, lay_out, parse_size
-from loftq.formats.layouts import LAYOUTS, Layout, choose
+from loftq.formats.layouts import LAYOUTS, OURS, Layout, choose, misfit
 from loftq.models import linears, naming
 from loftq.models.families import family_of
 from loftq.models.linears import Dense, Linears
 from loftq.models.naming import NameMap
 from loftq.models.tasks import Task, build_meta
-from loftq.pipeline.recipe import BITS, Recipe
+from loftq.pipeline.recipe import Recipe
 from loftq.pipeline.source import Source
 
 _SOLVER_BYTES = 13  # a weight in solution: float32 twice, its source, its codes, their packed form, a sketch
@@ -79,16 +79,27 @@ class Plan:
     @property
     def stock(self) -> bool:
         """Whether stock transformers and peft load the result."""
-        return self.format != "loftq"
+        return self.format != OURS
 
-    def quantizer(self, layer: Layer) -> BlockQuantizer:
-        """What rounds a layer, with scales as the format stores them."""
-        return self.recipe.quantizer(self.layout, layer.bits)
+    def grid(self, layer: Layer) -> Grid:
+        """The type of a layer's weight."""
+        return self.recipe.grid(layer.bits)
+
+    def quantizer(self, layer: Layer, width: int | None = None) -> Quantizer:
+        """What rounds a layer, to its own width or another, with scales as the format stores them."""
+        return self.recipe.grid(width or layer.bits).quantizer(layer.shape[1], self.layout.SCALE_DTYPE)
 
     @property
     def codebooks(self) -> dict[str, str]:
         """The codebook of each quantized module."""
-        return {layer.module: BITS[layer.bits] for layer in self.layers}
+        return {layer.module: self.grid(layer).codebook for layer in self.layers}
+
+    @property
+    def quantized_names(self) -> list[str]:
+        """Ends of names that reach the quantized modules and no other: peft's, or else the full names."""
+        wanted = {layer.module for layer in self.layers}
+        reached = {name for name, _ in self.model.named_modules() if name.endswith(self.target_modules)}
+        return list(self.target_modules if reached == wanted else sorted(wanted))
 
     @cached_property
     def expert_bytes(self) -> int:
@@ -128,7 +139,7 @@ class Plan:
         return 8 * self._stored(layer) / layer.weights
 
     def _stored(self, layer: Layer) -> int:
-        specs = self.layout.specs(layer.module, layer.shape, self.quantizer(layer), self.recipe.dtype)
+        specs = self.layout.specs(layer.module, layer.shape, self.grid(layer), self.recipe.dtype)
         return sum(spec.nbytes for spec in specs)
 
 
@@ -152,10 +163,10 @@ def make_plan(
     resized = heads if recipe.num_labels is not None else ()
     names = naming.map_names(model, source.checkpoint.tensors, new=(*heads, _POOLER), resized=resized)
     saved = (*heads, *_new_poolers(names)) if task.has_head else ()
-    stock = all(found.candidates[target].stock for target in targets)
-    format = choose(BITS[recipe.widths[0]], recipe.block_size, recipe.format, stock=stock)
-    sizes = LAYOUTS[format].BLOCK_SIZES
-    layers = tuple(_layer(target, found.candidates[target], names.source, source, recipe, sizes) for target in targets)
+    dense = {target: found.candidates[target] for target in targets}
+    shapes = {layer.shape for layer in dense.values()}
+    format = choose(recipe.grids, recipe.format, shapes=shapes, loadable=_loadable(model, dense, recipe))
+    layers = tuple(_layer(target, layer, names.source, source, recipe, format) for target, layer in dense.items())
     layers = _allocate(layers, recipe, widths)
     quantized = {layer.tensor for layer in layers}
     tensors = source.checkpoint.tensors
@@ -214,9 +225,16 @@ def _targets(model: nn.Module, found: Linears, recipe: Recipe, source: Source) -
     return linears.select(model, found, wanted, recipe.exclude_modules)
 
 
-def _layer(
-    module: str, dense: Dense, origin: Mapping[str, str], source: Source, recipe: Recipe, sizes: Sequence[int]
-) -> Layer:
+def _loadable(model: nn.Module, targets: Mapping[str, Dense], recipe: Recipe) -> list[str]:
+    """The formats in which a loader takes the targets: stock ones know the stock classes, GPTQ's models of text."""
+    if not all(layer.stock for layer in targets.values()):
+        return [OURS]
+    text = getattr(model, "main_input_name", "") == "input_ids"
+    gptq = recipe.quant_type == "int" and text and linears.bears_other_linears(model, targets)
+    return [name for name in LAYOUTS if name != "gptq" or gptq]
+
+
+def _layer(module: str, dense: Dense, origin: Mapping[str, str], source: Source, recipe: Recipe, format: str) -> Layer:
     key = f"{module}.weight"
     last = module.rpartition(".")[2]
     if key not in origin:
@@ -233,13 +251,10 @@ def _layer(
             f"--rank {recipe.rank} is larger than the smaller side of {module} ({rows} x {columns}): "
             f"use at most {min(rows, columns)}, or --exclude-modules {last}"
         )
-    if columns % recipe.block_size:  # blocks across rows are legal, but bitsandbytes reads them wrongly on the CPU
-        fitting = [size for size in sizes if columns % size == 0]
-        advice = f"use --block-size {fitting[-1]}" if fitting else f"--exclude-modules {last}"
-        raise OptionError(
-            f"--block-size {recipe.block_size} does not divide the {columns} inputs of {module} "
-            f"({rows} x {columns}): {advice}"
-        )
+    for grid in recipe.grids:
+        problem = misfit(format, grid, rows, columns)
+        if problem is not None:
+            raise OptionError(f"{module} ({rows} x {columns}): {problem}, or --exclude-modules {last}")
     return Layer(module, spec.name, (rows, columns), dense.transposed)
 
 
@@ -276,7 +291,7 @@ def _lay_out_backbone(
     for name in [*names.written, *names.created]:
         layer = by_tensor.get(name)
         if layer is not None:
-            groups.append(layout.specs(layer.module, layer.shape, recipe.quantizer(layout, layer.bits), recipe.dtype))
+            groups.append(layout.specs(layer.module, layer.shape, recipe.grid(layer.bits), recipe.dtype))
         elif not adapter.is_key(kept[name].name):
             groups.append([kept[name]])
     return tuple(lay_out(groups, parse_size(recipe.max_shard_size)))

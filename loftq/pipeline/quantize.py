@@ -39,8 +39,11 @@ def quantize(
     alpha: float | None = None,
     rslora: bool = False,
     dropout: float = 0.0,
+    quant_type: str | None = None,
+    block_size: int | None = None,
+    group_size: int | None = None,
+    zero_point: str | None = None,
     double_quant: bool = False,
-    block_size: int = 64,
     format: str | None = None,
     compute_dtype: str = "bfloat16",
     target_modules: Sequence[str] | None = None,
@@ -79,8 +82,11 @@ def quantize(
         alpha=alpha,
         rslora=rslora,
         dropout=dropout,
-        double_quant=double_quant,
+        quant_type=quant_type,
         block_size=block_size,
+        group_size=group_size,
+        zero_point=zero_point,
+        double_quant=double_quant,
         format=format,
         compute_dtype=compute_dtype,
         target_modules=None if target_modules is None else tuple(target_modules),
@@ -185,7 +191,7 @@ def _config_text(plan: Plan) -> str:
         built: Any = plan.model.config
         config |= {"id2label": built.id2label, "label2id": built.label2id}
     config["quantization_config"] = plan.layout.quantization_config(
-        plan.quantizer(plan.layers[0]), recipe.dtype, plan.skip_modules, plan.codebooks
+        recipe.grids[0], recipe.dtype, plan.skip_modules, plan.codebooks, plan.quantized_names
     )
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 

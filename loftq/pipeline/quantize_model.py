@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from loftq.core.blockwise import BlockQuantizer
+from loftq.core import allocation as budgets
+from loftq.core.grid import Grid
 from loftq.core.solver import Solution, solve
 from loftq.errors import OptionError
 from loftq.formats import bitsandbytes, native
-from loftq.formats.layouts import LAYOUTS, choose
+from loftq.formats.layouts import LAYOUTS, choose, misfit
 from loftq.models.linears import Dense, Linears, select
 from loftq.models.loading import guard_cpu
-from loftq.pipeline.recipe import BITS, Recipe, layer_seed
+from loftq.pipeline.recipe import Recipe, layer_seed
 
 if TYPE_CHECKING:
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     from loftq.models.packed_linear import PackedLinear
+
+_FORMATS = ("bitsandbytes", "loftq")  # that have a linear to put in a network
 
 
 def quantize_model(
@@ -28,14 +32,18 @@ def quantize_model(
     target_modules: Sequence[str] | None = None,
     *,
     exclude_modules: Sequence[str] = (),
-    bits: int = 4,
+    bits: float = 4,
+    allocation: str | None = None,
     rank: int = 16,
     iters: int = 5,
     alpha: float | None = None,
     rslora: bool = False,
     dropout: float = 0.0,
+    quant_type: str | None = None,
+    block_size: int | None = None,
+    group_size: int | None = None,
+    zero_point: str | None = None,
     double_quant: bool = False,
-    block_size: int = 64,
     compute_dtype: torch.dtype | None = None,
     svd: str = "krylov",
     seed: int = 0,
@@ -44,9 +52,9 @@ def quantize_model(
 ) -> nn.Module:
     """Quantize the linears of `model` in place and give them LoRA adapters that repair the error.
 
-    `target_modules` are names or patterns; by default every `nn.Linear`. Weights become bitsandbytes'
-    `Linear4bit`, or our `PackedLinear` at 2 and 3 bits; biases stay, and the adapters are peft's: the return value
-    is a `PeftModel` around `model`.
+    `target_modules` are names or patterns; by default every `nn.Linear`. Weights become bitsandbytes' `Linear4bit` or
+    `Linear8bitLt` where those hold such codes, or else our `PackedLinear`; biases stay, and the adapters are peft's:
+    the return value is a `PeftModel` around `model`. Types and budgets are those of `loftq.quantize`.
     `quantize=False` leaves the weights and starts plain LoRA (B = 0); `lora=False` quantizes alone and
     returns `model` itself. A linear that is quantized already is not quantized again: it gets a plain LoRA.
     `compute_dtype` defaults to each weight's own. Raises OptionError.
@@ -55,29 +63,30 @@ def quantize_model(
         raise OptionError("lora=False and quantize=False leave nothing to do")
     recipe = Recipe(
         bits=bits,
+        allocation=allocation,
         rank=rank,
         iters=iters,
         alpha=alpha,
         rslora=rslora,
         dropout=dropout,
-        double_quant=double_quant,
+        quant_type=quant_type,
         block_size=block_size,
+        group_size=group_size,
+        zero_point=zero_point,
+        double_quant=double_quant,
         svd=svd,
         seed=seed,
     )
     targets = _find_targets(model, target_modules, exclude_modules)
+    format = choose(recipe.grids, None, loadable=_FORMATS)
     for name, module in targets.items():
-        _check_fits(name, module, recipe, quantize=quantize, lora=lora)
-    if recipe.allocation is not None:
-        raise OptionError(f"bits={bits}: quantize_model gives every layer the same width, 2, 3 or 4")
-    format = choose(BITS[recipe.widths[0]], block_size, None)
+        _check_fits(name, module, recipe, format, quantize=quantize, lora=lora)
     solutions: dict[str, Solution] = {}
-    for name, module in targets.items() if quantize else ():
-        if type(module) is nn.Linear:
-            quantizer = recipe.quantizer(LAYOUTS[format], recipe.widths[0])
-            solutions[name] = _solve(name, module, recipe, quantizer, rank if lora else 0)
-            make = _linear4bit if format == "bitsandbytes" else _packed_linear
-            _replace(model, module, make(module, quantizer, solutions[name], compute_dtype))
+    dense = {name: module for name, module in targets.items() if quantize and type(module) is nn.Linear}
+    for (name, module), width in zip(dense.items(), _widths(dense, recipe, format, rank if lora else 0), strict=True):
+        grid = recipe.grid(width)
+        solutions[name] = _solve(name, module, recipe, grid, format, rank if lora else 0)
+        _replace(model, module, _quantized(format, module, grid, solutions[name], compute_dtype))
     guard_cpu(model)
     return _attach(model, list(targets), recipe, solutions) if lora else model
 
@@ -89,11 +98,11 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def _find_targets(model: nn.Module, wanted: Sequence[str] | None, excluded: Sequence[str]) -> dict[str, nn.Linear]:
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     from loftq.models.packed_linear import PackedLinear
 
-    quantized = (Linear4bit, PackedLinear)
+    quantized = (Linear4bit, Linear8bitLt, PackedLinear)
     found = {name: m for name, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, quantized)}
     if not found:
         raise OptionError(f"{type(model).__name__} holds no nn.Linear: there is nothing to quantize")
@@ -103,33 +112,76 @@ def _find_targets(model: nn.Module, wanted: Sequence[str] | None, excluded: Sequ
     return {name: found[name] for name in select(model, Linears(shapes), wanted, excluded)}
 
 
-def _check_fits(name: str, module: nn.Linear, recipe: Recipe, *, quantize: bool, lora: bool) -> None:
+def _widths(targets: dict[str, nn.Linear], recipe: Recipe, format: str, rank: int) -> list[int]:
+    """The bits of each target."""
+    weights = [module.weight.numel() for module in targets.values()]
+    widths = recipe.widths
+    if len(widths) == 1 or not targets:
+        return [widths[0]] * len(targets)
+    if recipe.allocation == "first":
+        return budgets.first(weights, widths[0], widths[-1], recipe.bits)
+    once = replace(recipe, iters=min(recipe.iters, 1))
+    errors = {
+        width: [
+            _solve(name, module, once, recipe.grid(width), format, rank).trace.final ** 2
+            for name, module in targets.items()
+        ]
+        for width in widths
+    }
+    return budgets.least_error(weights, errors, recipe.bits)
+
+
+def _check_fits(name: str, module: nn.Linear, recipe: Recipe, format: str, *, quantize: bool, lora: bool) -> None:
     rows, columns = module.out_features, module.in_features
     if lora and recipe.rank > min(rows, columns):
         raise OptionError(f"rank {recipe.rank} is larger than the smaller side of {name!r} ({rows} x {columns})")
     if quantize and type(module) is nn.Linear:
-        if columns % recipe.block_size:
-            raise OptionError(
-                f"block size {recipe.block_size} does not divide the inputs of {name!r} ({rows} x {columns})"
-            )
+        problem = misfit(format, recipe.grids[0], rows, columns)
+        if problem is not None:
+            raise OptionError(f"{name!r} ({rows} x {columns}): {problem}, or leave it out with exclude_modules")
         if not bool(torch.isfinite(module.weight).all()):
             raise OptionError(f"the weight of {name!r} holds NaN or Inf: leave it out with exclude_modules")
 
 
-def _solve(name: str, module: nn.Linear, recipe: Recipe, quantizer: BlockQuantizer, rank: int) -> Solution:
+def _solve(name: str, module: nn.Linear, recipe: Recipe, grid: Grid, format: str, rank: int) -> Solution:
+    quantizer = grid.quantizer(module.in_features, LAYOUTS[format].SCALE_DTYPE)
     weight = module.weight.detach().float().contiguous()
     seed = layer_seed(recipe.seed, name)
     return solve(weight, quantizer, rank, recipe.iters, recipe.scaling, svd=recipe.svd, seed=seed)
 
 
-def _linear4bit(
-    linear: nn.Linear, quantizer: BlockQuantizer, solution: Solution, compute_dtype: torch.dtype | None
-) -> Linear4bit:
+def _quantized(
+    format: str, linear: nn.Linear, grid: Grid, solution: Solution, compute_dtype: torch.dtype | None
+) -> Linear4bit | Linear8bitLt | PackedLinear:
+    """The linear that takes the place of a dense one."""
+    if format != "bitsandbytes":
+        return _packed_linear(linear, grid, solution, compute_dtype)
+    if grid.bits == 8:
+        return _linear8bit(linear, grid, solution)
+    return _linear4bit(linear, grid, solution, compute_dtype)
+
+
+def _linear8bit(linear: nn.Linear, grid: Grid, solution: Solution) -> Linear8bitLt:
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    shape = tuple(linear.weight.shape)
+    packed = bitsandbytes.tensors("", shape, grid, linear.weight.dtype, solution.codes, solution.scales)
+    with torch.device("meta"):
+        quantized = Linear8bitLt(
+            linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False, threshold=6.0
+        )
+    device = linear.weight.device
+    quantized.weight = Int8Params(packed[".weight"], requires_grad=False, SCB=packed[".SCB"]).to(device)
+    quantized.bias = linear.bias
+    return quantized.train(linear.training)
+
+
+def _linear4bit(linear: nn.Linear, grid: Grid, solution: Solution, compute_dtype: torch.dtype | None) -> Linear4bit:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     dtype = compute_dtype or linear.weight.dtype
     shape = tuple(linear.weight.shape)
-    packed = bitsandbytes.tensors("", shape, quantizer, dtype, solution.codes, solution.scales)
+    packed = bitsandbytes.tensors("", shape, grid, dtype, solution.codes, solution.scales)
     stored = {name.removeprefix(".weight").lstrip("."): tensor for name, tensor in packed.items()}
     with torch.device("meta"):
         quantized = Linear4bit(
@@ -142,7 +194,7 @@ def _linear4bit(
 
 
 def _packed_linear(
-    linear: nn.Linear, quantizer: BlockQuantizer, solution: Solution, compute_dtype: torch.dtype | None
+    linear: nn.Linear, grid: Grid, solution: Solution, compute_dtype: torch.dtype | None
 ) -> PackedLinear:
     from loftq.models.packed_linear import PackedLinear
 
@@ -150,14 +202,12 @@ def _packed_linear(
         linear.in_features,
         linear.out_features,
         linear.bias is not None,
-        codebook=quantizer.codebook,
-        block_size=quantizer.block_size,
-        double_quant=quantizer.double_quant,
+        grid=grid,
         dtype=compute_dtype or linear.weight.dtype,
         device=linear.weight.device,
     )
     shape = tuple(linear.weight.shape)
-    stored = native.tensors("", shape, quantizer, linear.weight.dtype, solution.codes, solution.scales)
+    stored = native.tensors("", shape, grid, linear.weight.dtype, solution.codes, solution.scales)
     for name, tensor in stored.items():
         getattr(packed, name.lstrip(".")).data.copy_(tensor)
     packed.bias = linear.bias

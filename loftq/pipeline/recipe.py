@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from loftq.core.blockwise import BlockQuantizer
+from loftq.core.affine import ZERO_POINTS
+from loftq.core.codebooks import INTEGERS, NORMAL_FLOATS
+from loftq.core.grid import ROW, Grid
 from loftq.core.solver import SVD
 from loftq.errors import OptionError, UnknownNameError
 from loftq.formats import layouts
 from loftq.formats.adapter import scaling
-from loftq.formats.layouts import Layout
 
-BITS = {2: "nf2", 3: "nf3", 4: "nf4"}  # width to codebook
+QUANT_TYPES = {"nf": tuple(NORMAL_FLOATS.values()), "int": tuple(INTEGERS.values())}  # with their widths
+BLOCK_SIZE = 64  # weights a scale, where nothing is said
 ALLOCATIONS = {
     "first": "4 bits for the first layers, 2 for the rest, as in the paper",
     "auto": "the widths with which the summed error is least",
@@ -41,8 +43,11 @@ class Recipe:
     alpha: float | None = None
     rslora: bool = False
     dropout: float = 0.0
+    quant_type: str | None = None
+    block_size: int | None = None
+    group_size: int | None = None
+    zero_point: str | None = None
     double_quant: bool = False
-    block_size: int = 64
     format: str | None = None
     compute_dtype: str = "bfloat16"
     target_modules: tuple[str, ...] | None = None
@@ -55,6 +60,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self._resolve_bits()
+        self._resolve_grid()
         if self.rank < 1:
             raise OptionError(f"--rank {self.rank}: expected 1 or more")
         if not 0 <= self.iters <= 100:
@@ -71,27 +77,54 @@ class Recipe:
             raise UnknownNameError("compute dtype", self.compute_dtype, COMPUTE_DTYPES)
         if self.svd not in SVD:
             raise UnknownNameError("svd", self.svd, SVD)
-        for width in self.widths:
-            layouts.choose(BITS[width], self.block_size, self.format)
+        layouts.choose(self.grids, self.format)
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def _resolve_bits(self) -> None:
-        """A whole number as an int, and an allocation for what is none."""
+        """A whole number as an int, its type, and an allocation for what is no width."""
         if float(self.bits).is_integer():
-            object.__setattr__(self, "bits", int(self.bits))
+            self._set(bits=int(self.bits))
         if self.allocation is not None and self.allocation not in ALLOCATIONS:
             raise UnknownNameError("allocation", self.allocation, ALLOCATIONS)
-        known = f"known: {', '.join(map(str, BITS))}, and budgets between"
-        if not min(BITS) <= self.bits <= max(BITS):
-            raise OptionError(f"--bits {self.bits}: no type has that width ({known})")
-        if self.bits not in BITS and self.allocation is None:
-            object.__setattr__(self, "allocation", "auto")
+        if self.quant_type is None:
+            self._set(quant_type="nf" if self.bits <= max(QUANT_TYPES["nf"]) else "int")
+        if self.quant_type not in QUANT_TYPES:
+            raise UnknownNameError("quant type", str(self.quant_type), QUANT_TYPES)
+        known = QUANT_TYPES["nf"] if self.allocation == "first" else QUANT_TYPES[self.quant_type]
+        if not min(known) <= self.bits <= max(known):
+            widths = f"known: {', '.join(map(str, known))}, and budgets between"
+            raise OptionError(f"--bits {self.bits}: no {self.quant_type} type has that width ({widths})")
+        if self.bits not in known and self.allocation is None:
+            self._set(allocation="auto")
+
+    def _resolve_grid(self) -> None:
+        """How many weights share a scale, and where zero lies: at 8 bits, unless said otherwise, as in bitsandbytes."""
+        if self.quant_type == "nf":
+            for option, value in (("--group-size", self.group_size), ("--zero-point", self.zero_point)):
+                if value is not None:
+                    raise OptionError(f"{option} {value}: for integers; add --quant-type int (nf has --block-size)")
+            self._set(block_size=BLOCK_SIZE if self.block_size is None else self.block_size)
+            return
+        if self.block_size is not None:
+            raise OptionError(f"--block-size {self.block_size}: for nf; integers have --group-size")
+        stock = self.bits == 8 and self.format in (None, "bitsandbytes") and not self.double_quant
+        rows = stock and self.group_size in (None, ROW) and self.zero_point in (None, "symmetric")
+        if self.group_size is None:
+            self._set(group_size=ROW if rows else BLOCK_SIZE)
+        if self.zero_point is None:
+            self._set(zero_point="symmetric" if rows else "integer")
+        if self.zero_point not in ZERO_POINTS:
+            raise UnknownNameError("zero-point", str(self.zero_point), ZERO_POINTS)
 
     @property
     def widths(self) -> tuple[int, ...]:
         """The widths that layers may get, the narrowest first."""
         if self.allocation is None:
             return (int(self.bits),)
-        return (min(BITS), max(BITS)) if self.allocation == "first" else tuple(sorted(BITS))
+        return (2, 4) if self.allocation == "first" else QUANT_TYPES[str(self.quant_type)]
 
     @property
     def lora_alpha(self) -> float:
@@ -103,9 +136,15 @@ class Recipe:
         """The factor before B·A with which the adapter will run."""
         return scaling(self.lora_alpha, self.rank, self.rslora)
 
-    def quantizer(self, layout: Layout, width: int) -> BlockQuantizer:
-        """What rounds a layer to a width, with scales as the layout stores them."""
-        return BlockQuantizer(BITS[width], self.block_size, self.double_quant, layout.SCALE_DTYPE)
+    def grid(self, width: int) -> Grid:
+        """The type of a weight of a width."""
+        shared = self.group_size if self.block_size is None else self.block_size
+        return Grid(f"{self.quant_type}{width}", cast(int, shared), self.double_quant, self.zero_point)
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """The types that layers may get, the narrowest first."""
+        return tuple(self.grid(width) for width in self.widths)
 
     @property
     def dtype(self) -> torch.dtype:

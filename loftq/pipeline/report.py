@@ -22,7 +22,7 @@ def planned_row(plan: Plan, layer: Layer) -> dict[str, Any]:
     return {
         "name": layer.module,
         "shape": list(layer.shape),
-        "codebook": plan.quantizer(layer).codebook,
+        "codebook": plan.grid(layer).codebook,
         "bits_per_weight": plan.bits_of(layer),
     }
 

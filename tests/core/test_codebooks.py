@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from loftq.core.codebooks import CODEBOOKS, codebook, dynamic_map
+from loftq.core.codebooks import INTEGERS, NORMAL_FLOATS, codebook, dynamic_map
 from loftq.errors import UnknownNameError
 
 
@@ -26,13 +26,13 @@ def test_dynamic_map_is_bitsandbytes_to_the_last_bit() -> None:
     assert torch.equal(dynamic_map(), bnb.create_dynamic_map())
 
 
-@pytest.mark.parametrize(("name", "bits"), CODEBOOKS.items())
+@pytest.mark.parametrize(("name", "bits"), NORMAL_FLOATS.items())
 def test_normal_float_is_the_float64_construction(name: str, bits: int) -> None:
     # The evenly spaced probabilities are float32 in the table: 1e-7 there is at most 1e-6 in a quantile.
     np.testing.assert_allclose(codebook(name).double().numpy(), quantiles(bits), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "bits"), CODEBOOKS.items())
+@pytest.mark.parametrize(("name", "bits"), NORMAL_FLOATS.items())
 def test_levels_ascend_around_an_exact_zero_with_one_more_above(name: str, bits: int) -> None:
     levels = codebook(name)
     assert levels.dtype == torch.float32
@@ -47,5 +47,10 @@ def test_levels_ascend_around_an_exact_zero_with_one_more_above(name: str, bits:
 
 
 def test_unknown_codebook_lists_the_known_ones() -> None:
-    with pytest.raises(UnknownNameError, match=r"unknown codebook 'nf5'.*known: nf2, nf3, nf4"):
+    with pytest.raises(UnknownNameError, match=r"unknown codebook 'nf5'.*known: int2, .*nf2, nf3, nf4"):
         codebook("nf5")
+
+
+@pytest.mark.parametrize(("name", "bits"), INTEGERS.items())
+def test_integers_are_the_whole_numbers_of_a_width(name: str, bits: int) -> None:
+    assert codebook(name).tolist() == list(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))

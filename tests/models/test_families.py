@@ -4,12 +4,13 @@ plan says so, by transformers with our plug-in), and compared with the weights t
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from conftest import save_model
 from oracles import read_linear
 from peft import PeftModel
@@ -23,7 +24,7 @@ from loftq.formats.artifact import open_artifact
 from loftq.models.families import FAMILIES, family_of
 from loftq.models.linears import find_linears, reaches
 from loftq.models.loading import guard_cpu
-from loftq.models.packed_linear import PackedLinear
+from loftq.models.packed_linear import GptqLinear, PackedLinear
 from loftq.models.tasks import TASKS, auto_class
 
 GENERIC = {"granite": "causal-lm", "stablelm": "causal-lm", "codegen": "causal-lm", "camembert": "masked-lm"}
@@ -71,18 +72,33 @@ def test_every_row_has_a_pico_model() -> None:
     assert {name.partition("/")[0] for name in CHANGES} == set(FAMILIES) | set(GENERIC)
 
 
-PACKED = ["llama", "gpt2", "phi3", "mixtral", "t5", "bert", "deberta", "falcon"]  # at 2 bits, in our own layout
+PACKED = ["llama", "gpt2", "phi3", "mixtral", "t5", "bert", "deberta", "falcon"]  # in the formats beside NF4's
+KINDS = defaultdict(
+    lambda: PackedLinear,
+    {("bitsandbytes", 4): Linear4bit, ("bitsandbytes", 8): Linear8bitLt, ("gptq", 3): GptqLinear},
+)
+NF4: dict[str, Any] = {"bits": 4}
+OTHERS: tuple[dict[str, Any], ...] = (
+    {"bits": 2},
+    {"bits": 3, "quant_type": "int", "group_size": 32},
+    {"bits": 8},
+)
 
 
 @pytest.mark.parametrize(
-    ("name", "task", "bits"),
-    [*((name, task, 4) for name, task in CASES), *((name, family_of(name).tasks[0], 2) for name in PACKED)],
+    ("name", "task", "options"),
+    [
+        *((name, task, NF4) for name, task in CASES),
+        *((name, family_of(name).tasks[0], options) for name in PACKED for options in OTHERS),
+    ],
+    ids=str,
 )
-def test_family(name: str, task: str, bits: int, tmp_path: Path) -> None:
+def test_family(name: str, task: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Oracles: bitsandbytes' dequantization, peft's scaling, the report's errors, full-precision outputs."""
     source, dtype = save_pico(name, task, tmp_path / "source"), dtype_of(name)
-    report = loftq.quantize(str(source), output=tmp_path / "out", bits=bits, rank=8, iters=3, alpha=16, quiet=True)
+    report = loftq.quantize(str(source), output=tmp_path / "out", **options, rank=8, iters=3, alpha=16, quiet=True)
     folder = report.folder
+    kind = KINDS[open_artifact(folder).manifest["format"], options["bits"]]
     assert report.task == task
     full = auto_class(TASKS[task]).from_pretrained(source, dtype=dtype).eval()
     weights = dense_weights(full)
@@ -90,7 +106,6 @@ def test_family(name: str, task: str, bits: int, tmp_path: Path) -> None:
     base, model = load_stock(folder, task, dtype)
     rows = {row["name"]: row for row in open_artifact(folder).manifest["layers"]}
     assert set(rows) == {name for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    kind = Linear4bit if bits == 4 and family_of(name.partition("/")[0]).stock else PackedLinear
     quantized = {name for name, module in base.named_modules() if isinstance(module, kind)}
     assert {name.removesuffix(".base_layer") for name in quantized} == set(rows)
     for module, row in rows.items():

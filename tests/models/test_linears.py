@@ -14,8 +14,16 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
 
 from loftq.errors import OptionError
-from loftq.models.linears import Dense, Linears, computes_as_linear, find_linears, select, skip_modules
-from loftq.models.tasks import build_meta
+from loftq.models.linears import (
+    bears_other_linears,
+    Dense,
+    Linears,
+    computes_as_linear,
+    find_linears,
+    select,
+    skip_modules,
+)
+from loftq.models.tasks import TASKS, auto_class, build_meta
 
 PLAIN = nn.Module()
 NAMES = [f"model.layers.{i}.{part}" for i in (0, 1, 11) for part in ("self_attn.q_proj", "mlp.up_proj", "mlp.gate")]
@@ -167,3 +175,13 @@ def test_a_shared_linear_cannot_be_adapted_twice() -> None:
     for targets in (["first"], ["*"]):
         with pytest.raises(OptionError, match="shares its weight with"):
             select(model, linears, targets, ())
+
+
+@pytest.mark.parametrize(("name", "borne"), [("llama", True), ("bert", True), ("t5", False), ("gpt2", False)])
+def test_which_models_bear_linears_without_a_weight(name: str, borne: bool) -> None:
+    """Oracle: loading each with gptqmodel 7.6, which fails where transformers begins weights by name."""
+    with torch.device("meta"):
+        model = auto_class(TASKS[family_of(name).tasks[0]]).from_config(pico_config(name))
+    targets = list(find_linears(model).candidates)
+    assert bears_other_linears(model, targets) == borne
+    assert list(find_linears(model).candidates) == targets  # tried on a copy

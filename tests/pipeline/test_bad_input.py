@@ -96,7 +96,18 @@ def check(refused: Refused, code: int, names: Sequence[object], out: Path, *, le
 
 
 OPTIONS: list[tuple[list[object], list[str]]] = [
-    (["--bits", 5], ["--bits 5", "known: 2, 3, 4"]),
+    (["--bits", 9], ["--bits 9", "known: 2, 3, 4, 8"]),
+    (["--bits", 5, "--quant-type", "nf"], ["--bits 5", "no nf type", "known: 2, 3, 4"]),
+    (["--quant-type", "fp"], ["unknown quant type 'fp'", "int, nf"]),
+    (["--group-size", 32], ["--group-size 32", "--quant-type int"]),
+    (["--zero-point", "float"], ["--zero-point float", "--quant-type int"]),
+    (["--quant-type", "int", "--block-size", 32], ["--block-size 32", "--group-size"]),
+    (["--quant-type", "int", "--zero-point", "none"], ["unknown zero-point 'none'", "float, integer, symmetric"]),
+    (["--quant-type", "int", "--group-size", 48], ["group size 48", "known: -1, 16, 32"]),
+    (["--quant-type", "int", "--group-size", 256], ["--group-size 256 does not divide", "use --group-size 64"]),
+    (["--quant-type", "int", "--zero-point", "float", "--format", "gptq"], ["float zero-points", "--format loftq"]),
+    (["--bits", 8, "--group-size", 32, "--format", "bitsandbytes"], ["holds nf4", "--format gptq or loftq"]),
+    (["--bits", 8.5], ["--bits 8.5", "budgets between"]),
     (["--bits", "four"], ["'--bits'", "'four'", "float"]),
     (["--alpha", 0], ["--alpha 0", "above 0"]),
     (["--alpha", -1], ["--alpha -1", "above 0"]),
@@ -169,8 +180,8 @@ def test_float16_cannot_hold_a_weight(model: Path, refuse: Callable[..., Refused
 
 def test_debug_shows_the_traceback(pico: Path, run: Callable[..., Any], out: Path) -> None:
     """With --debug the error comes through `main` as it is, for the interpreter to print."""
-    with pytest.raises(OptionError, match="--bits 5"):
-        run("quantize", pico, "--bits", 5, "--output", out, "--debug")
+    with pytest.raises(OptionError, match="--bits 9"):
+        run("quantize", pico, "--bits", 9, "--output", out, "--debug")
 
 
 # Where the model is

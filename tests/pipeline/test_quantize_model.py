@@ -124,7 +124,10 @@ def test_transformers_models_too() -> None:
     [
         ({"lora": False, "quantize": False}, "nothing to do"),
         ({"rank": 33}, "'last'"),
-        ({"bits": 5}, "--bits 5"),
+        ({"bits": 9}, "--bits 9"),
+        ({"bits": 5, "quant_type": "nf"}, "--bits 5"),
+        ({"quant_type": "int", "group_size": 48}, "group size 48"),
+        ({"quant_type": "int", "group_size": 128}, "'first'.*use --group-size 64"),
         ({"block_size": 4096 * 2}, "block size"),
         ({"target_modules": ["nowhere"]}, "first"),
         ({"alpha": 0}, "alpha"),

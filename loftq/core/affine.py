@@ -1,0 +1,174 @@
+"""Integers in groups: scales, zero-points, codes, and back.
+
+A weight W (out, in) is read row by row as groups of `block_size` consecutive values. Codes are whole numbers of b
+bits; with the level l = code − 2^(b−1), centered on zero, a group with its scale and shift is read back as
+
+    W~ = scale · l + shift.
+
+The kinds of zero-point, for values from lo to hi in a group:
+
+    symmetric   scale = max|w| / (2^(b−1) − ½)            shift = 0
+    integer     scale = (hi − lo) / (2^b − 1), 0 within   z = round(−lo / scale),  shift = scale · (2^(b−1) − z)
+    float       scale = (hi − lo) / (2^b − 1)             shift = (lo + hi + scale) / 2, in 16 bits
+
+At 8 bits a symmetric scale is max|w| / 127 and −128 does not occur, as in bitsandbytes' INT8 (arXiv 2208.07339).
+`integer` is GPTQ's layout (arXiv 2210.17323), W~ = scale · (code − z). `float` carries any shift of a whole group: what
+QA-LoRA merges (arXiv 2309.14717, section 3.3). The shift belongs to the center, where 16 bits are fine enough.
+
+Codes are chosen under scales and shifts as they are stored. Up to 4 bits they are kept two a byte, the first in the
+high half. On the CPU the loops are compiled (`affine_kernels`); elsewhere the same arithmetic runs in torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from loftq.core import affine_kernels as kernels
+from loftq.core.codebooks import INTEGERS, codebook
+from loftq.core.packing import single
+from loftq.core.scales import Scales, stored_scales
+from loftq.errors import OptionError, UnknownNameError
+
+ZERO_POINTS = {
+    "symmetric": "none: levels lie around zero",
+    "integer": "a whole number of steps",
+    "float": "anywhere, in 16 bits",
+}
+SHIFT_DTYPE = torch.float16
+_CHUNK = 1 << 22  # values at a time in torch, so that temporaries stay small beside the weight
+
+
+def _on_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+@dataclass(frozen=True)
+class AffineQuantizer:
+    """Integers applied in groups of `block_size`, a multiple of 8 that divides the number of values.
+
+    `codebook` is a name of `codebooks.INTEGERS`, `zero_point` one of `ZERO_POINTS`. Tensors are float32 and contiguous.
+    """
+
+    codebook: str
+    block_size: int = 64
+    zero_point: str = "integer"
+    double_quant: bool = False
+    scale_dtype: torch.dtype = torch.float32  # in which scales are stored, where they are not doubly quantized
+
+    def __post_init__(self) -> None:
+        if self.codebook not in INTEGERS:
+            raise UnknownNameError("codebook", self.codebook, INTEGERS)
+        if self.zero_point not in ZERO_POINTS:
+            raise UnknownNameError("zero-point", self.zero_point, ZERO_POINTS)
+        if self.block_size < 8 or self.block_size % 8:
+            raise OptionError(f"group size {self.block_size} is not a multiple of 8")
+
+    @property
+    def bits(self) -> int:
+        """Bits a code."""
+        return INTEGERS[self.codebook]
+
+    @property
+    def levels(self) -> torch.Tensor:
+        """What codes stand for before scale and shift: float32 (2**bits,)."""
+        return codebook(self.codebook)
+
+    def scales(self, weight: torch.Tensor, correction: torch.Tensor | None = None) -> Scales:
+        """Scales and zero-points of the groups of `weight - correction`, as they will be read back."""
+        if _on_cpu(weight):
+            low, high = kernels.ranges(weight, correction, self.block_size)
+        else:
+            target = weight if correction is None else weight - correction
+            low, high = target.view(-1, self.block_size).aminmax(dim=1)
+        half = 2 ** (self.bits - 1)
+        if self.zero_point == "symmetric":
+            reach = 127 if self.bits == 8 else half - 0.5
+            return self._stored(torch.maximum(-low, high) / reach)
+        if self.zero_point == "integer":
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        scales = self._stored((high - low) / (2 * half - 1))
+        if self.zero_point == "integer":
+            zeros = (-low / _nonzero(scales.values)).round_().clamp_(0, 2 * half - 1)
+            return replace(scales, shifts=scales.values * (half - zeros), zeros=zeros.to(torch.uint8))
+        limit = torch.finfo(SHIFT_DTYPE).max
+        shifts = (low + high + scales.values).div_(2).clamp_(-limit, limit)
+        return replace(scales, shifts=shifts.to(SHIFT_DTYPE).float())
+
+    def encode(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """Codes under given scales: uint8 (numel,), or (numel / 2,) where two share a byte."""
+        if _on_cpu(weight):
+            return kernels.encode(weight, scales.values, self._shifts(scales), self.bits, self.block_size)
+        half = 2 ** (self.bits - 1)
+        parts = []
+        for values, scale, shift in self._chunks(weight, scales):
+            codes = (self._round(values, scale, shift) + half).to(torch.uint8)
+            pairs = codes.view(-1, 2)
+            parts.append((pairs[:, 0] << 4) | pairs[:, 1] if self.bits <= 4 else codes.view(-1))
+        return torch.cat(parts)
+
+    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, Scales]:
+        """Codes and scales of a weight."""
+        scales = self.scales(weight)
+        return self.encode(weight, scales), scales
+
+    def decode(self, codes: torch.Tensor, scales: Scales, shape: torch.Size) -> torch.Tensor:
+        """Levels times scales plus shifts: float32 of `shape`."""
+        out = torch.empty(shape, device=codes.device)
+        parts = torch.split(single(codes, self.bits), self._step)
+        levels = self.levels.to(codes.device)
+        for (target, scale, shift), part in zip(self._chunks(out, scales), parts, strict=True):
+            values = levels[part.int()].view(-1, self.block_size) * scale.unsqueeze(1) + shift.unsqueeze(1)
+            target.copy_(values.view(-1))
+        return out
+
+    def residual(
+        self,
+        weight: torch.Tensor,
+        correction: torch.Tensor | None,
+        out: torch.Tensor,
+        scales: Scales | None = None,
+    ) -> float:
+        """`out = W − decode(encode(W − correction))`, and its squared norm. `out` may be `correction`.
+
+        Scales are those of `W − correction` unless given.
+        """
+        scales = scales or self.scales(weight, correction)
+        if _on_cpu(weight):
+            shifts = self._shifts(scales)
+            return kernels.residual(weight, correction, out, scales.values, shifts, self.bits, self.block_size)
+        target = weight if correction is None else weight - correction
+        flat = zip(torch.split(weight.view(-1), self._step), torch.split(out.view(-1), self._step), strict=True)
+        total = 0.0
+        for (values, scale, shift), (w, e) in zip(self._chunks(target, scales), flat, strict=True):
+            rounded = self._round(values, scale, shift) * scale.unsqueeze(1) + shift.unsqueeze(1)
+            torch.sub(w, rounded.view(-1), out=e)
+            total += float(e.double().square().sum())
+        return total
+
+    def _stored(self, exact: torch.Tensor) -> Scales:
+        return stored_scales(exact, self.scale_dtype, self.double_quant)
+
+    @staticmethod
+    def _shifts(scales: Scales) -> torch.Tensor:
+        return torch.zeros_like(scales.values) if scales.shifts is None else scales.shifts
+
+    @property
+    def _step(self) -> int:
+        return max(_CHUNK // self.block_size, 1) * self.block_size  # whole groups
+
+    def _chunks(self, weight: torch.Tensor, scales: Scales) -> zip[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        groups = self._step // self.block_size
+        values = torch.split(weight.view(-1), self._step)
+        return zip(values, torch.split(scales.values, groups), torch.split(self._shifts(scales), groups), strict=True)
+
+    def _round(self, values: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """The nearest levels: float32 (groups, block_size)."""
+        half = 2 ** (self.bits - 1)
+        unit = (values.view(-1, self.block_size) - shift.unsqueeze(1)) * (1 / _nonzero(scale)).unsqueeze(1)
+        return unit.round_().clamp_(-half, half - 1)
+
+
+def _nonzero(scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale.abs() > 1e-38, scale, 1e-38)

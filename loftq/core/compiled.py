@@ -1,0 +1,84 @@
+"""How loops over blocks are compiled for the CPU, and shared out among threads.
+
+Block sizes that are powers of two are compiled in: loops of known length are a quarter faster. The work is cut into
+tiles of a few blocks that stay in the first-level cache; every tile is computed the same way whichever thread it
+falls to, so results do not depend on the number of threads. Reductions may be reordered (`reassoc`), products may
+not be fused: a dequantized value is rounded as in bitsandbytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from threading import Lock
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+TILE = 1024  # values: two float32 buffers of this length fit in any first-level cache
+LANES = 8  # of which a block has a multiple
+TINY = np.float32(1e-38)
+_SHARES = 16  # of the work, a thread
+_FEW = 1 << 17  # values, up to which one thread is as fast
+compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nnan", "nsz"})
+
+
+@cache
+def for_block(function: FunctionType, block: int) -> Callable[..., None]:
+    """`function` for one block size, which is its last argument and has a default.
+
+    numba takes defaults as constants; sizes of which there are many (whole rows) share one compilation.
+    """
+    if block & (block - 1):
+        loop = _for_any_block(function)
+        return lambda *arguments: loop(*arguments, block)
+    named: Callable[..., None] = compiled(
+        FunctionType(function.__code__, function.__globals__, function.__name__, (block,))
+    )
+    return named
+
+
+@cache
+def _for_any_block(function: FunctionType) -> Any:
+    return compiled(FunctionType(function.__code__, function.__globals__, function.__name__))
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="loftq-kernel")
+
+
+def over_blocks(blocks: int, block: int, work: Callable[[int, int], None]) -> None:
+    """Run `work(first, last)` over all blocks, on as many threads as torch would use here."""
+    threads = torch.get_num_threads()
+    if threads == 1 or blocks * block < _FEW:
+        work(0, blocks)
+        return
+    shares = _SHARES * threads
+    queue = pairwise(blocks * i // shares for i in range(shares + 1))
+    lock = Lock()
+
+    def drain() -> None:
+        while True:
+            with lock:
+                share = next(queue, None)
+            if share is None:
+                return
+            work(*share)
+
+    # This thread works too: one more would compete for the cores with torch's own, which spin a while after
+    # every product and let the others start late; hence many small shares.
+    others = [_threads(threads - 1).submit(drain) for _ in range(threads - 1)]
+    drain()
+    for other in others:
+        other.result()
+
+
+def flat(tensor: torch.Tensor) -> np.ndarray:
+    """A contiguous tensor's values as one long array, shared."""
+    return tensor.detach().view(-1).numpy()

@@ -1,0 +1,80 @@
+"""What a weight is rounded to, and the quantizer that rounds to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from loftq.core.affine import AffineQuantizer
+from loftq.core.blockwise import BlockQuantizer
+from loftq.core.codebooks import CODEBOOKS, INTEGERS
+from loftq.core.scales import Scales
+
+ROW = -1  # as a block size: all inputs of an output
+
+
+class Quantizer(Protocol):
+    """What the solver sees of a type. Tensors are float32 and contiguous."""
+
+    @property
+    def block_size(self) -> int:
+        """Weights that share a scale."""
+
+    def scales(self, weight: torch.Tensor, correction: torch.Tensor | None = None) -> Scales:
+        """Scales of `weight - correction`, as they will be read back."""
+
+    def encode(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """Codes under given scales: uint8; of 4 bits or less two a byte, the first in the high half."""
+
+    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, Scales]:
+        """Codes and scales of a weight."""
+
+    def decode(self, codes: torch.Tensor, scales: Scales, shape: torch.Size) -> torch.Tensor:
+        """What codes stand for: float32 of `shape`."""
+
+    def residual(
+        self, weight: torch.Tensor, correction: torch.Tensor | None, out: torch.Tensor, scales: Scales | None = None
+    ) -> float:
+        """`out = W − decode(encode(W − correction))`, and its squared norm. `out` may be `correction`."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A type of quantized weight: levels, how many weights share a scale, and where zero lies.
+
+    `codebook` is a name of `codebooks.CODEBOOKS`; `block_size` counts consecutive inputs, or is ROW; `zero_point`, of
+    `affine.ZERO_POINTS`, is for integers alone.
+    """
+
+    codebook: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = False
+    zero_point: str | None = None
+
+    @property
+    def bits(self) -> int:
+        """Bits a code."""
+        return CODEBOOKS[self.codebook]
+
+    @property
+    def sharing(self) -> str:
+        """What the field calls weights that share a scale."""
+        return "group size" if self.codebook in INTEGERS else "block size"
+
+    def __str__(self) -> str:
+        kind = f" with {self.zero_point} zero-points" if self.zero_point else ""
+        return f"{self.codebook}{kind}" + (", doubly quantized" if self.double_quant else "")
+
+    def block(self, columns: int) -> int:
+        """Weights that share a scale, in rows of `columns`."""
+        return columns if self.block_size == ROW else self.block_size
+
+    def quantizer(self, columns: int, scale_dtype: torch.dtype = torch.float32) -> Quantizer:
+        """What rounds weights with rows of `columns`."""
+        block = self.block(columns)
+        if self.codebook in INTEGERS:
+            zero_point = self.zero_point or "symmetric"
+            return AffineQuantizer(self.codebook, block, zero_point, self.double_quant, scale_dtype)
+        return BlockQuantizer(self.codebook, block, self.double_quant, scale_dtype)

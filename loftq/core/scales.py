@@ -1,0 +1,73 @@
+"""Scales as they are stored, so that codes are chosen under what will be read back.
+
+In float32 or float16, or with double quantization (QLoRA, arXiv 2305.14314, section 3) in 8 bits:
+
+    scale~ = dynamic_map[c] * absmax_of_256(scale − mean) + mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from loftq.core.codebooks import dynamic_map
+
+SCALE_BLOCK = 256  # scales that share one float32 under double quantization, as in bitsandbytes
+
+
+@dataclass(frozen=True)
+class NestedScales:
+    """Scales stored in 8 bits: codes uint8 (blocks,), absmax float32 (blocks / 256 rounded up,), offset."""
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    offset: float
+
+    def decode(self) -> torch.Tensor:
+        """The float32 scales that a reader of the codes obtains, in bitsandbytes' order of operations."""
+        levels = dynamic_map().to(self.codes.device)[self.codes.int()]
+        spread = self.absmax.repeat_interleave(SCALE_BLOCK)[: len(levels)]
+        return levels * spread + self.offset
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What a reader of a weight's blocks will see: float32 (blocks,) each.
+
+    `nested` is the 8-bit form of the scales where there is one. Integers in groups may have zero-points too:
+    `shifts` is what is added to level times scale, and `zeros` uint8 the zero-points where those are whole numbers.
+    """
+
+    values: torch.Tensor
+    nested: NestedScales | None = None
+    shifts: torch.Tensor | None = None
+    zeros: torch.Tensor | None = None
+
+
+def stored_scales(exact: torch.Tensor, dtype: torch.dtype, double_quant: bool) -> Scales:
+    """Scales float32 (blocks,) as their stored form gives them back."""
+    if double_quant:
+        nested = encode_scales(exact)
+        return Scales(nested.decode(), nested)
+    return Scales(representable(exact, dtype))
+
+
+def representable(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers, 0 or above, as a dtype gives them back: only a zero becomes zero, and none becomes infinite."""
+    if dtype == torch.float32:
+        return exact
+    kind = torch.finfo(dtype)
+    return torch.where(exact > 0, exact.clamp(kind.tiny * kind.eps, kind.max), 0).to(dtype).float()
+
+
+def encode_scales(scales: torch.Tensor) -> NestedScales:
+    """Double quantization of scales float32 (blocks,)."""
+    table = dynamic_map().to(scales.device)
+    offset = scales.double().mean().float()  # in float32 its last bits would depend on the threads
+    centered = torch.nn.functional.pad(scales - offset, (0, -len(scales) % SCALE_BLOCK))
+    groups = centered.view(-1, SCALE_BLOCK)  # (ceil(blocks / 256), 256)
+    absmax = groups.abs().amax(dim=1)
+    unit = groups / absmax.clamp(min=1e-38).unsqueeze(1)
+    codes = torch.bucketize(unit, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
+    return NestedScales(codes.view(-1)[: len(scales)].contiguous(), absmax, offset.item())

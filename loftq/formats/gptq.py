@@ -1,0 +1,113 @@
+"""GPTQ's layout, version 2: integers in groups, as gptqmodel and the servers that read its folders expect them.
+
+For a linear (out, in) of b bits in groups of g consecutive inputs (arXiv 2210.17323; `checkpoint_format: gptq_v2`):
+
+    qweight   int32   (in · b / 32, out)      codes; down each column a dense stream with low bits first
+    qzeros    int32   (in / g, out · b / 32)  zero-points, as they are (version 1 wrote them less one); along each row
+    scales    float16 (in / g, out)
+    g_idx     int32   (in)                    the group of each input: i div g, no reordering
+
+    W~ = scale · (code − zero)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from loftq.core.codebooks import INTEGERS
+from loftq.core.grid import ROW, Grid
+from loftq.core.packing import pack, single, unpack
+from loftq.core.scales import Scales
+from loftq.formats.checkpoint import TensorSpec
+
+METHOD = "gptq"
+CHECKPOINT_FORMAT = "gptq_v2"
+BLOCK_SIZES: tuple[int, ...] = (ROW, 16, 32, 64, 128, 256, 512, 1024)
+SIDES = 32  # codes fill words of 32 bits, along inputs and along outputs
+SCALE_DTYPE = torch.float16
+HOLDS = f"{', '.join(INTEGERS)} with symmetric or integer zero-points and 16-bit scales, one type a folder"
+
+
+def holds(grid: Grid) -> bool:
+    """Whether such codes have a place in this format."""
+    return grid.codebook in INTEGERS and grid.zero_point != "float" and not grid.double_quant
+
+
+def tensor_shapes(shape: Sequence[int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of each tensor of one linear, by its name within the module."""
+    rows, columns = shape
+    groups = columns // grid.block(columns)
+    return {
+        "qweight": (torch.int32, (columns * grid.bits // 32, rows)),
+        "qzeros": (torch.int32, (groups, rows * grid.bits // 32)),
+        "scales": (SCALE_DTYPE, (groups, rows)),
+        "g_idx": (torch.int32, (columns,)),
+    }
+
+
+def specs(module: str, shape: Sequence[int], grid: Grid, _dtype: torch.dtype) -> list[TensorSpec]:
+    """The tensors of one linear."""
+    return [TensorSpec(f"{module}.{name}", dtype, size) for name, (dtype, size) in tensor_shapes(shape, grid).items()]
+
+
+def tensors(
+    module: str, shape: Sequence[int], grid: Grid, _dtype: torch.dtype, codes: torch.Tensor, scales: Scales
+) -> dict[str, torch.Tensor]:
+    """The named tensors of one linear from its codes, as the solver leaves them, and scales."""
+    rows, columns = shape
+    block = grid.block(columns)
+    stream = pack(single(codes, grid.bits), grid.bits)
+    zeros = scales.zeros
+    if zeros is None:
+        zeros = torch.full_like(scales.values, 2 ** (grid.bits - 1), dtype=torch.uint8)
+    found = {
+        "qweight": stream.view(rows, -1).view(torch.int32).t(),
+        "qzeros": pack(zeros.view(rows, -1).t().reshape(-1), grid.bits).view(torch.int32).view(columns // block, -1),
+        "scales": scales.values.view(rows, -1).t().to(SCALE_DTYPE),
+        "g_idx": torch.arange(columns, dtype=torch.int32) // block,
+    }
+    return {f"{module}.{name}": tensor.contiguous() for name, tensor in found.items()}
+
+
+def read_stream(qweight: torch.Tensor) -> torch.Tensor:
+    """The codes of some outputs as one dense stream, row-major: uint8, from int32 (in · bits / 32, outputs)."""
+    return qweight.t().contiguous().view(torch.uint8).view(-1)
+
+
+def read_scales(scales: torch.Tensor, qzeros: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift of each group, row-major: float32 (out · in / group,) each."""
+    zeros = unpack(qzeros.view(-1).view(torch.uint8), bits, scales.numel()).view(scales.shape)
+    values = scales.t().to(torch.float32, copy=True).contiguous()
+    shifts = values * (2 ** (bits - 1) - zeros.t().float())
+    return values.view(-1), shifts.view(-1)
+
+
+def quantization_config(
+    grid: Grid,
+    _compute_dtype: torch.dtype,
+    _skip_modules: Sequence[str],
+    codebooks: Mapping[str, str],
+    target_modules: Sequence[str],
+) -> dict[str, object]:
+    """The entry of `config.json`. What is quantized is named: by ends of names, within the blocks' common path."""
+    return {
+        "quant_method": METHOD,
+        "checkpoint_format": CHECKPOINT_FORMAT,
+        "bits": grid.bits,
+        "group_size": grid.block_size,
+        "sym": grid.zero_point == "symmetric",
+        "desc_act": False,
+        "block_name_to_quantize": os.path.commonpath([_path(name) for name in codebooks]).replace("/", "."),
+        "modules_in_block_to_quantize": [list(target_modules)],
+        "meta": {"quantizer": ["loftq"]},
+    }
+
+
+def _path(module: str) -> str:
+    """The names of the modules around one, up to the first number, as a path."""
+    parts = module.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return "/".join(parts[: numbers[0] if numbers else -1])
