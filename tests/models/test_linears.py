@@ -14,10 +14,11 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
 
 from loftq.errors import OptionError
+from loftq.models.families import family_of
 from loftq.models.linears import (
-    bears_other_linears,
     Dense,
     Linears,
+    bears_other_linears,
     computes_as_linear,
     find_linears,
     select,
