@@ -2,8 +2,9 @@
 
     python benchmarks/packed.py [--side 4096]
 
-Prints, for 1, 128 and 1024 tokens in bfloat16, the time of a forward and backward pass through one frozen linear
-of bitsandbytes, and ours at 2, 3 and 4 bits as multiples of it. Rounds alternate; medians of 9 are compared.
+Prints, for 1, 128 and 1024 tokens in bfloat16, the time of a forward and backward pass through one frozen linear of
+bitsandbytes, and of ours as multiples of it: codebooks, integers with floating zero-points in groups of 64, and GPTQ's
+layout. Rounds alternate; medians of 9 are compared.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from machine import SEED, describe, table
 
-from loftq.models.packed_linear import PackedLinear
+from loftq.core.codebooks import CODEBOOKS, INTEGERS, NORMAL_FLOATS
+from loftq.core.grid import Grid
+from loftq.models.packed_linear import GptqLinear, PackedLinear
 
 ROUNDS = 9
 
@@ -31,11 +34,12 @@ def bitsandbytes_linear(side: int) -> torch.nn.Module:
     return layer
 
 
-def packed_linear(side: int, codebook: str) -> torch.nn.Module:
+def packed_linear(side: int, codebook: str, kind: type[PackedLinear] = PackedLinear) -> torch.nn.Module:
     """Random codes and scales: what they are makes no difference to the time."""
-    layer = PackedLinear(side, side, False, codebook=codebook)
-    layer.weight.data.random_(0, 256)
-    layer.weight_scales.uniform_(0.01, 0.02)
+    zero_point = None if codebook in NORMAL_FLOATS else "integer" if kind is GptqLinear else "float"
+    layer = kind(side, side, False, grid=Grid(codebook, zero_point=zero_point))
+    for tensor in layer.state_dict().values():
+        tensor.uniform_(0.01, 0.02) if tensor.is_floating_point() else tensor.random_(0, 256)
     return layer
 
 
@@ -55,10 +59,12 @@ def main() -> None:
     torch.manual_seed(SEED)
     layers = {
         "bitsandbytes nf4": bitsandbytes_linear(side),
-        **{f"loftq {name}": packed_linear(side, name) for name in ("nf2", "nf3", "nf4")},
+        **{f"loftq {name}": packed_linear(side, name) for name in CODEBOOKS},
+        **{f"gptq {name}": packed_linear(side, name, GptqLinear) for name in INTEGERS},
     }
-    rows: list[tuple[str, ...]] = [(f"forward + backward, {side} x {side}", *layers)]
-    for tokens in (1, 128, 1024):
+    labels = {1: "1 token", 128: "128 tokens", 1024: "1024 tokens"}
+    columns: list[list[str]] = []
+    for tokens in labels:
         inputs = torch.randn(tokens, side).bfloat16()
         times: dict[str, list[float]] = {name: [] for name in layers}
         for turn in range(ROUNDS + 1):
@@ -67,8 +73,9 @@ def main() -> None:
                 if turn:
                     times[name].append(taken)
         base, *ours = (median(found) for found in times.values())
-        label = f"{tokens} token{'s' if tokens > 1 else ''}"
-        rows.append((label, f"{base * 1e3:.1f} ms", *(f"{found / base:.2f}x" for found in ours)))
+        columns.append([f"{base * 1e3:.1f} ms", *(f"{found / base:.2f}x" for found in ours)])
+    rows = [(f"forward + backward, {side} x {side}", *labels.values())]
+    rows += [(name, *cells) for name, *cells in zip(layers, *columns, strict=True)]
     print(describe(), end="\n\n")
     print(table(rows))
 

@@ -104,6 +104,58 @@ def test_packed_tensors_of_a_wrong_size_are_refused(falcon: Path, tmp_path: Path
         loftq.load_qlora(broken)
 
 
+@pytest.fixture(scope="module")
+def gptq(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("gptq") / "out"
+    return loftq.quantize(str(pico), output=out, bits=3, quant_type="int", rank=4, iters=1, quiet=True).folder
+
+
+def test_a_gptq_folder_needs_gptqmodel_or_the_import(gptq: Path) -> None:
+    """Oracle: processes of stock transformers without gptqmodel, which must not fill the model with random weights."""
+    ended = run_python(LOAD.format(imports=STOCK, options=""), gptq)
+    assert ended.returncode == 1
+    assert "optimum" in ended.stderr
+    ended = run_python(LOAD.format(imports=f"import loftq\n{STOCK}", options=', device_map="auto"'), gptq)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_gptq_folders_that_are_not_ours_are_left_to_gptqmodel(gptq: Path, tmp_path: Path) -> None:
+    import shutil
+
+    for key, value in (("checkpoint_format", "gptq"), ("desc_act", True), ("modules_in_block_to_quantize", None)):
+        other = shutil.copytree(gptq, tmp_path / key)
+        config = json.loads((other / "config.json").read_text())
+        config["quantization_config"][key] = value
+        (other / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ImportError, match="pip install gptqmodel"):
+            AutoModelForCausalLM.from_pretrained(other)
+
+
+@pytest.mark.parametrize("key", ["qweight", "qzeros", "scales"])
+def test_gptq_tensors_of_a_wrong_size_are_refused(key: str, gptq: Path, tmp_path: Path) -> None:
+    import shutil
+
+    broken = shutil.copytree(gptq, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(f"up_proj.{key}"))
+    tensors[name] = tensors[name][:, :-1].clone()
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(loftq.LoftQError, match=rf"model.safetensors: {name} is torch"):
+        AutoModelForCausalLM.from_pretrained(broken)
+
+
+def test_the_card_of_each_format(gptq: Path, pico: Path, tmp_path: Path) -> None:
+    card = (gptq / "README.md").read_text()
+    assert "- gptq" in card
+    assert "not needed where gptqmodel" in card
+    assert "14 x" not in card
+    assert "int3, groups of 64, integer zero-points" in card
+    eight = loftq.quantize(str(pico), output=tmp_path / "out", bits=8, rank=4, iters=1, quiet=True).folder
+    card = (eight / "README.md").read_text()
+    assert "BitsAndBytesConfig(load_in_8bit=True)" in card
+    assert "int8, one scale a row, symmetric zero-points" in card
+
+
 def test_the_plan_and_the_card_say_how_it_loads(falcon: Path) -> None:
     card = (falcon / "README.md").read_text()
     assert "import loftq" in card

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from conftest import pico_llama
+from oracles import read_linear
 from peft import PeftModel
 from torch import nn
 
@@ -107,6 +110,41 @@ def test_never_quantized_twice() -> None:
     assert hasattr(adapted.base_model.model.again, "lora_A")
     with pytest.raises(OptionError, match="adapters already"):
         loftq.quantize_model(adapted, rank=4)
+
+
+def test_int8_is_bitsandbytes() -> None:
+    """Oracle: the outputs before; LLM.int8 rounds activations too, so it is not nearer than that."""
+    wanted = Network()(INPUTS)
+    model = loftq.quantize_model(Network(), bits=8, rank=8)
+    layer = model.base_model.model.first
+    assert isinstance(layer.base_layer, Linear8bitLt)
+    assert (model(INPUTS) - wanted).norm() < 0.03 * wanted.norm()
+    weight = Network().first.weight.detach()
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    rounded = read_linear(layer.base_layer)
+    assert (weight - rounded - product).norm() < (weight - rounded).norm() < 0.01 * weight.norm()
+    model(INPUTS).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "widths"),
+    [
+        ({"bits": 3, "allocation": "first"}, [4, 2, 2]),
+        ({"bits": 3.75, "allocation": "first"}, [4, 4, 2]),
+        ({"bits": 5, "zero_point": "float"}, None),
+    ],
+)
+def test_budgets(options: dict[str, Any], widths: list[int] | None) -> None:
+    """Oracle: the mean width over the weights, and the error of the narrowest."""
+    model = loftq.quantize_model(Network(), rank=4, iters=1, **options)
+    layers = [model.base_model.model.get_submodule(name).base_layer for name in ("first", "middle.1", "last")]
+    found = [layer.grid.bits for layer in layers]
+    counts = [layer.in_features * layer.out_features for layer in layers]
+    assert sum(n * b for n, b in zip(counts, found, strict=True)) <= options["bits"] * sum(counts)
+    if widths is None:
+        assert len(set(found)) > 1
+    else:
+        assert found == widths
 
 
 def test_transformers_models_too() -> None:
