@@ -170,5 +170,33 @@ class AffineQuantizer:
         return unit.round_().clamp_(-half, half - 1)
 
 
+@dataclass(frozen=True)
+class AffineWeight:
+    """A weight of integers in groups of consecutive inputs, unpacked: what merging changes and exporting writes.
+
+    Codes uint8 (out, in) from 0 to 2**bits − 1; scales and shifts float32 (out, groups).
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    shifts: torch.Tensor
+    bits: int
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale and a shift."""
+        return self.codes.shape[1] // self.scales.shape[1]
+
+    @property
+    def biases(self) -> torch.Tensor:
+        """What a code of 0 stands for: float32 (out, groups). The weight is code · scale + bias."""
+        return self.shifts - self.scales * 2 ** (self.bits - 1)
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight (out, in), computed in `dtype`."""
+        groups = self.codes.view(*self.scales.shape, self.group_size).to(dtype) - 2 ** (self.bits - 1)
+        return (groups * self.scales.unsqueeze(2).to(dtype) + self.shifts.unsqueeze(2).to(dtype)).view(self.codes.shape)
+
+
 def _nonzero(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale.abs() > 1e-38, scale, 1e-38)
