@@ -31,6 +31,8 @@ Examples:
     "--allocation",
     help="Where the bits go: first (first layers 4, rest 2), or auto (least error; default for 2.5 etc.).",
 )
+@click.option("--adapter", default=Recipe.adapter, show_default=True, help="lora, or qalora: pooled, merges exactly.")
+@click.option("--pool-size", type=int, help="Inputs that qalora pools.  [default: the group size]")
 @click.option("--rank", type=int, default=Recipe.rank, show_default=True, help="Rank of the adapter.")
 @click.option("--iter", "iters", type=int, default=Recipe.iters, show_default=True, help="0 is QLoRA's start.")
 @click.option("--alpha", type=float, help="LoRA alpha; the scaling is alpha/rank.  [default: the rank]")
@@ -83,4 +85,5 @@ def quantize(model: str | None, model_name_or_path: str | None, as_json: bool, d
         return
     click.echo(report.table())
     if report.seconds is not None:
-        click.echo(f"\nLoad it:  model = loftq.load_qlora({str(report.folder)!r})")
+        loader = "load_qalora" if report.recipe["adapter"] == "qalora" else "load_qlora"
+        click.echo(f"\nLoad it:  model = loftq.{loader}({str(report.folder)!r})")

@@ -35,8 +35,9 @@ ZERO_POINTS = {
     "symmetric": "none: levels lie around zero",
     "integer": "a whole number of steps",
     "float": "anywhere, in 16 bits",
+    "float32": "anywhere, in 32 bits: what a merge leaves",
 }
-SHIFT_DTYPE = torch.float16
+FLOATING = {"float": torch.float16, "float32": torch.float32}  # with the dtype of their shifts
 _CHUNK = 1 << 22  # values at a time in torch, so that temporaries stay small beside the weight
 
 
@@ -92,9 +93,43 @@ class AffineQuantizer:
         if self.zero_point == "integer":
             zeros = (-low / _nonzero(scales.values)).round_().clamp_(0, 2 * half - 1)
             return replace(scales, shifts=scales.values * (half - zeros), zeros=zeros.to(torch.uint8))
-        limit = torch.finfo(SHIFT_DTYPE).max
-        shifts = (low + high + scales.values).div_(2).clamp_(-limit, limit)
-        return replace(scales, shifts=shifts.to(SHIFT_DTYPE).float())
+        return replace(scales, shifts=self._shift((low + high + scales.values).div_(2)))
+
+    def refit(self, weight: torch.Tensor, scales: Scales) -> Scales:
+        """The scales, and floating zero-points, that fit a weight best for the codes which `scales` give it.
+
+        Least squares in each group: of W = scale · l + shift, or, where the zero-point stays, of W = scale · (l − l₀).
+        """
+        levels, squares, values, products = self._moments(weight, scales).double()
+        count = self.block_size
+        if self.zero_point in FLOATING:
+            spread = count * squares - levels.square()
+            slopes = (count * products - levels * values) / spread
+        else:
+            half = 2 ** (self.bits - 1)
+            origin = torch.zeros_like(levels) if scales.zeros is None else scales.zeros.double() - half
+            spread = squares - 2 * origin * levels + count * origin.square()
+            slopes = (products - origin * values) / spread
+        slopes = torch.where((spread > 0) & (slopes > 0), slopes, scales.values.double())
+        found = self._stored(slopes.float())
+        if scales.zeros is not None:
+            steps = 2 ** (self.bits - 1) - scales.zeros.float()
+            return replace(found, shifts=found.values * steps, zeros=scales.zeros)
+        if self.zero_point in FLOATING:
+            return replace(found, shifts=self._shift((values - found.values.double() * levels).float() / count))
+        return found
+
+    def _moments(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """Sums over each group of levels, their squares, values, and levels times values: float32 (4, groups)."""
+        if _on_cpu(weight):
+            return kernels.moments(weight, scales.values, self._shifts(scales), self.bits, self.block_size)
+        parts = []
+        for values, scale, shift in self._chunks(weight, scales):
+            grouped = values.view(-1, self.block_size)
+            levels = self._round(values, scale, shift)
+            sums = (levels, levels.square(), grouped, levels * grouped)
+            parts.append(torch.stack([each.sum(dim=1) for each in sums]))
+        return torch.cat(parts, dim=1)
 
     def encode(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Codes under given scales: uint8 (numel,), or (numel / 2,) where two share a byte."""
@@ -147,6 +182,12 @@ class AffineQuantizer:
             total += float(e.double().square().sum())
         return total
 
+    def _shift(self, exact: torch.Tensor) -> torch.Tensor:
+        """Shifts float32 as they are read back."""
+        dtype = FLOATING[self.zero_point]
+        limit = torch.finfo(dtype).max
+        return exact.clamp(-limit, limit).to(dtype).float()
+
     def _stored(self, exact: torch.Tensor) -> Scales:
         return stored_scales(exact, self.scale_dtype, self.double_quant)
 
@@ -190,12 +231,13 @@ class AffineWeight:
     @property
     def biases(self) -> torch.Tensor:
         """What a code of 0 stands for: float32 (out, groups). The weight is code · scale + bias."""
-        return self.shifts - self.scales * 2 ** (self.bits - 1)
+        return torch.sub(self.shifts, self.scales, alpha=2 ** (self.bits - 1))
 
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight (out, in), computed in `dtype`."""
-        groups = self.codes.view(*self.scales.shape, self.group_size).to(dtype) - 2 ** (self.bits - 1)
-        return (groups * self.scales.unsqueeze(2).to(dtype) + self.shifts.unsqueeze(2).to(dtype)).view(self.codes.shape)
+        levels = self.codes.view(*self.scales.shape, self.group_size).to(dtype).sub_(2 ** (self.bits - 1))
+        weight = levels * self.scales.unsqueeze(2).to(dtype) + self.shifts.unsqueeze(2).to(dtype)
+        return weight.view(self.codes.shape)
 
 
 def _nonzero(scale: torch.Tensor) -> torch.Tensor:

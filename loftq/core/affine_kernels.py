@@ -101,6 +101,24 @@ def _residual(  # type: ignore[no-untyped-def]
         squares[b] = total
 
 
+@compiled
+def _moments(x, scales, shifts, low, high, sums, first, last, block):  # type: ignore[no-untyped-def]
+    for b in range(first, last):
+        values = x[b * block : (b + 1) * block]
+        inverse = _ONE / (scales[b] if abs(scales[b]) > TINY else TINY)
+        shift = shifts[b]
+        levels, squares, weights, products = _ZERO, _ZERO, _ZERO, _ZERO
+        for j in range(block):
+            level = np.rint((values[j] - shift) * inverse)
+            level = low if level < low else level
+            level = high if level > high else level
+            levels += level
+            squares += level * level
+            weights += values[j]
+            products += level * values[j]
+        sums[0, b], sums[1, b], sums[2, b], sums[3, b] = levels, squares, weights, products
+
+
 def ranges(w: torch.Tensor, correction: torch.Tensor | None, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The least and the largest value of each group of `w - correction`: float32 `(numel / block,)` each."""
     lows, highs = torch.empty(w.numel() // block), torch.empty(w.numel() // block)
@@ -119,6 +137,15 @@ def encode(x: torch.Tensor, scales: torch.Tensor, shifts: torch.Tensor, bits: in
     low, high = _bounds(bits)
     over_blocks(len(s), block, lambda first, last: _encode(values, s, t, low, high, paired, out, first, last, block))
     return packed
+
+
+def moments(x: torch.Tensor, scales: torch.Tensor, shifts: torch.Tensor, bits: int, block: int) -> torch.Tensor:
+    """Sums over each group of the levels, their squares, the values, and levels times values: float32 (4, groups)."""
+    sums = torch.empty(4, scales.numel())
+    values, s, t, found = flat(x), flat(scales), flat(shifts), sums.numpy()
+    low, high = _bounds(bits)
+    over_blocks(len(s), block, lambda first, last: _moments(values, s, t, low, high, found, first, last, block))
+    return sums
 
 
 def residual(

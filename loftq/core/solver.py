@@ -34,17 +34,22 @@ _DEPTH_WARM = 3  # and of the others, which start from the one before; a single 
 
 @dataclass(frozen=True)
 class Trace:
-    """Frobenius norms on the way. `iterations[t-1]` is ‖W − Q_t − s·B_t·A_t‖; `kept` is t, 0 for none."""
+    """Frobenius norms on the way. `iterations[t-1]` is ‖W − Q_t − s·B_t·A_t‖; `kept` is t, 0 for none.
+
+    `refit` is what plain rounding leaves once its scales are fitted, where a method does that.
+    """
 
     weight: float
     plain: float
     iterations: tuple[float, ...]
     kept: int
+    refit: float | None = None
 
     @property
     def final(self) -> float:
         """The norm of what was returned leaves of W."""
-        return self.iterations[self.kept - 1] if self.kept else self.plain
+        before = self.plain if self.refit is None else self.refit
+        return self.iterations[self.kept - 1] if self.kept else before
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,8 @@ def solve(
     plain = quantizer.residual(weight, None, work)
     if iterations == 0 or rank == 0:
         codes, scales = quantizer.quantize(weight)
-        a, b = _lora_start(weight, rank, generator)
-        return Solution(codes, scales, a, b, Trace(_norm(weight, quantizer), math.sqrt(plain), (), 0))
+        a, b = lora_start(weight, rank, generator)
+        return Solution(codes, scales, a, b, Trace(norm(weight, quantizer), math.sqrt(plain), (), 0))
 
     def factorize(previous: lowrank.Factors | None) -> lowrank.Factors:
         if svd == "exact":
@@ -103,7 +108,7 @@ def solve(
     target = weight if parent is None else torch.sub(weight, _product(parent, rank, work), out=work)
     codes, scales = quantizer.quantize(target)
     a, b = best.adapter(rank, scaling)
-    return Solution(codes, scales, a, b, Trace(_norm(weight, quantizer), math.sqrt(plain), tuple(errors), kept))
+    return Solution(codes, scales, a, b, Trace(norm(weight, quantizer), math.sqrt(plain), tuple(errors), kept))
 
 
 def _check(weight: torch.Tensor, rank: int, iterations: int, scaling: float, svd: str) -> None:
@@ -125,13 +130,15 @@ def _rest(squared: float, factors: lowrank.Factors, rank: int) -> float:
     return math.sqrt(max(squared - factors.captured(rank), 0.0))
 
 
-def _norm(weight: torch.Tensor, quantizer: Quantizer) -> float:
+def norm(weight: torch.Tensor, quantizer: Quantizer) -> float:
+    """‖W‖, summed block by block."""
     if weight.device.type == "cpu":
         return math.sqrt(kernels.squared_norm(weight, quantizer.block_size))
     return float(torch.linalg.vector_norm(weight, dtype=torch.float64))
 
 
-def _lora_start(weight: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def lora_start(weight: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B that add nothing to a weight (out, in): B = 0."""
     bound = weight.shape[1] ** -0.5  # kaiming_uniform_(a=√5), as peft and torch.nn.Linear draw it
     a = (torch.rand(rank, weight.shape[1], generator=generator) * 2 - 1) * bound
     return a.to(weight.device), torch.zeros(weight.shape[0], rank, device=weight.device)

@@ -41,10 +41,11 @@ def is_key(name: str) -> bool:
     return name.startswith(_PREFIX)
 
 
-def specs(module: str, shape: Sequence[int], rank: int) -> list[TensorSpec]:
-    """A (rank, in) and B (out, rank), in float32, in which peft trains them."""
+def specs(module: str, shape: Sequence[int], rank: int, pool_size: int | None = None) -> list[TensorSpec]:
+    """A (rank, in), or of QA-LoRA (rank, in / pool), and B (out, rank), in float32, in which peft trains them."""
     a, b = keys(module)
-    return [TensorSpec(a, torch.float32, (rank, shape[1])), TensorSpec(b, torch.float32, (shape[0], rank))]
+    inputs = shape[1] // (pool_size or 1)
+    return [TensorSpec(a, torch.float32, (rank, inputs)), TensorSpec(b, torch.float32, (shape[0], rank))]
 
 
 def config_text(
@@ -57,8 +58,9 @@ def config_text(
     dropout: float,
     task_type: str | None,
     modules_to_save: Sequence[str] = (),
+    pool_size: int | None = None,
 ) -> str:
-    """`adapter_config.json`."""
+    """`adapter_config.json`; of QA-LoRA, which peft has since 0.18, where there is a pool size."""
     config: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -75,6 +77,8 @@ def config_text(
         "loftq_config": {},
         "modules_to_save": list(modules_to_save) or None,
     }
+    if pool_size is not None:
+        config |= {"use_qalora": True, "qalora_group_size": pool_size}
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 

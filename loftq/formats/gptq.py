@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from loftq.core.affine import FLOATING
 from loftq.core.codebooks import INTEGERS
 from loftq.core.grid import ROW, Grid
 from loftq.core.packing import pack, single, unpack
@@ -25,6 +26,7 @@ from loftq.formats.checkpoint import TensorSpec
 
 METHOD = "gptq"
 CHECKPOINT_FORMAT = "gptq_v2"
+READABLE = {"gptq": 1, CHECKPOINT_FORMAT: 0}  # with how much less than the zero-points is written
 BLOCK_SIZES: tuple[int, ...] = (ROW, 16, 32, 64, 128, 256, 512, 1024)
 SIDES = 32  # codes fill words of 32 bits, along inputs and along outputs
 SCALE_DTYPE = torch.float16
@@ -33,7 +35,7 @@ HOLDS = f"{', '.join(INTEGERS)} with symmetric or integer zero-points and 16-bit
 
 def holds(grid: Grid) -> bool:
     """Whether such codes have a place in this format."""
-    return grid.codebook in INTEGERS and grid.zero_point != "float" and not grid.double_quant
+    return grid.codebook in INTEGERS and grid.zero_point not in FLOATING and not grid.double_quant
 
 
 def tensor_shapes(shape: Sequence[int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -77,12 +79,19 @@ def read_stream(qweight: torch.Tensor) -> torch.Tensor:
     return qweight.t().contiguous().view(torch.uint8).view(-1)
 
 
-def read_scales(scales: torch.Tensor, qzeros: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift of each group, row-major: float32 (out · in / group,) each."""
-    zeros = unpack(qzeros.view(-1).view(torch.uint8), bits, scales.numel()).view(scales.shape)
+def read_scales(
+    scales: torch.Tensor, qzeros: torch.Tensor, bits: int, less: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift of each group, row-major: float32 (out · in / group,) each. `less` is 1 for version 1."""
+    zeros = unpack(qzeros.contiguous().view(-1).view(torch.uint8), bits, scales.numel()).view(scales.shape)
     values = scales.t().to(torch.float32, copy=True).contiguous()
-    shifts = values * (2 ** (bits - 1) - zeros.t().float())
+    shifts = values * (2 ** (bits - 1) - less - zeros.t().float())
     return values.view(-1), shifts.view(-1)
+
+
+def is_ordered(g_idx: torch.Tensor, block: int) -> bool:
+    """Whether groups are of consecutive inputs: not so in act-order checkpoints."""
+    return torch.equal(g_idx, torch.arange(len(g_idx), dtype=g_idx.dtype, device=g_idx.device) // block)
 
 
 def quantization_config(

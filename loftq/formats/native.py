@@ -8,7 +8,7 @@ For a linear (out, in) with n = out · in weights, of which g share a scale:
     weight_scales_absmax    float32 (n / g / 256 rounded up)    double quantization only
     weight_scales_offset    float32 (1)                         double quantization only
     weight_zeros            uint8   (n · bits / g / 8 rounded up)    zero-points, packed like codes: integer ones only
-    weight_shifts           float16 (n / g)                          floating zero-points only
+    weight_shifts           float16 (n / g)          floating zero-points only; float32 where an adapter was merged
 
     W~ = scale · level + shift,  shift = 0, or scale · (2^(bits−1) − zero), or the one that is stored
 
@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from loftq.core.affine import SHIFT_DTYPE, ZERO_POINTS
+from loftq.core.affine import FLOATING, ZERO_POINTS
 from loftq.core.codebooks import CODEBOOKS, INTEGERS
 from loftq.core.grid import ROW, Grid
 from loftq.core.packing import pack, packed_size, single, unpack
@@ -57,8 +57,8 @@ def tensor_shapes(shape: Sequence[int], grid: Grid) -> dict[str, tuple[torch.dty
         found["weight_scales_offset"] = (torch.float32, (1,))
     if grid.codebook in INTEGERS and grid.zero_point == "integer":
         found["weight_zeros"] = (torch.uint8, (packed_size(groups, grid.bits),))
-    if grid.codebook in INTEGERS and grid.zero_point == "float":
-        found["weight_shifts"] = (SHIFT_DTYPE, (groups,))
+    if grid.codebook in INTEGERS and grid.zero_point in FLOATING:
+        found["weight_shifts"] = (FLOATING[grid.zero_point], (groups,))
     return found
 
 
@@ -82,7 +82,7 @@ def tensors(
     if scales.zeros is not None:
         found["weight_zeros"] = pack(scales.zeros, grid.bits)
     elif scales.shifts is not None:
-        found["weight_shifts"] = scales.shifts.to(SHIFT_DTYPE)
+        found["weight_shifts"] = scales.shifts.to(FLOATING[str(grid.zero_point)])
     return {f"{module}.{name}": tensor for name, tensor in found.items()}
 
 

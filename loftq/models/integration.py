@@ -4,7 +4,7 @@ installed, GPTQ folders too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import GPTQConfig, QuantizationConfi
 from loftq.core.grid import Grid
 from loftq.errors import ArtifactError
 from loftq.formats import gptq
-from loftq.formats.checkpoint import read_header
+from loftq.formats.checkpoint import TensorSpec, read_header
 from loftq.formats.native import METHOD, VERSION, check_config
 from loftq.models.linears import Dense, converted, find_linears, kept_in_float32
 from loftq.models.packed_linear import GptqLinear, PackedLinear
@@ -67,21 +67,24 @@ class _PackedQuantizer(HfQuantizer):
     requires_calibration = False
     _linear: type[PackedLinear] = PackedLinear
 
-    def _grids(self, model: Any, candidates: dict[str, Dense]) -> Iterator[tuple[str, Grid]]:
-        """The linears to replace, with the types of their weights."""
+    def _grids(self, candidates: dict[str, Dense], names: set[str], model: Any) -> Iterator[tuple[str, Grid]]:
+        """The linears to replace, with the types of their weights. `names` are those of the checkpoint's tensors."""
         raise NotImplementedError
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         candidates = dict(find_linears(model).candidates)
-        for name, grid in self._grids(model, candidates):
+        files = [Path(file) for file in (checkpoint_files or () if self.pre_quantized else ())]
+        headers = {file: read_header(file) for file in files}
+        names = {spec.name for specs in headers.values() for spec in specs}
+        for name, grid in self._grids(candidates, names, model):
             rows, columns = candidates[name].shape
             old = model.get_submodule(name)
             packed = self._linear(columns, rows, old.bias is not None, grid=grid, dtype=old.weight.dtype, device="meta")
             model.set_submodule(name, packed)
-        for file in checkpoint_files or () if self.pre_quantized else ():
-            _check_sizes(model, Path(file))
+        for file, specs in headers.items():
+            _check_sizes(model, file, specs)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         model.quantization_method = METHOD  # whatever the layout: peft refuses to merge where this says "gptq"
@@ -109,7 +112,7 @@ class LoftQQuantizer(_PackedQuantizer):
 
     quantization_config: LoftQConfig
 
-    def _grids(self, model: Any, candidates: dict[str, Dense]) -> Iterator[tuple[str, Grid]]:
+    def _grids(self, candidates: dict[str, Dense], _names: set[str], model: Any) -> Iterator[tuple[str, Grid]]:
         config = self.quantization_config
         skipped = [*config.skip_modules, *kept_in_float32(model)]
         return ((name, config.grid(name)) for name in candidates if converted(name, skipped))
@@ -126,34 +129,51 @@ class GptqConfig(GPTQConfig):
 
 
 class GptqQuantizer(_PackedQuantizer):
-    """GPTQ's layout, version 2, as loftq writes it: the linears that the config names."""
+    """GPTQ's layout, whoever wrote it: the linears whose codes the checkpoint has."""
 
     quantization_config: GptqConfig
     _linear = GptqLinear
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
         """Raise ImportError for what gptqmodel alone can read."""
-        config = self.quantization_config
-        if config.format != gptq.CHECKPOINT_FORMAT or config.desc_act or not config.modules_in_block_to_quantize:
+        if self.quantization_config.format not in gptq.READABLE:
             raise ImportError(
-                "GPTQ folders that loftq did not write are read by gptqmodel: pip install gptqmodel optimum"
+                f"GPTQ's format {self.quantization_config.format!r} is read by gptqmodel alone: "
+                "pip install gptqmodel optimum"
             )
 
-    def _grids(self, _model: Any, candidates: dict[str, Dense]) -> Iterator[tuple[str, Grid]]:
+    def _grids(self, candidates: dict[str, Dense], names: set[str], _model: Any) -> Iterator[tuple[str, Grid]]:
         config = self.quantization_config
         zero_point = "symmetric" if config.sym else "integer"
-        ends = tuple(name for names in config.modules_in_block_to_quantize or () for name in names)
         grid = Grid(f"int{config.bits}", config.group_size, zero_point=zero_point)
-        within = config.block_name_to_quantize or ""
-        return ((name, grid) for name in candidates if name.startswith(within) and name.endswith(ends))
+        return ((name, grid) for name in candidates if f"{name}.qweight" in names)
+
+    def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
+        for module in model.modules():
+            if isinstance(module, GptqLinear):
+                module.less = gptq.READABLE[self.quantization_config.format]
+                module.ordered = gptq.is_ordered(module.g_idx, module.grid.block(module.in_features))
+        return super()._process_model_after_weight_loading(model, **options)
 
 
-if not (is_gptqmodel_available() and is_optimum_available()):  # where it is, with its kernels, it is the better one
-    AUTO_QUANTIZATION_CONFIG_MAPPING[gptq.METHOD] = GptqConfig
-    AUTO_QUANTIZER_MAPPING[gptq.METHOD] = GptqQuantizer
+def has_gptqmodel() -> bool:
+    """Whether stock transformers can load GPTQ folders here."""
+    return bool(is_gptqmodel_available() and is_optimum_available())
 
 
-def _check_sizes(model: nn.Module, file: Path) -> None:
+_STOCK_GPTQ = (AUTO_QUANTIZATION_CONFIG_MAPPING[gptq.METHOD], AUTO_QUANTIZER_MAPPING[gptq.METHOD])
+
+
+def read_gptq_by(ours: bool) -> None:
+    """Have transformers load GPTQ folders with our linear, or with gptqmodel's."""
+    found = (GptqConfig, GptqQuantizer) if ours else _STOCK_GPTQ
+    AUTO_QUANTIZATION_CONFIG_MAPPING[gptq.METHOD], AUTO_QUANTIZER_MAPPING[gptq.METHOD] = found
+
+
+read_gptq_by(ours=not has_gptqmodel())  # which has kernels for GPUs
+
+
+def _check_sizes(model: nn.Module, file: Path, specs: Sequence[TensorSpec]) -> None:
     """Raise ArtifactError for a packed tensor that is not what config.json makes of it: transformers would only say
     that something does not match.
     """
@@ -164,7 +184,7 @@ def _check_sizes(model: nn.Module, file: Path) -> None:
         for key, tensor in module.state_dict().items()
         if key != "bias"
     }
-    for spec in read_header(file):
+    for spec in specs:
         wanted = expected.get(spec.name)
         if wanted is not None and (spec.shape, spec.dtype) != (tuple(wanted.shape), wanted.dtype):
             raise ArtifactError(

@@ -8,18 +8,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from loftq.errors import ArtifactError
+from loftq.errors import ArtifactError, OptionError, UnknownNameError
 from loftq.formats import adapter as adapter_format
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.models.tasks import TASKS, auto_class
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+BACKENDS = {"loftq": "our own packed linear", "gptqmodel": "gptqmodel's kernels"}
 
 
 def load_qlora(
@@ -39,23 +42,106 @@ def load_qlora(
     """
     from peft import PeftModel
 
-    artifact = open_artifact(folder)
-    if artifact.manifest["kind"] != "qlora":
-        raise ArtifactError(f"{folder} is a {artifact.manifest['kind']} artifact: load_qlora reads qlora ones")
+    artifact = _open(folder, "qlora")
     chosen = artifact.adapter if adapter is None else Path(adapter)
     check_adapter(artifact, chosen)
-    stored: torch.dtype = getattr(torch, artifact.manifest["recipe"]["compute_dtype"])
-    task = TASKS[artifact.manifest["source"].get("task", "causal-lm")]
+    base = _load_base(artifact, is_trainable, device_map, dtype)
+    return PeftModel.from_pretrained(base, chosen, is_trainable=is_trainable)
+
+
+def load_qalora(
+    folder: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    is_trainable: bool = True,
+    device_map: Any = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "loftq",
+    rank: int = 16,
+    alpha: float | None = None,
+    pool_size: int | None = None,
+) -> PeftModel:
+    """Load a group-wise quantized model with a QA-LoRA adapter, in peft's convention (arXiv 2309.14717).
+
+    `folder` is one that `loftq quantize --adapter qalora` wrote, with its initial adapter or a trained one, or any
+    GPTQ checkpoint of a causal language model (version 1 or 2, act-order too), with a trained adapter or, without
+    one, a new one of `rank`, `alpha` (default: the rank) and `pool_size` (default: the group size) that adds nothing
+    yet. `backend="gptqmodel"` runs GPTQ weights by gptqmodel, where that is installed. What else is done is what
+    `load_qlora` does. Raises ArtifactError and OptionError.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    from loftq.models.integration import has_gptqmodel, read_gptq_by
+
+    if backend not in BACKENDS:
+        raise UnknownNameError("backend", backend, BACKENDS)
+    if backend == "gptqmodel" and not has_gptqmodel():
+        raise OptionError('backend="gptqmodel": it is not installed: pip install gptqmodel optimum, or leave it out')
+    ours = (Path(folder) / MANIFEST).is_file() or not _is_gptq(Path(folder))
+    artifact = _open(folder, "qalora") if ours else None
+    chosen = Path(adapter) if adapter is not None else artifact.adapter if artifact is not None else None
+    if artifact is not None and chosen is not None:
+        check_adapter(artifact, chosen)
+    read_gptq_by(ours=backend == "loftq")
+    try:
+        base = _load_base(artifact or Path(folder), is_trainable, device_map, dtype)
+    finally:
+        read_gptq_by(ours=not has_gptqmodel())
+    if chosen is not None:
+        return PeftModel.from_pretrained(base, chosen, is_trainable=is_trainable)
+    quantized = [name for name, module in base.named_modules() if hasattr(module, "qweight")]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=cast(int, rank if alpha is None else alpha),
+        target_modules=adapter_format.target_names(quantized, [name for name, _ in base.named_modules()]),
+        use_qalora=True,
+        qalora_group_size=pool_size or _group_size(base),
+        task_type="CAUSAL_LM",
+    )
+    return cast("PeftModel", get_peft_model(base, config))
+
+
+def _open(folder: str | Path, kind: str) -> Artifact:
+    artifact = open_artifact(folder)
+    found = artifact.manifest["kind"]
+    if found != kind:
+        raise ArtifactError(f"{folder} is a {found} artifact: load it with load_{found}, load_{kind} reads {kind} ones")
+    return artifact
+
+
+def _is_gptq(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == "gptq")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _group_size(base: Any) -> int:
+    config = base.config.quantization_config
+    return int(base.config.hidden_size if config.group_size == -1 else config.group_size)
+
+
+def _load_base(source: Artifact | Path, is_trainable: bool, device_map: Any, dtype: torch.dtype | None) -> Any:
+    """The backbone of an artifact, or of somebody else's folder, ready to train an adapter on."""
+    if isinstance(source, Path):
+        folder, task, heads = source, TASKS["causal-lm"], ()
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        stored: torch.dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float16")
+    else:
+        folder, task = source.folder, TASKS[source.manifest["source"].get("task", "causal-lm")]
+        heads = _adapter_config(source.adapter)["modules_to_save"] or ()
+        stored = getattr(torch, source.manifest["recipe"]["compute_dtype"])
     with _expecting_a_new_head(task.has_head):
-        base: Any = auto_class(task).from_pretrained(artifact.folder, dtype=stored, device_map=device_map)
+        base: Any = auto_class(task).from_pretrained(folder, dtype=stored, device_map=device_map)
     guard_cpu(base)
     if dtype is not None and dtype != stored:
         _change_dtype(base, dtype)
     _norms_in_float32(base, dtype or stored)
     if is_trainable:
         base.enable_input_require_grads()
-    _heads_in_float32(base, _adapter_config(artifact.adapter)["modules_to_save"] or ())
-    return PeftModel.from_pretrained(base, chosen, is_trainable=is_trainable)
+    _heads_in_float32(base, heads)
+    return base
 
 
 def guard_cpu(model: nn.Module) -> None:
@@ -75,13 +161,16 @@ def check_adapter(artifact: Artifact, folder: Path) -> None:
     """Raise ArtifactError unless the adapter in `folder` was made for, or trained on, this backbone."""
     config = _adapter_config(folder)
     expected = _adapter_config(artifact.adapter)
+    kind, wanted = _kind(config), _kind(expected)
+    if kind != wanted:
+        raise ArtifactError(f"the adapter {folder} is a {kind} adapter: {artifact.folder} takes a {wanted} one")
     made_for = config.get("base_model_name_or_path")
     if folder.resolve() != artifact.adapter.resolve() and made_for:
         other = Path(made_for)
         if (other / MANIFEST).is_file() and open_artifact(other).backbone_hash != artifact.backbone_hash:
             raise ArtifactError(
                 f"the adapter {folder} was trained on {made_for}, another backbone than {artifact.folder}: "
-                f"load it with load_qlora({made_for!r}, {str(folder)!r})"
+                f"load it with load_{artifact.manifest['kind']}({made_for!r}, {str(folder)!r})"
             )
     shapes, ours = _adapter_shapes(folder), _adapter_shapes(artifact.adapter)
     unknown = sorted(set(shapes) - set(ours))
@@ -95,8 +184,13 @@ def check_adapter(artifact: Artifact, folder: Path) -> None:
                 f"the adapter {folder} does not fit {artifact.folder}: {key} is {rows} x {columns}, "
                 f"expected {ours[key][0]} x {ours[key][1]}"
             )
-    if config.get("peft_type") != expected["peft_type"]:
-        raise ArtifactError(f"the adapter {folder} is a {config.get('peft_type')} adapter: expected LORA")
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    """An adapter's kind, for a person."""
+    if config.get("peft_type") != "LORA":
+        return str(config.get("peft_type"))
+    return f"QA-LoRA (pools of {config['qalora_group_size']})" if config.get("use_qalora") else "plain LoRA"
 
 
 def _adapter_config(folder: Path) -> Mapping[str, Any]:

@@ -6,8 +6,7 @@ import torch
 from tqdm import tqdm
 
 from loftq.core.allocation import least_error
-from loftq.core.solver import solve
-from loftq.pipeline.jobs import one_thread_each, read_weight, run_jobs
+from loftq.pipeline.jobs import one_thread_each, read_weight, run_jobs, solve_by
 from loftq.pipeline.plan import Layer, Plan
 from loftq.pipeline.recipe import layer_seed
 
@@ -41,8 +40,7 @@ def _errors(plan: Plan, layer: Layer, device: torch.device) -> list[float]:
     weight, _ = read_weight(plan, layer, device)
     found = []
     for width in recipe.widths:
-        quantizer = plan.quantizer(layer, width)
         once, seed = min(recipe.iters, 1), layer_seed(recipe.seed, layer.module)
-        solution = solve(weight, quantizer, recipe.rank, once, recipe.scaling, svd=recipe.svd, seed=seed)
+        solution = solve_by(recipe, weight, plan.quantizer(layer, width), once, seed)
         found.append(solution.trace.final**2)
     return found

@@ -13,6 +13,13 @@ from loftq.pipeline.plan import Plan
 from loftq.pipeline.report import size
 
 _WORST = 5
+_INTRODUCTIONS = {
+    "lora": """A quantized backbone and the LoRA adapter that repairs it, made from `{label}` by loftq
+(LoftQ, arXiv 2310.08659): a start for fine-tuning that is nearer to the full-precision model than rounding alone.""",
+    "qalora": """A backbone of integers in groups, and a QA-LoRA adapter on pooled inputs, made from `{label}` by loftq
+(QA-LoRA, arXiv 2309.14717): once trained, the adapter folds into the zero-points, with nothing lost:
+`loftq merge MODEL_DIR --adapter TRAINED --to int`.""",
+}
 _IMPORTS = {
     "loftq": "import loftq  # teaches transformers this folder's format; without it the folder is refused",
     "gptq": "import loftq  # not needed where gptqmodel and optimum are installed",
@@ -24,23 +31,23 @@ def card_text(plan: Plan, totals: Mapping[str, Any], rows: Sequence[Mapping[str,
     recipe, label = plan.recipe, plan.source.label
     base = "" if plan.source.local else f"base_model: {plan.source.name}\nbase_model_relation: quantized\n"
     notes = "".join(f"\n- {note}" for note in plan.notes)
+    kind = "qlora" if recipe.adapter == "lora" else recipe.adapter
     return f"""---
 {base}library_name: peft
 tags:
 - loftq
-- qlora{_tag(plan)}
+- {kind}{_tag(plan)}
 ---
 
 # {label}, {recipe.bits} bits, rank {recipe.rank}
 
-A quantized backbone and the LoRA adapter that repairs it, made from `{label}` by loftq
-(LoftQ, arXiv 2310.08659): a start for fine-tuning that is nearer to the full-precision model than rounding alone.
+{_INTRODUCTIONS[recipe.adapter].format(label=label)}
 
 ## Load
 
 {_snippet(plan)}
 
-or, with loftq installed, `model = loftq.load_qlora(MODEL_DIR)`.
+or, with loftq installed, `model = loftq.load_{kind}(MODEL_DIR)`.
 
 - The adapter belongs to this backbone. On the original weights it counts the rounding error twice.
 {_repacking(plan)}{_head(plan)}{notes}
@@ -133,11 +140,10 @@ def _settings(plan: Plan) -> dict[str, str]:
     rounding = f"{kinds}, " + ("one scale a row" if grid.block_size == ROW else f"{what} of {grid.block_size}")
     rounding += f", {grid.zero_point} zero-points" if grid.zero_point else ""
     left = [name for name in plan.skip_modules if not any(name.startswith(saved) for saved in plan.modules_to_save)]
-    method = (
-        f"LoftQ, {recipe.iters} iteration{'s' if recipe.iters > 1 else ''}"
-        if recipe.iters
-        else "QLoRA's start (plain rounding, B = 0)"
-    )
+    rounds = f"{recipe.iters} iteration{'s' if recipe.iters > 1 else ''}"
+    method = f"LoftQ, {rounds}" if recipe.iters else "QLoRA's start (plain rounding, B = 0)"
+    if recipe.adapter == "qalora":
+        method = f"QA-LoRA, pools of {recipe.pool_size}, scales and zero-points fitted in up to {rounds}"
     return {
         "task": plan.task.name,
         "method": method,
@@ -160,6 +166,7 @@ def _measured(totals: Mapping[str, Any]) -> dict[str, str]:
         "backbone": f"{size(totals['source_bytes'])} -> {size(totals['backbone_bytes'])}",
         "adapter": size(totals["adapter_bytes"]),
         "weight error, rounded alone": f"{totals['plain_error']:.5f}",
+        **({"weight error, refitted": f"{totals['refit_error']:.5f}"} if "refit_error" in totals else {}),
         "weight error, with the adapter": f"{totals['error']:.5f}",
     }
 

@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from loftq.core.solver import solve
+from loftq.core import pooled
+from loftq.core.affine import AffineQuantizer
+from loftq.core.grid import Quantizer
+from loftq.core.solver import Solution, solve
 from loftq.errors import CheckpointError, OptionError
 from loftq.formats import adapter
 from loftq.formats.checkpoint import ShardWriter
 from loftq.models import naming
 from loftq.pipeline.plan import Layer, Plan
-from loftq.pipeline.recipe import layer_seed
+from loftq.pipeline.recipe import Recipe, layer_seed
 from loftq.pipeline.report import layer_row
 from loftq.pipeline.source import Source
 from loftq.pipeline.staging import Staging
@@ -86,15 +89,20 @@ def _solve_layer(plan: Plan, layer: Layer, writer: ShardWriter, device: torch.de
     recipe = plan.recipe
     weight, digest = read_weight(plan, layer, device)
     seed = layer_seed(recipe.seed, layer.module)
-    solution = solve(
-        weight, plan.quantizer(layer), recipe.rank, recipe.iters, recipe.scaling, svd=recipe.svd, seed=seed
-    )
+    solution = solve_by(recipe, weight, plan.quantizer(layer), recipe.iters, seed)
     grid = plan.grid(layer)
     packed = plan.layout.tensors(layer.module, layer.shape, grid, recipe.dtype, solution.codes, solution.scales)
     factors = dict(zip(adapter.keys(layer.module), (solution.a, solution.b), strict=True))
     for name, tensor in {**packed, **factors}.items():
         writer.write(name, tensor)
     return {"sha256": digest, "row": layer_row(plan, layer, solution.trace)}
+
+
+def solve_by(recipe: Recipe, weight: torch.Tensor, quantizer: Quantizer, iters: int, seed: int) -> Solution:
+    """One weight by a recipe's method."""
+    if isinstance(quantizer, AffineQuantizer) and recipe.pool_size is not None:
+        return pooled.solve(weight, quantizer, recipe.rank, iters, recipe.scaling, recipe.pool_size, seed=seed)
+    return solve(weight, quantizer, recipe.rank, iters, recipe.scaling, svd=recipe.svd, seed=seed)
 
 
 def read_weight(plan: Plan, layer: Layer, device: torch.device) -> tuple[torch.Tensor, str]:

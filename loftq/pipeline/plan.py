@@ -246,10 +246,17 @@ def _layer(module: str, dense: Dense, origin: Mapping[str, str], source: Source,
     if spec.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise CheckpointError(f"tensor {spec.name!r} has dtype {spec.dtype}: expected 16 or 32 bits, not quantized")
     rows, columns = dense.shape
-    if recipe.rank > min(rows, columns):
+    if recipe.pool_size is not None and columns % recipe.pool_size:
         raise OptionError(
-            f"--rank {recipe.rank} is larger than the smaller side of {module} ({rows} x {columns}): "
-            f"use at most {min(rows, columns)}, or --exclude-modules {last}"
+            f"--pool-size {recipe.pool_size} does not divide the {columns} inputs of {module}: "
+            f"use --pool-size {recipe.group_size}, or --exclude-modules {last}"
+        )
+    inputs = columns // (recipe.pool_size or 1)
+    if recipe.rank > min(rows, inputs):
+        pooled = "" if recipe.pool_size is None else f", pooled by {recipe.pool_size}"
+        raise OptionError(
+            f"--rank {recipe.rank} is larger than the smaller side of {module} ({rows} x {inputs}{pooled}): "
+            f"use at most {min(rows, inputs)}, or --exclude-modules {last}"
         )
     for grid in recipe.grids:
         problem = misfit(format, grid, rows, columns)
@@ -298,7 +305,9 @@ def _lay_out_backbone(
 
 
 def _lay_out_adapter(layers: tuple[Layer, ...], kept: Mapping[str, TensorSpec], recipe: Recipe) -> Shard:
-    specs = [spec for layer in layers for spec in adapter.specs(layer.module, layer.shape, recipe.rank)]
+    specs = [
+        spec for layer in layers for spec in adapter.specs(layer.module, layer.shape, recipe.rank, recipe.pool_size)
+    ]
     specs += [spec for spec in kept.values() if adapter.is_key(spec.name)]
     return lay_out([specs], max(sum(spec.nbytes for spec in specs), 1), f"{adapter.FOLDER}/{adapter.WEIGHTS}")[0]
 

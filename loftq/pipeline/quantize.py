@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from loftq.errors import OptionError, OutputError
-from loftq.formats import adapter, artifact
+from loftq.formats import artifact
+from loftq.formats.adapter import CONFIG, FOLDER, config_text
 from loftq.formats.checkpoint import INDEX, index_text
 from loftq.pipeline.allocate import allocate
 from loftq.pipeline.card import card_text
@@ -34,7 +35,9 @@ def quantize(
     *,
     bits: float = 4,
     allocation: str | None = None,
+    adapter: str = "lora",
     rank: int = 16,
+    pool_size: int | None = None,
     iters: int = 5,
     alpha: float | None = None,
     rslora: bool = False,
@@ -77,7 +80,9 @@ def quantize(
     recipe = Recipe(
         bits=bits,
         allocation=allocation,
+        adapter=adapter,
         rank=rank,
+        pool_size=pool_size,
         iters=iters,
         alpha=alpha,
         rslora=rslora,
@@ -205,8 +210,8 @@ def _finish(plan: Plan, staging: Staging, folder: Path, trust_remote_code: bool)
     if len(plan.backbone) > 1:
         staging.write_text(INDEX, index_text(plan.backbone))
     staging.write_text(
-        f"{adapter.FOLDER}/{adapter.CONFIG}",
-        adapter.config_text(
+        f"{FOLDER}/{CONFIG}",
+        config_text(
             str(folder.resolve()),
             plan.target_modules,
             rank=recipe.rank,
@@ -215,6 +220,7 @@ def _finish(plan: Plan, staging: Staging, folder: Path, trust_remote_code: bool)
             dropout=recipe.dropout,
             task_type=plan.task.peft_type,
             modules_to_save=plan.modules_to_save,
+            pool_size=recipe.pool_size,
         ),
     )
     rows = _rows(plan, staging)
@@ -225,7 +231,7 @@ def _finish(plan: Plan, staging: Staging, folder: Path, trust_remote_code: bool)
     hashes = {name: record["sha256"] for name, record in staging.done.items() if name not in plan.created}
     manifest = {
         "format_version": artifact.VERSION,
-        "kind": "qlora",
+        "kind": "qalora" if recipe.adapter == "qalora" else "qlora",
         "format": plan.format,
         "versions": {name: version(name) for name in _VERSIONS},
         "source": {

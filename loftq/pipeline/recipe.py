@@ -19,6 +19,10 @@ from loftq.formats.adapter import scaling
 
 QUANT_TYPES = {"nf": tuple(NORMAL_FLOATS.values()), "int": tuple(INTEGERS.values())}  # with their widths
 BLOCK_SIZE = 64  # weights a scale, where nothing is said
+ADAPTERS = {
+    "lora": "LoftQ: a plain LoRA that repairs the backbone",
+    "qalora": "QA-LoRA: on pooled inputs, to be merged into the zero-points",
+}
 ALLOCATIONS = {
     "first": "4 bits for the first layers, 2 for the rest, as in the paper",
     "auto": "the widths with which the summed error is least",
@@ -38,7 +42,9 @@ class Recipe:
 
     bits: float = 4
     allocation: str | None = None
+    adapter: str = "lora"
     rank: int = 16
+    pool_size: int | None = None
     iters: int = 5
     alpha: float | None = None
     rslora: bool = False
@@ -59,8 +65,11 @@ class Recipe:
     max_shard_size: str = "5GB"
 
     def __post_init__(self) -> None:
+        if self.adapter not in ADAPTERS:
+            raise UnknownNameError("adapter", self.adapter, ADAPTERS)
         self._resolve_bits()
         self._resolve_grid()
+        self._resolve_pool()
         if self.rank < 1:
             raise OptionError(f"--rank {self.rank}: expected 1 or more")
         if not 0 <= self.iters <= 100:
@@ -90,7 +99,8 @@ class Recipe:
         if self.allocation is not None and self.allocation not in ALLOCATIONS:
             raise UnknownNameError("allocation", self.allocation, ALLOCATIONS)
         if self.quant_type is None:
-            self._set(quant_type="nf" if self.bits <= max(QUANT_TYPES["nf"]) else "int")
+            narrow = self.bits <= max(QUANT_TYPES["nf"]) and self.adapter == "lora"
+            self._set(quant_type="nf" if narrow else "int")
         if self.quant_type not in QUANT_TYPES:
             raise UnknownNameError("quant type", str(self.quant_type), QUANT_TYPES)
         known = QUANT_TYPES["nf"] if self.allocation == "first" else QUANT_TYPES[self.quant_type]
@@ -111,13 +121,31 @@ class Recipe:
         if self.block_size is not None:
             raise OptionError(f"--block-size {self.block_size}: for nf; integers have --group-size")
         stock = self.bits == 8 and self.format in (None, "bitsandbytes") and not self.double_quant
+        stock = stock and self.adapter == "lora"
         rows = stock and self.group_size in (None, ROW) and self.zero_point in (None, "symmetric")
         if self.group_size is None:
             self._set(group_size=ROW if rows else BLOCK_SIZE)
         if self.zero_point is None:
-            self._set(zero_point="symmetric" if rows else "integer")
+            floating = self.adapter == "qalora" and self.format != "gptq"
+            self._set(zero_point="symmetric" if rows else "float" if floating else "integer")
         if self.zero_point not in ZERO_POINTS:
             raise UnknownNameError("zero-point", str(self.zero_point), ZERO_POINTS)
+
+    def _resolve_pool(self) -> None:
+        """How many inputs QA-LoRA pools: a group, unless said otherwise."""
+        if self.adapter != "qalora":
+            if self.pool_size is not None:
+                raise OptionError(f"--pool-size {self.pool_size}: for --adapter qalora")
+            return
+        if self.quant_type != "int":
+            raise OptionError(f"--quant-type {self.quant_type}: QA-LoRA merges into zero-points, which int alone has")
+        group = cast(int, self.group_size)
+        if group == ROW:
+            raise OptionError(f"--group-size {ROW}: QA-LoRA pools the inputs of a group: use 32, 64 or 128")
+        if self.pool_size is None:
+            self._set(pool_size=group)
+        if cast(int, self.pool_size) < group or cast(int, self.pool_size) % group:
+            raise OptionError(f"--pool-size {self.pool_size}: expected a multiple of the group size, {group}")
 
     @property
     def widths(self) -> tuple[int, ...]:

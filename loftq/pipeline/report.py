@@ -30,13 +30,18 @@ def planned_row(plan: Plan, layer: Layer) -> dict[str, Any]:
 def layer_row(plan: Plan, layer: Layer, trace: Trace) -> dict[str, Any]:
     """One layer as it was solved: errors are Frobenius norms relative to the weight's."""
     unit = trace.weight or 1.0
-    return planned_row(plan, layer) | {
-        "weight_norm": trace.weight,
-        "plain_error": trace.plain / unit,
-        "error": trace.final / unit,
-        "iterations": [error / unit for error in trace.iterations],
-        "kept_iteration": trace.kept,
-    }
+    fitted = {} if trace.refit is None else {"refit_error": trace.refit / unit}
+    return (
+        planned_row(plan, layer)
+        | fitted
+        | {
+            "weight_norm": trace.weight,
+            "plain_error": trace.plain / unit,
+            "error": trace.final / unit,
+            "iterations": [error / unit for error in trace.iterations],
+            "kept_iteration": trace.kept,
+        }
+    )
 
 
 def totals(plan: Plan, rows: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
@@ -52,7 +57,9 @@ def totals(plan: Plan, rows: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]
     }
     if rows:
         norm = math.sqrt(sum(row["weight_norm"] ** 2 for row in rows)) or 1.0
-        for key in ("plain_error", "error"):
+        for key in ("plain_error", "refit_error", "error"):
+            if key not in rows[0]:
+                continue
             found[key] = math.sqrt(sum((row[key] * row["weight_norm"]) ** 2 for row in rows)) / norm
     return found
 
@@ -103,8 +110,10 @@ class Report:
         else:
             before, after = sums["plain_error"], sums["error"]
             gain = f" ({1 - after / before:.1%} less)" if before else ""
+            rows.append(("error, rounded", f"{before:.5f} of ‖W‖"))
+            if "refit_error" in sums:
+                rows.append(("error, refitted", f"{sums['refit_error']:.5f} of ‖W‖"))
             rows += [
-                ("error, rounded", f"{before:.5f} of ‖W‖"),
                 ("error, with adapter", f"{after:.5f} of ‖W‖{gain}"),
                 ("time", f"{self.seconds:.1f} s"),
                 ("peak memory", size(self.memory)),

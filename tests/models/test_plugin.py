@@ -119,16 +119,15 @@ def test_a_gptq_folder_needs_gptqmodel_or_the_import(gptq: Path) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
-def test_gptq_folders_that_are_not_ours_are_left_to_gptqmodel(gptq: Path, tmp_path: Path) -> None:
+def test_gptq_formats_that_we_do_not_read_are_left_to_gptqmodel(gptq: Path, tmp_path: Path) -> None:
     import shutil
 
-    for key, value in (("checkpoint_format", "gptq"), ("desc_act", True), ("modules_in_block_to_quantize", None)):
-        other = shutil.copytree(gptq, tmp_path / key)
-        config = json.loads((other / "config.json").read_text())
-        config["quantization_config"][key] = value
-        (other / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ImportError, match="pip install gptqmodel"):
-            AutoModelForCausalLM.from_pretrained(other)
+    other = shutil.copytree(gptq, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["quantization_config"]["checkpoint_format"] = "marlin"
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ImportError, match="'marlin' is read by gptqmodel alone: pip install gptqmodel"):
+        AutoModelForCausalLM.from_pretrained(other)
 
 
 @pytest.mark.parametrize("key", ["qweight", "qzeros", "scales"])
