@@ -21,6 +21,7 @@ high half. On the CPU the loops are compiled (`affine_kernels`); elsewhere the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -222,6 +223,13 @@ class AffineWeight:
     scales: torch.Tensor
     shifts: torch.Tensor
     bits: int
+
+    @classmethod
+    def of(cls, codes: torch.Tensor, scales: Scales, shape: Sequence[int], bits: int) -> AffineWeight:
+        """From codes as the solver leaves them, and scales."""
+        rows, columns = shape
+        shifts = torch.zeros_like(scales.values) if scales.shifts is None else scales.shifts
+        return cls(single(codes, bits).view(rows, columns), scales.values.view(rows, -1), shifts.view(rows, -1), bits)
 
     @property
     def group_size(self) -> int:

@@ -49,6 +49,11 @@ def _group(bits: int) -> tuple[int, int]:
     return common // bits, common // 8
 
 
+def paired(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes as the solver leaves them, from codes one a byte."""
+    return codes if bits > 4 else (codes[::2] << 4) | codes[1::2]
+
+
 def single(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes one a byte, from how the solver leaves them: of at most 4 bits two a byte, the first in the high half."""
     return codes if bits > 4 else torch.stack([codes >> 4, codes & 15], dim=1).view(-1)

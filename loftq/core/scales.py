@@ -45,6 +45,9 @@ class Scales:
     zeros: torch.Tensor | None = None
 
 
+Solved = tuple[torch.Tensor, Scales]  # a weight's codes, as the solver leaves them, and its scales
+
+
 def stored_scales(exact: torch.Tensor, dtype: torch.dtype, double_quant: bool) -> Scales:
     """Scales float32 (blocks,) as their stored form gives them back."""
     if double_quant:

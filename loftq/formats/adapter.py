@@ -8,11 +8,15 @@ Only fields that every peft since 0.10 knows are written: older releases refuse 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from loftq.errors import OptionError
+from loftq.errors import ArtifactError, OptionError
 from loftq.formats.checkpoint import TensorSpec
 
 FOLDER = "loftq_init"
@@ -99,3 +103,73 @@ def target_names(targets: Iterable[str], modules: Iterable[str]) -> list[str]:
         f"peft cannot adapt the targets without {sorted(more)[0]!r}, which ends with the name of one of them: "
         "target both or neither"
     )
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's folder: its configuration, and the shapes of its tensors by name."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def kind(self) -> str:
+        """What sort of adapter it is, for a person."""
+        if self.config.get("peft_type") != "LORA":
+            return str(self.config.get("peft_type"))
+        return "plain LoRA" if self.pool_size is None else f"QA-LoRA (pools of {self.pool_size})"
+
+    @property
+    def pool_size(self) -> int | None:
+        """The inputs that QA-LoRA pools; None for a plain LoRA."""
+        return int(self.config["qalora_group_size"]) if self.config.get("use_qalora") else None
+
+    @property
+    def scaling(self) -> float:
+        """The factor before B·A."""
+        return scaling(self.config["lora_alpha"], self.config["r"], bool(self.config.get("use_rslora")))
+
+    @property
+    def modules(self) -> list[str]:
+        """The modules that have factors, by their names in the model."""
+        end = ".lora_A.weight"
+        return [name.removeprefix(_PREFIX).removesuffix(end) for name in self.shapes if name.endswith(end)]
+
+    @property
+    def saved(self) -> dict[str, str]:
+        """Parameters that are saved whole beside the factors, a head's: their names in the model, and in the file."""
+        return {name.removeprefix(_PREFIX): name for name in self.shapes if ".lora_" not in name}
+
+    def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (rank, in), pooled inputs in QA-LoRA, and B (out, rank) of a module: float32."""
+        a, b = (self.read(key).float() for key in keys(module))
+        return a, b
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor by its name in the file."""
+        path = self.folder / WEIGHTS
+        try:
+            with safe_open(path, "pt") as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"cannot read tensor {name!r} of {path}: {error}") from error
+
+
+def open_adapter(folder: Path) -> Adapter:
+    """Open a peft adapter's folder. Raises ArtifactError where it is none, or damaged."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ArtifactError(f"{folder} holds no {CONFIG}: expected the folder of a peft adapter")
+    try:
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not valid JSON: {error}") from error
+    path = folder / WEIGHTS
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    return Adapter(folder, config, shapes)

@@ -22,13 +22,13 @@ depend on the values in it, so that the layout of a file is known before its wei
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from loftq.core.codebooks import codebook, dynamic_map
 from loftq.core.grid import ROW, Grid
-from loftq.core.scales import SCALE_BLOCK, Scales
+from loftq.core.scales import SCALE_BLOCK, NestedScales, Scales, Solved
 from loftq.formats.checkpoint import TensorSpec
 
 BLOCK_SIZES: tuple[int, ...] = (ROW, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -89,6 +89,20 @@ def tensors(
     if nested is not None:
         values += [nested.absmax, dynamic_map()]
     return dict(zip(names, values, strict=True))
+
+
+def read(module: str, shape: Sequence[int], grid: Grid, tensor: Callable[[str], torch.Tensor]) -> Solved:
+    """The inverse of `tensors`: codes as the solver leaves them, and scales."""
+    names = [spec.name for spec in specs(module, shape, grid, torch.float32)]
+    if grid.bits == 8:
+        levels, scb = tensor(names[0]), tensor(names[1])
+        return (levels.view(torch.uint8) ^ 128).view(-1), Scales(scb / 127)  # code = level + 128
+    codes, absmax, _, state = (tensor(name) for name in names[:4])
+    if not grid.double_quant:
+        return codes.view(-1), Scales(absmax)
+    offset = float(json.loads(bytes(state.tolist()))["nested_offset"])
+    nested = NestedScales(absmax, tensor(names[4]), offset)
+    return codes.view(-1), Scales(nested.decode(), nested)
 
 
 def quantization_config(

@@ -12,16 +12,18 @@ For a linear (out, in) of b bits in groups of g consecutive inputs (arXiv 2210.1
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 from loftq.core.affine import FLOATING
 from loftq.core.codebooks import INTEGERS
 from loftq.core.grid import ROW, Grid
-from loftq.core.packing import pack, single, unpack
-from loftq.core.scales import Scales
+from loftq.core.packing import pack, paired, single, unpack
+from loftq.core.scales import Scales, Solved
 from loftq.formats.checkpoint import TensorSpec
 
 METHOD = "gptq"
@@ -74,6 +76,17 @@ def tensors(
     return {f"{module}.{name}": tensor.contiguous() for name, tensor in found.items()}
 
 
+def read(module: str, shape: Sequence[int], grid: Grid, tensor: Callable[[str], torch.Tensor], less: int = 0) -> Solved:
+    """The inverse of `tensors`: codes as the solver leaves them, and scales. `less` is 1 for version 1."""
+    rows, columns = shape
+    codes = unpack(read_stream(tensor(f"{module}.qweight")), grid.bits, rows * columns)
+    scales, qzeros = tensor(f"{module}.scales"), tensor(f"{module}.qzeros")
+    values, shifts = read_scales(scales, qzeros, grid.bits, less)
+    zeros = unpack(qzeros.contiguous().view(-1).view(torch.uint8), grid.bits, scales.numel()) + less
+    zeros = zeros.view(scales.shape).t().reshape(-1)
+    return paired(codes, grid.bits), Scales(values, None, shifts, zeros)
+
+
 def read_stream(qweight: torch.Tensor) -> torch.Tensor:
     """The codes of some outputs as one dense stream, row-major: uint8, from int32 (in · bits / 32, outputs)."""
     return qweight.t().contiguous().view(torch.uint8).view(-1)
@@ -87,6 +100,15 @@ def read_scales(
     values = scales.t().to(torch.float32, copy=True).contiguous()
     shifts = values * (2 ** (bits - 1) - less - zeros.t().float())
     return values.view(-1), shifts.view(-1)
+
+
+def is_gptq(folder: Path) -> bool:
+    """Whether a folder's `config.json` speaks of GPTQ."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == "gptq")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def is_ordered(g_idx: torch.Tensor, block: int) -> bool:

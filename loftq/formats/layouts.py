@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import torch
 
 from loftq.core.grid import ROW, Grid
-from loftq.core.scales import Scales
+from loftq.core.scales import Scales, Solved
 from loftq.errors import OptionError, UnknownNameError
 from loftq.formats import bitsandbytes, gptq, native
 from loftq.formats.checkpoint import TensorSpec
@@ -40,6 +40,9 @@ class Layout(Protocol):
         /,
     ) -> dict[str, torch.Tensor]:
         """Their values."""
+
+    def read(self, module: str, shape: Sequence[int], grid: Grid, tensor: Callable[[str], torch.Tensor], /) -> Solved:
+        """The inverse of `tensors`, from a reader of tensors by name."""
 
     def quantization_config(
         self,

@@ -19,15 +19,15 @@ model's; transformers loads it once loftq is imported.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
 from loftq.core.affine import FLOATING, ZERO_POINTS
 from loftq.core.codebooks import CODEBOOKS, INTEGERS
 from loftq.core.grid import ROW, Grid
-from loftq.core.packing import pack, packed_size, single, unpack
-from loftq.core.scales import SCALE_BLOCK, NestedScales, Scales
+from loftq.core.packing import pack, packed_size, paired, single, unpack
+from loftq.core.scales import SCALE_BLOCK, NestedScales, Scales, Solved
 from loftq.errors import ArtifactError
 from loftq.formats.checkpoint import TensorSpec
 
@@ -84,6 +84,25 @@ def tensors(
     elif scales.shifts is not None:
         found["weight_shifts"] = scales.shifts.to(FLOATING[str(grid.zero_point)])
     return {f"{module}.{name}": tensor for name, tensor in found.items()}
+
+
+def read(module: str, shape: Sequence[int], grid: Grid, tensor: Callable[[str], torch.Tensor]) -> Solved:
+    """The inverse of `tensors`: codes as the solver leaves them, and scales."""
+    stored = {name: tensor(f"{module}.{name}") for name in tensor_shapes(shape, grid)}
+    codes = paired(unpack(stored["weight"], grid.bits, shape[0] * shape[1]), grid.bits)
+    nested = None
+    values = stored["weight_scales"].float()
+    if grid.double_quant:
+        absmax, offset = stored["weight_scales_absmax"], stored["weight_scales_offset"]
+        nested = NestedScales(stored["weight_scales"], absmax, float(offset))
+        values = nested.decode()
+    zeros = shifts = None
+    if "weight_zeros" in stored:
+        zeros = unpack(stored["weight_zeros"], grid.bits, len(values))
+        shifts = read_zeros(stored["weight_zeros"], values, grid.bits)
+    elif "weight_shifts" in stored:
+        shifts = stored["weight_shifts"].float()
+    return codes, Scales(values, nested, shifts, zeros)
 
 
 def read_scales(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from loftq.errors import ArtifactError, OptionError, UnknownNameError
-from loftq.formats import adapter as adapter_format
+from loftq.formats import gptq
+from loftq.formats.adapter import Adapter, keys, open_adapter, target_names
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.models.tasks import TASKS, auto_class
 
@@ -45,7 +46,7 @@ def load_qlora(
     artifact = _open(folder, "qlora")
     chosen = artifact.adapter if adapter is None else Path(adapter)
     check_adapter(artifact, chosen)
-    base = _load_base(artifact, is_trainable, device_map, dtype)
+    base = load_base(artifact, is_trainable, device_map, dtype)
     return PeftModel.from_pretrained(base, chosen, is_trainable=is_trainable)
 
 
@@ -77,14 +78,14 @@ def load_qalora(
         raise UnknownNameError("backend", backend, BACKENDS)
     if backend == "gptqmodel" and not has_gptqmodel():
         raise OptionError('backend="gptqmodel": it is not installed: pip install gptqmodel optimum, or leave it out')
-    ours = (Path(folder) / MANIFEST).is_file() or not _is_gptq(Path(folder))
+    ours = (Path(folder) / MANIFEST).is_file() or not gptq.is_gptq(Path(folder))
     artifact = _open(folder, "qalora") if ours else None
     chosen = Path(adapter) if adapter is not None else artifact.adapter if artifact is not None else None
     if artifact is not None and chosen is not None:
         check_adapter(artifact, chosen)
     read_gptq_by(ours=backend == "loftq")
     try:
-        base = _load_base(artifact or Path(folder), is_trainable, device_map, dtype)
+        base = load_base(artifact or Path(folder), is_trainable, device_map, dtype)
     finally:
         read_gptq_by(ours=not has_gptqmodel())
     if chosen is not None:
@@ -93,7 +94,7 @@ def load_qalora(
     config = LoraConfig(
         r=rank,
         lora_alpha=cast(int, rank if alpha is None else alpha),
-        target_modules=adapter_format.target_names(quantized, [name for name, _ in base.named_modules()]),
+        target_modules=target_names(quantized, [name for name, _ in base.named_modules()]),
         use_qalora=True,
         qalora_group_size=pool_size or _group_size(base),
         task_type="CAUSAL_LM",
@@ -109,20 +110,14 @@ def _open(folder: str | Path, kind: str) -> Artifact:
     return artifact
 
 
-def _is_gptq(folder: Path) -> bool:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == "gptq")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def _group_size(base: Any) -> int:
     config = base.config.quantization_config
     return int(base.config.hidden_size if config.group_size == -1 else config.group_size)
 
 
-def _load_base(source: Artifact | Path, is_trainable: bool, device_map: Any, dtype: torch.dtype | None) -> Any:
+def load_base(
+    source: Artifact | Path, is_trainable: bool = False, device_map: Any = None, dtype: torch.dtype | None = None
+) -> Any:
     """The backbone of an artifact, or of somebody else's folder, ready to train an adapter on."""
     if isinstance(source, Path):
         folder, task, heads = source, TASKS["causal-lm"], ()
@@ -130,7 +125,7 @@ def _load_base(source: Artifact | Path, is_trainable: bool, device_map: Any, dty
         stored: torch.dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float16")
     else:
         folder, task = source.folder, TASKS[source.manifest["source"].get("task", "causal-lm")]
-        heads = _adapter_config(source.adapter)["modules_to_save"] or ()
+        heads = open_adapter(source.adapter).config["modules_to_save"] or ()
         stored = getattr(torch, source.manifest["recipe"]["compute_dtype"])
     with _expecting_a_new_head(task.has_head):
         base: Any = auto_class(task).from_pretrained(folder, dtype=stored, device_map=device_map)
@@ -157,62 +152,49 @@ def guard_cpu(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def check_adapter(artifact: Artifact, folder: Path) -> None:
-    """Raise ArtifactError unless the adapter in `folder` was made for, or trained on, this backbone."""
-    config = _adapter_config(folder)
-    expected = _adapter_config(artifact.adapter)
-    kind, wanted = _kind(config), _kind(expected)
-    if kind != wanted:
-        raise ArtifactError(f"the adapter {folder} is a {kind} adapter: {artifact.folder} takes a {wanted} one")
-    made_for = config.get("base_model_name_or_path")
-    if folder.resolve() != artifact.adapter.resolve() and made_for:
-        other = Path(made_for)
-        if (other / MANIFEST).is_file() and open_artifact(other).backbone_hash != artifact.backbone_hash:
-            raise ArtifactError(
-                f"the adapter {folder} was trained on {made_for}, another backbone than {artifact.folder}: "
-                f"load it with load_{artifact.manifest['kind']}({made_for!r}, {str(folder)!r})"
-            )
-    shapes, ours = _adapter_shapes(folder), _adapter_shapes(artifact.adapter)
-    unknown = sorted(set(shapes) - set(ours))
+def check_adapter(artifact: Artifact, folder: Path) -> Adapter:
+    """Open an adapter. Raises ArtifactError unless it was made for, or trained on, this backbone."""
+    adapter = fitting_adapter(artifact, folder)
+    other = other_backbone(artifact, adapter)
+    if other is not None:
+        raise ArtifactError(
+            f"the adapter {folder} was trained on {other}, another backbone than {artifact.folder}: "
+            f"load it with load_{artifact.manifest['kind']}({other!r}, {str(folder)!r})"
+        )
+    return adapter
+
+
+def other_backbone(artifact: Artifact, adapter: Adapter) -> str | None:
+    """The backbone that an adapter was made for, where that can be told and is another one."""
+    made_for = adapter.config.get("base_model_name_or_path")
+    if not made_for or adapter.folder.resolve() == artifact.adapter.resolve():
+        return None
+    other = Path(made_for)
+    differs = (other / MANIFEST).is_file() and open_artifact(other).backbone_hash != artifact.backbone_hash
+    return str(made_for) if differs else None
+
+
+def fitting_adapter(artifact: Artifact, folder: Path) -> Adapter:
+    """Open an adapter. Raises ArtifactError unless it is of the kind and of the shapes that an artifact takes."""
+    adapter, expected = open_adapter(folder), open_adapter(artifact.adapter)
+    if adapter.kind != expected.kind:
+        raise ArtifactError(
+            f"the adapter {folder} is a {adapter.kind} adapter: {artifact.folder} takes a {expected.kind} one"
+        )
+    unknown = sorted(set(adapter.modules) - set(expected.modules))
     if unknown:
         raise ArtifactError(
             f"the adapter {folder} adapts {unknown[0]!r}, which {artifact.folder} does not have adapted"
         )
-    for key, (rows, columns) in shapes.items():
-        if (columns if ".lora_A." in key else rows) != ours[key][1 if ".lora_A." in key else 0]:
-            raise ArtifactError(
-                f"the adapter {folder} does not fit {artifact.folder}: {key} is {rows} x {columns}, "
-                f"expected {ours[key][0]} x {ours[key][1]}"
-            )
-
-
-def _kind(config: Mapping[str, Any]) -> str:
-    """An adapter's kind, for a person."""
-    if config.get("peft_type") != "LORA":
-        return str(config.get("peft_type"))
-    return f"QA-LoRA (pools of {config['qalora_group_size']})" if config.get("use_qalora") else "plain LoRA"
-
-
-def _adapter_config(folder: Path) -> Mapping[str, Any]:
-    path = folder / adapter_format.CONFIG
-    if not path.is_file():
-        raise ArtifactError(f"{folder} holds no {adapter_format.CONFIG}: expected the folder of a peft adapter")
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not valid JSON: {error}") from error
-
-
-def _adapter_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / adapter_format.WEIGHTS
-    try:
-        with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if ".lora_" in name]  # noqa: SIM118 (not a mapping)
-            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    for module in adapter.modules:
+        for key, side in zip(keys(module), (1, 0), strict=True):
+            found, ours = adapter.shapes[key], expected.shapes[key]
+            if found[side] != ours[side]:
+                raise ArtifactError(
+                    f"the adapter {folder} does not fit {artifact.folder}: {key} is {found[0]} x {found[1]}, "
+                    f"expected {ours[0]} x {ours[1]}"
+                )
+    return adapter
 
 
 def _change_dtype(model: nn.Module, dtype: torch.dtype) -> None:

@@ -23,7 +23,7 @@ from loftq.pipeline.jobs import solve_all
 from loftq.pipeline.plan import Plan, make_plan
 from loftq.pipeline.recipe import Recipe
 from loftq.pipeline.report import Report, peak_memory, planned_row, report, totals
-from loftq.pipeline.source import find_source
+from loftq.pipeline.source import find_source, side_files
 from loftq.pipeline.staging import Staging, check_output, is_begun, open_staging
 
 SAVE_DIR = "model_zoo/loftq"
@@ -204,7 +204,7 @@ def _config_text(plan: Plan) -> str:
 def _finish(plan: Plan, staging: Staging, folder: Path, trust_remote_code: bool) -> None:
     """Make the small files: configs, tokenizer, card, and the manifest, which hashes all the others."""
     recipe = plan.recipe
-    for path in plan.source.side_files(trust_remote_code):
+    for path in side_files(plan.source.folder, trust_remote_code):
         shutil.copyfile(path, staging.folder / path.name)
     staging.write_text("config.json", _config_text(plan))
     if len(plan.backbone) > 1:

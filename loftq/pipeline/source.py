@@ -31,7 +31,13 @@ from loftq.formats.checkpoint import (
 )
 
 _SIDE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "*.tiktoken"]
-_NEVER_COPIED = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", "loftq.json")
+_NEVER_COPIED = (
+    "config.json",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "loftq.json",
+    "quantize_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,12 @@ class Source:
         """The last part of the name, which names the output."""
         return self.name.rstrip("/").rpartition("/")[2]
 
-    def side_files(self, code: bool) -> list[Path]:
-        """Tokenizer, generation config, chat template, and the model's own code where it was trusted."""
-        patterns = [*_SIDE_FILES, "*.py"] if code else _SIDE_FILES
-        found = {path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()}
-        return sorted(path for path in found if path.name not in _NEVER_COPIED)
+
+def side_files(folder: Path, code: bool = False) -> list[Path]:
+    """Tokenizer, generation config, chat template of a model, and its own code where it was trusted."""
+    patterns = [*_SIDE_FILES, "*.py"] if code else _SIDE_FILES
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if path.name not in _NEVER_COPIED)
 
 
 def find_source(

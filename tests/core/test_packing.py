@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loftq.core.packing import WIDTHS, pack, packed_size, single, unpack
+from loftq.core.packing import WIDTHS, pack, packed_size, paired, single, unpack
 from loftq.errors import OptionError
 
 
@@ -30,6 +30,7 @@ def test_codes_one_a_byte(bits: int) -> None:
     codes = torch.randint(2**bits, (128,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     kept = (codes[::2] << 4) | codes[1::2] if bits <= 4 else codes
     assert torch.equal(single(kept, bits), codes)
+    assert torch.equal(paired(codes, bits), kept)
 
 
 def test_other_widths_are_refused() -> None:

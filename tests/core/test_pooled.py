@@ -26,18 +26,13 @@ def factors_of(rows: int, pools: int, rank: int = 4) -> tuple[torch.Tensor, torc
     return torch.randn(rank, pools, generator=generator).double(), torch.randn(rows, rank, generator=generator).double()
 
 
-def unpacked(codes: torch.Tensor, scales: Scales, rows: int, bits: int) -> AffineWeight:
-    shifts = torch.zeros_like(scales.values) if scales.shifts is None else scales.shifts
-    return AffineWeight(single(codes, bits).view(rows, -1), scales.values.view(rows, -1), shifts.view(rows, -1), bits)
-
-
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(("group", "pool"), [(32, 32), (32, 64), (64, 128), (16, 16)])
 def test_the_merge_identity(bits: int, group: int, pool: int) -> None:
     """Oracle: the paper's pooled forward in peft's convention, on inputs, in float64. Codes and scales stay."""
     weight, scaling = weight_of(), 0.5
     codes, scales = AffineQuantizer(f"int{bits}", group, "float").quantize(weight)
-    before = unpacked(codes, scales, 96, bits)
+    before = AffineWeight.of(codes, scales, (96, 256), bits)
     exact = AffineWeight(before.codes, before.scales.double(), before.shifts.double(), bits)
     a, b = factors_of(96, 256 // pool)
     merged = pooled.merge(exact, pooled.correction(a, b, scaling, pool))
@@ -56,7 +51,7 @@ def test_the_merge_identity(bits: int, group: int, pool: int) -> None:
 def test_pools_of_broken_groups_are_refused() -> None:
     codes, scales = AffineQuantizer("int4", 64, "float").quantize(weight_of())
     with pytest.raises(OptionError, match="not made of whole groups"):
-        pooled.merge(unpacked(codes, scales, 96, 4), torch.zeros(96, 8))
+        pooled.merge(AffineWeight.of(codes, scales, (96, 256), 4), torch.zeros(96, 8))
 
 
 @pytest.mark.parametrize(("bits", "zero"), KINDS)

@@ -167,7 +167,9 @@ def foreign(folder: Path, out: Path, *, version: int = 2, act_order: bool = Fals
 def test_anyones_gptq_checkpoint(version: int, act_order: bool, tmp_path: Path) -> None:
     """Oracle: numpy's reading of the checkpoint by its group indices. A new adapter adds nothing, and trains."""
     source = save_model(pico_llama(), tmp_path / "source")
-    ours = make(source, tmp_path / "ours", bits=4, format="gptq", adapter="lora", quant_type="int")
+    zero = "symmetric" if version == 1 else "integer"  # version 1 has no place for a zero-point of zero
+    kind = {"adapter": "lora", "quant_type": "int", "zero_point": zero}
+    ours = make(source, tmp_path / "ours", bits=4, format="gptq", **kind)
     dense = foreign(ours, tmp_path / "theirs", version=version, act_order=act_order)
     model = loftq.load_qalora(tmp_path / "theirs", rank=2, dtype=torch.float32)
     base = model.base_model.model

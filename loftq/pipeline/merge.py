@@ -1,0 +1,296 @@
+"""`loftq merge`: a backbone and a trained adapter become one model, shard by shard."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from loftq.core import pooled
+from loftq.errors import ArtifactError, OptionError, UnknownNameError
+from loftq.formats import adapter as adapters
+from loftq.formats import artifact
+from loftq.formats.adapter import open_adapter
+from loftq.formats.checkpoint import INDEX, Shard, ShardWriter, TensorSpec, index_text, lay_out, parse_size
+from loftq.models.loading import fitting_adapter, other_backbone
+from loftq.models.tasks import TASKS
+from loftq.pipeline.backbone import Backbone, open_backbone
+from loftq.pipeline.compare import logit_difference
+from loftq.pipeline.merge_report import MergeReport
+from loftq.pipeline.source import side_files
+from loftq.pipeline.staging import Staging, check_output, open_staging
+from loftq.pipeline.targets import Dense, Integers, Pair, Rounded, Target
+
+TARGETS = {
+    "int": "QA-LoRA in the zero-points, exactly: the same codes, in our own format",
+    "gptq": "QA-LoRA in whole zero-points, which lose most of it (--allow-rounding)",
+    "bf16": "a dense model: any adapter, any backbone",
+    "lora": "a QA-LoRA adapter as a plain LoRA, for any LoRA server",
+}
+_TOLERANCE = {"int": 1e-3, "bf16": 0.1}  # of the logits' norm; 16-bit weights and LLM.int8's activations round
+_KNOWN = {"use_dora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}
+
+
+def merge(
+    folder: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    to: str,
+    output: str | Path,
+    allow_rounding: bool = False,
+    check: bool = True,
+    overwrite: bool = False,
+    resume: bool = False,
+    max_shard_size: str = "5GB",
+    quiet: bool = False,
+) -> MergeReport:
+    """Merge an adapter (default: the initial one) into the backbone of `folder`, and write `output`.
+
+    `to` is one of `TARGETS`. `folder` is one of ours, or a GPTQ checkpoint. One linear is in memory at a time; `check`
+    then compares the logits of a few tokens before and after, for which each model is loaded once. Raises LoftQError,
+    and leaves no output where the check fails.
+    """
+    started = time.perf_counter()
+    if to not in TARGETS:
+        raise UnknownNameError("target", to, TARGETS)
+    if resume and overwrite:
+        raise OptionError("--resume and --overwrite exclude each other: finish the run, or start again")
+    out = Path(output)
+    check_output(out, resume=resume, overwrite=overwrite)
+    pair, notes = _open_pair(Path(folder), adapter, to)
+    if to == "lora":
+        return _plain_lora(pair, out, overwrite, notes, started)
+    target, lost = _target(pair, to, allow_rounding)
+    kept = _kept(pair)
+    shards = _lay_out(pair.backbone, target, kept, parse_size(max_shard_size))
+    with open_staging(out, _fingerprint(pair, to), overwrite=overwrite) as staging:
+        difference = None
+        if not staging.ready:
+            _write(pair, target, kept, shards, staging, quiet)
+            _finish(pair, target, shards, staging, to)
+            if check:
+                difference = logit_difference(pair, staging.folder)
+                _refuse_difference(difference, to, staging)
+        nbytes = sum(shard.nbytes for shard in shards)
+        staging.publish()
+    layers, seconds = len(pair.adapter.modules), time.perf_counter() - started
+    return MergeReport(out, to, nbytes, layers, difference, lost, notes, seconds)
+
+
+def _open_pair(folder: Path, adapter: str | Path | None, to: str) -> tuple[Pair, tuple[str, ...]]:
+    backbone = open_backbone(folder)
+    ours = backbone.artifact
+    if adapter is None:
+        if ours is None or not ours.adapter.is_dir():
+            raise OptionError(f"{folder} brings no adapter: name a trained one with --adapter")
+        adapter = ours.adapter
+    chosen = Path(adapter)
+    notes: tuple[str, ...] = ()
+    if ours is None:
+        found = open_adapter(chosen)
+        unknown = sorted(set(found.modules) - set(backbone.grids))
+        if unknown:
+            raise ArtifactError(f"the adapter {chosen} adapts {unknown[0]!r}, which is no quantized linear of {folder}")
+    else:
+        found = fitting_adapter(ours, chosen)
+        other = other_backbone(ours, found)
+        if other is not None:
+            text = (
+                f"{chosen} was trained on {other}, another backbone than {folder}: it repairs errors that are not here"
+            )
+            if to != "bf16":
+                raise ArtifactError(f"{text}; merge it with --to {to} into its own")
+            notes = (text,)
+    for key, plain in _KNOWN.items():
+        if found.config.get(key) not in (plain, None):
+            raise OptionError(
+                f"{chosen} has {key} {found.config[key]!r}, which is not merged here: use peft's own merge"
+            )
+    return Pair(backbone, found), notes
+
+
+def _target(pair: Pair, to: str, allow_rounding: bool) -> tuple[Target, float | None]:
+    if to == "bf16":
+        return Dense(pair), None
+    pair.require_pools()
+    if to == "int":
+        return Integers(pair), None
+    rounded = Rounded(pair)
+    rounded.check()
+    lost = rounded.measure()
+    if not allow_rounding:
+        raise OptionError(
+            f"--to gptq has whole zero-points, which cannot hold the adapter: {lost:.1%} of it would be lost "
+            f"(measured on {pair.adapter.folder}). Use --to int, which holds it exactly, or add --allow-rounding"
+        )
+    return rounded, lost
+
+
+def _kept(pair: Pair) -> dict[str, TensorSpec]:
+    """The tensors beside quantized weights, by name; a head that the adapter trained takes the backbone's place."""
+    backbone = pair.backbone
+    found = {name: spec for name, spec in backbone.checkpoint.tensors.items() if name not in backbone.owners}
+    for name, key in pair.adapter.saved.items():
+        found[name] = TensorSpec(name, backbone.dtype, pair.adapter.shapes[key])
+    return found
+
+
+def _lay_out(backbone: Backbone, target: Target, kept: Mapping[str, TensorSpec], limit: int) -> list[Shard]:
+    groups = []
+    seen: set[str] = set()
+    for name in [*backbone.checkpoint.tensors, *(name for name in kept if name not in backbone.checkpoint.tensors)]:
+        module = backbone.owners.get(name)
+        if module is None:
+            groups.append([kept[name]])
+        elif module not in seen:
+            seen.add(module)
+            groups.append(target.specs(module))
+    return lay_out(groups, limit)
+
+
+def _write(
+    pair: Pair,
+    target: Target,
+    kept: Mapping[str, TensorSpec],
+    shards: list[Shard],
+    staging: Staging,
+    quiet: bool,
+) -> None:
+    """All tensors, those that are in place already aside, with a progress bar on stderr."""
+    jobs: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
+        module: lambda module=module: target.tensors(module)  # type: ignore[misc]
+        for module in pair.backbone.grids
+    }
+    for name, spec in kept.items():
+        saved = pair.adapter.saved.get(name)
+        jobs[name] = lambda name=name, spec=spec, saved=saved: {  # type: ignore[misc]
+            name: (pair.backbone.checkpoint.read(name) if saved is None else pair.adapter.read(saved)).to(spec.dtype)
+        }
+    left = {name: job for name, job in jobs.items() if name not in staging.done}
+    bar = tqdm(left.items(), initial=len(jobs) - len(left), total=len(jobs), disable=quiet, dynamic_ncols=True)
+    with ShardWriter(staging.folder, shards) as writer:
+        for name, job in bar:
+            for key, tensor in job().items():
+                writer.write(key, tensor)
+            staging.note(name, {})
+
+
+def _fingerprint(pair: Pair, to: str) -> dict[str, Any]:
+    """All that the bytes of the result depend on."""
+    weights = pair.adapter.folder / adapters.WEIGHTS
+    state = weights.stat()
+    backbone = pair.backbone
+    return {
+        "target": to,
+        "backbone": backbone.artifact.backbone_hash if backbone.artifact else str(backbone.folder.resolve()),
+        "adapter": [str(weights.resolve()), state.st_size, state.st_mtime_ns],
+        "version": version("loftq"),
+    }
+
+
+def _finish(pair: Pair, target: Target, shards: list[Shard], staging: Staging, to: str) -> None:
+    """Configuration, tokenizer, card, and the manifest, which hashes all the others."""
+    backbone = pair.backbone
+    for path in side_files(backbone.folder):
+        shutil.copyfile(path, staging.folder / path.name)
+    staging.write_text("config.json", json.dumps(target.config(), indent=2, sort_keys=True) + "\n")
+    if len(shards) > 1:
+        staging.write_text(INDEX, index_text(shards))
+    staging.write_text("README.md", _card(pair, to))
+    files = artifact.describe_files(staging.folder, [name for name in staging.files() if name != artifact.MANIFEST])
+    grids = {module: grid for module in backbone.grids if (grid := target.grid(module)) is not None}
+    shared = next(iter(grids.values()), None)
+    manifest = {
+        "format_version": artifact.VERSION,
+        "kind": "merged",
+        "format": target.format,
+        "versions": {"loftq": version("loftq"), "torch": version("torch")},
+        "source": {"model": backbone.folder.name, "task": backbone.task, "target": to},
+        "recipe": {
+            "compute_dtype": str(backbone.dtype).removeprefix("torch."),
+            "block_size": None,
+            "group_size": shared.block_size if shared else None,
+            "zero_point": shared.zero_point if shared else None,
+            "double_quant": shared.double_quant if shared else False,
+        },
+        "backbone_sha256": artifact.combine_hashes({shard.file: files[shard.file]["sha256"] for shard in shards}),
+        "layers": [
+            {"name": module, "shape": list(backbone.shapes[module]), "codebook": grid.codebook}
+            for module, grid in grids.items()
+        ],
+        "files": files,
+    }
+    staging.write_text(artifact.MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def _card(pair: Pair, to: str) -> str:
+    loading = {
+        "int": "import loftq  # teaches transformers this folder's format\n",
+        "gptq": "import loftq  # not needed where gptqmodel and optimum are installed\n",
+    }.get(to, "")
+    name = TASKS[pair.backbone.task].auto_class
+    return f"""---
+tags:
+- loftq
+---
+
+# {pair.backbone.folder.name}, merged
+
+A quantized backbone and its trained {pair.adapter.kind} adapter in one model, by `loftq merge --to {to}`.
+
+```python
+{loading}from transformers import {name}
+
+model = {name}.from_pretrained("...")  # this folder or repository
+```
+"""
+
+
+def _refuse_difference(difference: float | None, to: str, staging: Staging) -> None:
+    limit = _TOLERANCE.get(to)
+    if difference is not None and limit is not None and not difference <= limit:
+        shutil.rmtree(staging.folder)
+        raise ArtifactError(
+            f"the merged model answers otherwise than the adapter on its backbone: its logits differ by "
+            f"{difference:.2g} of their norm (at most {limit:g} was expected). Nothing was written"
+        )
+
+
+def _plain_lora(pair: Pair, out: Path, overwrite: bool, notes: tuple[str, ...], started: float) -> MergeReport:
+    """The adapter alone: each column of A once for every input of its pool."""
+    found, pool = pair.adapter, pair.adapter.pool_size
+    if pool is None:
+        raise OptionError(f"{found.folder} is a plain LoRA already: any LoRA server takes it as it is")
+    config = {key: value for key, value in found.config.items() if key not in ("use_qalora", "qalora_group_size")}
+    ends = {name: name.rpartition(".lora_A.")[1] for name in found.shapes}
+    specs = [
+        TensorSpec(name, torch.float32, (shape[0], shape[1] * pool) if ends[name] else shape)
+        for name, shape in found.shapes.items()
+    ]
+    shards = lay_out([specs], sum(spec.nbytes for spec in specs) + 1, adapters.WEIGHTS)
+    with open_staging(out, _fingerprint(pair, "lora"), overwrite=overwrite) as staging:
+        with ShardWriter(staging.folder, shards) as writer:
+            for name in found.shapes:
+                tensor = found.read(name).float()
+                writer.write(name, pooled.plain_lora(tensor, pool) if ends[name] else tensor)
+        staging.write_text(adapters.CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        files = artifact.describe_files(staging.folder, staging.files())
+        manifest = {
+            "format_version": artifact.VERSION,
+            "kind": "adapter",
+            "recipe": {},
+            "backbone_sha256": pair.backbone.artifact.backbone_hash if pair.backbone.artifact else "",
+            "layers": [],
+            "files": files,
+        }
+        staging.write_text(artifact.MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        staging.publish()
+    nbytes, seconds = shards[0].nbytes, time.perf_counter() - started
+    return MergeReport(out, "lora", nbytes, len(found.modules), None, None, notes, seconds)
