@@ -15,6 +15,8 @@ from picos import save_pico
 import loftq
 
 PINS = ["torch==2.13.0", "transformers==5.23.0", "peft==0.21.2", "gptqmodel==7.6.0", "optimum==2.3.0"]
+OURS = ["bitsandbytes==0.50.2", "numba", "scipy", "click"]  # what loftq needs besides
+ROOT = Path(__file__).parents[2]
 LOAD = """
 import json, sys, torch, transformers
 from peft import PeftModel
@@ -39,6 +41,25 @@ print("trained", type(next(m for m in model.modules() if hasattr(m, "qweight")))
 """
 
 
+BOTH = """
+import sys, torch, loftq
+
+tokens = torch.arange(16).unsqueeze(0)
+found = []
+for backend in ("loftq", "gptqmodel"):
+    model = loftq.load_qalora(sys.argv[1], sys.argv[2], backend=backend, dtype=torch.float32)
+    model.eval()
+    with torch.no_grad():
+        found.append(model(tokens).logits.double())
+    model.train()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(p.grad.norm() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+    kind = next(type(m).__name__ for m in model.modules() if hasattr(m, "qweight"))
+    assert (kind == "GptqLinear") == (backend == "loftq"), kind
+print("difference", float((found[0] - found[1]).norm() / found[0].norm()))
+"""
+
+
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Python with gptqmodel: the one of LOFTQ_GPTQMODEL_PYTHON, or a new one, where pip can make it."""
@@ -47,7 +68,8 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("gptqmodel")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     pip = [str(folder / "bin" / "pip"), "install", "-q"]
-    for packages in (PINS[:1], ["setuptools", "wheel"], ["--no-build-isolation", *PINS]):
+    steps = (PINS[:1], ["setuptools", "wheel"], ["--no-build-isolation", *PINS], OURS, ["--no-deps", "-e", str(ROOT)])
+    for packages in steps:
         done = subprocess.run([*pip, *packages], capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"gptqmodel cannot be installed here: {done.stderr[-300:]}")
@@ -82,3 +104,23 @@ def test_stock_loaders_read_the_same_weights(
     for module in names:
         weight = ours.get_submodule(module).base_layer.dequantize()
         assert (theirs[module] - weight).norm() < 0.004 * weight.norm()  # its kernels multiply in 16 bits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [2, 4])
+def test_pefts_qalora_on_gptqmodel_is_ours(bits: int, python: str, tmp_path: Path) -> None:
+    """Oracle: each other. peft's layer on gptqmodel's linears, and ours, from the same two folders."""
+    import torch
+
+    source = save_model(pico_llama(), tmp_path / "source")
+    options = {"adapter": "qalora", "bits": bits, "group_size": 32, "format": "gptq", "rank": 2, "quiet": True}
+    folder = loftq.quantize(str(source), output=tmp_path / "out", **options).folder
+    model = loftq.load_qalora(folder)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(tmp_path / "trained")
+    done = subprocess.run([python, "-c", BOTH, folder, tmp_path / "trained"], capture_output=True, text=True)
+    said = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("difference")]
+    assert said, done.stderr[-2000:]
+    assert float(said[0]) < 0.01  # its kernels multiply in 16 bits
