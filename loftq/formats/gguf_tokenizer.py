@@ -1,0 +1,164 @@
+"""What a GGUF file says of a tokenizer, from its `tokenizer.json`: tokens, types, merges or scores, special ids.
+
+Two kinds of byte-pair encoding are held, which the file calls after their first models:
+
+    gpt2    on bytes spelled as letters; merges as they are. How text is split before is a name that llama.cpp knows
+            (SPLITS), found by the regular expression.
+    llama   on characters, with tokens for bytes (SentencePiece). A reader of the file joins any two tokens whose union
+            is one, the union with the highest score first: the score is minus the rank of the first merge that makes
+            it. That is the same if all such pairs are merges, and those that make one token follow each other: so it
+            is in what was converted from SentencePiece, and other tokenizers are refused.
+
+The vocabulary is filled up to the rows of the embedding with tokens of type UNUSED.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Set
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from loftq.errors import OptionError
+
+FILE = "tokenizer.json"
+SPACE = "▁"  # how SentencePiece spells a space
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# How text is cut into words, by regular expressions in tokenizer.json; the first two are of the tokenizers library.
+SPLITS: Mapping[str, str] = {
+    "ByteLevel": "gpt-2",
+    "Digits ByteLevel": "smollm",
+    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{_REST}": "qwen2",
+    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}{_REST}": "llama-bpe",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
+}
+
+
+def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
+    """State the tokenizer of a folder for a model of `vocab_size` tokens.
+
+    Raises OptionError where there is no tokenizer.json, or one of another kind.
+    """
+    import gguf
+
+    file = folder / FILE
+    if not file.is_file():
+        raise OptionError(
+            f"{folder} holds no {FILE}, from which --to gguf-q4_1 takes the tokenizer: "
+            "save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    source = json.loads(file.read_text(encoding="utf-8"))
+    kind = _kind(source, file)
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre(_split(source, file) if kind == "gpt2" else "default")
+    tokens = _tokens(source, vocab_size, file)
+    writer.add_token_list([token for token, _ in tokens])
+    writer.add_token_types([gguf.TokenType[name] for _, name in tokens])
+    if kind == "llama":
+        writer.add_token_scores(_scores(source, [token for token, _ in tokens], file))
+        writer.add_add_space_prefix(_prefixes_space(source))
+    special = gguf.SpecialVocab(folder, load_merges=kind == "gpt2", n_vocab=vocab_size)
+    special.add_special_token = {"bos": False, "eos": False} | special.add_special_token
+    special.add_to_gguf(writer, quiet=True)
+
+
+def _kind(source: Mapping[str, Any], file: Path) -> str:
+    model = source["model"]
+    parts = [part["type"] for part in _parts(source.get("pre_tokenizer"))]
+    if model.get("type") == "BPE" and model.get("merges"):
+        if model.get("byte_fallback"):
+            return "llama"
+        if "ByteLevel" in parts:
+            return "gpt2"
+    raise OptionError(
+        f"{file}: --to gguf-q4_1 holds byte-pair encodings with merges, on bytes or with byte_fallback, "
+        f"not {model.get('type')} with {len(model.get('merges') or ())} merges: use --to mlx"
+    )
+
+
+def _split(source: Mapping[str, Any], file: Path) -> str:
+    parts = _parts(source["pre_tokenizer"])
+    patterns = [part["pattern"].get("Regex") or part["pattern"].get("String") for part in parts if "pattern" in part]
+    key = " | ".join(patterns) if patterns else " ".join(part["type"] for part in parts)
+    if key not in SPLITS:
+        raise OptionError(
+            f"{file}: --to gguf-q4_1 knows no name for how this tokenizer splits text ({key}; "
+            f"known are those of {', '.join(SPLITS.values())}): use --to mlx"
+        )
+    return SPLITS[key]
+
+
+def _tokens(source: Mapping[str, Any], vocab_size: int, file: Path) -> list[tuple[str, str]]:
+    """Each token and the name of its type, in the order of ids."""
+    model = source["model"]
+    found = {index: (token, _type(token, model)) for token, index in model["vocab"].items()}
+    for added in source.get("added_tokens") or ():
+        text, index = added["content"], added["id"]
+        if found.get(index, ("", ""))[1] != "UNKNOWN":
+            control = bool(added["special"])
+            spaced = text if control else text.replace(SPACE, " ")
+            found[index] = (spaced, "CONTROL" if control else "USER_DEFINED")
+    if max(found) >= vocab_size:
+        raise OptionError(
+            f"{file} has tokens up to id {max(found)}, the model's embedding has {vocab_size} rows: "
+            "take the tokenizer that belongs to the model"
+        )
+    return [found.get(index, (f"[PAD{index}]", "UNUSED")) for index in range(vocab_size)]
+
+
+def _type(token: str, model: Mapping[str, Any]) -> str:
+    if token == model.get("unk_token"):
+        return "UNKNOWN"
+    is_byte = model.get("byte_fallback") and re.fullmatch(r"<0x[0-9A-F]{2}>", token)
+    return "BYTE" if is_byte else "NORMAL"
+
+
+def _scores(source: Mapping[str, Any], tokens: list[str], file: Path) -> list[float]:
+    """Minus the rank of the first merge that makes a token; what no merge makes comes last."""
+    merges = [_pair(merge) for merge in source["model"]["merges"]]
+    made = ["".join(pair) for pair in merges]
+    ranks: dict[str, int] = {}
+    for rank, token in enumerate(made):
+        ranks.setdefault(token, rank)
+    parted = [token for before, token in pairwise(made) if ranks[before] > ranks[token]]
+    wrong = parted + _not_merged(ranks, source["model"]["vocab"], set(merges))
+    if wrong:
+        raise OptionError(
+            f"{file}: the merges that make {wrong[0]!r} are not those of SentencePiece, "
+            "which --to gguf-q4_1 holds: use --to mlx"
+        )
+    return [-float(ranks.get(token, len(merges))) for token in tokens]
+
+
+def _not_merged(made: Iterable[str], vocab: Mapping[str, int], merges: Set[tuple[str, str]]) -> list[str]:
+    """Of the tokens that merges make, those that another pair of tokens would make too."""
+    cuts = ((token, token[:i], token[i:]) for token in made for i in range(1, len(token)))
+    return [token for token, left, right in cuts if left in vocab and right in vocab and (left, right) not in merges]
+
+
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def _prefixes_space(source: Mapping[str, Any]) -> bool:
+    parts = _parts(source.get("normalizer")) + _parts(source.get("pre_tokenizer"))
+    return any(
+        part["type"] == "Prepend" or (part["type"] == "Metaspace" and part.get("prepend_scheme") != "never")
+        for part in parts
+    )
+
+
+def _parts(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, one after the other."""
+    if step is None:
+        return []
+    if step["type"] != "Sequence":
+        return [step]
+    nested = step.get("pretokenizers") or step.get("normalizers") or ()
+    return [part for inner in nested for part in _parts(inner)]
