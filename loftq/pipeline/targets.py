@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from loftq.core.affine import AffineWeight
 from loftq.core.grid import Grid
 from loftq.core.scales import Scales
 from loftq.errors import OptionError
-from loftq.formats import gptq, native
+from loftq.formats import gptq, mlx, native
 from loftq.formats.adapter import Adapter
 from loftq.formats.checkpoint import TensorSpec
 from loftq.formats.layouts import misfit
@@ -162,6 +163,39 @@ class Integers:
         grid = self.grid(next(iter(codebooks)))
         entry = native.quantization_config(grid, backbone.dtype, skipped, codebooks)
         return {**backbone.config, "quantization_config": entry}
+
+
+@dataclass(frozen=True)
+class Mlx:
+    """The adapter in the biases of MLX's affine layout."""
+
+    pair: Pair
+    format: str = "mlx"
+
+    def check(self) -> None:
+        """Raise OptionError where MLX cannot hold the backbone."""
+        for module, grid in self.pair.backbone.grids.items():
+            mlx.check(grid.bits, grid.block(self.pair.backbone.shapes[module][1]))
+
+    def grid(self, _module: str) -> None:
+        """None: nothing is quantized in a format that loftq reads."""
+
+    def specs(self, module: str) -> list[TensorSpec]:
+        """The tensors of one linear."""
+        grid, shape = self.pair.backbone.grids[module], self.pair.backbone.shapes[module]
+        return mlx.specs(module, shape, grid.bits, grid.block(shape[1]))
+
+    def tensors(self, module: str) -> dict[str, torch.Tensor]:
+        """Their values."""
+        return mlx.tensors(module, self.pair.affine(module))
+
+    def config(self) -> dict[str, Any]:
+        """`config.json`."""
+        grids = self.pair.backbone.grids
+        widths = {module: grid.bits for module, grid in grids.items()}
+        bits = Counter(widths.values()).most_common(1)[0][0]
+        others = {module: width for module, width in widths.items() if width != bits}
+        return mlx.config(self.pair.backbone.config, bits, next(iter(grids.values())).block_size, others)
 
 
 @dataclass

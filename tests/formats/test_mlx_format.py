@@ -1,15 +1,11 @@
 """MLX's affine layout against numpy's reading of it, and against mlx and mlx-lm themselves where there are any.
 
-The latter run by the Python that LOFTQ_MLX_PYTHON names, or else by this one, and are skipped where it has no mlx.
+`mlx_runner` says by which Python.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +13,7 @@ import pytest
 import torch
 from affines import quantized, random_affine
 from conftest import byte_tokenizer, pico_llama
+from mlx_runner import run_mlx
 from oracles import read_stream
 from safetensors.torch import load_file
 
@@ -26,7 +23,6 @@ from loftq.formats import mlx
 from loftq.formats.checkpoint import SINGLE, ShardWriter, TensorSpec, lay_out
 
 SHAPES = [(8, 64, 32), (5, 192, 64), (24, 256, 128)]
-READER = Path(__file__).parent / "mlx_reader.py"
 NARROW = "model.layers.1.mlp.down_proj"
 TOKENS = [5, 8, 200, 17, 3, 90, 41, 6]
 
@@ -59,15 +55,6 @@ def assert_same_weight(found: np.ndarray, weight: AffineWeight) -> None:
     """Equal but for one rounding of the bias to 24 bits, and those of the reader."""
     reach = weight.biases.abs().max().item() + weight.scales.max().item() * 2**weight.bits
     np.testing.assert_allclose(found, weight.decode(torch.float64).numpy(), rtol=0, atol=reach * 2**-22)
-
-
-def run_mlx(*arguments: object) -> dict[str, np.ndarray]:
-    """What mlx_reader.py says of a file; its third argument is where it says so."""
-    python = os.environ.get("LOFTQ_MLX_PYTHON") or (importlib.util.find_spec("mlx_lm") and sys.executable)
-    if not python:
-        pytest.skip("no mlx here: LOFTQ_MLX_PYTHON names no Python that has it")
-    subprocess.run([python, str(READER), *map(str, arguments)], check=True, timeout=300)
-    return dict(np.load(str(arguments[2])))
 
 
 @pytest.mark.parametrize("bits", mlx.BITS)

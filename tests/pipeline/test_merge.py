@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import pico_llama, save_model
-from oracles import read_gptq, read_packed
+from mlx_runner import run_mlx
+from oracles import read_gptq, read_packed, read_stream
 from peft import PeftModel
+from pico_tokenizers import byte_level
 from picos import output_of, save_pico
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -290,6 +293,71 @@ def test_a_merge_that_answers_otherwise_is_not_kept(
 def test_the_check_can_be_left_out(pooled: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "load_base", lambda *_: pytest.fail("a model was loaded"))
     assert merge(*pooled, tmp_path / "out", to="int", check=False).difference is None
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_mlx_holds_the_exact_merge(bits: int, pico: Path, tmp_path: Path) -> None:
+    """Oracle: numpy's reading of MLX's words, and of the merge in our own format."""
+    options = {**QALORA, "bits": bits, "group_size": 32, "rank": 2}
+    folder = make(pico, tmp_path / "folder", **options)
+    trained = train(folder, tmp_path / "trained", loftq.load_qalora)
+    merge(folder, trained, tmp_path / "mlx", to="mlx")
+    merge(folder, trained, tmp_path / "int", to="int")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("int", "mlx"))
+    for row in open_artifact(folder).manifest["layers"]:
+        name, shape = row["name"], tuple(row["shape"])
+        words = own(theirs, name)
+        codes = read_stream(words["weight"].numpy().view(np.uint8).reshape(-1), bits, shape[0] * shape[1])
+        scales, biases = (words[key].double().repeat_interleave(32, dim=1) for key in ("scales", "biases"))
+        found = torch.from_numpy(codes.reshape(shape)) * scales + biases
+        wanted = read_packed(own(ours, name), f"int{bits}", 32, shape)
+        assert float((found - wanted).norm()) < 1e-6 * float(wanted.norm())
+    config = json.loads((tmp_path / "mlx" / "config.json").read_text())
+    assert config["quantization"] == {"group_size": 32, "bits": bits, "mode": "affine"}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_mlx_lm_runs_the_export(bits: int, pico: Path, tmp_path: Path) -> None:
+    """Oracle: the logits with the adapter."""
+    folder = make(pico, tmp_path / "folder", **{**QALORA, "bits": bits, "group_size": 32, "rank": 2})
+    trained = train(folder, tmp_path / "trained", loftq.load_qalora)
+    merge(folder, trained, tmp_path / "mlx", to="mlx")
+    found = run_mlx("logits", tmp_path / "mlx", tmp_path / "out.npz", *TOKENS[0].tolist())
+    wanted = logits_of(loftq.load_qalora(folder, trained, dtype=torch.float32))
+    assert (torch.from_numpy(found["logits"]) - wanted).norm() < 0.01 * wanted.norm()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_gguf(kind: str, tmp_path: Path) -> None:
+    """Oracle: transformers' own reader of GGUF, and the logits with the adapter: minima have 16 bits there."""
+    source = save_pico(kind, "causal-lm", tmp_path / "source")
+    byte_level("qwen2" if kind == "qwen2" else "llama-bpe").save_pretrained(source)
+    folder = make(source, tmp_path / "folder", **{**QALORA, "group_size": 64, "rank": 1})
+    trained = train(folder, tmp_path / "trained", loftq.load_qalora)
+    report = merge(folder, trained, tmp_path / "out", to="gguf-q4_1")
+    files = [path.name for path in (tmp_path / "out").glob("*.gguf")]
+    assert files == ["folder-q4_1.gguf"]
+    assert report.bytes == (tmp_path / "out" / files[0]).stat().st_size
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file=files[0], dtype=torch.float32)
+    wanted = logits_of(loftq.load_qalora(folder, trained, dtype=torch.float32))
+    assert (logits_of(read) - wanted).norm() < 5e-3 * wanted.norm()
+    merge(folder, trained, tmp_path / "out", to="gguf-q4_1", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "to", "said"),
+    [
+        ({"bits": 3}, "gguf-q4_1", "holds integers of 4 bits, not of 3: use --to mlx"),
+        ({"bits": 4}, "gguf-q4_1", "groups of multiples of 32"),
+        ({"bits": 4}, "mlx", "holds groups of 32, 64, 128 inputs, not of 16"),
+        ({"bits": 3.5}, "gptq", "several widths, GPTQ one a folder: use --to int"),
+    ],
+)
+def test_what_a_target_cannot_hold(options: dict[str, Any], to: str, said: str, pico: Path, tmp_path: Path) -> None:
+    folder = make(pico, tmp_path / "folder", **{**QALORA, **options})
+    with pytest.raises(OptionError, match=said):
+        loftq.merge(folder, to=to, output=tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out" / "loftq.json").exists()
 
 
 def test_the_initial_adapter_is_the_default(pooled: tuple[Path, Path], tmp_path: Path) -> None:
