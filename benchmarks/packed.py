@@ -19,7 +19,8 @@ from machine import SEED, describe, table
 
 from loftq.core.codebooks import CODEBOOKS, INTEGERS, NORMAL_FLOATS
 from loftq.core.grid import Grid
-from loftq.models.packed_linear import GptqLinear, PackedLinear
+from loftq.models.gptq_linear import GptqLinear
+from loftq.models.packed_linear import PackedLinear
 
 ROUNDS = 9
 

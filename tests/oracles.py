@@ -10,7 +10,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 from loftq.core.codebooks import CODEBOOKS, codebook, dynamic_map
-from loftq.models.packed_linear import GptqLinear
+from loftq.models.gptq_linear import GptqLinear
 
 
 def read_packed(tensors: dict[str, torch.Tensor], name: str, block: int, shape: tuple[int, int]) -> torch.Tensor:

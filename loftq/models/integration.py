@@ -25,8 +25,9 @@ from loftq.errors import ArtifactError
 from loftq.formats import gptq
 from loftq.formats.checkpoint import TensorSpec, read_header
 from loftq.formats.native import METHOD, VERSION, check_config
+from loftq.models.gptq_linear import GptqLinear
 from loftq.models.linears import Dense, converted, find_linears, kept_in_float32
-from loftq.models.packed_linear import GptqLinear, PackedLinear
+from loftq.models.packed_linear import PackedLinear
 
 
 @register_quantization_config(METHOD)

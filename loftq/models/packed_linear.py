@@ -1,4 +1,4 @@
-"""The linears that hold packed codes: our own layout's and GPTQ's.
+"""The linear that holds packed codes in our own layout, and what those of other layouts share with it.
 
 Only the codes and their scales live: a forward pass unpacks the weight, multiplies, and forgets it, and the
 backward pass unpacks it again. Large weights are unpacked in parts, a few rows at a time.
@@ -18,9 +18,9 @@ from loftq.core import kernels
 from loftq.core.codebooks import CODEBOOKS, codebook
 from loftq.core.grid import Grid
 from loftq.core.packing import unpack
-from loftq.formats import gptq, native
+from loftq.formats import native
 
-_PART = 1 << 24  # weights unpacked at a time
+PART = 1 << 24  # weights unpacked at a time
 Part = tuple[slice, torch.Tensor]
 
 
@@ -100,7 +100,7 @@ def _(zeros: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:  # 
     return torch.empty_like(scales)
 
 
-class _Layout(Protocol):
+class Layout(Protocol):
     """How a weight (rows, columns) lies in the tensors of its module."""
 
     def parts(self, dtype: torch.dtype, *stored: torch.Tensor | None) -> Iterator[Part]:
@@ -126,7 +126,7 @@ class _Native:
             shifts = _decode_zeros(zeros, values, bits)
         elif shifts is not None:
             shifts = shifts.float()
-        step = max(_PART // self.columns // 8 * 8, 8)  # so that parts begin at whole bytes
+        step = max(PART // self.columns // 8 * 8, 8)  # so that parts begin at whole bytes
         for first in range(0, self.rows, step):
             last = min(first + step, self.rows)
             codes = packed[first * self.columns * bits // 8 : last * self.columns * bits // 8]
@@ -138,91 +138,11 @@ class _Native:
             )
 
 
-@torch.library.custom_op("loftq::gptq_stream", mutates_args=())
-def _gptq_stream(qweight: torch.Tensor) -> torch.Tensor:
-    """The codes of some outputs as one dense stream: uint8."""
-    return gptq.read_stream(qweight)
-
-
-@_gptq_stream.register_fake
-def _(qweight: torch.Tensor) -> torch.Tensor:
-    return qweight.new_empty(qweight.numel() * 4, dtype=torch.uint8)
-
-
-@torch.library.custom_op("loftq::gptq_scales", mutates_args=())
-def _gptq_scales(scales: torch.Tensor, qzeros: torch.Tensor, bits: int, less: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift of each group: float32 (groups,) each."""
-    return gptq.read_scales(scales, qzeros, bits, less)
-
-
-@_gptq_scales.register_fake
-def _(
-    scales: torch.Tensor,
-    qzeros: torch.Tensor,  # noqa: ARG001
-    bits: int,  # noqa: ARG001
-    less: int,  # noqa: ARG001
-) -> tuple[torch.Tensor, torch.Tensor]:
-    found = scales.new_empty(scales.numel(), dtype=torch.float32)
-    return found, torch.empty_like(found)
-
-
-@torch.library.custom_op("loftq::gptq_scattered", mutates_args=())
-def _gptq_scattered(
-    codes: torch.Tensor, scales: torch.Tensor, shifts: torch.Tensor, g_idx: torch.Tensor, bits: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """A weight (rows, columns) whose inputs say which group they are of, from a stream and (rows, groups)."""
-    rows, columns, groups = scales.shape[0], len(g_idx), g_idx.long()
-    levels = unpack(codes, bits, rows * columns).view(rows, columns).float() - 2 ** (bits - 1)
-    found: torch.Tensor = levels * scales[:, groups] + shifts[:, groups]
-    return found.to(dtype)
-
-
-@_gptq_scattered.register_fake
-def _(
-    codes: torch.Tensor,  # noqa: ARG001
-    scales: torch.Tensor,
-    shifts: torch.Tensor,  # noqa: ARG001
-    g_idx: torch.Tensor,
-    bits: int,  # noqa: ARG001
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    return scales.new_empty(scales.shape[0], g_idx.shape[0], dtype=dtype)
-
-
-@dataclass(frozen=True)
-class _Gptq:
-    """Codes in columns: a part is turned into a stream of rows on the way."""
-
-    name: str
-    block: int
-    rows: int
-    columns: int
-    less: int
-    ordered: bool
-
-    def parts(self, dtype: torch.dtype, *stored: torch.Tensor | None) -> Iterator[Part]:
-        """The weight in parts of whole rows, with the rows that each holds."""
-        qweight, qzeros, scales, g_idx = (cast(torch.Tensor, tensor) for tensor in stored)
-        bits = CODEBOOKS[self.name]
-        values, shifts = _gptq_scales(scales, qzeros, bits, self.less)
-        per_row = self.columns // self.block
-        step = max(_PART // self.columns, 1)
-        for first in range(0, self.rows, step):
-            last = min(first + step, self.rows)
-            codes, blocks = _gptq_stream(qweight[:, first:last]), slice(first * per_row, last * per_row)
-            scale, shift = values[blocks], shifts[blocks]
-            if self.ordered:
-                yield slice(first, last), dequantize(codes, scale, shift, self.name, self.block, self.columns, dtype)
-            else:
-                scale, shift = scale.view(-1, per_row), shift.view(-1, per_row)
-                yield slice(first, last), _gptq_scattered(codes, scale, shift, g_idx, bits, dtype)
-
-
 class _Matmul(torch.autograd.Function):
     """x Wᵀ with W unpacked on the way forward and again on the way back: autograd keeps what is stored, no more."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layout: _Layout, *stored: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, layout: Layout, *stored: torch.Tensor | None) -> torch.Tensor:
         ctx.layout = layout
         ctx.save_for_backward(*stored)
         products = [x @ weight.T for _, weight in layout.parts(x.dtype, *stored)]
@@ -285,7 +205,7 @@ class PackedLinear(nn.Linear):
         out: torch.Tensor = _Matmul.apply(input.to(dtype), self._layout(), *self._stored())  # type: ignore[no-untyped-call]
         return out if self.bias is None else out + self.bias.to(dtype)
 
-    def _layout(self) -> _Layout:
+    def _layout(self) -> Layout:
         block = self.grid.block(self.in_features)
         return _Native(self.grid.codebook, block, self.out_features, self.in_features)
 
@@ -324,29 +244,3 @@ class PackedLinear(nn.Linear):
     def extra_repr(self) -> str:
         """As `nn.Linear`, with the codebook."""
         return f"{super().extra_repr()}, {self.grid}, {self.grid.sharing} {self.grid.block(self.in_features)}"
-
-
-class GptqLinear(PackedLinear):
-    """A frozen linear (out, in) in GPTQ's layout: `formats.gptq` defines its tensors.
-
-    `less` is how much less than the zero-points is written: 1 in version 1. `ordered` says whether groups are of
-    consecutive inputs; act-order checkpoints have others.
-    """
-
-    qweight: torch.Tensor
-    qzeros: torch.Tensor
-    scales: torch.Tensor
-    g_idx: torch.Tensor
-    less = 0
-    ordered = True
-    _format = gptq
-    _tensors = ("qweight", "qzeros", "scales", "g_idx")
-
-    @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The codes: int32 words, whose device is the linear's."""
-        return self.qweight
-
-    def _layout(self) -> _Layout:
-        block = self.grid.block(self.in_features)
-        return _Gptq(self.grid.codebook, block, self.out_features, self.in_features, self.less, self.ordered)

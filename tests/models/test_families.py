@@ -22,9 +22,10 @@ from transformers.pytorch_utils import Conv1D
 import loftq
 from loftq.formats.artifact import open_artifact
 from loftq.models.families import FAMILIES, family_of
+from loftq.models.gptq_linear import GptqLinear
 from loftq.models.linears import find_linears, reaches
 from loftq.models.loading import guard_cpu
-from loftq.models.packed_linear import GptqLinear, PackedLinear
+from loftq.models.packed_linear import PackedLinear
 from loftq.models.tasks import TASKS, auto_class
 
 GENERIC = {"granite": "causal-lm", "stablelm": "causal-lm", "codegen": "causal-lm", "camembert": "masked-lm"}

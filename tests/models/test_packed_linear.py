@@ -18,7 +18,8 @@ import loftq
 from loftq.core.grid import ROW, Grid
 from loftq.formats.native import read_zeros
 from loftq.models import packed_linear
-from loftq.models.packed_linear import GptqLinear, PackedLinear
+from loftq.models.gptq_linear import GptqLinear
+from loftq.models.packed_linear import PackedLinear
 from loftq.models.packed_lora import PackedLoraLinear
 
 CODEBOOKS = ["nf2", "nf3", "nf4"]
@@ -109,7 +110,7 @@ def test_gptq_weights_are_what_numpy_reads(
     bits: int, out: int, inputs: int, block: int, part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the words read by numpy, bit for bit."""
-    monkeypatch.setattr(packed_linear, "_PART", part)
+    monkeypatch.setattr(packed_linear, "PART", part)
     layer = make_gptq(out, inputs, bits, block)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert torch.equal(layer.dequantize(dtype), read_linear(layer).to(dtype))
@@ -122,7 +123,7 @@ def test_forward_and_backward_are_a_dense_linears(
     codebook: str, zero: str | None, bias: bool, part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: `nn.Linear` of the same weight, also where the weight is unpacked in parts."""
-    monkeypatch.setattr(packed_linear, "_PART", part)
+    monkeypatch.setattr(packed_linear, "PART", part)
     layer = make_gptq(bias=bias) if codebook == "gptq" else make(codebook=codebook, zero=zero, bias=bias)
     dense = nn.Linear(128, 96, bias)
     dense.weight.data = read_linear(layer)

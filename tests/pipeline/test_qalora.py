@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 import loftq
 from loftq.formats.artifact import open_artifact
-from loftq.models.packed_linear import GptqLinear, PackedLinear
+from loftq.models.gptq_linear import GptqLinear
+from loftq.models.packed_linear import PackedLinear
 
 TOKENS = torch.tensor([[11, 42, 7, 99, 3, 250, 17, 5]])
 OPTIONS: dict[str, Any] = {"adapter": "qalora", "group_size": 16, "rank": 2, "iters": 3, "alpha": 4, "quiet": True}

@@ -1,0 +1,121 @@
+"""The linear that holds GPTQ's tensors as they are on disk, whoever wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from loftq.core.codebooks import CODEBOOKS
+from loftq.core.packing import unpack
+from loftq.formats import gptq
+from loftq.models import packed_linear
+from loftq.models.packed_linear import Layout, PackedLinear, Part, dequantize
+
+
+@torch.library.custom_op("loftq::gptq_stream", mutates_args=())
+def _gptq_stream(qweight: torch.Tensor) -> torch.Tensor:
+    """The codes of some outputs as one dense stream: uint8."""
+    return gptq.read_stream(qweight)
+
+
+@_gptq_stream.register_fake
+def _(qweight: torch.Tensor) -> torch.Tensor:
+    return qweight.new_empty(qweight.numel() * 4, dtype=torch.uint8)
+
+
+@torch.library.custom_op("loftq::gptq_scales", mutates_args=())
+def _gptq_scales(scales: torch.Tensor, qzeros: torch.Tensor, bits: int, less: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift of each group: float32 (groups,) each."""
+    return gptq.read_scales(scales, qzeros, bits, less)
+
+
+@_gptq_scales.register_fake
+def _(
+    scales: torch.Tensor,
+    qzeros: torch.Tensor,  # noqa: ARG001
+    bits: int,  # noqa: ARG001
+    less: int,  # noqa: ARG001
+) -> tuple[torch.Tensor, torch.Tensor]:
+    found = scales.new_empty(scales.numel(), dtype=torch.float32)
+    return found, torch.empty_like(found)
+
+
+@torch.library.custom_op("loftq::gptq_scattered", mutates_args=())
+def _gptq_scattered(
+    codes: torch.Tensor, scales: torch.Tensor, shifts: torch.Tensor, g_idx: torch.Tensor, bits: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """A weight (rows, columns) whose inputs say which group they are of, from a stream and (rows, groups)."""
+    rows, columns, groups = scales.shape[0], len(g_idx), g_idx.long()
+    levels = unpack(codes, bits, rows * columns).view(rows, columns).float() - 2 ** (bits - 1)
+    found: torch.Tensor = levels * scales[:, groups] + shifts[:, groups]
+    return found.to(dtype)
+
+
+@_gptq_scattered.register_fake
+def _(
+    codes: torch.Tensor,  # noqa: ARG001
+    scales: torch.Tensor,
+    shifts: torch.Tensor,  # noqa: ARG001
+    g_idx: torch.Tensor,
+    bits: int,  # noqa: ARG001
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return scales.new_empty(scales.shape[0], g_idx.shape[0], dtype=dtype)
+
+
+@dataclass(frozen=True)
+class _Gptq:
+    """Codes in columns: a part is turned into a stream of rows on the way."""
+
+    name: str
+    block: int
+    rows: int
+    columns: int
+    less: int
+    ordered: bool
+
+    def parts(self, dtype: torch.dtype, *stored: torch.Tensor | None) -> Iterator[Part]:
+        """The weight in parts of whole rows, with the rows that each holds."""
+        qweight, qzeros, scales, g_idx = (cast(torch.Tensor, tensor) for tensor in stored)
+        bits = CODEBOOKS[self.name]
+        values, shifts = _gptq_scales(scales, qzeros, bits, self.less)
+        per_row = self.columns // self.block
+        step = max(packed_linear.PART // self.columns, 1)
+        for first in range(0, self.rows, step):
+            last = min(first + step, self.rows)
+            codes, blocks = _gptq_stream(qweight[:, first:last]), slice(first * per_row, last * per_row)
+            scale, shift = values[blocks], shifts[blocks]
+            if self.ordered:
+                yield slice(first, last), dequantize(codes, scale, shift, self.name, self.block, self.columns, dtype)
+            else:
+                scale, shift = scale.view(-1, per_row), shift.view(-1, per_row)
+                yield slice(first, last), _gptq_scattered(codes, scale, shift, g_idx, bits, dtype)
+
+
+class GptqLinear(PackedLinear):
+    """A frozen linear (out, in) in GPTQ's layout: `formats.gptq` defines its tensors.
+
+    `less` is how much less than the zero-points is written: 1 in version 1. `ordered` says whether groups are of
+    consecutive inputs; act-order checkpoints have others.
+    """
+
+    qweight: torch.Tensor
+    qzeros: torch.Tensor
+    scales: torch.Tensor
+    g_idx: torch.Tensor
+    less = 0
+    ordered = True
+    _format = gptq
+    _tensors = ("qweight", "qzeros", "scales", "g_idx")
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The codes: int32 words, whose device is the linear's."""
+        return self.qweight
+
+    def _layout(self) -> Layout:
+        block = self.grid.block(self.in_features)
+        return _Gptq(self.grid.codebook, block, self.out_features, self.in_features, self.less, self.ordered)
