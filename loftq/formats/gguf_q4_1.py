@@ -9,7 +9,7 @@ A row of a linear is cut into blocks of 32 consecutive inputs, each of 20 bytes:
     W~ = d · code + m
 
 A larger group is held as blocks that repeat its scale and bias. Codes are held as they are; a scale or bias that is no
-float16 is rounded to one, which moves a weight by at most 2^-11 · (15 · |d| + |m|), about 1/60 of a step as a rule.
+float16 is rounded to one, which moves a weight by at most 2^-11 · (15 · |d| + |m|), about 1/90 of a step as a rule.
 
 Matrices that are not quantized keep their type, vectors are float32, as llama.cpp wants them. Its llama pairs
 neighbouring rows of a head in the rotary embedding where transformers pairs halves: rows of q_proj and k_proj are put

@@ -11,6 +11,8 @@ For a linear (out, in) of b bits in groups of g consecutive inputs (mlx.core.qua
 
 Tensors are named as in the transformers checkpoint. `config.json` names the width and the group under `quantization`;
 mlx-lm writes a second copy under `quantization_config`, which the Hub and other readers look at, and so is done here.
+Of the rotary embedding, `rope_parameters` of transformers 5 is said once more as `rope_theta` and `rope_scaling`: most
+models of mlx-lm read these alone, and fall back on a default without a word.
 
 Scales and biases are float32, where mlx itself would write the checkpoint's own 16 bits. A bias is as large as
 2^(b−1) steps of the grid: rounding it to bfloat16 would move the weights by up to 1/32 of a step at 4 bits and half a
@@ -80,7 +82,17 @@ def config(
     """
     entry: dict[str, object] = _entry(bits, group_size)
     entry |= {module: _entry(other, group_size) for module, other in (widths or {}).items()}
-    return {**source, "quantization": entry, "quantization_config": entry}
+    return {**_rope(source), **source, "quantization": entry, "quantization_config": entry}
+
+
+def _rope(source: Mapping[str, object]) -> dict[str, object]:
+    """The rotary embedding where mlx-lm's models look for it, which is not where transformers 5 writes it."""
+    rope = source.get("rope_parameters")
+    if not isinstance(rope, Mapping):
+        return {}
+    found = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    scaled = rope.get("rope_type", "default") != "default"
+    return found | ({"rope_scaling": {**rope, "type": rope["rope_type"]}} if scaled else {})
 
 
 def _entry(bits: int, group_size: int) -> dict[str, object]:

@@ -44,7 +44,7 @@ SCALINGS = [
         "factor": 8.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 128,
+        "original_max_position_embeddings": 8,
     },
 ]
 
@@ -76,6 +76,7 @@ def made(kind: str, tmp_path: Path, **changes: Any) -> tuple[Path, PreTrainedMod
     options, build = KINDS[kind]
     tokenizer = build()
     tokenizer.save_pretrained(tmp_path / "source")
+    changes = {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}, **changes}
     model = pico_model(kind, "causal-lm", vocab_size=400, **options, **changes)
     dense_names = {name for name in linears_of(model) if name.endswith(("1.self_attn.q_proj", "1.self_attn.k_proj"))}
     linears, exact = quantized(model, 4, 32, halves=True)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from affines import quantized, random_affine
-from conftest import byte_tokenizer, pico_llama
+from conftest import byte_tokenizer
 from mlx_runner import run_mlx
 from oracles import read_stream
+from picos import pico_model
 from safetensors.torch import load_file
 
 from loftq.core.affine import AffineWeight
@@ -24,6 +26,14 @@ from loftq.formats.checkpoint import SINGLE, ShardWriter, TensorSpec, lay_out
 
 SHAPES = [(8, 64, 32), (5, 192, 64), (24, 256, 128)]
 NARROW = "model.layers.1.mlp.down_proj"
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,
+}
 TOKENS = [5, 8, 200, 17, 3, 90, 41, 6]
 
 
@@ -97,6 +107,16 @@ def test_the_config_says_width_and_group_and_forgets_what_was() -> None:
     assert mixed == {**entry, "model.layers.0.mlp.up_proj": {**entry, "bits": 2}}
 
 
+def test_the_rotary_embedding_is_said_as_mlx_lm_reads_it() -> None:
+    found = mlx.config({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 4, 64)
+    assert found["rope_theta"] == 5e5
+    assert "rope_scaling" not in found
+    found = mlx.config({"rope_parameters": LLAMA3}, 4, 64)
+    assert found["rope_scaling"] == {**LLAMA3, "type": "llama3"}
+    old = {"rope_theta": 1e6, "rope_scaling": None}
+    assert mlx.config(old, 4, 64).items() >= old.items()
+
+
 @pytest.mark.parametrize(
     ("bits", "group", "said"),
     [(5, 64, "2, 3, 4, 8 bits, not of 5"), (4, 16, "32, 64, 128 inputs, not of 16: .*--group-size 64")],
@@ -125,19 +145,33 @@ def test_mlx_reads_the_same_weights(bits: int, group: int, tmp_path: Path) -> No
         assert_same_weight(found[name], weight)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_mlx_lm_runs_the_model(dtype: torch.dtype, close: float, tied: bool, tmp_path: Path) -> None:
-    """Oracle: transformers, in float32, with the decoded weights in place. Mixed widths, biases, tied or not."""
-    pico = pico_llama(tie_word_embeddings=tied, attention_bias=True, initializer_range=0.1)
-    linears, model = quantized(pico, 4, 32)
+@pytest.mark.parametrize(
+    ("kind", "changes", "dtype", "close"),
+    [
+        ("llama", {}, torch.float32, 1e-5),
+        ("llama", {}, torch.bfloat16, 1e-2),
+        ("llama", {"tie_word_embeddings": True, "attention_bias": True}, torch.float32, 1e-5),
+        ("llama", {"rope_parameters": LLAMA3}, torch.float32, 1e-5),
+        ("mistral", {"head_dim": 32}, torch.float32, 1e-5),
+        ("qwen2", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}}, torch.float32, 1e-5),
+        ("qwen3", {"tie_word_embeddings": True}, torch.float32, 1e-5),
+    ],
+)
+def test_mlx_lm_runs_the_model(
+    kind: str, changes: dict[str, Any], dtype: torch.dtype, close: float, tmp_path: Path
+) -> None:
+    """Oracle: transformers, in float32, with the decoded weights in place. One linear is of another width."""
+    changes = {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}, **changes}
+    linears, model = quantized(pico_model(kind, "causal-lm", **changes), 4, 32)
     linears[NARROW] = random_affine(64, 128, 2, 32)
     model.get_submodule(NARROW).weight.data = linears[NARROW].decode()
-    held = {f"{name}.weight" for name in linears} | ({"lm_head.weight"} if tied else set())
+    held = {f"{name}.weight" for name in linears} | ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
     dense = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if name not in held}
     written(tmp_path, linears, dense)
-    text = mlx.config(model.config.to_dict(), 4, 32, {NARROW: 2})
-    (tmp_path / "config.json").write_text(json.dumps(text), encoding="utf-8")
+    model.config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = mlx.config(json.loads(file.read_text(encoding="utf-8")), 4, 32, {NARROW: 2})
+    file.write_text(json.dumps(config), encoding="utf-8")
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(tmp_path)
 
