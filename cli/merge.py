@@ -10,7 +10,7 @@ import click
 from loftq.pipeline.merge import TARGETS
 from loftq.pipeline.merge import merge as run
 
-_TARGETS = "\n".join(f"  {name:<6} {text}" for name, text in TARGETS.items())
+_TARGETS = "\n".join(f"  {name:<9} {text}" for name, text in TARGETS.items())
 _EPILOG = f"""\b
 Targets:
 {_TARGETS}

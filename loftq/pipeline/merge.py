@@ -245,6 +245,8 @@ def _refuse_difference(difference: float | None, to: str, staging: Staging) -> N
     limit = _TOLERANCE.get(to)
     if difference is not None and limit is not None and not difference <= limit:
         shutil.rmtree(staging.folder)
+        if not any(staging.output.iterdir()):
+            staging.output.rmdir()
         raise ArtifactError(
             f"the merged model answers otherwise than the adapter on its backbone: its logits differ by "
             f"{difference:.2g} of their norm (at most {limit:g} was expected). Nothing was written"

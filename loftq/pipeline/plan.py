@@ -323,6 +323,8 @@ def _notes(plan: Plan, found: Linears, names: NameMap) -> Iterator[str]:
         odd = {type(plan.model.get_submodule(layer.module)).__name__ for layer in plan.layers} - {"Linear", "Conv1D"}
         what = f"{', '.join(sorted(odd))} quantized" if odd else ", ".join(sorted(set(plan.codebooks.values())))
         yield (f"stock transformers cannot load {what}: import loftq before from_pretrained, or use loftq.load_qlora")
+    if plan.format == "gptq":
+        yield "stock transformers need gptqmodel and optimum to load GPTQ: without them, import loftq before"
     if plan.expert_bytes:
         yield f"fused experts stay in {dtype}: {plan.expert_bytes / 1e9:.3g} GB"
     for what, left in (("", found.others), (" that share their weight", found.shared)):

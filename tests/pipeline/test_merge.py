@@ -287,7 +287,34 @@ def test_a_merge_that_answers_otherwise_is_not_kept(
     monkeypatch.setattr(Pair, "product", lambda *_: None)
     with pytest.raises(ArtifactError, match=r"answers otherwise .* Nothing was written"):
         merge(*pooled, tmp_path / "out", to="int")
-    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_that_was_cut_off_is_finished(
+    pooled: tuple[Path, Path], run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the bytes of an undisturbed merge."""
+    from loftq.pipeline.targets import Integers
+
+    merge(*pooled, tmp_path / "whole", to="int")
+    done = Integers.tensors
+
+    def cut(target: Integers, module: str) -> dict[str, torch.Tensor]:
+        if "layers.1.mlp" in module:
+            raise KeyboardInterrupt
+        return done(target, module)
+
+    options = [pooled[0], "--adapter", pooled[1], "--to", "int", "--output", tmp_path / "out", "--quiet"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Integers, "tensors", cut)
+        assert run("merge", *options).exit_code == 130
+    assert not (tmp_path / "out" / "config.json").exists()
+    ended = run("merge", *options)
+    assert ended.exit_code == 1
+    assert "--resume" in ended.stderr
+    assert run("merge", *options, "--resume").exit_code == 0
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_the_check_can_be_left_out(pooled: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
