@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from loftq.core import affine_kernels as kernels
+from loftq.core import chunks
 from loftq.core.codebooks import INTEGERS, codebook
 from loftq.core.packing import single
 from loftq.core.scales import Scales, stored_scales
@@ -39,11 +40,6 @@ ZERO_POINTS = {
     "float32": "anywhere, in 32 bits: what a merge leaves",
 }
 FLOATING = {"float": torch.float16, "float32": torch.float32}  # with the dtype of their shifts
-_CHUNK = 1 << 22  # values at a time in torch, so that temporaries stay small beside the weight
-
-
-def _on_cpu(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu"
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class AffineQuantizer:
 
     def scales(self, weight: torch.Tensor, correction: torch.Tensor | None = None) -> Scales:
         """Scales and zero-points of the groups of `weight - correction`, as they will be read back."""
-        if _on_cpu(weight):
+        if chunks.on_cpu(weight):
             low, high = kernels.ranges(weight, correction, self.block_size)
         else:
             target = weight if correction is None else weight - correction
@@ -122,7 +118,7 @@ class AffineQuantizer:
 
     def _moments(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Sums over each group of levels, their squares, values, and levels times values: float32 (4, groups)."""
-        if _on_cpu(weight):
+        if chunks.on_cpu(weight):
             return kernels.moments(weight, scales.values, self._shifts(scales), self.bits, self.block_size)
         parts = []
         for values, scale, shift in self._chunks(weight, scales):
@@ -134,7 +130,7 @@ class AffineQuantizer:
 
     def encode(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Codes under given scales: uint8 (numel,), or (numel / 2,) where two share a byte."""
-        if _on_cpu(weight):
+        if chunks.on_cpu(weight):
             return kernels.encode(weight, scales.values, self._shifts(scales), self.bits, self.block_size)
         half = 2 ** (self.bits - 1)
         parts = []
@@ -171,17 +167,15 @@ class AffineQuantizer:
         Scales are those of `W − correction` unless given.
         """
         scales = scales or self.scales(weight, correction)
-        if _on_cpu(weight):
+        if chunks.on_cpu(weight):
             shifts = self._shifts(scales)
             return kernels.residual(weight, correction, out, scales.values, shifts, self.bits, self.block_size)
         target = weight if correction is None else weight - correction
-        flat = zip(torch.split(weight.view(-1), self._step), torch.split(out.view(-1), self._step), strict=True)
-        total = 0.0
-        for (values, scale, shift), (w, e) in zip(self._chunks(target, scales), flat, strict=True):
-            rounded = self._round(values, scale, shift) * scale.unsqueeze(1) + shift.unsqueeze(1)
-            torch.sub(w, rounded.view(-1), out=e)
-            total += float(e.double().square().sum())
-        return total
+        rounded = (
+            self._round(values, scale, shift) * scale.unsqueeze(1) + shift.unsqueeze(1)
+            for values, scale, shift in self._chunks(target, scales)
+        )
+        return chunks.subtract(weight, rounded, self.block_size, out)
 
     def _shift(self, exact: torch.Tensor) -> torch.Tensor:
         """Shifts float32 as they are read back."""
@@ -198,7 +192,7 @@ class AffineQuantizer:
 
     @property
     def _step(self) -> int:
-        return max(_CHUNK // self.block_size, 1) * self.block_size  # whole groups
+        return chunks.step(self.block_size)
 
     def _chunks(self, weight: torch.Tensor, scales: Scales) -> zip[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         groups = self._step // self.block_size

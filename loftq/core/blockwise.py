@@ -18,16 +18,10 @@ from functools import cached_property
 
 import torch
 
-from loftq.core import kernels
+from loftq.core import chunks, kernels
 from loftq.core.codebooks import NORMAL_FLOATS, codebook
 from loftq.core.scales import Scales, stored_scales
 from loftq.errors import OptionError, UnknownNameError
-
-_CHUNK = 1 << 22  # values at a time in torch, so that temporaries stay small beside the weight
-
-
-def _on_cpu(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu"
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ class BlockQuantizer:
 
     def scales(self, weight: torch.Tensor, correction: torch.Tensor | None = None) -> Scales:
         """Scales of `weight - correction`: each block's largest magnitude, doubly quantized where asked."""
-        if _on_cpu(weight):
+        if chunks.on_cpu(weight):
             absmax = kernels.absmax(weight, correction, self.block_size)
         else:
             target = weight if correction is None else weight - correction
@@ -79,7 +73,7 @@ class BlockQuantizer:
 
     def encode(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Codes under given scales, two a byte: uint8 (numel / 2,)."""
-        if _on_cpu(weight):
+        if chunks.on_cpu(weight):
             codes, _ = kernels.encode(weight, self._boundaries, self.block_size, scales.values)
             return codes
         parts = []
@@ -90,7 +84,7 @@ class BlockQuantizer:
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, Scales]:
         """Codes and scales of a weight, in one pass where nothing stands between the two."""
-        if _on_cpu(weight) and not self._rounds_scales:
+        if chunks.on_cpu(weight) and not self._rounds_scales:
             codes, absmax = kernels.encode(weight, self._boundaries, self.block_size)
             return codes, Scales(absmax)
         scales = self.scales(weight)
@@ -117,7 +111,7 @@ class BlockQuantizer:
 
         Scales are those of `W − correction` unless given.
         """
-        if _on_cpu(weight):
+        if chunks.on_cpu(weight):
             if scales is None and self._rounds_scales:
                 scales = self.scales(weight, correction)
             given = None if scales is None else scales.values
@@ -125,18 +119,15 @@ class BlockQuantizer:
             return kernels.residual(weight, correction, out, self._boundaries, table, self.block_size, given)
         target = weight if correction is None else weight - correction
         levels = self.levels.to(weight.device)
-        total = 0.0
-        chunks = self._chunks(target, (scales or self.scales(target)).values)
-        flat = zip(torch.split(weight.view(-1), self._step), torch.split(out.view(-1), self._step), strict=True)
-        for (values, scale), (w, e) in zip(chunks, flat, strict=True):
-            rounded = levels[self._codes(values, scale)].view(-1, self.block_size) * scale.unsqueeze(1)
-            torch.sub(w, rounded.view(-1), out=e)
-            total += float(e.double().square().sum())
-        return total
+        parts = self._chunks(target, (scales or self.scales(target)).values)
+        rounded = (
+            levels[self._codes(values, scale)].view(-1, self.block_size) * scale.unsqueeze(1) for values, scale in parts
+        )
+        return chunks.subtract(weight, rounded, self.block_size, out)
 
     @property
     def _step(self) -> int:
-        return _CHUNK // self.block_size * self.block_size  # whole blocks
+        return chunks.step(self.block_size)
 
     def _chunks(self, weight: torch.Tensor, scales: torch.Tensor) -> zip[tuple[torch.Tensor, torch.Tensor]]:
         blocks = self._step // self.block_size

@@ -4,6 +4,7 @@ installed, GPTQ folders too.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -68,9 +69,9 @@ class _PackedQuantizer(HfQuantizer):
     requires_calibration = False
     _linear: type[PackedLinear] = PackedLinear
 
+    @abstractmethod
     def _grids(self, candidates: dict[str, Dense], names: set[str], model: Any) -> Iterator[tuple[str, Grid]]:
         """The linears to replace, with the types of their weights. `names` are those of the checkpoint's tensors."""
-        raise NotImplementedError
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any

@@ -7,7 +7,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from loftq.core import affine
+from loftq.core import chunks
 from loftq.core.affine import ZERO_POINTS, AffineQuantizer
 from loftq.core.codebooks import INTEGERS
 from loftq.core.grid import ROW, Grid
@@ -30,8 +30,8 @@ def _two_threads() -> Iterator[None]:
 @pytest.fixture
 def torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run what runs on devices other than the CPU, several chunks of it."""
-    monkeypatch.setattr(affine, "_on_cpu", lambda _: False)
-    monkeypatch.setattr(affine, "_CHUNK", 1 << 11)
+    monkeypatch.setattr(chunks, "on_cpu", lambda _: False)
+    monkeypatch.setattr(chunks, "CHUNK", 1 << 11)
 
 
 def weight_of(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -6,7 +6,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from loftq.core import blockwise, kernels
+from loftq.core import chunks, kernels
 from loftq.core.blockwise import BlockQuantizer
 from loftq.core.codebooks import NORMAL_FLOATS
 from loftq.core.scales import NestedScales, Scales
@@ -27,8 +27,8 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 @pytest.fixture
 def torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run what runs on devices other than the CPU, several chunks of it."""
-    monkeypatch.setattr(blockwise, "_on_cpu", lambda _: False)
-    monkeypatch.setattr(blockwise, "_CHUNK", 1 << 13)
+    monkeypatch.setattr(chunks, "on_cpu", lambda _: False)
+    monkeypatch.setattr(chunks, "CHUNK", 1 << 13)
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -285,7 +285,7 @@ def test_blocks_that_do_not_divide_the_chunk(monkeypatch: pytest.MonkeyPatch) ->
     weight = gaussian(96, 96)
     codes, scales = quantizer.quantize(weight)
     whole = quantizer.decode(codes, scales, weight.shape)
-    monkeypatch.setattr(blockwise, "_CHUNK", 1000)
+    monkeypatch.setattr(chunks, "CHUNK", 1000)
     assert torch.equal(quantizer.decode(codes, scales, weight.shape), whole)
 
 

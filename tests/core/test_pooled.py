@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loftq.core import affine, pooled
+from loftq.core import chunks, pooled
 from loftq.core.affine import AffineQuantizer, AffineWeight
 from loftq.core.packing import single
 from loftq.core.scales import Scales
@@ -128,8 +128,8 @@ def test_torch_path_equals_compiled_path(bits: int, zero: str, monkeypatch: pyte
     weight, quantizer = weight_of(), AffineQuantizer(f"int{bits}", 32, zero)
     scales = quantizer.scales(weight)
     compiled = quantizer.refit(weight, scales)
-    monkeypatch.setattr(affine, "_on_cpu", lambda _: False)
-    monkeypatch.setattr(affine, "_CHUNK", 1 << 11)
+    monkeypatch.setattr(chunks, "on_cpu", lambda _: False)
+    monkeypatch.setattr(chunks, "CHUNK", 1 << 11)
     found = quantizer.refit(weight, scales)
     torch.testing.assert_close(found.values, compiled.values, rtol=1e-5, atol=0)
     if zero == "float":

@@ -1,0 +1,30 @@
+"""Where torch's own operators do what compiled loops do on the CPU: a part of the weight at a time, in whole blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+CHUNK = 1 << 22  # values at a time, so that temporaries stay small beside the weight
+
+
+def on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether the compiled loops can take a tensor."""
+    return tensor.device.type == "cpu"
+
+
+def step(block: int) -> int:
+    """Values at a time: whole blocks."""
+    return max(CHUNK // block, 1) * block
+
+
+def subtract(weight: torch.Tensor, rounded: Iterable[torch.Tensor], block: int, out: torch.Tensor) -> float:
+    """`out = weight − rounded`, whose parts are of `step(block)` values, and its squared norm."""
+    total = 0.0
+    size = step(block)
+    parts = zip(torch.split(weight.view(-1), size), torch.split(out.view(-1), size), rounded, strict=True)
+    for values, target, part in parts:
+        torch.sub(values, part.view(-1), out=target)
+        total += float(target.double().square().sum())
+    return total
