@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from loftq.core.grid import ROW
 from loftq.errors import ArtifactError, OptionError, UnknownNameError
 from loftq.formats import gptq
 from loftq.formats.adapter import Adapter, keys, open_adapter, target_names
@@ -106,13 +107,16 @@ def _open(folder: str | Path, kind: str) -> Artifact:
     artifact = open_artifact(folder)
     found = artifact.manifest["kind"]
     if found != kind:
-        raise ArtifactError(f"{folder} is a {found} artifact: load it with load_{found}, load_{kind} reads {kind} ones")
+        loader = f"load_{found}" if found in ("qlora", "qalora") else "from_pretrained"
+        raise ArtifactError(f"{folder} is a {found} artifact: load it with {loader}, load_{kind} reads {kind} ones")
     return artifact
 
 
 def _group_size(base: Any) -> int:
-    config = base.config.quantization_config
-    return int(base.config.hidden_size if config.group_size == -1 else config.group_size)
+    found = int(base.config.quantization_config.group_size)
+    if found == ROW:
+        raise OptionError("this checkpoint has one group a row: say how many inputs to pool with pool_size")
+    return found
 
 
 def load_base(

@@ -84,8 +84,7 @@ def write_gguf(
 
     def dense(name: str) -> torch.Tensor:
         bar.update()
-        saved = pair.adapter.saved.get(name)
-        return (backbone.checkpoint.read(name) if saved is None else pair.adapter.read(saved)).to(kept[name].dtype)
+        return pair.kept(name).to(kept[name].dtype)
 
     with bar, open_staging(out, fingerprint(pair, "gguf-q4_1"), overwrite=overwrite) as staging:
         path = staging.folder / f"{backbone.folder.name}-q4_1.gguf"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from loftq.errors import ArtifactError, OptionError, UnknownNameError
@@ -164,20 +163,13 @@ def _write(
     quiet: bool,
 ) -> None:
     """All tensors, those that are in place already aside, with a progress bar on stderr."""
-    jobs: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
-        module: lambda module=module: target.tensors(module)  # type: ignore[misc]
-        for module in pair.backbone.grids
-    }
-    for name, spec in kept.items():
-        saved = pair.adapter.saved.get(name)
-        jobs[name] = lambda name=name, spec=spec, saved=saved: {  # type: ignore[misc]
-            name: (pair.backbone.checkpoint.read(name) if saved is None else pair.adapter.read(saved)).to(spec.dtype)
-        }
-    left = {name: job for name, job in jobs.items() if name not in staging.done}
-    bar = tqdm(left.items(), initial=len(jobs) - len(left), total=len(jobs), disable=quiet, dynamic_ncols=True)
+    names = [*pair.backbone.grids, *kept]
+    left = [name for name in names if name not in staging.done]
+    bar = tqdm(left, initial=len(names) - len(left), total=len(names), disable=quiet, dynamic_ncols=True)
     with ShardWriter(staging.folder, shards) as writer:
-        for name, job in bar:
-            for key, tensor in job().items():
+        for name in bar:
+            found = {name: pair.kept(name).to(kept[name].dtype)} if name in kept else target.tensors(name)
+            for key, tensor in found.items():
                 writer.write(key, tensor)
             staging.note(name, {})
 

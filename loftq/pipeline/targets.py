@@ -32,6 +32,11 @@ class Pair:
     backbone: Backbone
     adapter: Adapter
 
+    def kept(self, name: str) -> torch.Tensor:
+        """A tensor that is no part of a quantized weight: the adapter's own, a head's, where it has one."""
+        saved = self.adapter.saved.get(name)
+        return self.backbone.checkpoint.read(name) if saved is None else self.adapter.read(saved)
+
     def product(self, module: str) -> torch.Tensor | None:
         """What the adapter adds to a module: (out, in), or in QA-LoRA (out, pools). None where it adds nothing."""
         if module not in self.adapter.modules:
