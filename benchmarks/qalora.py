@@ -5,7 +5,7 @@
 Trains each adapter on windows of a text, in a process of its own, and prints its first and last losses (means of 5
 steps), the median time of a step, the bytes that the linears hold and the peak of the process. Then perplexity on
 windows that were not trained on, in float32: of the adapter on its backbone, of the exact merge, and of the merge
-into whole zero-points, with the share of the adapter that this loses.
+into whole zero-points, which moves the weights so many times as far as the adapter does.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ model.train()
 losses, times = [], []
 for step in range(steps):
     started = time.perf_counter()
-    window = ids[:, step * tokens : (step + 1) * tokens]
+    first = step % (ids.shape[1] // tokens) * tokens  # around again where the text ends
+    window = ids[:, first : first + tokens]
     loss = model(input_ids=window, labels=window).loss
     loss.backward()
     optimizer.step()
@@ -101,7 +102,7 @@ def main() -> None:
 
     trainings: list[tuple[str, ...]] = [("", "first loss", "last loss", "step", "linears hold", "peak")]
     merges: list[tuple[str, ...]] = [
-        ("perplexity", "at init", "trained", "exact merge", "logits differ", "whole zero-points", "adapter lost")
+        ("perplexity", "at init", "trained", "exact merge", "logits differ", "whole zero-points", "moved by rounding")
     ]
     for bits in (0, *options.bits):
         with tempfile.TemporaryDirectory() as scratch:
@@ -127,7 +128,7 @@ def main() -> None:
                 measure(AutoModelForCausalLM.from_pretrained(report.folder, dtype=torch.float32))
                 for report in (exact, whole)
             )
-            merges.append((name, start, adapted, merged, f"{exact.difference:.1e}", rounded, f"{whole.lost:.1%}"))
+            merges.append((name, start, adapted, merged, f"{exact.difference:.1e}", rounded, f"{whole.lost:.2g}x"))
     print(f"\n{table(trainings)}\n\n{table(merges)}")
 
 

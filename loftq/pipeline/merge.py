@@ -20,7 +20,7 @@ from loftq.models.tasks import TASKS
 from loftq.pipeline.backbone import Backbone, open_backbone
 from loftq.pipeline.compare import logit_difference
 from loftq.pipeline.exports import fingerprint, kept_tensors, write_gguf, write_plain_lora
-from loftq.pipeline.merge_report import MergeReport
+from loftq.pipeline.merge_report import MergeReport, loss_text
 from loftq.pipeline.source import side_files
 from loftq.pipeline.staging import Staging, check_output, open_staging
 from loftq.pipeline.targets import Dense, Integers, Mlx, Pair, Rounded, Target
@@ -133,8 +133,8 @@ def _target(pair: Pair, to: str, allow_rounding: bool) -> tuple[Target, float | 
     lost = rounded.measure()
     if not allow_rounding:
         raise OptionError(
-            f"--to gptq has whole zero-points, which cannot hold the adapter: {lost:.1%} of it would be lost "
-            f"(measured on {pair.adapter.folder}). Use --to int, which holds it exactly, or add --allow-rounding"
+            f"--to gptq has whole zero-points, which cannot hold {pair.adapter.folder}. Measured on it, this would lose "
+            f"{loss_text(lost)}. Use --to int, which holds it exactly, or add --allow-rounding"
         )
     return rounded, lost
 

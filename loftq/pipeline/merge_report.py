@@ -35,7 +35,14 @@ class MergeReport:
         if self.difference is not None:
             rows.append(("logits", f"differ by {self.difference:.2g} of their norm from the adapter's on its backbone"))
         if self.lost is not None:
-            rows.append(("lost", f"{self.lost:.1%} of the adapter, by rounding zero-points"))
+            rows.append(("lost", loss_text(self.lost)))
         rows += [("time", f"{self.seconds:.1f} s"), *(("note", note) for note in self.notes)]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def loss_text(lost: float) -> str:
+    """How much of an adapter rounded zero-points lose, in words. Above 1, rounding moves weights further than it does."""
+    if lost < 1:
+        return f"{lost:.1%} of the adapter, by rounding zero-points"
+    return f"all of the adapter: rounding zero-points moves the weights {lost:.3g} times as far as it does"
