@@ -133,8 +133,8 @@ def _target(pair: Pair, to: str, allow_rounding: bool) -> tuple[Target, float | 
     lost = rounded.measure()
     if not allow_rounding:
         raise OptionError(
-            f"--to gptq has whole zero-points, which cannot hold {pair.adapter.folder}. Measured on it, this would lose "
-            f"{loss_text(lost)}. Use --to int, which holds it exactly, or add --allow-rounding"
+            f"--to gptq has whole zero-points, which cannot hold {pair.adapter.folder}: measured on it, this would "
+            f"lose {loss_text(lost)}. Use --to int, which holds it exactly, or add --allow-rounding"
         )
     return rounded, lost
 

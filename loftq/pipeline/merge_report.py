@@ -42,7 +42,7 @@ class MergeReport:
 
 
 def loss_text(lost: float) -> str:
-    """How much of an adapter rounded zero-points lose, in words. Above 1, rounding moves weights further than it does."""
+    """How much of an adapter rounded zero-points lose, in words. Above 1, rounding moves weights further than it."""
     if lost < 1:
         return f"{lost:.1%} of the adapter, by rounding zero-points"
     return f"all of the adapter: rounding zero-points moves the weights {lost:.3g} times as far as it does"

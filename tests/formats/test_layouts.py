@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -24,10 +26,20 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("format", "grid"), CASES, ids=str)
-def test_what_was_written_is_read(format: str, grid: Grid) -> None:
+ODD = [("loftq", replace(grid, block_size=8)) for name, grid in CASES if name == "loftq" and grid.block_size != ROW]
+EVERY = [
+    *((*case, (96, 320)) for case in CASES),
+    *((*case, (7, 40)) for case in ODD),
+    *((*case, (1, 8)) for case in ODD),
+    *((*case, (5, 24)) for case in CASES if case[0] != "gptq" and case[1].block_size == ROW),
+    *((*case, (32, 32)) for case in CASES if case[0] == "gptq"),
+]
+
+
+@pytest.mark.parametrize(("format", "grid", "shape"), EVERY, ids=str)
+def test_what_was_written_is_read(format: str, grid: Grid, shape: tuple[int, int]) -> None:
     """Oracle: the codes and scales before, bit for bit, and the quantizer's own decoding."""
-    layout, shape = LAYOUTS[format], (96, 320 if grid.block_size != 64 else 64)
+    layout = LAYOUTS[format]
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 0.2
     quantizer = grid.quantizer(shape[1], layout.SCALE_DTYPE)
     codes, scales = quantizer.quantize(weight)
@@ -50,5 +62,5 @@ def test_what_was_written_is_read(format: str, grid: Grid) -> None:
     if grid.codebook.startswith("int"):
         unpacked = AffineWeight.of(again, found, shape, grid.bits)
         torch.testing.assert_close(unpacked.decode(), decoded, rtol=1e-6, atol=1e-7)
-        biased = unpacked.codes.view(96, -1, unpacked.group_size) * unpacked.scales.unsqueeze(2)
+        biased = unpacked.codes.view(shape[0], -1, unpacked.group_size) * unpacked.scales.unsqueeze(2)
         torch.testing.assert_close((biased + unpacked.biases.unsqueeze(2)).view(shape), decoded, rtol=1e-4, atol=1e-5)
