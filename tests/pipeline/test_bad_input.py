@@ -102,7 +102,10 @@ OPTIONS: list[tuple[list[object], list[str]]] = [
     (["--group-size", 32], ["--group-size 32", "--quant-type int"]),
     (["--zero-point", "float"], ["--zero-point float", "--quant-type int"]),
     (["--quant-type", "int", "--block-size", 32], ["--block-size 32", "--group-size"]),
-    (["--quant-type", "int", "--zero-point", "none"], ["unknown zero-point 'none'", "float, integer, symmetric"]),
+    (
+        ["--quant-type", "int", "--zero-point", "none"],
+        ["unknown zero-point 'none'", "float, float32, integer, symmetric"],
+    ),
     (["--quant-type", "int", "--group-size", 48], ["group size 48", "known: -1, 16, 32"]),
     (["--quant-type", "int", "--group-size", 256], ["--group-size 256 does not divide", "use --group-size 64"]),
     (["--quant-type", "int", "--zero-point", "float", "--format", "gptq"], ["float zero-points", "--format loftq"]),

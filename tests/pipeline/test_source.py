@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 import loftq
 from loftq.errors import SourceError
-from loftq.pipeline.source import find_source, zoo_default
+from loftq.pipeline.source import find_source, side_files, zoo_default
 
 FAST = ("--rank", "4", "--iter", "1", "--quiet")
 TOKEN = "hf_TheTokenThatOpensIt"
@@ -133,7 +133,7 @@ def test_code_is_downloaded_only_where_it_is_trusted(
     hub.add("user/model", folder)
     source = find_source("user/model", trust_remote_code=trusted)
     assert asked_for(hub, ".py") == expected
-    assert [path.name for path in source.side_files(code=trusted) if path.suffix == ".py"] == expected
+    assert [path.name for path in side_files(source.folder, code=trusted) if path.suffix == ".py"] == expected
 
 
 @pytest.mark.parametrize("shape", ["pico", "pico_sharded"])
