@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import click
+from transformers.utils.logging import disable_progress_bar
 
 from loftq.pipeline.merge import TARGETS
 from loftq.pipeline.merge import merge as run
@@ -42,5 +43,7 @@ def merge(folder: str, as_json: bool, debug: bool, no_check: bool, **options: An
     the original weights it would count the rounding error twice.
     """
     del debug  # read by main
+    if options["quiet"]:
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own, when it loads the models to compare
     report = run(folder, check=not no_check, **options)
     click.echo(json.dumps(report.to_dict()) if as_json else report.table())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class MergeReport:
 
 def loss_text(lost: float) -> str:
     """How much of an adapter rounded zero-points lose, in words. Above 1, rounding moves weights further than it."""
+    if math.isinf(lost):
+        return "what the backbone's zero-points say: the adapter adds nothing yet, and rounding moves the weights"
     if lost < 1:
         return f"{lost:.1%} of the adapter, by rounding zero-points"
     return f"all of the adapter: rounding zero-points moves the weights {lost:.3g} times as far as it does"

@@ -322,7 +322,8 @@ def _notes(plan: Plan, found: Linears, names: NameMap) -> Iterator[str]:
     if not plan.stock:
         odd = {type(plan.model.get_submodule(layer.module)).__name__ for layer in plan.layers} - {"Linear", "Conv1D"}
         what = f"{', '.join(sorted(odd))} quantized" if odd else ", ".join(sorted(set(plan.codebooks.values())))
-        yield (f"stock transformers cannot load {what}: import loftq before from_pretrained, or use loftq.load_qlora")
+        loader = "load_qlora" if plan.recipe.adapter == "lora" else "load_qalora"
+        yield f"stock transformers cannot load {what}: import loftq before from_pretrained, or use loftq.{loader}"
     if plan.format == "gptq":
         yield "stock transformers need gptqmodel and optimum to load GPTQ: without them, import loftq before"
     if plan.expert_bytes:

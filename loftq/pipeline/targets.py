@@ -237,15 +237,18 @@ class Rounded:
         before = torch.zeros_like(wanted) if scales.shifts is None else scales.shifts
         block = grid.block(self.pair.backbone.shapes[module][1])
         lost, whole = scales.values * (half - zeros) - wanted, wanted - before
-        self._squares[module] = tuple(block * float(each.double().square().sum()) for each in (lost, whole))  # type: ignore[assignment]
+        self._squares[module] = (block * _squared(lost), block * _squared(whole))
         return zeros.to(torch.uint8)
 
     def measure(self) -> float:
-        """The share of the adapter that whole zero-points lose, over all linears: of Frobenius norms."""
+        """The share of the adapter that whole zero-points lose, over all linears: of Frobenius norms.
+
+        Infinite where the adapter adds nothing and rounding alone moves the weights.
+        """
         for module in self.pair.backbone.grids:
             self.zeros(module, self.pair.backbone.read(module)[1])
         lost, whole = (sum(squares) for squares in zip(*self._squares.values(), strict=True))
-        return math.sqrt(lost / whole) if whole else 0.0
+        return math.sqrt(lost / whole) if whole else math.inf if lost else 0.0
 
     def specs(self, module: str) -> list[TensorSpec]:
         """The tensors of one linear."""
@@ -265,3 +268,7 @@ class Rounded:
         grid = self.grid(next(iter(codebooks)))
         entry = gptq.quantization_config(grid, backbone.dtype, (), codebooks, list(codebooks))
         return {**backbone.config, "quantization_config": entry}
+
+
+def _squared(values: torch.Tensor) -> float:
+    return float(values.double().square().sum())

@@ -174,6 +174,11 @@ def test_rounding_the_zero_points_is_refused_with_what_it_would_lose(pooled: tup
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_that_adds_nothing_yet_is_no_measure(pooled: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="the adapter adds nothing yet, and rounding moves the weights"):
+        loftq.merge(pooled[0], to="gptq", output=tmp_path / "out", quiet=True)
+
+
 def test_rounding_the_zero_points_where_it_is_allowed(tmp_path: Path) -> None:
     """Oracle: numpy's reading of both folders, in float64."""
     source = save_model(pico_llama(), tmp_path / "source")
