@@ -34,6 +34,7 @@ TARGETS = {
     "lora": "a QA-LoRA adapter as a plain LoRA, for any LoRA server",
 }
 _TOLERANCE = {"int": 1e-3, "bf16": 0.1}  # of the logits' norm; 16-bit weights and LLM.int8's activations round
+_HEAD_TOLERANCE = 0.02  # a head is trained in float32, and stored in the model's 16 bits
 _KNOWN = {"use_dora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}
 
 
@@ -79,7 +80,7 @@ def merge(
             _finish(pair, target, shards, staging, to)
             if check and to != "mlx":  # which mlx alone runs
                 difference = logit_difference(pair, staging.folder)
-                _refuse_difference(difference, to, staging)
+                _refuse_difference(difference, _limit(pair, to), staging)
         nbytes = sum(shard.nbytes for shard in shards)
         staging.publish()
     layers, seconds = len(pair.adapter.modules), time.perf_counter() - started
@@ -233,8 +234,13 @@ A quantized backbone and its trained {pair.adapter.kind} adapter in one model, b
 """
 
 
-def _refuse_difference(difference: float | None, to: str, staging: Staging) -> None:
+def _limit(pair: Pair, to: str) -> float | None:
+    """How far logits may move, of their norm; None where they are known to."""
     limit = _TOLERANCE.get(to)
+    return limit if limit is None or not pair.adapter.saved else max(limit, _HEAD_TOLERANCE)
+
+
+def _refuse_difference(difference: float | None, limit: float | None, staging: Staging) -> None:
     if difference is not None and limit is not None and not difference <= limit:
         shutil.rmtree(staging.folder)
         if not any(staging.output.iterdir()):

@@ -104,6 +104,28 @@ def test_the_exact_merge(bits: int, extra: dict[str, Any], pico: Path, tmp_path:
     assert (logits_of(half) - wanted).norm() < 0.03 * wanted.norm()
 
 
+@pytest.mark.parametrize(
+    ("name", "task", "close"),
+    [
+        ("gpt2", "causal-lm", 1e-5),
+        ("t5", "seq2seq-lm", 1e-4),
+        ("falcon", "causal-lm", 1e-5),
+        ("mixtral", "causal-lm", 1e-5),
+        ("bert", "sequence-classification", 0.01),  # its head is stored in 16 bits
+    ],
+)
+def test_the_exact_merge_of_every_kind(name: str, task: str, close: float, tmp_path: Path) -> None:
+    """Oracle: the outputs with the adapter on its backbone."""
+    folder = make(save_pico(name, task, tmp_path / "source"), tmp_path / "folder", **QALORA)
+    trained = train(folder, tmp_path / "trained", loftq.load_qalora)
+    assert merge(folder, trained, tmp_path / "out", to="int").difference < close
+    adapted = loftq.load_qalora(folder, trained, dtype=torch.float32, is_trainable=False)
+    merged = auto_class(TASKS[task]).from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        wanted, found = output_of(adapted.eval(), merged), output_of(merged.eval())
+    assert (found - wanted).norm() < close * wanted.norm()
+
+
 CASES = [
     ("llama", "causal-lm", {**QLORA}),
     ("llama", "causal-lm", {**QLORA, "double_quant": True}),
