@@ -29,7 +29,7 @@ import torch
 from loftq.core import affine_kernels as kernels
 from loftq.core import chunks
 from loftq.core.codebooks import INTEGERS, codebook
-from loftq.core.packing import single
+from loftq.core.packing import paired, single
 from loftq.core.scales import Scales, stored_scales
 from loftq.errors import OptionError, UnknownNameError
 
@@ -40,6 +40,12 @@ ZERO_POINTS = {
     "float32": "anywhere, in 32 bits: what a merge leaves",
 }
 FLOATING = {"float": torch.float16, "float32": torch.float32}  # with the dtype of their shifts
+
+
+def shifts_of(zeros: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """The float32 shifts that whole zero-points stand for under float32 scales."""
+    steps: torch.Tensor = 2 ** (bits - 1) - zeros.float()
+    return scales * steps
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class AffineQuantizer:
         scales = self._stored((high - low) / (2 * half - 1))
         if self.zero_point == "integer":
             zeros = (-low / _nonzero(scales.values)).round_().clamp_(0, 2 * half - 1)
-            return replace(scales, shifts=scales.values * (half - zeros), zeros=zeros.to(torch.uint8))
+            return replace(scales, shifts=shifts_of(zeros, scales.values, self.bits), zeros=zeros.to(torch.uint8))
         return replace(scales, shifts=self._shift((low + high + scales.values).div_(2)))
 
     def refit(self, weight: torch.Tensor, scales: Scales) -> Scales:
@@ -110,8 +116,7 @@ class AffineQuantizer:
         slopes = torch.where((spread > 0) & (slopes > 0), slopes, scales.values.double())
         found = self._stored(slopes.float())
         if scales.zeros is not None:
-            steps = 2 ** (self.bits - 1) - scales.zeros.float()
-            return replace(found, shifts=found.values * steps, zeros=scales.zeros)
+            return replace(found, shifts=shifts_of(scales.zeros, found.values, self.bits), zeros=scales.zeros)
         if self.zero_point in FLOATING:
             return replace(found, shifts=self._shift((values - found.values.double() * levels).float() / count))
         return found
@@ -119,7 +124,7 @@ class AffineQuantizer:
     def _moments(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Sums over each group of levels, their squares, values, and levels times values: float32 (4, groups)."""
         if chunks.on_cpu(weight):
-            return kernels.moments(weight, scales.values, self._shifts(scales), self.bits, self.block_size)
+            return kernels.moments(weight, scales.values, scales.offsets, self.bits, self.block_size)
         parts = []
         for values, scale, shift in self._chunks(weight, scales):
             grouped = values.view(-1, self.block_size)
@@ -131,13 +136,12 @@ class AffineQuantizer:
     def encode(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Codes under given scales: uint8 (numel,), or (numel / 2,) where two share a byte."""
         if chunks.on_cpu(weight):
-            return kernels.encode(weight, scales.values, self._shifts(scales), self.bits, self.block_size)
+            return kernels.encode(weight, scales.values, scales.offsets, self.bits, self.block_size)
         half = 2 ** (self.bits - 1)
         parts = []
         for values, scale, shift in self._chunks(weight, scales):
             codes = (self._round(values, scale, shift) + half).to(torch.uint8)
-            pairs = codes.view(-1, 2)
-            parts.append((pairs[:, 0] << 4) | pairs[:, 1] if self.bits <= 4 else codes.view(-1))
+            parts.append(paired(codes.view(-1), self.bits))
         return torch.cat(parts)
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, Scales]:
@@ -168,8 +172,7 @@ class AffineQuantizer:
         """
         scales = scales or self.scales(weight, correction)
         if chunks.on_cpu(weight):
-            shifts = self._shifts(scales)
-            return kernels.residual(weight, correction, out, scales.values, shifts, self.bits, self.block_size)
+            return kernels.residual(weight, correction, out, scales.values, scales.offsets, self.bits, self.block_size)
         target = weight if correction is None else weight - correction
         rounded = (
             self._round(values, scale, shift) * scale.unsqueeze(1) + shift.unsqueeze(1)
@@ -186,10 +189,6 @@ class AffineQuantizer:
     def _stored(self, exact: torch.Tensor) -> Scales:
         return stored_scales(exact, self.scale_dtype, self.double_quant)
 
-    @staticmethod
-    def _shifts(scales: Scales) -> torch.Tensor:
-        return torch.zeros_like(scales.values) if scales.shifts is None else scales.shifts
-
     @property
     def _step(self) -> int:
         return chunks.step(self.block_size)
@@ -197,7 +196,7 @@ class AffineQuantizer:
     def _chunks(self, weight: torch.Tensor, scales: Scales) -> zip[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         groups = self._step // self.block_size
         values = torch.split(weight.view(-1), self._step)
-        return zip(values, torch.split(scales.values, groups), torch.split(self._shifts(scales), groups), strict=True)
+        return zip(values, torch.split(scales.values, groups), torch.split(scales.offsets, groups), strict=True)
 
     def _round(self, values: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """The nearest levels: float32 (groups, block_size)."""
@@ -222,8 +221,8 @@ class AffineWeight:
     def of(cls, codes: torch.Tensor, scales: Scales, shape: Sequence[int], bits: int) -> AffineWeight:
         """From codes as the solver leaves them, and scales."""
         rows, columns = shape
-        shifts = torch.zeros_like(scales.values) if scales.shifts is None else scales.shifts
-        return cls(single(codes, bits).view(rows, columns), scales.values.view(rows, -1), shifts.view(rows, -1), bits)
+        values, shifts = scales.values.view(rows, -1), scales.offsets.view(rows, -1)
+        return cls(single(codes, bits).view(rows, columns), values, shifts, bits)
 
     @property
     def group_size(self) -> int:

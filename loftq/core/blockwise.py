@@ -20,6 +20,7 @@ import torch
 
 from loftq.core import chunks, kernels
 from loftq.core.codebooks import NORMAL_FLOATS, codebook
+from loftq.core.packing import paired
 from loftq.core.scales import Scales, stored_scales
 from loftq.errors import OptionError, UnknownNameError
 
@@ -78,8 +79,7 @@ class BlockQuantizer:
             return codes
         parts = []
         for values, scale in self._chunks(weight, scales.values):
-            pairs = self._codes(values, scale).to(torch.uint8).view(-1, 2)
-            parts.append((pairs[:, 0] << 4) | pairs[:, 1])
+            parts.append(paired(self._codes(values, scale).to(torch.uint8), NORMAL_FLOATS[self.codebook]))
         return torch.cat(parts)
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, Scales]:

@@ -57,10 +57,15 @@ def plain_lora(a: torch.Tensor, pool: int) -> torch.Tensor:
 
 def merge(weight: AffineWeight, pooled: torch.Tensor) -> AffineWeight:
     """The weight with C (out, L) in its shifts, codes and scales as they are. A pool must be whole groups."""
-    groups, pools = weight.shifts.shape[1], pooled.shape[1]
+    return replace(weight, shifts=merge_shifts(weight.shifts, pooled))
+
+
+def merge_shifts(shifts: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+    """Shifts (out, groups) with C (out, L) in them."""
+    groups, pools = shifts.shape[1], pooled.shape[1]
     if groups % pools:
         raise OptionError(f"{pools} pools are not made of whole groups, of which there are {groups}")
-    return replace(weight, shifts=weight.shifts + spread(pooled.to(weight.shifts.dtype), groups // pools))
+    return shifts + spread(pooled.to(shifts.dtype), groups // pools)
 
 
 def solve(

@@ -44,6 +44,11 @@ class Scales:
     shifts: torch.Tensor | None = None
     zeros: torch.Tensor | None = None
 
+    @property
+    def offsets(self) -> torch.Tensor:
+        """The shifts; zeros where there are none."""
+        return torch.zeros_like(self.values) if self.shifts is None else self.shifts
+
 
 Solved = tuple[torch.Tensor, Scales]  # a weight's codes, as the solver leaves them, and its scales
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +131,13 @@ class Adapter:
         """The factor before B·A."""
         return scaling(self.config["lora_alpha"], self.config["r"], bool(self.config.get("use_rslora")))
 
-    @property
+    @cached_property
     def modules(self) -> list[str]:
         """The modules that have factors, by their names in the model."""
         end = ".lora_A.weight"
         return [name.removeprefix(_PREFIX).removesuffix(end) for name in self.shapes if name.endswith(end)]
 
-    @property
+    @cached_property
     def saved(self) -> dict[str, str]:
         """Parameters that are saved whole beside the factors, a head's: their names in the model, and in the file."""
         return {name.removeprefix(_PREFIX): name for name in self.shapes if ".lora_" not in name}

@@ -41,6 +41,12 @@ DTYPES = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
+def dtype_of(config: Mapping[str, object]) -> torch.dtype:
+    """In which a model computes, by its `config.json`: float16 where it does not say."""
+    found: torch.dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float16"))
+    return found
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """What a header says of a tensor."""

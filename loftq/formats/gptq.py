@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from loftq.core.affine import FLOATING
+from loftq.core.affine import FLOATING, shifts_of
 from loftq.core.codebooks import INTEGERS
 from loftq.core.grid import ROW, Grid
 from loftq.core.packing import pack, paired, single, unpack
@@ -80,11 +80,11 @@ def read(module: str, shape: Sequence[int], grid: Grid, tensor: Callable[[str], 
     """The inverse of `tensors`: codes as the solver leaves them, and scales. `less` is 1 for version 1."""
     rows, columns = shape
     codes = unpack(read_stream(tensor(f"{module}.qweight")), grid.bits, rows * columns)
-    scales, qzeros = tensor(f"{module}.scales"), tensor(f"{module}.qzeros")
-    values, shifts = read_scales(scales, qzeros, grid.bits, less)
-    zeros = unpack(qzeros.contiguous().view(-1).view(torch.uint8), grid.bits, scales.numel()) + less
-    zeros = zeros.view(scales.shape).t().reshape(-1)
-    return paired(codes, grid.bits), Scales(values, None, shifts, zeros)
+    scales = tensor(f"{module}.scales")
+    zeros = _read_zeros(tensor(f"{module}.qzeros"), scales.shape, grid.bits, less)
+    values = _by_rows(scales)
+    shifts = shifts_of(zeros, values, grid.bits)
+    return paired(codes, grid.bits), Scales(values, None, shifts, zeros.to(torch.uint8))
 
 
 def read_stream(qweight: torch.Tensor) -> torch.Tensor:
@@ -96,10 +96,29 @@ def read_scales(
     scales: torch.Tensor, qzeros: torch.Tensor, bits: int, less: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and shift of each group, row-major: float32 (out · in / group,) each. `less` is 1 for version 1."""
-    zeros = unpack(qzeros.contiguous().view(-1).view(torch.uint8), bits, scales.numel()).view(scales.shape)
-    values = scales.t().to(torch.float32, copy=True).contiguous()
-    shifts = values * (2 ** (bits - 1) - less - zeros.t().float())
-    return values.view(-1), shifts.view(-1)
+    values = _by_rows(scales)
+    return values, shifts_of(_read_zeros(qzeros, scales.shape, bits, less), values, bits)
+
+
+def _by_rows(scales: torch.Tensor) -> torch.Tensor:
+    """Scales (groups, out) as a new float32 (out · groups,)."""
+    return scales.t().to(torch.float32, copy=True).contiguous().view(-1)
+
+
+def _read_zeros(qzeros: torch.Tensor, shape: Sequence[int], bits: int, less: int) -> torch.Tensor:
+    """Zero-points (groups, out) row-major: int16 (out · groups,), which has room for version 1's 256."""
+    groups, rows = shape
+    zeros = unpack(qzeros.contiguous().view(-1).view(torch.uint8), bits, groups * rows)
+    return zeros.view(groups, rows).t().reshape(-1).short() + less
+
+
+def scatter(
+    codes: torch.Tensor, scales: torch.Tensor, shifts: torch.Tensor, g_idx: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """A weight float32 (rows, in) of codes (rows, in) whose inputs say which of the (rows, groups) they are of."""
+    groups = g_idx.long()
+    levels: torch.Tensor = codes.float() - 2 ** (bits - 1)
+    return levels * scales[:, groups] + shifts[:, groups]
 
 
 def is_gptq(folder: Path) -> bool:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from loftq.core.affine import FLOATING, ZERO_POINTS
+from loftq.core.affine import FLOATING, ZERO_POINTS, shifts_of
 from loftq.core.codebooks import CODEBOOKS, INTEGERS
 from loftq.core.grid import ROW, Grid
 from loftq.core.packing import pack, packed_size, paired, single, unpack
@@ -99,7 +99,7 @@ def read(module: str, shape: Sequence[int], grid: Grid, tensor: Callable[[str], 
     zeros = shifts = None
     if "weight_zeros" in stored:
         zeros = unpack(stored["weight_zeros"], grid.bits, len(values))
-        shifts = read_zeros(stored["weight_zeros"], values, grid.bits)
+        shifts = shifts_of(zeros, values, grid.bits)
     elif "weight_shifts" in stored:
         shifts = stored["weight_shifts"].float()
     return codes, Scales(values, nested, shifts, zeros)
@@ -116,8 +116,7 @@ def read_scales(
 
 def read_zeros(zeros: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
     """The float32 shifts that packed zero-points stand for under float32 scales."""
-    steps: torch.Tensor = 2 ** (bits - 1) - unpack(zeros, bits, len(scales)).float()
-    return scales * steps
+    return shifts_of(unpack(zeros, bits, len(scales)), scales, bits)
 
 
 def quantization_config(

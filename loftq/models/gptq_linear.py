@@ -48,10 +48,8 @@ def _gptq_scattered(
     codes: torch.Tensor, scales: torch.Tensor, shifts: torch.Tensor, g_idx: torch.Tensor, bits: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """A weight (rows, columns) whose inputs say which group they are of, from a stream and (rows, groups)."""
-    rows, columns, groups = scales.shape[0], len(g_idx), g_idx.long()
-    levels = unpack(codes, bits, rows * columns).view(rows, columns).float() - 2 ** (bits - 1)
-    found: torch.Tensor = levels * scales[:, groups] + shifts[:, groups]
-    return found.to(dtype)
+    rows, columns = scales.shape[0], len(g_idx)
+    return gptq.scatter(unpack(codes, bits, rows * columns).view(rows, columns), scales, shifts, g_idx, bits).to(dtype)
 
 
 @_gptq_scattered.register_fake

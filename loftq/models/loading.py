@@ -18,6 +18,7 @@ from loftq.errors import ArtifactError, OptionError, UnknownNameError
 from loftq.formats import gptq
 from loftq.formats.adapter import Adapter, keys, open_adapter, target_names
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
+from loftq.formats.checkpoint import dtype_of
 from loftq.models.tasks import TASKS, auto_class
 
 if TYPE_CHECKING:
@@ -125,8 +126,7 @@ def load_base(
     """The backbone of an artifact, or of somebody else's folder, ready to train an adapter on."""
     if isinstance(source, Path):
         folder, task, heads = source, TASKS["causal-lm"], ()
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        stored: torch.dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float16")
+        stored = dtype_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     else:
         folder, task = source.folder, TASKS[source.manifest["source"].get("task", "causal-lm")]
         heads = open_adapter(source.adapter).config["modules_to_save"] or ()

@@ -18,7 +18,7 @@ from loftq.core.scales import Solved
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats import gptq
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
-from loftq.formats.checkpoint import Checkpoint, read_checkpoint
+from loftq.formats.checkpoint import Checkpoint, dtype_of, read_checkpoint
 from loftq.formats.layouts import LAYOUTS
 
 CAUSAL_LM = "causal-lm"
@@ -52,8 +52,13 @@ class Backbone:
     @property
     def dtype(self) -> torch.dtype:
         """In which it computes."""
-        found: torch.dtype = getattr(torch, self.config.get("dtype") or self.config.get("torch_dtype") or "float16")
-        return found
+        return dtype_of(self.config)
+
+    @property
+    def kinds(self) -> list[tuple[int, int]]:
+        """The widths and group sizes that its linears have, each pair once."""
+        found = ((grid.bits, grid.block(self.shapes[module][1])) for module, grid in self.grids.items())
+        return list(dict.fromkeys(found))
 
     @cached_property
     def owners(self) -> dict[str, str]:
@@ -78,13 +83,9 @@ class Backbone:
     def dense(self, module: str) -> torch.Tensor:
         """What a module's codes stand for: float32 (out, in)."""
         shape, grid = torch.Size(self.shapes[module]), self.grids[module]
-        if self.format == "gptq":
-            g_idx = self.checkpoint.read(f"{module}.g_idx")
-            if not gptq.is_ordered(g_idx, grid.block(shape[1])):
-                weight = self.affine(module)
-                groups = g_idx.long()
-                levels = weight.codes.float().sub_(2 ** (grid.bits - 1))
-                return levels.mul_(weight.scales[:, groups]).add_(weight.shifts[:, groups])
+        if not self._ordered(module):
+            weight, g_idx = self.affine(module), self.checkpoint.read(f"{module}.g_idx")
+            return gptq.scatter(weight.codes, weight.scales, weight.shifts, g_idx, grid.bits)
         return grid.quantizer(shape[1]).decode(*self.read(module), shape)
 
     def require_zero_points(self) -> None:
@@ -95,14 +96,19 @@ class Backbone:
                     f"{self.folder} has no zero-points to merge into ({module} is {grid}): requantize with "
                     "`loftq quantize --adapter qalora`, or merge with --to bf16"
                 )
-            if self.format == "gptq":
-                g_idx = self.checkpoint.read(f"{module}.g_idx")
-                if not gptq.is_ordered(g_idx, grid.block(self.shapes[module][1])):
-                    raise OptionError(
-                        f"{self.folder} is an act-order checkpoint: the groups of {module} are not of consecutive "
-                        "inputs, so that no pool is made of whole groups: merge with --to bf16, or requantize with "
-                        "`loftq quantize --adapter qalora`"
-                    )
+            if not self._ordered(module):
+                raise OptionError(
+                    f"{self.folder} is an act-order checkpoint: the groups of {module} are not of consecutive "
+                    "inputs, so that no pool is made of whole groups: merge with --to bf16, or requantize with "
+                    "`loftq quantize --adapter qalora`"
+                )
+
+    def _ordered(self, module: str) -> bool:
+        """Whether groups are of consecutive inputs."""
+        if self.format != "gptq":
+            return True
+        block = self.grids[module].block(self.shapes[module][1])
+        return gptq.is_ordered(self.checkpoint.read(f"{module}.g_idx"), block)
 
 
 def open_backbone(folder: Path) -> Backbone:

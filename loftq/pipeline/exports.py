@@ -73,8 +73,8 @@ def write_gguf(
     """One file that llama.cpp runs, with the tokenizer in it."""
     backbone = pair.backbone
     pair.require_pools()
-    for module, grid in backbone.grids.items():
-        gguf_q4_1.check(backbone.config, grid.bits, grid.block(backbone.shapes[module][1]))
+    for bits, block in backbone.kinds:
+        gguf_q4_1.check(backbone.config, bits, block)
     kept = kept_tensors(pair)
     bar = tqdm(total=len(kept) + len(backbone.grids), disable=quiet, dynamic_ncols=True)
 

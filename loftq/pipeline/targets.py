@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 
 from loftq.core import pooled
-from loftq.core.affine import AffineWeight
+from loftq.core.affine import AffineWeight, shifts_of
 from loftq.core.grid import Grid
 from loftq.core.scales import Scales
 from loftq.errors import OptionError
@@ -48,12 +48,10 @@ class Pair:
 
     def shifts(self, module: str, scales: Scales) -> torch.Tensor:
         """The shifts of a module's groups with the adapter in them: float32 (groups,)."""
-        before = torch.zeros_like(scales.values) if scales.shifts is None else scales.shifts
         added = self.product(module)
         if added is None:
-            return before
-        groups = len(before) // len(added)
-        return before + pooled.spread(added, groups // added.shape[1]).reshape(-1)
+            return scales.offsets
+        return pooled.merge_shifts(scales.offsets.view(len(added), -1), added).view(-1)
 
     def affine(self, module: str) -> AffineWeight:
         """A module's integers with the adapter in their shifts."""
@@ -179,8 +177,8 @@ class Mlx:
 
     def check(self) -> None:
         """Raise OptionError where MLX cannot hold the backbone."""
-        for module, grid in self.pair.backbone.grids.items():
-            mlx.check(grid.bits, grid.block(self.pair.backbone.shapes[module][1]))
+        for bits, block in self.pair.backbone.kinds:
+            mlx.check(bits, block)
 
     def grid(self, _module: str) -> None:
         """None: nothing is quantized in a format that loftq reads."""
@@ -203,13 +201,12 @@ class Mlx:
         return mlx.config(self.pair.backbone.config, bits, next(iter(grids.values())).block_size, others)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rounded:
-    """GPTQ: zero-points rounded to whole numbers, and most of the adapter with them. Counts what is lost."""
+    """GPTQ: zero-points rounded to whole numbers, and most of the adapter with them."""
 
     pair: Pair
     format: str = "gptq"
-    _squares: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def grid(self, module: str) -> Grid:
         """The backbone's, with whole zero-points."""
@@ -228,16 +225,11 @@ class Rounded:
                     f"--to gptq: {module} ({rows} x {columns}): {problem.partition(': use')[0]}: use --to int"
                 )
 
-    def zeros(self, module: str, scales: Scales) -> torch.Tensor:
-        """Whole zero-points, the nearest to the merged shifts: uint8 (groups,)."""
-        grid, wanted = self.grid(module), self.pair.shifts(module, scales)
-        half = 2 ** (grid.bits - 1)
+    def zeros(self, module: str, scales: Scales, wanted: torch.Tensor) -> torch.Tensor:
+        """Whole zero-points, the nearest to wanted shifts: uint8 (groups,)."""
+        half = 2 ** (self.grid(module).bits - 1)
         steps = torch.where(scales.values > 0, wanted / scales.values, 0)
         zeros: torch.Tensor = (half - steps).round_().clamp_(0, 2 * half - 1)
-        before = torch.zeros_like(wanted) if scales.shifts is None else scales.shifts
-        block = grid.block(self.pair.backbone.shapes[module][1])
-        lost, whole = scales.values * (half - zeros) - wanted, wanted - before
-        self._squares[module] = (block * _squared(lost), block * _squared(whole))
         return zeros.to(torch.uint8)
 
     def measure(self) -> float:
@@ -245,9 +237,14 @@ class Rounded:
 
         Infinite where the adapter adds nothing and rounding alone moves the weights.
         """
-        for module in self.pair.backbone.grids:
-            self.zeros(module, self.pair.backbone.read(module)[1])
-        lost, whole = (sum(squares) for squares in zip(*self._squares.values(), strict=True))
+        lost = whole = 0.0
+        for module, grid in self.pair.backbone.grids.items():
+            _, scales = self.pair.backbone.read(module)
+            wanted = self.pair.shifts(module, scales)
+            found = shifts_of(self.zeros(module, scales, wanted), scales.values, grid.bits)
+            block = grid.block(self.pair.backbone.shapes[module][1])
+            lost += block * _squared(found - wanted)
+            whole += block * _squared(wanted - scales.offsets)
         return math.sqrt(lost / whole) if whole else math.inf if lost else 0.0
 
     def specs(self, module: str) -> list[TensorSpec]:
@@ -258,7 +255,8 @@ class Rounded:
         """Their values."""
         backbone = self.pair.backbone
         codes, scales = backbone.read(module)
-        rounded = Scales(scales.values, zeros=self.zeros(module, scales))
+        zeros = self.zeros(module, scales, self.pair.shifts(module, scales))
+        rounded = Scales(scales.values, zeros=zeros)
         return gptq.tensors(module, backbone.shapes[module], self.grid(module), backbone.dtype, codes, rounded)
 
     def config(self) -> dict[str, Any]:
