@@ -26,7 +26,7 @@ Examples:
 @click.argument("model", required=False)
 @click.option("--model-name-or-path", metavar="MODEL", help="The same as MODEL.")
 @click.option("--bits", type=float, default=Recipe.bits, show_default=True, help="2, 3, 4, 8, or a budget between.")
-@click.option("--quant-type", help="nf (NormalFloat) or int.  [default: nf up to 4 bits, int above]")
+@click.option("--quant-type", help="nf (NormalFloat) or int.  [default: nf up to 4 bits; int above, and for qalora]")
 @click.option(
     "--allocation",
     help="Where the bits go: first (first layers 4, rest 2), or auto (least error; default for 2.5 etc.).",
@@ -40,7 +40,9 @@ Examples:
 @click.option("--dropout", type=float, default=Recipe.dropout, show_default=True, help="LoRA dropout.")
 @click.option("--block-size", type=int, help="Weights a scale of nf.  [default: 64]")
 @click.option("--group-size", type=int, help="Weights a scale of int; -1: a row.  [default: 64; at 8 bits a row]")
-@click.option("--zero-point", help="Of int: symmetric, integer or float.  [default: integer; at 8 bits symmetric]")
+@click.option(
+    "--zero-point", help="Of int: symmetric, integer, float.  [default: integer; 8 bits: symmetric; qalora: float]"
+)
 @click.option("--double-quant", is_flag=True, help="Store the scales in 8 bits.")
 @click.option(
     "--format", help="bitsandbytes (nf4, int8), gptq (integers) or loftq (all).  [default: the first that holds it]"
