@@ -81,18 +81,31 @@ class AffineQuantizer:
 
     def scales(self, weight: torch.Tensor, correction: torch.Tensor | None = None) -> Scales:
         """Scales and zero-points of the groups of `weight - correction`, as they will be read back."""
+        return self.covering(self.extent(weight, correction))
+
+    def extent(self, weight: torch.Tensor, correction: torch.Tensor | None = None) -> torch.Tensor:
+        """The least and the largest value in each group of `weight - correction`: float32 (2, groups)."""
         if chunks.on_cpu(weight):
-            low, high = kernels.ranges(weight, correction, self.block_size)
-        else:
-            target = weight if correction is None else weight - correction
-            low, high = target.view(-1, self.block_size).aminmax(dim=1)
+            return torch.stack(kernels.ranges(weight, correction, self.block_size))
+        target = weight if correction is None else weight - correction
+        return torch.stack(target.view(-1, self.block_size).aminmax(dim=1))
+
+    def covering(self, extent: torch.Tensor, factor: torch.Tensor | float = 1.0, *, nested: bool = True) -> Scales:
+        """Scales and zero-points whose grid spans `factor` of an extent, doubly quantized if `nested` and asked.
+
+        The extent shrinks towards zero; where zero-points float, towards its middle.
+        """
+        low, high = extent
         half = 2 ** (self.bits - 1)
         if self.zero_point == "symmetric":
             reach = 127 if self.bits == 8 else half - 0.5
-            return self._stored(torch.maximum(-low, high) / reach)
+            return self._stored(torch.maximum(-low, high) * factor / reach, nested)
         if self.zero_point == "integer":
-            low, high = low.clamp(max=0), high.clamp(min=0)
-        scales = self._stored((high - low) / (2 * half - 1))
+            low, high = low.clamp(max=0) * factor, high.clamp(min=0) * factor
+        else:
+            inset = (high - low) * ((1 - factor) / 2)
+            low, high = low + inset, high - inset
+        scales = self._stored((high - low) / (2 * half - 1), nested)
         if self.zero_point == "integer":
             zeros = (-low / _nonzero(scales.values)).round_().clamp_(0, 2 * half - 1)
             return replace(scales, shifts=shifts_of(zeros, scales.values, self.bits), zeros=zeros.to(torch.uint8))
@@ -114,12 +127,23 @@ class AffineQuantizer:
             spread = squares - 2 * origin * levels + count * origin.square()
             slopes = (products - origin * values) / spread
         slopes = torch.where((spread > 0) & (slopes > 0), slopes, scales.values.double())
-        found = self._stored(slopes.float())
-        if scales.zeros is not None:
-            return replace(found, shifts=shifts_of(scales.zeros, found.values, self.bits), zeros=scales.zeros)
+        found = self.fitted(slopes, None, scales)
         if self.zero_point in FLOATING:
             return replace(found, shifts=self._shift((values - found.values.double() * levels).float() / count))
         return found
+
+    def fitted(self, slopes: torch.Tensor, shifts: torch.Tensor | None, before: Scales) -> Scales:
+        """Scales, and floating shifts where there are some, as stored; those `before` where a slope is not above zero.
+
+        Whole zero-points stay as they are.
+        """
+        usable = torch.isfinite(slopes) & (slopes > 0)
+        found = self._stored(torch.where(usable, slopes, before.values).float())
+        if before.zeros is not None:
+            return replace(found, shifts=shifts_of(before.zeros, found.values, self.bits), zeros=before.zeros)
+        if shifts is None:
+            return found
+        return replace(found, shifts=self._shift(torch.where(usable, shifts, before.offsets).float()))
 
     def _moments(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Sums over each group of levels, their squares, values, and levels times values: float32 (4, groups)."""
@@ -186,8 +210,8 @@ class AffineQuantizer:
         limit = torch.finfo(dtype).max
         return exact.clamp(-limit, limit).to(dtype).float()
 
-    def _stored(self, exact: torch.Tensor) -> Scales:
-        return stored_scales(exact, self.scale_dtype, self.double_quant)
+    def _stored(self, exact: torch.Tensor, nested: bool = True) -> Scales:
+        return stored_scales(exact, self.scale_dtype, self.double_quant and nested)
 
     @property
     def _step(self) -> int:

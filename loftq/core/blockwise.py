@@ -65,12 +65,18 @@ class BlockQuantizer:
 
     def scales(self, weight: torch.Tensor, correction: torch.Tensor | None = None) -> Scales:
         """Scales of `weight - correction`: each block's largest magnitude, doubly quantized where asked."""
+        return self.covering(self.extent(weight, correction))
+
+    def extent(self, weight: torch.Tensor, correction: torch.Tensor | None = None) -> torch.Tensor:
+        """The largest magnitude in each block of `weight - correction`: float32 (blocks,)."""
         if chunks.on_cpu(weight):
-            absmax = kernels.absmax(weight, correction, self.block_size)
-        else:
-            target = weight if correction is None else weight - correction
-            absmax = target.view(-1, self.block_size).abs().amax(dim=1)
-        return stored_scales(absmax, self.scale_dtype, self.double_quant)
+            return kernels.absmax(weight, correction, self.block_size)
+        target = weight if correction is None else weight - correction
+        return target.view(-1, self.block_size).abs().amax(dim=1)
+
+    def covering(self, extent: torch.Tensor, factor: torch.Tensor | float = 1.0, *, nested: bool = True) -> Scales:
+        """Scales whose grid reaches to `factor` times an extent, doubly quantized if `nested` and asked."""
+        return stored_scales(extent * factor, self.scale_dtype, self.double_quant and nested)
 
     def encode(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Codes under given scales, two a byte: uint8 (numel / 2,)."""

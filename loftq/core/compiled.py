@@ -26,6 +26,7 @@ TINY = np.float32(1e-38)
 _SHARES = 16  # of the work, a thread
 _FEW = 1 << 17  # values, up to which one thread is as fast
 compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nnan", "nsz"})
+strict = njit(nogil=True, cache=True, error_model="numpy")  # where another order would decide another way
 
 
 @cache

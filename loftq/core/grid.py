@@ -22,8 +22,18 @@ class Quantizer(Protocol):
     def block_size(self) -> int:
         """Weights that share a scale."""
 
+    @property
+    def levels(self) -> torch.Tensor:
+        """What codes stand for before scale and shift: float32 (2**bits,), ascending."""
+
     def scales(self, weight: torch.Tensor, correction: torch.Tensor | None = None) -> Scales:
         """Scales of `weight - correction`, as they will be read back."""
+
+    def extent(self, weight: torch.Tensor, correction: torch.Tensor | None = None) -> torch.Tensor:
+        """What the scales of `weight - correction` must reach: float32 (blocks,) or (2, blocks)."""
+
+    def covering(self, extent: torch.Tensor, factor: torch.Tensor | float = 1.0, *, nested: bool = True) -> Scales:
+        """Scales for `factor`, one or (blocks,), of an extent; never doubly quantized unless `nested`."""
 
     def encode(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Codes under given scales: uint8; of 4 bits or less two a byte, the first in the high half."""

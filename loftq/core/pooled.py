@@ -83,9 +83,7 @@ def solve(
     `iterations` bounds the rounds of fitting, and of turns with the adapter; 0 is plain rounding. Raises OptionError
     for a rank above the smaller side of (out, in / pool).
     """
-    rows, pools = weight.shape[0], weight.shape[1] // pool
-    if not 0 < rank <= min(rows, pools):
-        raise OptionError(f"rank {rank} is outside 1..{min(rows, pools)}, the smaller side of {rows} x {pools} pools")
+    rows, pools = check_rank(weight, rank, pool)
     generator = torch.Generator().manual_seed(seed)
     work = torch.empty_like(weight)
     scales = quantizer.scales(weight)
@@ -114,6 +112,14 @@ def solve(
             a, b = factors.adapter(rank, scaling * factor(weight.shape[1], pool))
             kept, at = (quantizer.encode(target, best), best, a, b), t
     return Solution(*kept, replace(trace, iterations=tuple(errors), kept=at))
+
+
+def check_rank(weight: torch.Tensor, rank: int, pool: int) -> tuple[int, int]:
+    """Outputs and pools of a weight. Raises OptionError for a rank that they do not allow."""
+    rows, pools = weight.shape[0], weight.shape[1] // pool
+    if not 0 < rank <= min(rows, pools):
+        raise OptionError(f"rank {rank} is outside 1..{min(rows, pools)}, the smaller side of {rows} x {pools} pools")
+    return rows, pools
 
 
 def _fit(

@@ -15,7 +15,7 @@ Beside W the loop holds one more matrix of its size; codes are made once, for th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,7 +36,8 @@ _DEPTH_WARM = 3  # and of the others, which start from the one before; a single 
 class Trace:
     """Frobenius norms on the way. `iterations[t-1]` is ‖W − Q_t − s·B_t·A_t‖; `kept` is t, 0 for none.
 
-    `refit` is what plain rounding leaves once its scales are fitted, where a method does that.
+    `plain` is left by rounding to the nearest under each block's own range, `refit` by the method's own rounding, where
+    it has one. `outputs` are the same errors as a layer's outputs show them (`metric`), where inputs are known.
     """
 
     weight: float
@@ -44,12 +45,17 @@ class Trace:
     iterations: tuple[float, ...]
     kept: int
     refit: float | None = None
+    outputs: Trace | None = None
 
     @property
     def final(self) -> float:
         """The norm of what was returned leaves of W."""
         before = self.plain if self.refit is None else self.refit
         return self.iterations[self.kept - 1] if self.kept else before
+
+    def without_refit(self) -> Trace:
+        """For a method whose rounding is the plain one."""
+        return replace(self, refit=None, outputs=self.outputs and replace(self.outputs, refit=None))
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,9 @@ def solve(
     `seed` decides the random start of the factors (and A at `iterations=0`). With `rank=0` there is no
     adapter. Raises OptionError for a rank above the smaller side, iterations below 0, scaling not above 0.
     """
-    _check(weight, rank, iterations, scaling, svd)
+    if svd not in SVD:
+        raise UnknownNameError("svd", svd, SVD)
+    check(weight, rank, iterations, scaling)
     generator = torch.Generator().manual_seed(seed)
     work = torch.empty_like(weight)
     plain = quantizer.residual(weight, None, work)
@@ -111,9 +119,8 @@ def solve(
     return Solution(codes, scales, a, b, Trace(norm(weight, quantizer), math.sqrt(plain), tuple(errors), kept))
 
 
-def _check(weight: torch.Tensor, rank: int, iterations: int, scaling: float, svd: str) -> None:
-    if svd not in SVD:
-        raise UnknownNameError("svd", svd, SVD)
+def check(weight: torch.Tensor, rank: int, iterations: int, scaling: float) -> None:
+    """Raise OptionError for a rank, a number of iterations or a scaling that a weight cannot be solved with."""
     if not 0 <= rank <= min(weight.shape):
         raise OptionError(f"rank {rank} is outside 0..{min(weight.shape)}, the smaller side of {tuple(weight.shape)}")
     if iterations < 0:
