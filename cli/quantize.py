@@ -10,7 +10,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from loftq.pipeline.quantize import SAVE_DIR
 from loftq.pipeline.quantize import quantize as run
-from loftq.pipeline.recipe import COMPUTE_DTYPES, Recipe
+from loftq.pipeline.recipe import COMPUTE_DTYPES, SEQUENCE_LENGTH, TOKENS, Recipe
 
 from .params import names
 
@@ -19,6 +19,7 @@ Examples:
   loftq quantize meta-llama/Llama-2-7b-hf --bits 4 --rank 16 --iter 5
   loftq quantize ./my-model --target-modules q_proj,v_proj --rank 64 --alpha 16
   loftq quantize mistralai/Mistral-7B-v0.1 --dry-run
+  loftq quantize ./my-model --bits 2 --rank 64 --calibration my-text.jsonl
 """
 
 
@@ -34,7 +35,19 @@ Examples:
 @click.option("--adapter", default=Recipe.adapter, show_default=True, help="lora, or qalora: pooled, merges exactly.")
 @click.option("--pool-size", type=int, help="Inputs that qalora pools.  [default: the group size]")
 @click.option("--rank", type=int, default=Recipe.rank, show_default=True, help="Rank of the adapter.")
-@click.option("--iter", "iters", type=int, default=Recipe.iters, show_default=True, help="0 is QLoRA's start.")
+@click.option("--method", help="See `loftq methods`.  [default: loftq; with --calibration: calibrated]")
+@click.option("--iter", "iters", type=int, help="Alternations; 0 is QLoRA's start.  [default: the method's]")
+@click.option(
+    "--scales", help="absmax, or search: the part of a block's range that errs least.  [default: the method's]"
+)
+@click.option("--rounding", help="nearest, feedback, intrinsic.  [default: the method's]")
+@click.option("--calibration", metavar="TEXT", help="A .txt or .jsonl file, a dataset on the Hub, or `default`.")
+@click.option("--calibration-tokens", type=int, help=f"How much of it.  [default: {TOKENS}]")
+@click.option("--sequence-length", type=int, help=f"Tokens a window.  [default: {SEQUENCE_LENGTH}]")
+@click.option(
+    "--statistics", help="Folder to keep what calibration found, for other runs.  [default: beside the output]"
+)
+@click.option("--refine", type=int, help="Steps of distilling the adapter; 0 for none.  [default: the method's]")
 @click.option("--alpha", type=float, help="LoRA alpha; the scaling is alpha/rank.  [default: the rank]")
 @click.option("--rslora", is_flag=True, help="Rank-stabilized scaling: alpha/sqrt(rank).")
 @click.option("--dropout", type=float, default=Recipe.dropout, show_default=True, help="LoRA dropout.")
@@ -71,7 +84,7 @@ Examples:
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def quantize(model: str | None, model_name_or_path: str | None, as_json: bool, debug: bool, **options: Any) -> None:
-    """Quantize MODEL and initialize its LoRA adapter with LoftQ.
+    """Quantize MODEL and initialize its LoRA adapter: with LoftQ, or, given text, nearer still.
 
     MODEL is a folder or a Hub id; without one, a small default model is taken. The result is a folder with a
     really quantized backbone and, in loftq_init/, the adapter. Options may be written with underscores.

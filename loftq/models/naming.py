@@ -7,7 +7,7 @@ which checkpoint tensor becomes which parameter. Nothing is guessed from a subst
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,13 +25,16 @@ class NameMap:
 
     `written` gives each checkpoint tensor that is kept the name under which it is written; `source` gives a
     parameter the checkpoint tensor it comes from unchanged; `left_out` names the tensors that the model has
-    no use for; `created` the parameters, with their shapes, that no tensor provides and that begin anew.
+    no use for; `created` the parameters, with their shapes, that no tensor provides and that begin anew; `fused` gives
+    a parameter that is made of several tensors, or the first of those that one is parted into, the tensors with the
+    pattern that each matches, in order.
     """
 
     written: Mapping[str, str]
     source: Mapping[str, str]
     left_out: tuple[str, ...]
     created: Mapping[str, tuple[int, ...]]
+    fused: Mapping[str, Sequence[tuple[str, str]]]
 
 
 def map_names(
@@ -45,7 +48,7 @@ def map_names(
     has another shape.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     built = cast(Any, model)
     transforms = get_model_conversion_mapping(built)
@@ -59,6 +62,7 @@ def map_names(
     source: dict[str, str] = {}
     left_out: list[str] = []
     provided: set[str] = set()
+    fused: dict[str, list[tuple[str, str]]] = {}
     for name in tensors:
         key, converted = rename_source_key(name, renamings, converters, prefix, state)
         if key not in state and name in state:
@@ -68,7 +72,9 @@ def map_names(
             continue
         provided.add(key)
         written[name] = name if converted else key
-        if not converted:
+        if converted:
+            fused.setdefault(key, []).append((name, converted))
+        else:
             source[key] = name
     for copy, original in tied.items():
         if copy in source and original in source:  # one copy on disk is enough: loading ties them again
@@ -81,7 +87,10 @@ def map_names(
     created = _missing(built, state, provided, tied)
     _check_complete([key for key in created if not _within(key, new)])
     _check_shapes(state, source, tensors)
-    return NameMap(written, source, tuple(sorted(left_out)), {key: tuple(state[key].shape) for key in created})
+    for parts in fused.values():
+        parts.sort(key=lambda part: dot_natural_key(part[0]))  # expert 10 after expert 9
+    shapes = {key: tuple(state[key].shape) for key in created}
+    return NameMap(written, source, tuple(sorted(left_out)), shapes, fused)
 
 
 def _within(key: str, modules: Collection[str]) -> bool:
@@ -121,6 +130,22 @@ def _check_shapes(
             raise CheckpointError(
                 f"tensor {name!r} has shape {tensors[name].shape}, the config asks for {tuple(state[key].shape)}"
             )
+
+
+def fuse(model: nn.Module, key: str, parts: Iterable[tuple[str, str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The parameters that transformers makes of the tensors of one row of `NameMap.fused`, each with its pattern."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    built = cast(Any, model)
+    converters = [t for t in get_model_conversion_mapping(built) if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    converter: Any = None
+    for name, pattern, tensor in parts:
+        converter = deepcopy(by_pattern[pattern]) if converter is None else converter
+        converter.add_tensor(key, name, pattern, tensor)
+    made = converter.convert(key, model=built, config=built.config)
+    return {name: found[0] if isinstance(found, list) else found for name, found in made.items()}
 
 
 def initial_tensor(model: nn.Module, key: str, seed: int) -> torch.Tensor:

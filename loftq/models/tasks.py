@@ -49,15 +49,31 @@ def auto_class(task: Task) -> Any:
     return getattr(transformers, task.auto_class)
 
 
+def part_before_head(model: Any, task: Task) -> nn.Module:
+    """What lies before a task's head, where there is one; the whole model otherwise."""
+    prefix = str(getattr(model, "base_model_prefix", "")) if task.has_head else ""
+    part: nn.Module = getattr(model, prefix) if prefix and hasattr(model, prefix) else model
+    return part
+
+
 def build_meta(
-    folder: Path, *, task: str | None = None, num_labels: int | None = None, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    task: str | None = None,
+    num_labels: int | None = None,
+    trust_remote_code: bool = False,
+    buffers: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[nn.Module, Task]:
     """The model of a checkpoint folder, on the meta device, and its task.
 
-    `num_labels` resizes a classifier. Raises SourceError for a model type that transformers does not know, for
-    one that needs code of its own without `trust_remote_code`, and for an architecture that belongs to no task;
-    OptionError for a task that the model type has no class for, and for labels where there is nothing to classify.
+    `num_labels` resizes a classifier. With `buffers`, those are real and on the CPU, as the model's own code computes
+    them; `dtype` is that of the parameters, by default the config's. Raises SourceError for a model type that
+    transformers does not know, for one that needs code of its own without `trust_remote_code`, and for an architecture
+    that belongs to no task; OptionError for a task that the model type has no class for, and for labels where there is
+    nothing to classify.
     """
+    from accelerate import init_empty_weights
     from transformers import AutoConfig
 
     if task is not None and task not in TASKS:
@@ -72,9 +88,10 @@ def build_meta(
         if not chosen.name.endswith("-classification"):
             raise OptionError(f"--num-labels {num_labels}: a {chosen.name} model has no labels")
         config.num_labels = num_labels
+    given = {} if dtype is None else {"dtype": dtype}
     try:
-        with torch.device("meta"):
-            model = auto_class(chosen).from_config(config, trust_remote_code=trust_remote_code)
+        with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
+            model = auto_class(chosen).from_config(config, trust_remote_code=trust_remote_code, **given)
     except Exception as error:  # so may a model's
         raise SourceError(_config_problem(folder, error)) from error
     return cast(nn.Module, model), chosen

@@ -9,12 +9,15 @@ from loftq.core.allocation import least_error
 from loftq.pipeline.jobs import one_thread_each, read_weight, run_jobs, solve_by
 from loftq.pipeline.plan import Layer, Plan
 from loftq.pipeline.recipe import layer_seed
+from loftq.pipeline.statistics import Statistics
 
 
-def allocate(plan: Plan, device: torch.device, workers: int, quiet: bool) -> dict[str, int]:
+def allocate(plan: Plan, known: Statistics | None, device: torch.device, workers: int, quiet: bool) -> dict[str, int]:
     """The width of each module under the plan's budget, for the least sum of squared errors with the adapter on.
 
-    A layer's error at a width is that of one alternation: later ones take nearly the same share off all of them.
+    A layer's error at a width is that of one alternation: later ones take nearly the same share off all of them. Where
+    calibration knows the layers' inputs, it is the relative error of the outputs, counted once for each weight: what a
+    layer costs in perplexity was seen to go with its size.
     """
     recipe = plan.recipe
     layers = {layer.module: layer for layer in plan.layers}
@@ -24,7 +27,7 @@ def allocate(plan: Plan, device: torch.device, workers: int, quiet: bool) -> dic
 
     def measure(name: str) -> None:
         layer = layers[name]
-        errors[name] = _errors(plan, layer, device)
+        errors[name] = _errors(plan, layer, known, device)
         bar.update(layer.weights)
 
     with bar, one_thread_each():
@@ -34,13 +37,18 @@ def allocate(plan: Plan, device: torch.device, workers: int, quiet: bool) -> dic
     return dict(zip(layers, chosen, strict=True))
 
 
-def _errors(plan: Plan, layer: Layer, device: torch.device) -> list[float]:
+def _errors(plan: Plan, layer: Layer, known: Statistics | None, device: torch.device) -> list[float]:
     """Squared errors of a layer, a width each."""
     recipe = plan.recipe
     weight, _ = read_weight(plan, layer, device)
+    moment = None if known is None else known.moment(layer.module)
     found = []
     for width in recipe.widths:
-        once, seed = min(recipe.iters, 1), layer_seed(recipe.seed, layer.module)
-        solution = solve_by(recipe, weight, plan.quantizer(layer, width), once, seed)
-        found.append(solution.trace.final**2)
+        once, seed = min(recipe.iterations, 1), layer_seed(recipe.seed, layer.module)
+        trace = solve_by(recipe, weight, moment, plan.quantizer(layer, width), once, seed).trace
+        if known is None:
+            found.append(trace.final**2)
+        else:
+            seen = trace.outputs or trace
+            found.append((seen.final / (seen.weight or 1.0)) ** 2 * layer.weights)
     return found

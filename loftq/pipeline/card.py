@@ -5,17 +5,33 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from loftq.core.grid import ROW
+from loftq.core.methods import METHODS
 from loftq.formats.adapter import FOLDER
 from loftq.pipeline.plan import Plan
+from loftq.pipeline.recipe import Recipe
 from loftq.pipeline.report import size
 
 _WORST = 5
+_OUTPUTS = {
+    "error of outputs, rounded alone": "output_plain_error",
+    "error of outputs, with the adapter": "output_error",
+    "divergence from full precision on held-out text, nats a token": "divergence",
+}
+_METHODS = {
+    "loftq": "LoftQ",
+    "qlora": "QLoRA",
+    "qera": "QERA",
+    "qera-approx": "QERA, approximate",
+    "cloq": "CLoQ",
+    "calibrated": "calibrated on outputs",
+}
 _INTRODUCTIONS = {
     "lora": """A quantized backbone and the LoRA adapter that repairs it, made from `{label}` by loftq
-(LoftQ, arXiv 2310.08659): a start for fine-tuning that is nearer to the full-precision model than rounding alone.""",
+({how}): a start for fine-tuning that is nearer to the full-precision model than rounding alone.""",
     "qalora": """A backbone of integers in groups, and a QA-LoRA adapter on pooled inputs, made from `{label}` by loftq
 (QA-LoRA, arXiv 2309.14717): once trained, the adapter folds into the zero-points, with nothing lost:
 `loftq merge MODEL_DIR --adapter TRAINED --to int`.""",
@@ -41,7 +57,7 @@ tags:
 
 # {label}, {recipe.bits} bits, rank {recipe.rank}
 
-{_INTRODUCTIONS[recipe.adapter].format(label=label)}
+{_INTRODUCTIONS[recipe.adapter].format(label=label, how=_how(recipe))}
 
 ## Load
 
@@ -58,7 +74,7 @@ or, with loftq installed, `model = loftq.load_{kind}(MODEL_DIR)`.
 
 ## Measured
 
-Errors are Frobenius norms over all quantized weights, relative to the weights' own.
+Errors are Frobenius norms over all quantized weights, relative to the weights' own{_output_errors(plan)}.
 
 {_table(_measured(totals))}
 
@@ -140,13 +156,20 @@ def _settings(plan: Plan) -> dict[str, str]:
     rounding = f"{kinds}, " + ("one scale a row" if grid.block_size == ROW else f"{what} of {grid.block_size}")
     rounding += f", {grid.zero_point} zero-points" if grid.zero_point else ""
     left = [name for name in plan.skip_modules if not any(name.startswith(saved) for saved in plan.modules_to_save)]
-    rounds = f"{recipe.iters} iteration{'s' if recipe.iters > 1 else ''}"
-    method = f"LoftQ, {rounds}" if recipe.iters else "QLoRA's start (plain rounding, B = 0)"
+    rounds = f"{recipe.iterations} iteration{'s' if recipe.iterations > 1 else ''}"
+    method = f"{_METHODS[str(recipe.method)]}, {rounds}"
+    if not recipe.iterations:
+        method = "QLoRA's start (plain rounding, B = 0)"
     if recipe.adapter == "qalora":
         method = f"QA-LoRA, pools of {recipe.pool_size}, scales and zero-points fitted in up to {rounds}"
+    text = {}
+    if recipe.calibration is not None:
+        windows = f"{recipe.calibration_tokens} tokens of {Path(recipe.calibration).name}"
+        text = {"calibration": f"{windows}, in windows of up to {recipe.sequence_length}"}
     return {
         "task": plan.task.name,
         "method": method,
+        **text,
         "rounding": rounding + (", double quantization" if recipe.double_quant else ""),
         "rank, alpha": f"{recipe.rank}, {recipe.lora_alpha:g}" + (" (rank-stabilized)" if recipe.rslora else ""),
         "adapted modules": ", ".join(_collapsed(plan.target_modules)),
@@ -166,8 +189,9 @@ def _measured(totals: Mapping[str, Any]) -> dict[str, str]:
         "backbone": f"{size(totals['source_bytes'])} -> {size(totals['backbone_bytes'])}",
         "adapter": size(totals["adapter_bytes"]),
         "weight error, rounded alone": f"{totals['plain_error']:.5f}",
-        **({"weight error, refitted": f"{totals['refit_error']:.5f}"} if "refit_error" in totals else {}),
+        **({"weight error, before the adapter": f"{totals['refit_error']:.5f}"} if "refit_error" in totals else {}),
         "weight error, with the adapter": f"{totals['error']:.5f}",
+        **{name: f"{totals[key]:.5f}" for name, key in _OUTPUTS.items() if key in totals},
     }
 
 
@@ -175,6 +199,18 @@ def _worst_layers(rows: Sequence[Mapping[str, Any]]) -> str:
     worst = sorted(rows, key=lambda row: -row["error"])[:_WORST]
     lines = [f"| {row['name']} | {row['plain_error']:.5f} | {row['error']:.5f} |" for row in worst]
     return "\n".join(["| layer | rounded alone | with the adapter |", "| --- | --- | --- |", *lines])
+
+
+def _how(recipe: Recipe) -> str:
+    source = METHODS[str(recipe.method)].source
+    name = _METHODS[str(recipe.method)]
+    return f"{name}, {source}" if source.startswith("arXiv") else name
+
+
+def _output_errors(plan: Plan) -> str:
+    if plan.recipe.calibration is None:
+        return ""
+    return "; those of outputs are\nroot mean squares over layers, on the calibration text"
 
 
 def _table(rows: Mapping[str, str]) -> str:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from loftq.core import pooled
+from loftq.core import calibrated, pooled, pooled_calibrated
 from loftq.core.affine import AffineQuantizer
 from loftq.core.grid import Quantizer
+from loftq.core.methods import METHODS
 from loftq.core.solver import Solution, solve
 from loftq.errors import CheckpointError, OptionError
 from loftq.formats import adapter
@@ -28,10 +29,16 @@ from loftq.pipeline.recipe import Recipe, layer_seed
 from loftq.pipeline.report import layer_row
 from loftq.pipeline.source import Source
 from loftq.pipeline.staging import Staging
+from loftq.pipeline.statistics import Statistics
 
 
-def solve_all(plan: Plan, staging: Staging, device: torch.device, workers: int, quiet: bool) -> None:
-    """Run a job for each tensor that is not in place yet, with a progress bar on stderr."""
+def solve_all(
+    plan: Plan, staging: Staging, known: Statistics | None, device: torch.device, workers: int, quiet: bool
+) -> None:
+    """Run a job for each tensor that is not in place yet, with a progress bar on stderr.
+
+    `known` is what calibration found of the layers' inputs.
+    """
     layers = {layer.tensor: layer for layer in plan.layers}
     # Embeddings first: at the end they would be one worker's, the others idle.
     kept = {name: spec.numel for name, spec in {**plan.created, **plan.passed}.items()}
@@ -46,7 +53,7 @@ def solve_all(plan: Plan, staging: Staging, device: torch.device, workers: int, 
         def work(name: str) -> None:
             layer = layers.get(name)
             if layer is not None:
-                record = _solve_layer(plan, layer, writer, device)
+                record = _solve_layer(plan, layer, known, writer, device)
             elif name in plan.passed:
                 record = _pass_through(plan, name, writer)
             else:
@@ -85,11 +92,16 @@ def run_jobs(work: Callable[[str], None], names: Sequence[str], workers: int) ->
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _solve_layer(plan: Plan, layer: Layer, writer: ShardWriter, device: torch.device) -> dict[str, Any]:
+def _solve_layer(
+    plan: Plan, layer: Layer, known: Statistics | None, writer: ShardWriter, device: torch.device
+) -> dict[str, Any]:
     recipe = plan.recipe
     weight, digest = read_weight(plan, layer, device)
+    if known is not None:
+        known.check_weight(layer, digest)
+    moment = None if known is None else known.moment(layer.module)
     seed = layer_seed(recipe.seed, layer.module)
-    solution = solve_by(recipe, weight, plan.quantizer(layer), recipe.iters, seed)
+    solution = solve_by(recipe, weight, moment, plan.quantizer(layer), recipe.iterations, seed)
     grid = plan.grid(layer)
     packed = plan.layout.tensors(layer.module, layer.shape, grid, recipe.dtype, solution.codes, solution.scales)
     factors = dict(zip(adapter.keys(layer.module), (solution.a, solution.b), strict=True))
@@ -98,31 +110,41 @@ def _solve_layer(plan: Plan, layer: Layer, writer: ShardWriter, device: torch.de
     return {"sha256": digest, "row": layer_row(plan, layer, solution.trace)}
 
 
-def solve_by(recipe: Recipe, weight: torch.Tensor, quantizer: Quantizer, iters: int, seed: int) -> Solution:
-    """One weight by a recipe's method."""
+def solve_by(
+    recipe: Recipe, weight: torch.Tensor, moment: torch.Tensor | None, quantizer: Quantizer, iters: int, seed: int
+) -> Solution:
+    """One weight by a recipe's method; without data where nothing is known of its inputs (`moment`)."""
+    method, rank, scaling = recipe.solving, recipe.rank, recipe.scaling
+    if moment is None and method.needs_moment:
+        method = METHODS["loftq"]
     if isinstance(quantizer, AffineQuantizer) and recipe.pool_size is not None:
-        return pooled.solve(weight, quantizer, recipe.rank, iters, recipe.scaling, recipe.pool_size, seed=seed)
-    return solve(weight, quantizer, recipe.rank, iters, recipe.scaling, svd=recipe.svd, seed=seed)
+        if moment is None or method.metric == "identity":
+            return pooled.solve(weight, quantizer, rank, iters, scaling, recipe.pool_size, seed=seed)
+        pool = recipe.pool_size
+        return pooled_calibrated.solve(weight, quantizer, method, moment, rank, iters, scaling, pool, seed=seed)
+    if moment is None and method.plain:
+        return solve(weight, quantizer, rank, iters, scaling, svd=recipe.svd, seed=seed)
+    return calibrated.solve(weight, quantizer, method, moment, rank, iters, scaling, seed=seed)
 
 
 def read_weight(plan: Plan, layer: Layer, device: torch.device) -> tuple[torch.Tensor, str]:
     """A layer's weight (out, in) in float32, and the hash of what is stored."""
     stored = plan.source.checkpoint.read(layer.tensor)
     weight = (stored.t() if layer.transposed else stored).to(device, torch.float32).contiguous()
-    _check_finite(weight, layer.tensor, plan.source)
-    return weight, _digest(stored)
+    check_finite(weight, layer.tensor, plan.source)
+    return weight, digest_of(stored)
 
 
 def _pass_through(plan: Plan, name: str, writer: ShardWriter) -> dict[str, Any]:
     stored = plan.source.checkpoint.read(name)
     spec = plan.passed[name]
     if stored.is_floating_point():
-        _check_finite(stored, name, plan.source)
+        check_finite(stored, name, plan.source)
     cast = stored.to(spec.dtype)
     if cast.is_floating_point() and stored.dtype != cast.dtype and not _is_finite(cast):
         raise OptionError(f"tensor {name!r} does not fit --compute-dtype {plan.recipe.compute_dtype}: use bfloat16")
     writer.write(spec.name, cast)
-    return {"sha256": _digest(stored)}
+    return {"sha256": digest_of(stored)}
 
 
 def _create(plan: Plan, key: str, writer: ShardWriter) -> dict[str, Any]:
@@ -133,7 +155,8 @@ def _create(plan: Plan, key: str, writer: ShardWriter) -> dict[str, Any]:
     return {}
 
 
-def _digest(tensor: torch.Tensor) -> str:
+def digest_of(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
     return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
@@ -144,7 +167,8 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
-def _check_finite(tensor: torch.Tensor, name: str, source: Source) -> None:
+def check_finite(tensor: torch.Tensor, name: str, source: Source) -> None:
+    """Raise CheckpointError where a tensor of the source holds NaN or Inf."""
     if not _is_finite(tensor):
         where = source.checkpoint.folder / source.checkpoint.files[name]
         count = int((~torch.isfinite(tensor)).sum())

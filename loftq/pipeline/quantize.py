@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from loftq.errors import OptionError, OutputError
 from loftq.formats import artifact
-from loftq.formats.adapter import CONFIG, FOLDER, config_text
-from loftq.formats.checkpoint import INDEX, index_text
 from loftq.pipeline.allocate import allocate
-from loftq.pipeline.card import card_text
+from loftq.pipeline.calibrate import gather
+from loftq.pipeline.calibration_text import prepare
+from loftq.pipeline.distill import distill, distilled, distilled_row
 from loftq.pipeline.jobs import solve_all
+from loftq.pipeline.manifest import write_configs, write_manifest
 from loftq.pipeline.plan import Plan, make_plan
 from loftq.pipeline.recipe import Recipe
-from loftq.pipeline.report import Report, peak_memory, planned_row, report, totals
-from loftq.pipeline.source import find_source, side_files
+from loftq.pipeline.report import Report, peak_memory, planned_row, report
+from loftq.pipeline.source import find_source
 from loftq.pipeline.staging import Staging, check_output, is_begun, open_staging
+from loftq.pipeline.statistics import Statistics
 
 SAVE_DIR = "model_zoo/loftq"
-_VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numba", "scipy")
 
 
 def quantize(
@@ -38,7 +39,15 @@ def quantize(
     adapter: str = "lora",
     rank: int = 16,
     pool_size: int | None = None,
-    iters: int = 5,
+    method: str | None = None,
+    scales: str | None = None,
+    rounding: str | None = None,
+    iters: int | None = None,
+    refine: int | None = None,
+    calibration: str | Path | None = None,
+    calibration_tokens: int | None = None,
+    sequence_length: int | None = None,
+    statistics: str | Path | None = None,
     alpha: float | None = None,
     rslora: bool = False,
     dropout: float = 0.0,
@@ -68,13 +77,14 @@ def quantize(
     dry_run: bool = False,
     quiet: bool = False,
 ) -> Report:
-    """Quantize a model and initialize its LoRA adapter with LoftQ.
+    """Quantize a model and initialize its LoRA adapter: with LoftQ, or, given text to calibrate on, nearer still.
 
     `model` is a folder or a Hub id; without one, the default model of the zoo. The result is the folder
     `output`, by default `save_dir/{name}-{bits}bit-{rank}rank`. `task` is one of `loftq.models.tasks.TASKS`, by
-    default that of the checkpoint's own architecture. The settings are those of
-    `loftq quantize --help`. On one machine the same source and settings give the same bytes, on any number
-    of workers, resumed or not. Returns the report; raises LoftQError.
+    default that of the checkpoint's own architecture. `calibration` is a file of text, a data set on the Hub, or
+    `default`; what it finds is kept in the folder `statistics`, beside the output by default, for other runs. The
+    settings are those of `loftq quantize --help`. On one machine the same source and settings give the same bytes, on
+    any number of workers, resumed or not. Returns the report; raises LoftQError.
     """
     started = time.perf_counter()
     recipe = Recipe(
@@ -83,7 +93,14 @@ def quantize(
         adapter=adapter,
         rank=rank,
         pool_size=pool_size,
+        method=method,
+        scales=scales,
+        rounding=rounding,
         iters=iters,
+        refine=refine,
+        calibration=None if calibration is None else str(calibration),
+        calibration_tokens=calibration_tokens,
+        sequence_length=sequence_length,
         alpha=alpha,
         rslora=rslora,
         dropout=dropout,
@@ -115,29 +132,55 @@ def quantize(
     if not dry_run:
         check_output(folder, resume=resume, overwrite=overwrite)
     plan = make_plan(source, recipe, trust_remote_code=trust_remote_code)
-    if recipe.allocation == "auto" and not dry_run:
-        widths = allocate(plan, chosen, count, quiet)
-        plan = make_plan(source, recipe, trust_remote_code=trust_remote_code, widths=widths)
     if dry_run:
-        return report(plan, folder, [planned_row(plan, layer) for layer in plan.layers], plan.memory(count))
+        return report(plan, folder, [planned_row(plan, layer) for layer in plan.layers], {}, plan.memory(count))
     if resume and not is_begun(folder) and (folder / artifact.MANIFEST).is_file():
-        rows = _finished_rows(folder, plan)
-    else:
-        with open_staging(folder, _fingerprint(plan, chosen), overwrite=overwrite) as staging:
-            if not staging.ready:
-                solve_all(plan, staging, chosen, count, quiet)
-                _finish(plan, staging, folder, trust_remote_code)
-            rows = _rows(plan, staging)
-            staging.publish()
-    return report(plan, folder, rows, peak_memory(chosen), time.perf_counter() - started)
+        found = _finished(folder, plan)
+        return report(plan, folder, *found, peak_memory(chosen), time.perf_counter() - started)
+    known = _calibrate(plan, folder, statistics, chosen, trust_remote_code, quiet)
+    if known is not None:
+        plan = replace(plan, notes=(*plan.notes, *known.notes))
+    if recipe.allocation == "auto":
+        widths = allocate(plan, known, chosen, count, quiet)
+        plan = make_plan(source, recipe, trust_remote_code=trust_remote_code, widths=widths)
+    with open_staging(folder, _fingerprint(plan, known, chosen), overwrite=overwrite) as staging:
+        if not staging.ready:
+            solve_all(plan, staging, known, chosen, count, quiet)
+            write_configs(plan, staging, folder, trust_remote_code)
+            if known is not None and recipe.refinement:
+                distill(plan, staging, known, chosen, quiet)
+            write_manifest(plan, staging, _rows(plan, staging), distilled(staging))
+        rows, measured = _rows(plan, staging), distilled(staging)
+        staging.publish()
+    return report(plan, folder, rows, measured, peak_memory(chosen), time.perf_counter() - started)
+
+
+def _calibrate(
+    plan: Plan, folder: Path, chosen: str | Path | None, device: torch.device, trust_remote_code: bool, quiet: bool
+) -> Statistics | None:
+    """What text says of the layers' inputs, gathered now or by an earlier run; None where no text is given."""
+    recipe = plan.recipe
+    if recipe.calibration is None:
+        return None
+    text = prepare(
+        plan,
+        recipe.calibration,
+        tokens=cast(int, recipe.calibration_tokens),
+        sequence_length=cast(int, recipe.sequence_length),
+        seed=recipe.seed,
+        trust_remote_code=trust_remote_code,
+    )
+    where = Path(chosen) if chosen else folder.parent / f"{plan.source.label}-calibration-{text.key}"
+    wanted = recipe.refinement > 0
+    return gather(plan, text, where, device, teacher=wanted, trust_remote_code=trust_remote_code, quiet=quiet)
 
 
 def _rows(plan: Plan, staging: Staging) -> list[dict[str, Any]]:
-    return [staging.done[layer.tensor]["row"] for layer in plan.layers]
+    return [distilled_row(staging, staging.done[layer.tensor]["row"]) for layer in plan.layers]
 
 
-def _finished_rows(folder: Path, plan: Plan) -> list[dict[str, Any]]:
-    """The layers of a folder that is complete already, where it is the one that was asked for."""
+def _finished(folder: Path, plan: Plan) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The layers and totals of a folder that is complete already, where it is the one that was asked for."""
     manifest = artifact.open_artifact(folder).manifest
     found, asked = manifest["recipe"], plan.recipe.to_dict()
     differing = [key for key in asked if found.get(key) != json.loads(json.dumps(asked[key]))]
@@ -148,7 +191,7 @@ def _finished_rows(folder: Path, plan: Plan) -> list[dict[str, Any]]:
             f"{folder} is finished, with another {', '.join(differing)}: "
             "add --overwrite instead of --resume to make it again, or name another --output"
         )
-    return list(manifest["layers"])
+    return list(manifest["layers"]), dict(manifest["totals"])
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -169,7 +212,7 @@ def _workers(workers: int | None, device: torch.device) -> int:
     return workers
 
 
-def _fingerprint(plan: Plan, device: torch.device) -> dict[str, Any]:
+def _fingerprint(plan: Plan, known: Statistics | None, device: torch.device) -> dict[str, Any]:
     """All that the bytes of the result depend on: an unfinished run is resumed only where it is the same."""
     checkpoint = plan.source.checkpoint
     names = ["config.json", *sorted(set(checkpoint.files.values()))]
@@ -181,71 +224,7 @@ def _fingerprint(plan: Plan, device: torch.device) -> dict[str, Any]:
             "files": {file: [state.st_size, state.st_mtime_ns] for file, state in states.items()},
         },
         "recipe": plan.recipe.to_dict(),
+        "calibration": known.settings if known is not None else None,
         "device": device.type,
         "versions": {name: version(name) for name in ("loftq", "torch", "transformers")},
     }
-
-
-def _config_text(plan: Plan) -> str:
-    """The source's `config.json` with the class that was built, its labels, the dtype, and the quantization."""
-    recipe = plan.recipe
-    config = json.loads((plan.source.folder / "config.json").read_text(encoding="utf-8"))
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = recipe.compute_dtype
-    config["architectures"] = [type(plan.model).__name__]
-    if recipe.num_labels is not None:
-        built: Any = plan.model.config
-        config |= {"id2label": built.id2label, "label2id": built.label2id}
-    config["quantization_config"] = plan.layout.quantization_config(
-        recipe.grids[0], recipe.dtype, plan.skip_modules, plan.codebooks, plan.quantized_names
-    )
-    return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-
-def _finish(plan: Plan, staging: Staging, folder: Path, trust_remote_code: bool) -> None:
-    """Make the small files: configs, tokenizer, card, and the manifest, which hashes all the others."""
-    recipe = plan.recipe
-    for path in side_files(plan.source.folder, trust_remote_code):
-        shutil.copyfile(path, staging.folder / path.name)
-    staging.write_text("config.json", _config_text(plan))
-    if len(plan.backbone) > 1:
-        staging.write_text(INDEX, index_text(plan.backbone))
-    staging.write_text(
-        f"{FOLDER}/{CONFIG}",
-        config_text(
-            str(folder.resolve()),
-            plan.target_modules,
-            rank=recipe.rank,
-            alpha=recipe.lora_alpha,
-            rslora=recipe.rslora,
-            dropout=recipe.dropout,
-            task_type=plan.task.peft_type,
-            modules_to_save=plan.modules_to_save,
-            pool_size=recipe.pool_size,
-        ),
-    )
-    rows = _rows(plan, staging)
-    sums = totals(plan, rows)
-    staging.write_text("README.md", card_text(plan, sums, rows))
-    names = [name for name in staging.files() if name != artifact.MANIFEST]
-    files = artifact.describe_files(staging.folder, names)
-    hashes = {name: record["sha256"] for name, record in staging.done.items() if name not in plan.created}
-    manifest = {
-        "format_version": artifact.VERSION,
-        "kind": "qalora" if recipe.adapter == "qalora" else "qlora",
-        "format": plan.format,
-        "versions": {name: version(name) for name in _VERSIONS},
-        "source": {
-            "model": plan.source.name,
-            "model_type": plan.model_type,
-            "task": plan.task.name,
-            "revision": plan.source.revision,
-            "sha256": artifact.combine_hashes(hashes),
-        },
-        "recipe": recipe.to_dict(),
-        "backbone_sha256": artifact.combine_hashes({s.file: files[s.file]["sha256"] for s in plan.backbone}),
-        "totals": sums,
-        "layers": rows,
-        "notes": list(plan.notes),
-        "files": files,
-    }
-    staging.write_text(artifact.MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")

@@ -12,6 +12,7 @@ import torch
 from loftq.core.affine import ZERO_POINTS
 from loftq.core.codebooks import INTEGERS, NORMAL_FLOATS
 from loftq.core.grid import ROW, Grid
+from loftq.core.methods import METHODS, ROUNDINGS, SCALES, Method
 from loftq.core.solver import SVD
 from loftq.errors import OptionError, UnknownNameError
 from loftq.formats import layouts
@@ -19,6 +20,8 @@ from loftq.formats.adapter import scaling
 
 QUANT_TYPES = {"nf": tuple(NORMAL_FLOATS.values()), "int": tuple(INTEGERS.values())}  # with their widths
 BLOCK_SIZE = 64  # weights a scale, where nothing is said
+TOKENS, SEQUENCE_LENGTH = 65536, 2048  # of calibration, where nothing is said
+MOST_STEPS = 100_000
 ADAPTERS = {
     "lora": "LoftQ: a plain LoRA that repairs the backbone",
     "qalora": "QA-LoRA: on pooled inputs, to be merged into the zero-points",
@@ -45,7 +48,14 @@ class Recipe:
     adapter: str = "lora"
     rank: int = 16
     pool_size: int | None = None
-    iters: int = 5
+    method: str | None = None
+    scales: str | None = None
+    rounding: str | None = None
+    iters: int | None = None
+    refine: int | None = None
+    calibration: str | None = None
+    calibration_tokens: int | None = None
+    sequence_length: int | None = None
     alpha: float | None = None
     rslora: bool = False
     dropout: float = 0.0
@@ -70,9 +80,10 @@ class Recipe:
         self._resolve_bits()
         self._resolve_grid()
         self._resolve_pool()
+        self._resolve_method()
         if self.rank < 1:
             raise OptionError(f"--rank {self.rank}: expected 1 or more")
-        if not 0 <= self.iters <= 100:
+        if not 0 <= self.iterations <= 100:
             raise OptionError(f"--iter {self.iters}: expected 0 (QLoRA's start) to 100")
         if not 0 < self.lora_alpha <= 1e6:
             raise OptionError(f"--alpha {self.alpha}: expected a number above 0, at most 1000000 (default: the rank)")
@@ -146,6 +157,60 @@ class Recipe:
             self._set(pool_size=group)
         if cast(int, self.pool_size) < group or cast(int, self.pool_size) % group:
             raise OptionError(f"--pool-size {self.pool_size}: expected a multiple of the group size, {group}")
+
+    def _resolve_method(self) -> None:
+        """How scales, codes and factors are found: by what the method says, where nothing else is said."""
+        if self.method is None:
+            self._set(method="loftq" if self.calibration is None else "calibrated")
+        if self.method not in METHODS:
+            raise UnknownNameError("method", str(self.method), METHODS)
+        preset = METHODS[str(self.method)]
+        for option, known in (("scales", SCALES), ("rounding", ROUNDINGS)):
+            if getattr(self, option) is None:
+                self._set(**{option: getattr(preset, option)})
+            if getattr(self, option) not in known:
+                raise UnknownNameError(option, str(getattr(self, option)), known)
+        self._set(iters=preset.iterations if self.iters is None else self.iters)
+        self._set(refine=preset.refine if self.refine is None else self.refine)
+        if not 0 <= self.refinement <= MOST_STEPS:
+            raise OptionError(f"--refine {self.refine}: expected 0 (none) to {MOST_STEPS} steps")
+        if self.calibration is None:
+            self._refuse_without_text()
+            return
+        for option, usual, least in (("calibration_tokens", TOKENS, 1), ("sequence_length", SEQUENCE_LENGTH, 16)):
+            if getattr(self, option) is None:
+                self._set(**{option: usual})
+            if getattr(self, option) < least:
+                raise OptionError(f"--{option.replace('_', '-')} {getattr(self, option)}: expected {least} or more")
+
+    def _refuse_without_text(self) -> None:
+        preset = METHODS[str(self.method)]
+        asked = {
+            "--calibration-tokens": self.calibration_tokens,
+            "--sequence-length": self.sequence_length,
+            "--refine": self.refinement or None,
+            "--method": self.method if preset.needs_moment else None,
+            "--rounding": self.rounding if self.rounding != preset.rounding else None,
+        }
+        for option, value in asked.items():
+            if value is not None:
+                raise OptionError(f"{option} {value}: needs text; add --calibration FILE, or --calibration default")
+
+    @property
+    def iterations(self) -> int:
+        """Alternations: as asked, or as the method has them."""
+        return cast(int, self.iters)
+
+    @property
+    def refinement(self) -> int:
+        """Steps of distillation: as asked, or as the method has them."""
+        return cast(int, self.refine)
+
+    @property
+    def solving(self) -> Method:
+        """The method with what was said otherwise."""
+        preset = METHODS[str(self.method)]
+        return dataclasses.replace(preset, scales=str(self.scales), rounding=str(self.rounding))
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -28,24 +28,26 @@ def planned_row(plan: Plan, layer: Layer) -> dict[str, Any]:
 
 
 def layer_row(plan: Plan, layer: Layer, trace: Trace) -> dict[str, Any]:
-    """One layer as it was solved: errors are Frobenius norms relative to the weight's."""
-    unit = trace.weight or 1.0
-    fitted = {} if trace.refit is None else {"refit_error": trace.refit / unit}
-    return (
-        planned_row(plan, layer)
-        | fitted
-        | {
-            "weight_norm": trace.weight,
-            "plain_error": trace.plain / unit,
-            "error": trace.final / unit,
-            "iterations": [error / unit for error in trace.iterations],
-            "kept_iteration": trace.kept,
-        }
-    )
+    """One layer as it was solved: errors are norms relative to the weight's, or, of outputs, to the outputs'."""
+    row = planned_row(plan, layer) | {"weight_norm": trace.weight, "kept_iteration": trace.kept}
+    for prefix, errors in (("", trace), ("output_", trace.outputs)):
+        if errors is not None:
+            unit = errors.weight or 1.0
+            fitted = {} if errors.refit is None else {f"{prefix}refit_error": errors.refit / unit}
+            row |= fitted | {
+                f"{prefix}plain_error": errors.plain / unit,
+                f"{prefix}error": errors.final / unit,
+                f"{prefix}iterations": [error / unit for error in errors.iterations],
+            }
+    return row
 
 
 def totals(plan: Plan, rows: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """Sizes, and over all layers the relative error of plain rounding and of what was saved."""
+    """Sizes, and over all layers the relative error of plain rounding and of what was saved.
+
+    Weight errors are summed over all weights; of output errors, which layers have on scales of their own, the root of
+    the mean square is taken over the layers that the calibration text reached.
+    """
     found: dict[str, Any] = {
         "layers": len(plan.layers),
         "weights": plan.weights,
@@ -58,9 +60,13 @@ def totals(plan: Plan, rows: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]
     if rows:
         norm = math.sqrt(sum(row["weight_norm"] ** 2 for row in rows)) or 1.0
         for key in ("plain_error", "refit_error", "error"):
-            if key not in rows[0]:
-                continue
-            found[key] = math.sqrt(sum((row[key] * row["weight_norm"]) ** 2 for row in rows)) / norm
+            if any(key in row for row in rows):
+                errors = [row.get(key, row["plain_error"]) * row["weight_norm"] for row in rows]
+                found[key] = math.sqrt(sum(error**2 for error in errors)) / norm
+        for key in ("output_plain_error", "output_refit_error", "output_error"):
+            reached = [row[key] for row in rows if key in row]
+            if reached:
+                found[key] = math.sqrt(sum(error**2 for error in reached) / len(reached))
     return found
 
 
@@ -109,12 +115,19 @@ class Report:
             rows.append(("memory", f"about {size(self.memory)} while solving (planned, nothing was written)"))
         else:
             before, after = sums["plain_error"], sums["error"]
-            gain = f" ({1 - after / before:.1%} less)" if before else ""
+            gain = f" ({1 - after / before:.1%} less)" if before > after else ""
             rows.append(("error, rounded", f"{before:.5f} of ‖W‖"))
             if "refit_error" in sums:
-                rows.append(("error, refitted", f"{sums['refit_error']:.5f} of ‖W‖"))
+                how = "refitted" if self.recipe["calibration"] is None else "rounded for outputs"
+                rows.append((f"error, {how}", f"{sums['refit_error']:.5f} of ‖W‖"))
+            rows.append(("error, with adapter", f"{after:.5f} of ‖W‖{gain}"))
+            if "output_error" in sums:
+                before, after = sums["output_plain_error"], sums["output_error"]
+                rows.append(("error of outputs", f"{before:.5f} rounded, {after:.5f} with adapter"))
+            if "refine_steps" in sums:
+                before, after = sums["divergence_before"], sums["divergence"]
+                rows.append(("divergence", f"{before:.5f} -> {after:.5f} nats a token ({sums['refine_steps']} steps)"))
             rows += [
-                ("error, with adapter", f"{after:.5f} of ‖W‖{gain}"),
                 ("time", f"{self.seconds:.1f} s"),
                 ("peak memory", size(self.memory)),
             ]
@@ -124,10 +137,15 @@ class Report:
 
 
 def report(
-    plan: Plan, folder: Path, rows: Sequence[Mapping[str, Any]], memory: int, seconds: float | None = None
+    plan: Plan,
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    measured: Mapping[str, Any],
+    memory: int,
+    seconds: float | None = None,
 ) -> Report:
-    """The report of a run, or, without `seconds`, of a plan."""
-    sums = totals(plan, rows if seconds is not None else ())
+    """The report of a run, or, without `seconds`, of a plan. `measured` are totals beside those of the layers."""
+    sums = {**totals(plan, rows if seconds is not None else ()), **measured}
     recipe = plan.recipe.to_dict()
     return Report(folder, plan.source.name, plan.task.name, recipe, sums, rows, plan.notes, memory, seconds)
 

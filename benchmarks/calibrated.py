@@ -1,0 +1,152 @@
+"""Perplexity before any training: how much of what quantization costs each start leaves.
+
+    python benchmarks/calibrated.py --data FILE [MODEL] [--starts nf4:16 nf4:64 nf3:64 nf2:64] [--seeds 0 1 2]
+                                    [--runs qlora loftq qera calibrated "calibrated --refine 0"] [--work DIR]
+
+The first half of FILE is calibrated on, its second half evaluated: 24 windows of 512 tokens, in float32. A start is a
+type and a rank, a run a method with options of `loftq quantize`; a seed draws another sample of 65,536 tokens to
+calibrate on. Prints the mean perplexity and its spread over the seeds, as a multiple of full precision's, and as a part
+of the gap that QLoRA's start leaves; and KL(full precision ‖ start), in nats a token, which unlike perplexity no luck
+can lower. What is done is kept in DIR, where a later call finds it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import tempfile
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from machine import describe, table
+from perplexity import against
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+import loftq
+from loftq.core.methods import METHODS
+from loftq.pipeline.source import find_source
+from loftq_cli.quantize import quantize as command
+
+LENGTH, WINDOWS, TOKENS = 512, 24, 65536
+PLAIN = "qlora"
+
+
+def asked(run: str) -> dict[str, Any]:
+    """A method and options as `loftq quantize` reads them, as keyword arguments."""
+    method, *options = shlex.split(run)
+    with command.make_context("quantize", ["--method", method, *options]) as context:
+        return {
+            name: value
+            for name, value in context.params.items()
+            if context.get_parameter_source(name).name == "COMMANDLINE"
+        }
+
+
+class Bench:
+    """Measures what is not in its log yet."""
+
+    def __init__(self, model: str | None, data: Path, work: Path) -> None:
+        self.model, self.work, self.log = model, work, work / "log.jsonl"
+        work.mkdir(parents=True, exist_ok=True)
+        self.source = find_source(model).folder
+        text = data.read_text(encoding="utf-8")
+        half = len(text) // 2
+        (work / "calibration.txt").write_text(text[:half], encoding="utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(self.source)
+        self.tokens = tokenizer(text[half:], return_tensors="pt").input_ids
+        lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.is_file() else []
+        self.done = {tuple(row["key"]): row for row in map(json.loads, lines)}
+
+    @cached_property
+    def full(self) -> Any:
+        """The model in full precision."""
+        return AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32).eval()
+
+    def exact(self) -> float:
+        """The perplexity of full precision."""
+        return float(self._once(("full precision",), lambda: self.measure(self.full))["perplexity"])
+
+    def start(self, run: str, kind: str, rank: int, seed: int) -> dict[str, Any]:
+        """What a start is like."""
+
+        def measure() -> dict[str, Any]:
+            options = {"bits": int(kind[-1]), "quant_type": kind[:-1], "rank": rank, "seed": seed, **asked(run)}
+            if METHODS[options["method"]].calibrated:
+                options.setdefault("calibration", self.work / "calibration.txt")
+                options = {"calibration_tokens": TOKENS, "sequence_length": LENGTH, **options}
+                name = (
+                    f"{Path(options['calibration']).name}-{options['calibration_tokens']}-{options['sequence_length']}"
+                )
+                options["statistics"] = self.work / f"statistics-{name}-{seed}"
+            with tempfile.TemporaryDirectory(dir=self.work) as folder:
+                report = loftq.quantize(self.model, output=f"{folder}/out", quiet=True, **options)
+                model = loftq.load_qlora(f"{folder}/out", is_trainable=False, dtype=torch.float32)
+                found = self.measure(model)
+            return {**report.totals, **found, "seconds": report.seconds}
+
+        return self._once((run, kind, rank, seed), measure)
+
+    def measure(self, model: Any) -> dict[str, Any]:
+        """Perplexity on the second half, and divergence from full precision."""
+        found, divergence = against(model, self.full, self.tokens, WINDOWS, LENGTH)
+        return {"perplexity": found, "kl": divergence}
+
+    def _once(self, key: tuple[Any, ...], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if key not in self.done:
+            self.done[key] = {"key": key, **measure()}
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.done[key]) + "\n")
+            print(*key, f"{self.done[key]['perplexity']:.3f}, {self.done[key]['kl']:.4f}", flush=True)
+        return self.done[key]
+
+
+def spread(values: list[float], digits: int) -> str:
+    """The mean, and how far the values lie from it at most."""
+    middle = mean(values)
+    return f"{middle:.{digits}f} ± {max(abs(value - middle) for value in values):.{digits}f}"
+
+
+def main() -> None:
+    """Quantize, evaluate, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--data", type=Path, required=True, help="text, as WikiText-2's validation split")
+    parser.add_argument("--starts", nargs="+", default=["nf4:16", "nf4:64", "nf3:64", "nf2:64"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", nargs="+", default=["loftq", "qera", "calibrated --refine 0", "calibrated"])
+    parser.add_argument("--work", type=Path)
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(options.model, options.data, options.work or Path(scratch))
+        exact = bench.exact()
+        rows: list[tuple[str, ...]] = [("start", "method", "perplexity", "of full precision", "of QLoRA's gap", "KL")]
+        for asked_for in options.starts:
+            kind, _, rank = asked_for.partition(":")
+            start = bench.start(PLAIN, kind, int(rank), 0)
+            plain = float(start["perplexity"])
+            shown = f"{plain:.2f}" if plain < 1e4 else f"{plain:.1e}"
+            name = f"{kind.upper()}, rank {rank}"
+            rows.append((name, PLAIN, shown, f"{plain / exact:.3g}", "100 %", f"{start['kl']:.4f}"))
+            for run in options.runs:
+                calibrated = METHODS[shlex.split(run)[0]].calibrated
+                seeds = options.seeds if calibrated else options.seeds[:1]
+                starts = [bench.start(run, kind, int(rank), seed) for seed in seeds]
+                found = [float(start["perplexity"]) for start in starts]
+                multiples = spread([value / exact for value in found], 3)
+                gaps = spread([100 * (value - exact) / (plain - exact) for value in found], 1)
+                distances = spread([float(start["kl"]) for start in starts], 4)
+                rows.append(("", run, spread(found, 2), multiples, f"{gaps} %", distances))
+        print(f"\n{bench.source.name}, {options.data.name}, {WINDOWS} windows of {LENGTH} tokens; {describe()}")
+        print(f"full precision {exact:.3f}; seeds {options.seeds}\n\n{table(rows)}")
+
+
+if __name__ == "__main__":
+    main()

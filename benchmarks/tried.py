@@ -1,0 +1,335 @@
+"""What was tried for a calibrated start, one variant at a time: perplexity before any training, losers too.
+
+    python benchmarks/tried.py --data FILE [MODEL] [--variants ...] [--kind nf4] [--rank 16]
+
+Everything is in memory and in float32, on the texts of `benchmarks/calibrated.py`: 65,536 tokens of FILE's first half
+to calibrate on (8,192 for gradients), 24 windows of 512 tokens of its second half to evaluate. Each variant changes one
+thing of QERA's start: plain rounding, and factors in the metric of the layers' inputs. Prints perplexity and the part
+of the gap that plain rounding leaves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from calibrated import LENGTH, TOKENS, WINDOWS, Bench
+from machine import describe, table
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from loftq.core import calibrated, lowrank
+from loftq.core.grid import Grid, Quantizer
+from loftq.core.methods import METHODS
+from loftq.core.metric import Metric, damped
+
+GRADIENT_TOKENS = 8192
+Weights = dict[str, torch.Tensor]
+
+
+def linears(model: Any) -> dict[str, nn.Linear]:
+    """The linears that are quantized, by name."""
+    return {name: module for name, module in model.model.named_modules() if isinstance(module, nn.Linear)}
+
+
+class Lab:
+    """A model in memory, what text says of its layers, and what plain rounding makes of them."""
+
+    def __init__(self, model: Any, windows: torch.Tensor, kind: str, rank: int) -> None:
+        self.model, self.windows, self.rank = model, windows, rank
+        self.weights: Weights = {name: module.weight.data.clone() for name, module in linears(model).items()}
+        self.quantizers: dict[str, Quantizer] = {
+            name: Grid(kind, 64).quantizer(weight.shape[1]) for name, weight in self.weights.items()
+        }
+        self.rounded = {name: self._rounded(name) for name in self.weights}
+        self.moments = self.gather()
+        self._fisher: Weights = {}
+        self._weighted: Weights = {}
+
+    def _rounded(self, name: str) -> torch.Tensor:
+        quantizer, weight = self.quantizers[name], self.weights[name]
+        return quantizer.decode(*quantizer.quantize(weight), weight.shape)
+
+    @torch.no_grad()
+    def gather(self, scale: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> Weights:
+        """The second moment of each linear's inputs, of which `scale` makes others first."""
+        sums: Weights = {}
+
+        def see(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+                x = scale(inputs[0].flatten(0, 1))
+                sums[name] = sums.get(name, torch.zeros(())) + (x.T @ x).double()
+
+            return hook
+
+        shared = ("k_proj", "v_proj", "up_proj")  # see what q_proj and gate_proj do
+        handles = [
+            module.register_forward_pre_hook(see(name))
+            for name, module in linears(self.model).items()
+            if not name.endswith(shared)
+        ]
+        for part in self.windows.split(4):
+            self.model.model(input_ids=part)
+        for handle in handles:
+            handle.remove()
+        for name in self.weights:
+            for own, other in (("k_proj", "q_proj"), ("v_proj", "q_proj"), ("up_proj", "gate_proj")):
+                if name.endswith(own):
+                    sums[name] = sums[name.replace(own, other)]
+        return {name: moment / self.windows.numel() for name, moment in sums.items()}
+
+    def gradients(self) -> None:
+        """Second moments of outputs' gradients, and of inputs weighted by them, for tokens that the model draws."""
+        seen: Weights = {}
+        total: dict[str, float] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+                seen[name] = inputs[0].detach().flatten(0, 1)
+
+            return hook
+
+        def learn(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, _inputs: Any, outputs: tuple[torch.Tensor]) -> None:
+                g, x = outputs[0].flatten(0, 1), seen[name]
+                share = g.square().sum(1, keepdim=True)
+                self._fisher[name] = self._fisher.get(name, torch.zeros(())) + (g.T @ g).double()
+                self._weighted[name] = self._weighted.get(name, torch.zeros(())) + (x.T @ (x * share)).double()
+                total[name] = total.get(name, 0.0) + float(share.sum())
+
+            return hook
+
+        handles: list[Any] = []
+        for name, module in linears(self.model).items():
+            handles += [module.register_forward_pre_hook(keep(name)), module.register_full_backward_hook(learn(name))]
+        generator = torch.Generator().manual_seed(0)
+        for part in self.windows[: GRADIENT_TOKENS // LENGTH].split(2):
+            embedded = self.model.model.embed_tokens(part).requires_grad_()
+            logits = self.model(inputs_embeds=embedded).logits.flatten(0, 1)
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+            nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+        for handle in handles:
+            handle.remove()
+        self._weighted = {name: moment / total[name] for name, moment in self._weighted.items()}
+
+    @property
+    def fisher(self) -> Weights:
+        """Of outputs."""
+        if not self._fisher:
+            self.gradients()
+        return self._fisher
+
+    @property
+    def weighted(self) -> Weights:
+        """Inputs' moments, tokens counted by their gradients."""
+        if not self._weighted:
+            self.gradients()
+        return self._weighted
+
+    def factored(
+        self, metric: Callable[[str], Metric], outputs: Callable[[str], Metric] = lambda _: Metric(), rank: Any = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Plain rounding and the best factors in a metric of inputs and one of outputs."""
+        for name, weight in self.weights.items():
+            inputs, left = metric(name), outputs(name)
+            residual = weight - self.rounded[name]
+            whitened = left.whiten(inputs.whiten(residual).T.contiguous()).T.contiguous()
+            factors = lowrank.exact(whitened, rank[name] if rank else self.rank)
+            right = inputs.unwhiten(factors.right)
+            yield name, self.rounded[name] + left.unwhiten(factors.left.T.contiguous()).T @ right
+
+    def solved(self, method: str, **changes: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """A method of the table, with parts of it changed."""
+        preset = replace(METHODS[method], **changes)
+        for name, weight in self.weights.items():
+            quantizer = self.quantizers[name]
+            found = calibrated.solve(weight, quantizer, preset, self.moments[name], self.rank, preset.iterations, 1.0)
+            yield name, quantizer.decode(found.codes, found.scales, weight.shape) + found.b @ found.a
+
+    def ranks(self) -> dict[str, int]:
+        """Ranks by what another one takes off a layer's relative output error, for as many numbers in all."""
+        gains = []
+        for name, weight in self.weights.items():
+            metric = Metric.of("full", damped(self.moments[name]))
+            whole = metric.norm(weight) ** 2
+            values = torch.linalg.svdvals(metric.whiten(weight - self.rounded[name])).double().square()
+            cost = sum(weight.shape)
+            gains += [(float(v) / whole * weight.numel() / cost, cost, name) for v in values[: 4 * self.rank]]
+        left = sum(self.rank * sum(weight.shape) for weight in self.weights.values())
+        ranks = dict.fromkeys(self.weights, 0)
+        for _, cost, name in sorted(gains, reverse=True):
+            if cost <= left:
+                ranks[name], left = ranks[name] + 1, left - cost
+        return ranks
+
+    @torch.no_grad()
+    def propagated(self, share: float) -> Iterator[tuple[str, torch.Tensor]]:
+        """Factors for the inputs that quantized layers give, wanting `share` of the way to the exact outputs.
+
+        W Σ x x̂ᵀ (Σ x̂ x̂ᵀ)⁻¹ is the weight whose outputs on inputs x̂ are nearest to those of W on x.
+        """
+        names = {id(module): name for name, module in linears(self.model).items()}
+        layers, state = self.model.model.layers, {}
+
+        def catch(_module: nn.Module, args: tuple[torch.Tensor], kwargs: dict[str, Any]) -> None:
+            state["x"], state["kwargs"] = args[0], kwargs
+            raise StopIteration
+
+        exact = []
+        handle = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+        for part in self.windows.split(4):
+            try:
+                self.model.model(input_ids=part)
+            except StopIteration:
+                exact.append(state["x"])
+        handle.remove()
+        kwargs, moved = state["kwargs"], [x.clone() for x in exact]
+        for layer in layers:
+            inside = {names[id(module)]: module for module in layer.modules() if id(module) in names}
+            crossing, following = _Crossing(inside), []
+            for x, hat in zip(exact, moved, strict=True):
+                crossing.first = True
+                following.append(layer(x, **kwargs))
+                crossing.first = False
+                layer(hat, **kwargs)
+            crossing.end()
+            for name, module in inside.items():
+                h = damped(crossing.moments[name] / self.windows.numel())
+                wanted = torch.linalg.solve(h, (crossing.cross[name] / self.windows.numel()).T).T.float()
+                target = self.weights[name] @ torch.lerp(torch.eye(len(h)), wanted, share)
+                metric = Metric.of("full", h)
+                factors = lowrank.exact(metric.whiten(target - self.rounded[name]), self.rank)
+                module.weight.data = self.rounded[name] + factors.left @ metric.unwhiten(factors.right)
+            exact, moved = following, [layer(hat, **kwargs) for hat in moved]
+            yield from ((name, module.weight.data) for name, module in inside.items())
+
+
+class _Crossing:
+    """Sums of x x̂ᵀ and of x̂ x̂ᵀ for the inputs x and x̂ that linears get in two calls, one after the other."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self.first = True
+        self.cross: Weights = {}
+        self.moments: Weights = {}
+        self._seen: Weights = {}
+        self._handles = [module.register_forward_pre_hook(self._see(name)) for name, module in modules.items()]
+
+    def _see(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            x = inputs[0].flatten(0, 1)
+            if self.first:
+                self._seen[name] = x
+                return
+            self.cross[name] = self.cross.get(name, torch.zeros(())) + (self._seen[name].T @ x).double()
+            self.moments[name] = self.moments.get(name, torch.zeros(())) + (x.T @ x).double()
+
+        return hook
+
+    def end(self) -> None:
+        """See no more."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def power(moment: torch.Tensor, exponent: float) -> torch.Tensor:
+    """A power of a moment."""
+    values, vectors = torch.linalg.eigh(moment)
+    return vectors * values.clamp_min(0).pow(exponent) @ vectors.T
+
+
+def variants(lab: Lab) -> dict[str, Callable[[], Iterator[tuple[str, torch.Tensor]]]]:
+    """What to try, by name."""
+
+    def full(moments: Weights) -> Callable[[str], Metric]:
+        return lambda name: Metric.of("full", damped(moments[name]))
+
+    def more(damping: float) -> Callable[[str], Metric]:
+        def metric(name: str) -> Metric:
+            moment = lab.moments[name]
+            return Metric.of("full", moment + damping * moment.diagonal().mean() * torch.eye(len(moment)))
+
+        return metric
+
+    fisher_diagonal = lambda name: Metric.of("diagonal", damped(lab.fisher[name]))  # noqa: E731
+    fisher = lambda name: Metric.of("full", damped(lab.fisher[name]))  # noqa: E731
+    return {
+        "no factors": lambda: iter(lab.rounded.items()),
+        "weights (LoftQ, T = 1)": lambda: lab.factored(lambda _: Metric()),
+        "diagonal of H (QERA, approximate)": lambda: lab.factored(
+            lambda name: Metric.of("diagonal", damped(lab.moments[name]))
+        ),
+        "H (QERA)": lambda: lab.factored(full(lab.moments)),
+        "H, damped by 0.1": lambda: lab.factored(more(0.1)),
+        "H, damped by 1": lambda: lab.factored(more(1.0)),
+        "H to the power 1/2": lambda: lab.factored(
+            full({name: power(moment, 0.5) for name, moment in lab.moments.items()})
+        ),
+        "tokens of one length": lambda: lab.factored(
+            full(lab.gather(lambda x: x / x.norm(dim=1, keepdim=True).clamp_min(1e-6)))
+        ),
+        "tokens by their gradients": lambda: lab.factored(full(lab.weighted)),
+        "outputs by Fisher, diagonal": lambda: lab.factored(full(lab.moments), fisher_diagonal),
+        "outputs by Fisher, full": lambda: lab.factored(full(lab.moments), fisher),
+        "tokens and outputs": lambda: lab.factored(full(lab.weighted), fisher_diagonal),
+        "ranks by sensitivity": lambda: lab.factored(full(lab.moments), rank=lab.ranks()),
+        "scale search": lambda: lab.solved("qera", scales="search"),
+        "feedback (CLoQ)": lambda: lab.solved("cloq"),
+        "search, feedback": lambda: lab.solved("cloq", scales="search"),
+        "search, intrinsic feedback": lambda: lab.solved("calibrated", iterations=1),
+        "the same, 3 turns": lambda: lab.solved("calibrated"),
+        "the same, 10 turns": lambda: lab.solved("calibrated", iterations=10),
+        "quantized inputs": lambda: lab.propagated(0.0),
+        "quantized inputs, half way": lambda: lab.propagated(0.5),
+        "quantized inputs, exact outputs": lambda: lab.propagated(1.0),
+    }
+
+
+def main() -> None:
+    """Try, evaluate, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--variants", nargs="+", help="parts of their names; all by default")
+    parser.add_argument("--kind", default="nf4")
+    parser.add_argument("--rank", type=int, default=16)
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(options.model, options.data, Path(scratch))
+        text = (Path(scratch) / "calibration.txt").read_text(encoding="utf-8")
+        ids = AutoTokenizer.from_pretrained(bench.source)(text, return_tensors="pt").input_ids[0]
+        order = torch.randperm(len(ids) // LENGTH, generator=torch.Generator().manual_seed(0))[: TOKENS // LENGTH]
+        windows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)[order]
+        model = AutoModelForCausalLM.from_pretrained(bench.source, dtype=torch.float32).eval().requires_grad_(False)
+        model.config.use_cache = False
+        exact = bench.exact()
+        lab = Lab(model, windows, options.kind, options.rank)
+        plain = 0.0
+        rows: list[tuple[str, ...]] = [("variant", "perplexity", "of the gap", "KL")]
+        for name, make in variants(lab).items():
+            if plain and options.variants and not any(part in name for part in options.variants):
+                continue
+            for key, module in linears(model).items():
+                module.weight.data = lab.weights[key]
+            found = dict(make())
+            for key, module in linears(model).items():
+                module.weight.data = found[key]
+            measured = bench.measure(model)
+            perplexity = float(measured["perplexity"])
+            plain = plain or perplexity
+            gap = 100 * (perplexity - exact) / (plain - exact)
+            rows.append((name, f"{perplexity:.3f}", f"{gap:.1f} %", f"{measured['kl']:.4f}"))
+            print(*rows[-1], sep="  ", flush=True)
+    print(f"\n{bench.source.name}, {options.kind}, rank {options.rank}; {options.data.name}, {WINDOWS} windows")
+    print(f"{describe()}\nfull precision {exact:.3f}\n\n{table(rows)}")
+
+
+if __name__ == "__main__":
+    main()

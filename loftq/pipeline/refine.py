@@ -1,0 +1,184 @@
+"""A short distillation of the adapter alone: the quantized model learns to answer as the full-precision one does.
+
+The layers' own objective leaves out how their errors meet. What is minimized here is what a user sees,
+
+    KL(p ‖ q) a token,    p the full-precision model's distribution of the next token, q the quantized model's,
+
+over the calibration text, with the backbone fixed, and with AdamW's rate falling to nothing: most is gained at the end,
+where steps are small. Of p the likeliest tokens are known one by one, and the others as one (`calibrate`). A model
+without a vocabulary learns the last hidden states: their squared error over their squares.
+
+A part of the text is held out. Where the divergence does not fall there, the adapter stays as it was.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+from loftq.formats.adapter import open_adapter
+from loftq.formats.artifact import Artifact
+from loftq.models.loading import load_base
+from loftq.models.tasks import TASKS, part_before_head
+
+LEARNING_RATE = 1e-3  # at a scaling of one
+_WARMUP = 0.05  # of the steps
+_HELD_OUT = 16  # of so many windows, one
+_STEP = 1024  # tokens, or a window where that is longer
+_LARGE = 1_000_000_000  # parameters, from which activations are computed again in the backward pass
+_LEAST = 1e-6  # of a probability: what float32 leaves of one less a sum
+_ANSWERS = ("indices", "values", "hidden")
+
+Window = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """The divergence on held-out text, in nats a token (of hidden states, relative), before and after `steps`."""
+
+    before: float
+    after: float
+    steps: int
+
+
+def refine(
+    artifact: Artifact, teacher: Window, steps: int, device: torch.device, *, seed: int, quiet: bool
+) -> tuple[Refinement, dict[str, torch.Tensor]]:
+    """Distill into the adapter of an artifact: what it did, and the factors by their names in the adapter's file.
+
+    `teacher` are a model's inputs and answers, as `statistics.Statistics.teacher` has them. The adapter's file is left
+    as it is. There are no factors where the held-out text is not answered better.
+    """
+    # On a CPU products are faster in float32.
+    base = load_base(artifact, True, {"": device}, torch.float32 if device.type == "cpu" else None)
+    model = PeftModel.from_pretrained(base, artifact.adapter, is_trainable=True)
+    _prepare(model)
+    core = part_before_head(base, TASKS[artifact.manifest["source"]["task"]])
+    windows = [{name: rows[at] for name, rows in teacher.items()} for at in range(len(teacher["input_ids"]))]
+    held = windows[-max(len(windows) // _HELD_OUT, 1) :]
+    learned = windows[: -len(held)] or windows
+    before = _divergence(core, held, device)
+    _train(model, core, learned, steps, open_adapter(artifact.adapter).scaling, device, seed, quiet)
+    after = _divergence(core, held, device)
+    if not after < before:
+        return Refinement(before, before, 0), {}
+    factors = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+    return Refinement(before, after, steps), {name.replace(".default", ""): p for name, p in factors.items()}
+
+
+def divergence(answer: Any, window: Window) -> torch.Tensor:
+    """The mean over tokens of KL(p ‖ q), or the squared error of hidden states over their squares.
+
+    `window` has the logarithms of p's largest probabilities, `values` (batch, length, k), and their tokens, `indices`,
+    or `hidden` (batch, length, width).
+    """
+    if "hidden" in window:
+        expected = window["hidden"].float()
+        error: torch.Tensor = (answer[0].float() - expected).square().sum() / expected.square().sum()
+        return error
+    logits, log_p = answer.logits.float(), window["values"].float()
+    log_q = logits.gather(-1, window["indices"].long()) - logits.logsumexp(-1, keepdim=True)
+    known = (log_p.exp() * (log_p - log_q)).sum(-1)
+    rest_p, rest_q = ((1 - log.exp().sum(-1)).clamp_min(_LEAST) for log in (log_p, log_q))
+    found: torch.Tensor = (known + rest_p * (rest_p / rest_q).log()).mean()
+    return found
+
+
+class _Distiller(Trainer):
+    """Learns the answers of `core`, the part of the model that gives them."""
+
+    core: nn.Module
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:  # noqa: ARG002
+        """The divergence of a batch."""
+        return divergence(self.core(**_asked(inputs)), inputs)
+
+
+class _Steps(TrainerCallback):
+    """Moves a progress bar on."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """After a step."""
+        self._bar.update(1)
+
+
+def _asked(window: Window) -> dict[str, torch.Tensor]:
+    return {name: tensor.long() for name, tensor in window.items() if name not in _ANSWERS}
+
+
+def _batched(windows: Iterable[Window]) -> dict[str, torch.Tensor]:
+    rows = list(windows)
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _prepare(model: nn.Module) -> None:
+    """Factors alone train, without dropout: the answers to learn are those of the whole model."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    base: Any = model
+    base.config.use_cache = False
+
+
+@torch.no_grad()
+def _divergence(model: nn.Module, windows: Iterable[Window], device: torch.device) -> float:
+    model.eval()
+    found = []
+    for window in windows:
+        batch = {name: tensor.to(device) for name, tensor in _batched([window]).items()}
+        found.append(float(divergence(model(**_asked(batch)), batch)))
+    return sum(found) / len(found)
+
+
+def _train(
+    model: nn.Module,
+    core: nn.Module,
+    windows: Sequence[Window],
+    steps: int,
+    scaling: float,
+    device: torch.device,
+    seed: int,
+    quiet: bool,
+) -> None:
+    length = len(windows[0]["input_ids"])
+    if sum(parameter.numel() for parameter in model.parameters()) > _LARGE:
+        cast(Any, model).gradient_checkpointing_enable()
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            max_steps=steps,
+            per_device_train_batch_size=max(_STEP // length, 1),
+            learning_rate=LEARNING_RATE * scaling**-0.5,  # steps of B·A are then the same under any scaling
+            lr_scheduler_type="linear",
+            warmup_steps=max(round(_WARMUP * steps), 1),
+            adam_beta2=0.95,
+            max_grad_norm=0.0,
+            use_cpu=device.type == "cpu",
+            dataloader_pin_memory=device.type != "cpu",
+            remove_unused_columns=False,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            seed=seed % 2**32,
+        )
+        trainer = _Distiller(model=model, args=arguments, train_dataset=windows, data_collator=_batched)
+        trainer.core = core
+        for printing in (PrinterCallback, ProgressCallback):  # to stdout, which is the report's
+            trainer.remove_callback(printing)
+        with tqdm(total=steps, unit="step", disable=quiet, dynamic_ncols=True, desc="refine") as bar:
+            trainer.add_callback(_Steps(bar))
+            trainer.train()

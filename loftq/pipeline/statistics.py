@@ -1,0 +1,150 @@
+"""What calibration knows of a model, on disk: a folder that is written once and read a layer at a time.
+
+`calibration.json` is written last. It says of which model, text and settings the folder is, and which file holds
+the moment of each module's inputs; modules that get the same inputs share a file. `teacher.safetensors` holds what
+the model answered: the windows as `input_ids`, and the greatest log-probabilities at each position with their
+tokens, `values` and `indices`, or where a model has no vocabulary its `hidden` states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from loftq.core.moments import assemble
+from loftq.errors import ArtifactError, OptionError
+from loftq.formats.checkpoint import Checkpoint
+from loftq.pipeline.calibration_text import Calibration
+from loftq.pipeline.plan import Layer, Plan
+
+RECORD = "calibration.json"
+TEACHER = "teacher.safetensors"
+VERSION = 1
+_AGAIN = "remove it to gather them again, or name another folder"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Second moments of each layer's inputs, and a model's answers. Thread-safe."""
+
+    folder: Path
+    record: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the model was calibrated on."""
+        return int(self.record["settings"]["tokens"])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know, a line each."""
+        return tuple(self.record["notes"])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the calibration: tokens, sequence length, seed, and hashes of text, tokenizer and windows."""
+        return dict(self.record["settings"])
+
+    def count(self, module: str) -> int:
+        """How many vectors a module got: 0 where it was never reached."""
+        return int(self.record["modules"].get(module, {}).get("count", 0))
+
+    def moment(self, module: str) -> torch.Tensor | None:
+        """H (in, in) of a module's inputs in float32, or None for one that was never reached. Raises ArtifactError."""
+        if not self.count(module):
+            return None
+        return assemble(read_panels(self.folder / self.record["modules"][module]["file"]))
+
+    def check_weight(self, layer: Layer, digest: str) -> None:
+        """Raise ArtifactError unless a layer's tensor, by its SHA-256, is the one that the model was run with."""
+        if self.record["weights"].get(layer.tensor) != digest:
+            raise ArtifactError(f"{self.folder} was gathered with another {layer.tensor}: {_AGAIN}")
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the model's answers were kept."""
+        return bool(self.record["teacher"])
+
+    def teacher(self) -> dict[str, torch.Tensor] | None:
+        """What the model answered, by name: `input_ids` int32 (windows, length), for seq2seq `decoder_input_ids`, and
+        `values` float16 and `indices` int32 (windows, length, k), or `hidden` bfloat16 (windows, length, hidden size).
+
+        None where that was not kept. Raises ArtifactError.
+        """
+        return _load(self.folder / TEACHER) if self.has_teacher else None
+
+
+def open_statistics(folder: Path, plan: Plan, calibration: Calibration | None = None) -> Statistics:
+    """Open a folder of statistics that belong to a plan's model, and to a calibration where one is given.
+
+    Raises ArtifactError for one that is damaged, of another model, tokenizer or text, or lacks a layer of the plan;
+    OptionError for one of another number of tokens, sequence length or seed.
+    """
+    found = read_record(folder)
+    if found["source"]["headers_sha256"] != headers_digest(plan.source.checkpoint):
+        raise ArtifactError(
+            f"{folder} was gathered with {found['source']['name']}, whose tensors are not those of "
+            f"{plan.source.name}: {_AGAIN}"
+        )
+    if calibration is not None:
+        _check_settings(folder, found["settings"], calibration.settings)
+    lacking = lacks(found, plan)
+    if lacking:
+        raise ArtifactError(f"{folder} has no statistics of {lacking[0]}: {_AGAIN}")
+    return Statistics(folder, found)
+
+
+def lacks(record: dict[str, Any], plan: Plan) -> list[str]:
+    """The modules of a plan of which a record knows nothing."""
+    return [layer.module for layer in plan.layers if layer.module not in record["modules"]]
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a folder of statistics. Raises ArtifactError."""
+    path = folder / RECORD
+    try:
+        record = dict(json.loads(path.read_text(encoding="utf-8")))
+        version = record["version"]
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{folder} has no {RECORD}: expected a folder of calibration statistics") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}): {_AGAIN}") from error
+    if version != VERSION:
+        raise ArtifactError(f"{path} is of version {version}, and this is for version {VERSION}: {_AGAIN}")
+    return record
+
+
+def headers_digest(checkpoint: Checkpoint) -> str:
+    """A hash of the names, dtypes and shapes of all tensors."""
+    rows = sorted((spec.name, str(spec.dtype), list(spec.shape)) for spec in checkpoint.tensors.values())
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def read_panels(path: Path) -> Sequence[torch.Tensor]:
+    """The panels of a moment."""
+    panels = _load(path)
+    return [panels[str(i)] for i in range(len(panels))]
+
+
+def _check_settings(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
+    for key in ("tokens", "sequence_length", "seed"):
+        if found[key] != asked[key]:
+            raise OptionError(f"{folder} was gathered with {key} {found[key]}, not {asked[key]}: {_AGAIN}")
+    for key, what in (("tokenizer_sha256", "tokenizer"), ("text_sha256", "text"), ("windows_sha256", "text")):
+        if found[key] != asked[key]:
+            raise ArtifactError(f"{folder} was gathered with another {what}: {_AGAIN}")
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is missing or damaged ({error}): {_AGAIN}") from error
