@@ -44,27 +44,26 @@ def gather(
     folder: Path,
     device: torch.device | str = "cpu",
     *,
-    teacher: bool = True,
     trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> Statistics:
     """The statistics of a plan's model on a calibration's windows, in a folder, which is reused where it has them.
 
-    With `teacher`, the model's answers too. The model runs in float32 on the CPU and in the recipe's compute dtype
-    elsewhere, with a progress bar on stderr unless `quiet`. A folder of the same model and calibration that lacks a
-    layer or the answers is made again. Raises what `open_statistics` does for one of another, SourceError for a model
-    whose activations are not finite, and OutputError where the disk is full.
+    The model runs in float32 on the CPU and in the compute dtype elsewhere, with a progress bar on stderr unless
+    `quiet`. A folder of the same model and calibration that lacks a layer is made again. Raises what `open_statistics`
+    does for one of another, SourceError for a model whose activations are not finite, and OutputError where the disk is
+    full.
     """
     if (folder / RECORD).is_file():
         record = read_record(folder)
-        if not statistics.lacks(record, plan) and (record["teacher"] or not teacher):
+        if not statistics.lacks(record, plan):
             return open_statistics(folder, plan, calibration)
         open_statistics(folder, replace(plan, layers=()), calibration)  # is it ours to replace?
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtifactError(f"{folder} is in the way and holds no calibration statistics: name another folder")
     weights = BlockWeights(plan, torch.device(device), trust_remote_code=trust_remote_code)
     with explain_os_errors(folder), _replacing(folder) as scratch:
-        _gather_into(scratch, plan, calibration, weights, teacher, quiet)
+        _gather_into(scratch, plan, calibration, weights, quiet)
     return open_statistics(folder, plan, calibration)
 
 
@@ -83,22 +82,19 @@ def _replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _gather_into(
-    folder: Path, plan: Plan, calibration: Calibration, weights: BlockWeights, teacher: bool, quiet: bool
-) -> None:
+def _gather_into(folder: Path, plan: Plan, calibration: Calibration, weights: BlockWeights, quiet: bool) -> None:
     size = max(1, _BATCH_TOKENS // calibration.sequence_length)
     batches = [_batch(plan, weights, part) for part in torch.split(calibration.windows, size)]
     steps = len(batches) * max(1, len(weights.blocks))
     bar = tqdm(total=steps, unit="block", disable=quiet, dynamic_ncols=True, desc="calibration")
-    answers: list[dict[str, torch.Tensor]] | None = [{} for _ in batches] if teacher else None
+    answers: list[dict[str, torch.Tensor]] = [{} for _ in batches]
     with bar:
         found = _Gathering(plan, weights, folder, bar, answers)
         with found.watching():
             run(weights.core, batches, weights.blocks, found)
         found.save(None)
-    if answers is not None:
-        ids = {name: tensor for name, tensor in _joined(batches).items() if name.endswith("_ids")}
-        save_file({**{name: tensor.int() for name, tensor in ids.items()}, **_joined(answers)}, folder / TEACHER)
+    ids = {name: tensor.int() for name, tensor in _joined(batches).items() if name.endswith("_ids")}
+    save_file({**ids, **_joined(answers)}, folder / TEACHER)
     never = [layer.module for layer in plan.layers if layer.module not in found.modules]
     record = {
         "version": statistics.VERSION,
@@ -113,7 +109,6 @@ def _gather_into(
         "versions": {name: version(name) for name in ("loftq", "torch", "transformers")},
         "weights": weights.digests,
         "modules": {**found.modules, **{name: {"file": None, "count": 0} for name in never}},
-        "teacher": teacher,
         "notes": [*calibration.notes, *_never_reached(never)],
     }
     (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -165,7 +160,7 @@ class _Gathering:
         weights: BlockWeights,
         folder: Path,
         bar: Any,
-        answers: list[dict[str, torch.Tensor]] | None,
+        answers: list[dict[str, torch.Tensor]],
     ) -> None:
         self.modules: dict[str, dict[str, Any]] = {}  # the file of each, and how many vectors it has seen
         self._plan, self._weights, self._folder, self._bar, self._answers = plan, weights, folder, bar, answers
@@ -212,8 +207,7 @@ class _Gathering:
             self._bar.update(1)
 
     def finish(self, index: int, output: Any) -> None:
-        if self._answers is not None:
-            self._answers[index] = _answer(output, self._plan.task.name in _VOCABULARY)
+        self._answers[index] = _answer(output, self._plan.task.name in _VOCABULARY)
 
     def save(self, block: str | None) -> None:
         """Write the moments of a block's layers, or of all that are left, and forget their sums."""

@@ -62,7 +62,7 @@ def _distill(
 
     artifact = Artifact(staging.folder, heading(plan))
     found, factors = refine(
-        artifact, statistics.teacher() or {}, plan.recipe.refinement, device, seed=plan.recipe.seed, quiet=quiet
+        artifact, statistics.teacher(), plan.recipe.refinement, device, seed=plan.recipe.seed, quiet=quiet
     )
     record = {"refine_steps": found.steps, "divergence_before": found.before, "divergence": found.after}
     if not factors:

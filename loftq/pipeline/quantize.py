@@ -171,8 +171,7 @@ def _calibrate(
         trust_remote_code=trust_remote_code,
     )
     where = Path(chosen) if chosen else folder.parent / f"{plan.source.label}-calibration-{text.key}"
-    wanted = recipe.refinement > 0
-    return gather(plan, text, where, device, teacher=wanted, trust_remote_code=trust_remote_code, quiet=quiet)
+    return gather(plan, text, where, device, trust_remote_code=trust_remote_code, quiet=quiet)
 
 
 def _rows(plan: Plan, staging: Staging) -> list[dict[str, Any]]:

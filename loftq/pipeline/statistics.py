@@ -68,18 +68,13 @@ class Statistics:
         if self.record["weights"].get(layer.tensor) != digest:
             raise ArtifactError(f"{self.folder} was gathered with another {layer.tensor}: {_AGAIN}")
 
-    @property
-    def has_teacher(self) -> bool:
-        """Whether the model's answers were kept."""
-        return bool(self.record["teacher"])
-
-    def teacher(self) -> dict[str, torch.Tensor] | None:
+    def teacher(self) -> dict[str, torch.Tensor]:
         """What the model answered, by name: `input_ids` int32 (windows, length), for seq2seq `decoder_input_ids`, and
         `values` float16 and `indices` int32 (windows, length, k), or `hidden` bfloat16 (windows, length, hidden size).
 
-        None where that was not kept. Raises ArtifactError.
+        Raises ArtifactError.
         """
-        return _load(self.folder / TEACHER) if self.has_teacher else None
+        return _load(self.folder / TEACHER)
 
 
 def open_statistics(folder: Path, plan: Plan, calibration: Calibration | None = None) -> Statistics:

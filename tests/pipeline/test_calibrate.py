@@ -239,19 +239,15 @@ def test_a_folder_is_reused(plan: Plan, cached: Path, gathered: Statistics) -> N
     name = "model.layers.1.mlp.down_proj"
     assert torch.equal(again.moment(name), gathered.moment(name))  # type: ignore[arg-type]
     fewer = plan_of(plan.source.folder, target_modules=("q_proj",))
-    assert gather(fewer, small(fewer), cached, teacher=False, quiet=True).record == gathered.record
+    assert gather(fewer, small(fewer), cached, quiet=True).record == gathered.record
 
 
-@pytest.mark.parametrize("lacks", ["a layer", "the answers"])
-def test_a_folder_that_lacks_something_is_made_again(lacks: str, plan: Plan, tmp_path: Path) -> None:
-    fewer = plan_of(plan.source.folder, **({"target_modules": ("q_proj",)} if lacks == "a layer" else {}))
-    first = gather(fewer, small(fewer), tmp_path / "cache", teacher=lacks != "the answers", quiet=True)
-    assert first.has_teacher == (lacks == "a layer") == (first.teacher() is not None)
-    if lacks == "a layer":
-        with pytest.raises(ArtifactError, match=r"has no statistics of model\.layers\.0\.self_attn\.k_proj: remove it"):
-            open_statistics(tmp_path / "cache", plan)
+def test_a_folder_that_lacks_a_layer_is_made_again(plan: Plan, tmp_path: Path) -> None:
+    fewer = plan_of(plan.source.folder, target_modules=("q_proj",))
+    gather(fewer, small(fewer), tmp_path / "cache", quiet=True)
+    with pytest.raises(ArtifactError, match=r"has no statistics of model\.layers\.0\.self_attn\.k_proj: remove it"):
+        open_statistics(tmp_path / "cache", plan)
     found = gather(plan, small(plan), tmp_path / "cache", quiet=True)
-    assert found.has_teacher
     assert all(found.moment(layer.module) is not None for layer in plan.layers)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
