@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,17 +17,27 @@ def perplexity(model: Any, tokens: torch.Tensor, windows: int, length: int) -> f
     return against(model, None, tokens, windows, length)[0]
 
 
-@torch.no_grad()
-def against(model: Any, exact: Any, tokens: torch.Tensor, windows: int, length: int) -> tuple[float, float]:
-    """Perplexity, and the mean over tokens of KL(p ‖ q) in nats, p another model's distribution; 0 without one."""
-    model.eval()
+def against(
+    model: Any, exact: list[torch.Tensor] | None, tokens: torch.Tensor, windows: int, length: int
+) -> tuple[float, float]:
+    """Perplexity, and the mean over tokens of KL(p ‖ q) in nats, p given by its `answers`; 0 without them."""
     loss = divergence = 0.0
-    for start in range(0, windows * length, length):
-        window = tokens[:, start : start + length]
-        log_q = model(input_ids=window).logits[0, :-1].float().log_softmax(-1)  # (length - 1, vocabulary)
-        loss += float(torch.nn.functional.nll_loss(log_q, window[0, 1:], reduction="sum"))
+    for at, log_q in enumerate(_answers(model, tokens, windows, length)):
+        target = tokens[0, at * length + 1 : (at + 1) * length]
+        loss += float(torch.nn.functional.nll_loss(log_q, target, reduction="sum"))
         if exact is not None:
-            log_p = exact(input_ids=window).logits[0, :-1].float().log_softmax(-1)
-            divergence += float(torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
+            divergence += float(torch.nn.functional.kl_div(log_q, exact[at].float(), reduction="sum", log_target=True))
     scored = windows * (length - 1)
     return math.exp(loss / scored), divergence / scored
+
+
+def answers(model: Any, tokens: torch.Tensor, windows: int, length: int) -> list[torch.Tensor]:
+    """A model's log-probabilities of all tokens, float16 (length - 1, vocabulary) a window."""
+    return [log_p.half() for log_p in _answers(model, tokens, windows, length)]
+
+
+@torch.no_grad()
+def _answers(model: Any, tokens: torch.Tensor, windows: int, length: int) -> Iterator[torch.Tensor]:
+    model.eval()
+    for start in range(0, windows * length, length):
+        yield model(input_ids=tokens[:, start : start + length]).logits[0, :-1].float().log_softmax(-1)
