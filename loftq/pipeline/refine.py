@@ -29,7 +29,7 @@ from loftq.formats.artifact import Artifact
 from loftq.models.loading import load_base
 from loftq.models.tasks import TASKS, part_before_head
 
-LEARNING_RATE = 1e-3  # at a scaling of one
+LEARNING_RATE = 2e-4  # at a scaling of one
 _WARMUP = 0.05  # of the steps
 _HELD_OUT = 16  # of so many windows, one
 _STEP = 1024  # tokens, or a window where that is longer
