@@ -30,7 +30,7 @@ from loftq.errors import OptionError
 
 Pair = tuple[float, float]  # a norm of weights, and of outputs
 _DEPTH = 10  # Krylov steps of a factorization; the steep spectrum of a whitened residual needs no more
-_ROUNDS = 2  # of coordinate descent an iteration
+ROUNDS = 2  # of coordinate descent an iteration
 
 
 def solve(
@@ -57,9 +57,9 @@ def solve(
     outputs = Metric.of("full", h)
     metric = outputs if method.metric == "full" else Metric.of(method.metric, h)
     solved = first_rounding(weight, quantizer, method, h, _directions(method, h, rank, generator))
-    residual = _residual(weight, quantizer, solved)
-    nearest = residual if method.plain else _residual(weight, quantizer, quantizer.quantize(weight))
-    rounded = [(math.sqrt(squared(error)), outputs.norm(error)) for error in (weight, nearest, residual)]
+    residual = left_by(solved, weight, quantizer)
+    nearest = residual if method.plain else left_by(quantizer.quantize(weight), weight, quantizer)
+    rounded = [norms(error, outputs) for error in (weight, nearest, residual)]
     del nearest
 
     a, b = lora_start(weight, rank, generator)
@@ -69,7 +69,7 @@ def solve(
     for t in range(1, iterations + 1 if rank else 1):
         if t > 1:
             solved = _again(weight - product, quantizer, method, h, solved)
-            residual = _residual(weight, quantizer, solved)
+            residual = left_by(solved, weight, quantizer)
         whitened = metric.whiten(residual)
         factors = lowrank.factorize(whitened, rank, _DEPTH, None, generator)
         objective = math.sqrt(max(squared(whitened) - factors.captured(rank), 0.0))
@@ -96,7 +96,13 @@ def trace_of(rounded: Sequence[Pair], iterations: Sequence[Pair], kept: int) -> 
     return replace(traces[0], outputs=traces[1])
 
 
-def _residual(weight: torch.Tensor, quantizer: Quantizer, solved: Solved) -> torch.Tensor:
+def norms(error: torch.Tensor, outputs: Metric) -> Pair:
+    """Of what is left of a weight, and of what that does to its outputs."""
+    return math.sqrt(squared(error)), outputs.norm(error)
+
+
+def left_by(solved: Solved, weight: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    """W − Q."""
     return weight - quantizer.decode(*solved, weight.shape)
 
 
@@ -122,7 +128,7 @@ def _again(
         scales = _scales(target, quantizer, method, moment)
         return quantizer.encode(target, scales), scales
     codes, scales = last
-    return descend(target, quantizer, scales, codes, moment, _ROUNDS), scales
+    return descend(target, quantizer, scales, codes, moment, ROUNDS), scales
 
 
 def _scales(target: torch.Tensor, quantizer: Quantizer, method: Method, moment: torch.Tensor | None) -> Scales:

@@ -50,6 +50,11 @@ def spread(pooled: torch.Tensor, pool: int) -> torch.Tensor:
     return pooled.repeat_interleave(pool, dim=1)
 
 
+def delta(a: torch.Tensor, b: torch.Tensor, scaling: float, pool: int | None) -> torch.Tensor:
+    """ΔW (out, in), what an adapter adds to a weight: on inputs pooled by `pool`, or a plain LoRA."""
+    return scaling * (b @ a) if pool is None else spread(correction(a, b, scaling, pool), pool)
+
+
 def plain_lora(a: torch.Tensor, pool: int) -> torch.Tensor:
     """The A (r, in) with which a plain LoRA of the same B and scaling computes the same as A (r, L) does pooled."""
     return spread(a * factor(a.shape[1] * pool, pool), pool)

@@ -14,15 +14,13 @@ with S (L, in) the sums over pools, so the best of rank r is C = SVD_r(C* R_g) R
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from loftq.core import lowrank
 from loftq.core.affine import FLOATING, AffineQuantizer, AffineWeight
-from loftq.core.calibrated import Pair, first_rounding, trace_of
+from loftq.core.calibrated import ROUNDS, Pair, first_rounding, left_by, norms, trace_of
 from loftq.core.methods import Method
-from loftq.core.metric import Metric, damped, squared
+from loftq.core.metric import Metric, damped
 from loftq.core.pooled import check_rank, factor, spread
 from loftq.core.regression import fit, pooled_fit
 from loftq.core.rounding import descend, squared_norm
@@ -30,7 +28,6 @@ from loftq.core.scales import Solved
 from loftq.core.solver import Solution, lora_start
 
 _ENOUGH = 1 - 1e-4  # a round that leaves more of the error than this is the last
-_ROUNDS = 2  # of descent, a fit
 
 
 def solve(
@@ -54,30 +51,26 @@ def solve(
     rows, pools = check_rank(weight, rank, pool)
     h = damped(moment.to(weight.device))
     outputs = Metric.of("full", h)
-
-    def residual(solved: Solved) -> torch.Tensor:
-        return weight - quantizer.decode(*solved, weight.shape)
-
     generator = torch.Generator().manual_seed(seed)
-    plain = residual(quantizer.quantize(weight))
+    plain = left_by(quantizer.quantize(weight), weight, quantizer)
     solved = first_rounding(weight, quantizer, method, h)
-    left = residual(solved)
-    rounded = [(math.sqrt(squared(error)), outputs.norm(error)) for error in (weight, plain, left)]
+    left = left_by(solved, weight, quantizer)
+    rounded = [norms(error, outputs) for error in (weight, plain, left)]
     a, b = lora_start(weight.new_empty(rows, pools), rank, generator)
     best, kept, least = solved, 0, rounded[2][1]
     errors: list[Pair] = []
     shift: torch.Tensor | None = None
     for t in range(1, iterations + 1):
         target = weight if shift is None else weight - shift
-        solved = _fitted(target, quantizer, solved, h)
-        left = residual(solved)
+        solved = _fitted(target, left, quantizer, solved, h)
+        left = left_by(solved, weight, quantizer)
         if quantizer.zero_point not in FLOATING:
             exact, sums = pooled_fit(left, h, pool)
             metric = Metric.of("full", sums)
             factors = lowrank.exact(metric.whiten(exact), rank)
             shift = spread((factors.left @ metric.unwhiten(factors.right)).float(), pool)
             left = left - shift
-        errors.append((math.sqrt(squared(left)), outputs.norm(left)))
+        errors.append(norms(left, outputs))
         enough = errors[-1][1] > least * _ENOUGH
         if errors[-1][1] < least:
             best, kept, least = solved, t, errors[-1][1]
@@ -89,8 +82,13 @@ def solve(
     return Solution(*best, a, b, trace_of(rounded, errors, kept))
 
 
-def _fitted(target: torch.Tensor, quantizer: AffineQuantizer, solved: Solved, moment: torch.Tensor) -> Solved:
-    """Scales and zero-points for the codes, then codes for those; as they were where that is no nearer."""
+def _fitted(
+    target: torch.Tensor, left: torch.Tensor, quantizer: AffineQuantizer, solved: Solved, moment: torch.Tensor
+) -> Solved:
+    """Scales and zero-points for the codes, then codes for those; as they were where that is no nearer.
+
+    `left` is what `solved` leaves of the target.
+    """
     codes, scales = solved
     levels = AffineWeight.of(codes, scales, target.shape, quantizer.bits).codes.float() - 2 ** (quantizer.bits - 1)
     shifted = quantizer.zero_point in FLOATING
@@ -98,10 +96,6 @@ def _fitted(target: torch.Tensor, quantizer: AffineQuantizer, solved: Solved, mo
         levels -= spread(scales.zeros.view(len(target), -1).float() - 2 ** (quantizer.bits - 1), quantizer.block_size)
     slopes, shifts = fit(target, levels, moment, quantizer.block_size, shifted=shifted)
     refitted = quantizer.fitted(slopes.view(-1), shifts.view(-1) if shifted else None, scales)
-    if _error(target, quantizer, (codes, refitted), moment) < _error(target, quantizer, solved, moment):
+    if squared_norm(left_by((codes, refitted), target, quantizer), moment) < squared_norm(left, moment):
         scales = refitted
-    return descend(target, quantizer, scales, codes, moment, _ROUNDS), scales
-
-
-def _error(target: torch.Tensor, quantizer: AffineQuantizer, solved: Solved, moment: torch.Tensor) -> float:
-    return squared_norm(target - quantizer.decode(*solved, target.shape), moment)
+    return descend(target, quantizer, scales, codes, moment, ROUNDS), scales

@@ -25,7 +25,7 @@ class PooledVariant(QALoraLinearVariant):  # type: ignore[misc]
         """What the adapter adds to the weight: (out, in)."""
         a, b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
         pool = module.qalora_group_size[active_adapter]
-        return pooled.spread(pooled.correction(a, b, module.scaling[active_adapter], pool), pool)
+        return pooled.delta(a, b, module.scaling[active_adapter], pool)
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:

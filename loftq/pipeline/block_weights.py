@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from loftq.errors import SourceError
 from loftq.models import linears, naming
 from loftq.models.lockstep import find_blocks
 from loftq.models.naming import NameMap
-from loftq.models.tasks import build_meta
+from loftq.models.tasks import build_meta, part_before_head
 from loftq.pipeline.jobs import check_finite, digest_of
 from loftq.pipeline.plan import Plan
 from loftq.pipeline.recipe import layer_seed
@@ -34,8 +34,7 @@ class BlockWeights:
         self._plan = plan
         self._targets = {layer.tensor for layer in plan.layers}
         self.model = _build(plan, self.dtype, trust_remote_code)
-        prefix = getattr(self.model, "base_model_prefix", "") if plan.task.has_head else ""
-        self.core = getattr(self.model, prefix, self.model) if prefix else self.model
+        self.core = part_before_head(self.model, plan.task)
         self.blocks = {
             name: self.model.get_submodule(name)
             for name in find_blocks(self.model, [layer.module for layer in plan.layers])
@@ -43,7 +42,8 @@ class BlockWeights:
         created = {key.rpartition(".")[0] for key in plan.created}
         self._names = naming.map_names(self.model, plan.source.checkpoint.tensors, new=created, resized=created)
         self._origins = _origins(self.model, self._names)
-        needed = [key for key in self.model.state_dict() if self.core is self.model or key.startswith(f"{prefix}.")]
+        start = "" if self.core is self.model else f"{cast(Any, self.model).base_model_prefix}."
+        needed = [key for key in self.model.state_dict() if key.startswith(start)]
         meta = [key for key in needed if self._get(key).is_meta]  # buffers stay, wherever they are
         self._keys = {name: [key for key in meta if key.startswith(f"{name}.")] for name in self.blocks}
         inside = {key for keys in self._keys.values() for key in keys}

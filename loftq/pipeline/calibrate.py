@@ -29,7 +29,7 @@ from loftq.models.lockstep import run
 from loftq.pipeline import statistics
 from loftq.pipeline.block_weights import BlockWeights
 from loftq.pipeline.calibration_text import Calibration
-from loftq.pipeline.plan import Plan
+from loftq.pipeline.plan import Plan, some
 from loftq.pipeline.staging import explain_os_errors
 from loftq.pipeline.statistics import RECORD, TEACHER, Statistics, open_statistics, read_panels, read_record
 
@@ -116,8 +116,7 @@ def _gather_into(folder: Path, plan: Plan, calibration: Calibration, weights: Bl
 
 def _never_reached(modules: list[str]) -> Iterator[str]:
     if modules:
-        shown = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
-        yield f"calibration never reached {shown}"
+        yield f"calibration never reached {some(modules)}"
 
 
 def _batch(plan: Plan, weights: BlockWeights, windows: torch.Tensor) -> dict[str, torch.Tensor]:

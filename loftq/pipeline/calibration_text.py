@@ -19,10 +19,9 @@ from torch import nn
 
 from loftq.errors import OptionError, SourceError
 from loftq.pipeline.plan import Plan
+from loftq.pipeline.recipe import SEQUENCE_LENGTH, TOKENS
 
 DEFAULT = "default"
-TOKENS = 65536
-SEQUENCE_LENGTH = 2048
 MIN_TOKENS = 4096  # below, second moments of some thousand inputs are noise
 _SURPLUS = 16  # how much more text than asked for is read, to choose windows from
 _PIECE = 100_000  # characters that are tokenized at a time

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,23 +70,20 @@ def _distill(
     save_file({**load_file(start), **factors}, scratch, {"format": "pt"})
     scratch.replace(staging.folder / FOLDER / WEIGHTS)
     adapter, checkpoint = open_adapter(artifact.adapter), read_checkpoint(staging.folder)
-    measure = partial(_errors, plan, adapter, checkpoint, statistics, device)
-    return record | {"errors": {layer.module: measure(layer) for layer in plan.layers}}
+    return record | {
+        "errors": {layer.module: _errors(plan, layer, adapter, checkpoint, statistics, device) for layer in plan.layers}
+    }
 
 
 def _errors(
-    plan: Plan, adapter: Adapter, checkpoint: Checkpoint, statistics: Statistics, device: torch.device, layer: Layer
+    plan: Plan, layer: Layer, adapter: Adapter, checkpoint: Checkpoint, statistics: Statistics, device: torch.device
 ) -> dict[str, float]:
     """What a layer's codes and factors leave of its weight and of its outputs, as they are read back."""
     weight, _ = read_weight(plan, layer, device)
     codes, scales = plan.layout.read(layer.module, layer.shape, plan.grid(layer), checkpoint.read)
     backbone = plan.quantizer(layer).decode(codes, scales, weight.shape).to(device)
     a, b = (factor.to(device) for factor in adapter.factors(layer.module))
-    if adapter.pool_size is None:
-        product = adapter.scaling * b @ a
-    else:
-        product = pooled.spread(pooled.correction(a, b, adapter.scaling, adapter.pool_size), adapter.pool_size)
-    left = weight - backbone - product
+    left = weight - backbone - pooled.delta(a, b, adapter.scaling, adapter.pool_size)
     found = {"error": (squared(left) / (squared(weight) or 1.0)) ** 0.5}
     moment = statistics.moment(layer.module)
     if moment is not None:

@@ -340,11 +340,12 @@ def _notes(plan: Plan, found: Linears, names: NameMap) -> Iterator[str]:
             kinds = {type(plan.model.get_submodule(name)).__name__ for name in left}
             yield f"{len(left)} dense layers of class {', '.join(sorted(kinds))}{what} stay in {dtype}"
     if plan.created:
-        yield f"not in the checkpoint, begun anew: {_some(list(plan.created))}"
+        yield f"not in the checkpoint, begun anew: {some(list(plan.created))}"
     if names.left_out:
-        yield f"not part of the model, left out: {_some(names.left_out)}"
+        yield f"not part of the model, left out: {some(names.left_out)}"
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """A few of many names, for a note."""
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -138,11 +138,11 @@ def quantize(
         found = _finished(folder, plan)
         return report(plan, folder, *found, peak_memory(chosen), time.perf_counter() - started)
     known = _calibrate(plan, folder, statistics, chosen, trust_remote_code, quiet)
-    if known is not None:
-        plan = replace(plan, notes=(*plan.notes, *known.notes))
     if recipe.allocation == "auto":
         widths = allocate(plan, known, chosen, count, quiet)
         plan = make_plan(source, recipe, trust_remote_code=trust_remote_code, widths=widths)
+    if known is not None:
+        plan = replace(plan, notes=(*plan.notes, *known.notes))
     with open_staging(folder, _fingerprint(plan, known, chosen), overwrite=overwrite) as staging:
         if not staging.ready:
             solve_all(plan, staging, known, chosen, count, quiet)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -37,25 +37,28 @@ class Pair:
         saved = self.adapter.saved.get(name)
         return self.backbone.checkpoint.read(name) if saved is None else self.adapter.read(saved)
 
-    def product(self, module: str) -> torch.Tensor | None:
-        """What the adapter adds to a module: (out, in), or in QA-LoRA (out, pools). None where it adds nothing."""
+    def delta(self, module: str) -> torch.Tensor | None:
+        """What the adapter adds to a module: (out, in). None where it adds nothing."""
         if module not in self.adapter.modules:
             return None
-        a, b = self.adapter.factors(module)
-        if self.adapter.pool_size is None:
-            return self.adapter.scaling * (b @ a)
-        return pooled.correction(a, b, self.adapter.scaling, self.adapter.pool_size)
+        return pooled.delta(*self.adapter.factors(module), self.adapter.scaling, self.adapter.pool_size)
+
+    def correction(self, module: str) -> torch.Tensor | None:
+        """What a QA-LoRA adapter adds to a module's pools: (out, pools). None where it adds nothing."""
+        if module not in self.adapter.modules:
+            return None
+        return pooled.correction(*self.adapter.factors(module), self.adapter.scaling, cast(int, self.adapter.pool_size))
 
     def shifts(self, module: str, scales: Scales) -> torch.Tensor:
         """The shifts of a module's groups with the adapter in them: float32 (groups,)."""
-        added = self.product(module)
+        added = self.correction(module)
         if added is None:
             return scales.offsets
         return pooled.merge_shifts(scales.offsets.view(len(added), -1), added).view(-1)
 
     def affine(self, module: str) -> AffineWeight:
         """A module's integers with the adapter in their shifts."""
-        weight, added = self.backbone.affine(module), self.product(module)
+        weight, added = self.backbone.affine(module), self.correction(module)
         return weight if added is None else pooled.merge(weight, added)
 
     def require_pools(self) -> None:
@@ -116,11 +119,9 @@ class Dense:
 
     def tensors(self, module: str) -> dict[str, torch.Tensor]:
         """Their values."""
-        weight, added = self.pair.backbone.dense(module), self.pair.product(module)
+        weight, added = self.pair.backbone.dense(module), self.pair.delta(module)
         if added is not None:
-            weight += (
-                added if self.pair.adapter.pool_size is None else pooled.spread(added, self.pair.adapter.pool_size)
-            )
+            weight += added
         weight = weight.bfloat16()
         return {f"{module}.weight": weight.t() if module in self._transposed else weight}
 

@@ -313,7 +313,7 @@ def test_a_merge_that_answers_otherwise_is_not_kept(
     """Break it: shifts without the adapter."""
     from loftq.pipeline.targets import Pair
 
-    monkeypatch.setattr(Pair, "product", lambda *_: None)
+    monkeypatch.setattr(Pair, "correction", lambda *_: None)
     with pytest.raises(ArtifactError, match=r"answers otherwise .* Nothing was written"):
         merge(*pooled, tmp_path / "out", to="int")
     assert not (tmp_path / "out").exists()
