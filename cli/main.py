@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
+import warnings
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -12,7 +14,7 @@ import click
 
 from loftq.errors import LoftQError
 
-_COMMANDS = ("quantize", "merge", "methods", "families")
+_COMMANDS = ("quantize", "train", "evaluate", "generate", "merge", "methods", "families")
 _VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -51,6 +53,9 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> Any:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 used wrongly, 130 interrupted."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)  # of the libraries among themselves
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     gc.set_threshold(100_000)  # torch and transformers make a million objects that stay
     arguments = sys.argv[1:] if args is None else args
     try:

@@ -1,0 +1,131 @@
+"""Rows to train on: text, JSON lines, CSV, TSV or Parquet files, or a data set on the Hub, read by `datasets`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq.errors import OptionError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".txt": ("text", {"sample_by": "document"}),
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"delimiter": "\t"}),
+    ".parquet": ("parquet", {}),
+}
+_HELD_OUT = 20  # of so many examples, one
+_MOST_HELD_OUT = 500
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%-]+))?")
+
+
+def read_rows(names: Sequence[str], option: str = "--data") -> Dataset:
+    """The rows of files of one kind, or of a data set on the Hub: `NAME[:CONFIG][@SPLIT]`, of its training split.
+
+    Raises OptionError for what cannot be read, and for what holds no rows.
+    """
+    datasets = _library(names, option)
+    paths = [Path(name).expanduser() for name in names]
+    suffixes = {path.suffix.lower() for path in paths}
+    shown = ", ".join(names)
+    if len(names) == 1 and suffixes.isdisjoint(_READERS) and not paths[0].exists():
+        rows = _hub_rows(datasets, names[0], option)
+    else:
+        for path, name in zip(paths, names, strict=True):
+            if not path.is_file():
+                raise OptionError(f"{option} {name}: no such file")
+            if path.suffix.lower() not in _READERS:
+                raise OptionError(f"{option} {name}: expected a {', '.join(_READERS)} file, or a data set on the Hub")
+        if len({_READERS[suffix][0] for suffix in suffixes}) > 1:
+            raise OptionError(f"{option} {shown}: expected files of one kind")
+        rows = _file_rows(datasets, paths, option)
+    if not len(rows):
+        raise OptionError(f"{option} {shown}: holds no rows")
+    return rows
+
+
+def _library(names: Sequence[str], option: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise OptionError(
+            f"{option} {names[0]}: reading it needs the datasets package: pip install 'loftq[train]'"
+        ) from error
+    return datasets
+
+
+def _file_rows(datasets: Any, paths: Sequence[Path], option: str) -> Dataset:
+    reader, settings = _READERS[paths[0].suffix.lower()]
+    files = [str(path) for path in paths]
+    try:
+        return datasets.load_dataset(reader, data_files=files, split="train", **settings)
+    except Exception as error:  # of any format's reader
+        cause = error.__cause__ or error
+        raise OptionError(
+            f"{option} {', '.join(files)}: cannot be read: {' '.join(str(cause).split())[:300]}"
+        ) from error
+
+
+def _hub_rows(datasets: Any, name: str, option: str) -> Dataset:
+    match = _HUB_NAME.fullmatch(name)
+    if match is None:
+        raise OptionError(
+            f"{option} {name}: no such file, and no name of a data set on the Hub (NAME[:CONFIG][@SPLIT])"
+        )
+    try:
+        return datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train")
+    except Exception as error:  # of the client, of the network, of any format's reader
+        reason = " ".join(str(error).split())[:300]
+        raise OptionError(f"{option} {name}: no such file, and cannot be read from the Hub: {reason}") from error
+
+
+def find_columns(
+    rows: Dataset, roles: Mapping[str, Sequence[str]], chosen: Mapping[str, str], optional: Sequence[str] = ()
+) -> dict[str, str]:
+    """The column of each role: the one that was chosen, or else the first of its usual names that is there.
+
+    Raises OptionError where a role has none, and for a chosen one that is not there.
+    """
+    found = {}
+    for role, usual in roles.items():
+        if role in chosen:
+            if chosen[role] not in rows.column_names:
+                raise OptionError(f"--column {role}={chosen[role]}: the data has no such column ({_columns(rows)})")
+            found[role] = chosen[role]
+            continue
+        named = [name for name in usual if name in rows.column_names]
+        if named:
+            found[role] = named[0]
+        elif role not in optional:
+            raise OptionError(
+                f"the data has no column for the {role} (looked for: {', '.join(usual)}; {_columns(rows)}): "
+                f"name it with --column {role}=NAME"
+            )
+    return found
+
+
+def _columns(rows: Dataset) -> str:
+    return f"columns: {', '.join(rows.column_names)}"
+
+
+def text_of(row: Mapping[str, Any], column: str) -> str:
+    """A row's text. Raises OptionError where it holds none."""
+    value = row[column]
+    if not isinstance(value, str):
+        raise OptionError(f"column {column!r} of the data holds {value!r:.80} where a text was expected")
+    return value
+
+
+def hold_out(examples: Dataset, seed: int, *, shuffle: bool) -> tuple[Dataset, Dataset | None]:
+    """What to train on and a slice to evaluate on: a twentieth, 500 examples at most; the last ones, or any."""
+    count = min(max(len(examples) // _HELD_OUT, 1), _MOST_HELD_OUT)
+    if len(examples) < 2:
+        return examples, None
+    parts = examples.train_test_split(count, seed=seed, shuffle=shuffle)
+    return parts["train"], parts["test"]

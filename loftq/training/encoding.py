@@ -1,0 +1,193 @@
+"""From text to token ids and labels, as a causal or an encoder-decoder model learns them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from loftq.errors import OptionError, SourceError
+
+IGNORED = -100  # a label that is no loss, as torch has it
+_RESERVED = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<unk>")
+
+Piece = tuple[str, bool]  # a text, and whether it is learned
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer, the limits of an example, and what sort of model reads it."""
+
+    tokenizer: Any
+    task: str  # of loftq.models.tasks.TASKS
+    cutoff_len: int
+    max_source_length: int | None = None
+    max_target_length: int | None = None
+    chat_template: bool | None = None
+    labels: int = 2  # of a classifier
+
+    @property
+    def seq2seq(self) -> bool:
+        """Whether source and target are read apart."""
+        return self.task == "seq2seq-lm"
+
+    @cached_property
+    def _begin(self) -> list[int]:
+        """What the tokenizer puts before a text."""
+        plain, dressed = (self.tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
+        return list(dressed[: dressed.index(plain[0])]) if plain and plain[0] in dressed else []
+
+    @property
+    def _end(self) -> list[int]:
+        token = self.tokenizer.eos_token_id
+        return [] if token is None else [int(token)]
+
+    def ids(self, text: str) -> list[int]:
+        """A text's tokens, with no special ones but those that are written out in it."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def document(self, text: str) -> list[int]:
+        """A whole text, with its beginning and its end."""
+        return [*self._begin, *self.ids(text), *self._end]
+
+    def pair(self, prompt: str, response: str, *, keep_end: bool = False) -> dict[str, list[int]]:
+        """A prompt and what is learned as its answer. `keep_end`: too long a prompt loses its beginning."""
+        source, target = self.ids(prompt), self.ids(response)
+        if self.seq2seq:
+            source = self.tokenizer(prompt, truncation=True, max_length=self._source_limit).input_ids
+            target = self.tokenizer(text_target=response, truncation=True, max_length=self._target_limit).input_ids
+            return {"input_ids": list(source), "labels": list(target)}
+        target = [*target, *self._end][: self._target_limit]
+        room = min(self._source_limit, self.cutoff_len - len(target) - len(self._begin))
+        source = [*self._begin, *(source[max(len(source) - room, 0) :] if keep_end else source[: max(room, 0)])]
+        return _example(source + target, [IGNORED] * len(source) + target, self.cutoff_len)
+
+    def prompt(self, text: str, room: int) -> list[int]:
+        """A prompt that is to be answered in `room` tokens; too long a one loses its beginning."""
+        if self.seq2seq:
+            return list(self.tokenizer(text, truncation=True, max_length=self._source_limit).input_ids)
+        most = max(min(self._source_limit, self.cutoff_len - room - len(self._begin)), 1)
+        return [*self._begin, *self.ids(text)[-most:]]
+
+    def conversation(self, pieces: Sequence[Piece]) -> dict[str, list[int]]:
+        """What a chat template wrote, special tokens included, of which parts are learned."""
+        ids: list[int] = []
+        labels: list[int] = []
+        for text, learned in pieces:
+            found = self.ids(text)
+            ids += found
+            labels += found if learned else [IGNORED] * len(found)
+        return _example(ids, labels, self.cutoff_len)
+
+    @property
+    def _source_limit(self) -> int:
+        return min(self.max_source_length or self.cutoff_len, self.cutoff_len)
+
+    @property
+    def _target_limit(self) -> int:
+        return min(self.max_target_length or self.cutoff_len, self.cutoff_len)
+
+
+def _example(ids: list[int], labels: list[int], cutoff: int) -> dict[str, list[int]]:
+    return {"input_ids": ids[:cutoff], "labels": labels[:cutoff]}
+
+
+def turns(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[Piece]:
+    """A conversation as the tokenizer's chat template writes it: what the assistant says is learned.
+
+    A template may write earlier turns otherwise than the last one: then the last answer alone is learned. Raises
+    OptionError for a conversation without an answer, and where the template does not write a prompt before its answer.
+    """
+    answers = [at for at, message in enumerate(messages) if message.get("role") == "assistant"]
+    if not answers or answers[-1] != len(messages) - 1:
+        raise OptionError(
+            "a conversation of the data does not end with a message of the assistant: nothing to learn from"
+        )
+    whole = written(tokenizer, messages)
+    for chosen in (answers, answers[-1:]):
+        spans = [
+            (written(tokenizer, messages[:at], answer=True), written(tokenizer, messages[: at + 1])) for at in chosen
+        ]
+        if all(whole.startswith(after) and after.startswith(before) for before, after in spans):
+            break
+    else:
+        raise OptionError("the chat template does not begin an answer as it begins a prompt: add --no-chat-template")
+    pieces: list[Piece] = []
+    at = 0
+    for before, after in spans:
+        pieces += [(whole[at : len(before)], False), (whole[len(before) : len(after)], True)]
+        at = len(after)
+    return pieces
+
+
+def written(tokenizer: Any, messages: Sequence[dict[str, str]], *, answer: bool = False) -> str:
+    """Messages as the chat template writes them; `answer`: with the beginning of an answer."""
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer))
+    except Exception as error:  # a template is a program of its own
+        raise OptionError(
+            f"the chat template refuses a conversation of the data: {' '.join(str(error).split())}"
+        ) from error
+
+
+def uses_template(encoder: Encoder, default: bool) -> bool:
+    """Whether prompts go through the chat template. Raises OptionError where one is asked for and there is none."""
+    has = getattr(encoder.tokenizer, "chat_template", None) is not None and not encoder.seq2seq
+    if encoder.chat_template and not has:
+        raise OptionError("--chat-template: the model's tokenizer has none; leave it out")
+    return has and (default if encoder.chat_template is None else encoder.chat_template)
+
+
+def load_tokenizer(folder: Any, model: nn.Module) -> Any:
+    """The tokenizer beside a model, with a padding token that the model's embeddings hold.
+
+    Padding is masked in attention and in labels, so any token serves: one that is reserved where there is one, or else
+    the end of text. Embeddings are never resized. Raises SourceError.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # a tokenizer's own class may raise anything for files that make no sense
+        reason = " ".join(str(error).split())[:200]
+        raise SourceError(
+            f"{folder} has no tokenizer that can be loaded: copy the original model's there ({reason})"
+        ) from error
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    rows = int(embeddings.weight.shape[0])
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
+        vocabulary = tokenizer.get_vocab()
+        reserved = [token for token in _RESERVED if vocabulary.get(token, rows) < rows]
+        tokenizer.pad_token = reserved[0] if reserved else tokenizer.eos_token
+    config: Any = model.config
+    if getattr(config, "pad_token_id", None) is None:  # a classifier looks for the last token before the padding
+        config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Examples as a batch: padded on the right to the longest, labels with what is no loss."""
+
+    pad_token_id: int
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Token ids, attention mask and labels: (batch, longest) int64, or labels (batch,)."""
+        ids = _padded([example["input_ids"] for example in examples], self.pad_token_id)
+        mask = _padded([[1] * len(example["input_ids"]) for example in examples], 0)
+        labels = [example["labels"] for example in examples]
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if isinstance(labels[0], list):
+            batch["labels"] = _padded(labels, IGNORED)
+        else:
+            batch["labels"] = torch.tensor(labels)
+        return batch
+
+
+def _padded(rows: Sequence[list[int]], value: int) -> torch.Tensor:
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)

@@ -1,0 +1,255 @@
+"""Measure a model and its adapter, beside what it was made from: one table."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loftq.errors import OptionError, UnknownNameError
+from loftq.formats.artifact import Artifact
+from loftq.pipeline.quantize import quantize
+from loftq.pipeline.recipe import Recipe
+from loftq.training.data import find_columns, read_rows, text_of
+from loftq.training.encoding import Collator, Encoder
+from loftq.training.generate import answers
+from loftq.training.opening import Opened, compute_dtype, device_of, find_model, load_source, open_to_use
+from loftq.training.running import explain_memory, hush
+from loftq.training.tasks import TASKS, classification, gsm8k, summarization
+from loftq.training.tasks.perplexity import perplexity
+
+_WINDOW = 1024  # tokens, or what the model takes
+_PLAIN = {"method": "qlora", "scales": None, "rounding": None, "iters": None, "refine": None}
+_TEXT = ("calibration", "calibration_tokens", "sequence_length")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure."""
+
+    columns: Mapping[str, str]
+    chat_template: bool | None
+    window: int | None
+    stride: int | None
+    max_examples: int | None
+    max_new_tokens: int | None
+    cutoff_len: int
+    batch_size: int
+    quiet: bool
+
+    def encoder(self, opened: Opened, most_tokens: int | None = None) -> Encoder:
+        """The tokenizer of a model, and the limits."""
+        limit, config = min(self.cutoff_len, opened.longest), opened.model.config
+        labels = int(config.num_labels)
+        return Encoder(opened.tokenizer, opened.task.name, limit, None, most_tokens, self.chat_template, labels)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of each model, and how."""
+
+    task: str
+    data: str
+    rows: Mapping[str, Mapping[str, float]]
+    notes: Sequence[str] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"task": self.task, "data": self.data, "models": self.rows, "notes": list(self.notes)}
+
+    def table(self) -> str:
+        """The figures, for a person: a model a line."""
+        names = list(next(iter(self.rows.values())))
+        lines = [["", *names]] + [[name, *(_shown(row[key]) for key in names)] for name, row in self.rows.items()]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        rows = [
+            "  ".join(f"{cell:<{widths[0]}}" if i == 0 else f"{cell:>{widths[i]}}" for i, cell in enumerate(line))
+            for line in lines
+        ]
+        return "\n".join([*rows, *self.notes])
+
+
+def _shown(value: float) -> str:
+    if float(value).is_integer() and abs(value) >= 1:
+        return f"{value:.0f}"
+    return f"{value:.4f}" if value < 1e4 else f"{value:.2e}"
+
+
+def evaluate(
+    model: str,
+    *,
+    data: Sequence[str] | str,
+    task: str = "perplexity",
+    adapter: str | None = None,
+    compare: bool = False,
+    source: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    chat_template: bool | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    max_examples: int | None = None,
+    max_new_tokens: int | None = None,
+    cutoff_len: int = 1024,
+    batch_size: int = 8,
+    dtype: str | None = None,
+    cpu: bool = False,
+    quiet: bool = False,
+) -> Evaluation:
+    """Measure an artifact with its own adapter or a trained one, or a full-precision model, on a task of `MEASURES`.
+
+    With `compare` the table begins with the full-precision model (`source`, by default the one that the artifact was
+    made from), its plain quantization by the same recipe, and the artifact's own start. Raises LoftQError.
+    """
+    if task not in MEASURES:
+        raise UnknownNameError("task", task, MEASURES)
+    for name, value in (("--window", window), ("--stride", stride), ("--max-examples", max_examples)):
+        if value is not None and value < (2 if name == "--window" else 1):
+            raise OptionError(f"{name} {value}: expected {2 if name == '--window' else 1} or more")
+    if min(batch_size, max_new_tokens or 1) < 1 or cutoff_len < 8:
+        raise OptionError("--batch-size, --max-new-tokens: expected 1 or more; --cutoff-len: 8 or more")
+    names = (data,) if isinstance(data, str) else tuple(data)
+    hush(quiet)
+    rows = read_rows(names)
+    if max_examples is not None:
+        rows = rows.select(range(min(max_examples, len(rows))))
+    options = Options(
+        columns or {}, chat_template, window, stride, max_examples, max_new_tokens, cutoff_len, batch_size, quiet
+    )
+    device = device_of(cpu)
+    chosen = compute_dtype(dtype, device)
+    found: dict[str, dict[str, float]] = {}
+    with explain_memory():
+        for name, open_it in _models(model, adapter, source, device, chosen, compare=compare, quiet=quiet):
+            opened = open_it()
+            TASKS[MEASURES[task].like].require(task, opened.task.name, name)
+            found[name] = MEASURES[task].measure(opened, rows, options)
+            del opened
+    return Evaluation(task, ", ".join(names), found, _notes(task, found))
+
+
+Model = tuple[str, Callable[[], Opened]]
+
+
+def _models(
+    model: str,
+    adapter: str | None,
+    source: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    compare: bool,
+    quiet: bool,
+) -> Iterator[Model]:
+    """What is measured, each opened when its turn comes."""
+    found = find_model(model)
+    artifact = found if isinstance(found, Artifact) else None
+    if compare:
+        if artifact is None:
+            raise OptionError(
+                f"--compare: {model} was not made by `loftq quantize`: there is nothing to compare it with"
+            )
+        origin = source or str(artifact.manifest["source"]["model"])
+        yield "full precision", lambda: load_source(origin, artifact, device, dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            yield (
+                "plain quantization",
+                lambda: _plain(artifact, origin, Path(folder) / "plain", device, dtype, quiet=quiet),
+            )
+        yield "start", lambda: open_to_use(model, None, device, dtype)
+        if adapter is None:
+            return
+    name = "trained" if adapter is not None else "start" if artifact is not None else "model"
+    yield name, lambda: open_to_use(model, adapter, device, dtype)
+
+
+def _plain(
+    artifact: Artifact, source: str, folder: Path, device: torch.device, dtype: torch.dtype, *, quiet: bool
+) -> Opened:
+    """The same recipe with the nearest codes and an adapter that adds nothing: QLoRA's start."""
+    known = {entry.name for entry in fields(Recipe)}
+    recipe = {name: value for name, value in artifact.manifest["recipe"].items() if name in known} | _PLAIN
+    recipe |= dict.fromkeys(_TEXT)
+    quantize(source, output=folder, quiet=quiet, **recipe)
+    return open_to_use(str(folder), None, device, dtype)
+
+
+# Measures
+
+
+def _perplexity(opened: Opened, rows: Any, options: Options) -> dict[str, float]:
+    column = find_columns(rows, TASKS["clm"].roles, options.columns)["text"]
+    encoder = options.encoder(opened)
+    ids = [token for row in rows for token in encoder.ids(text_of(row, column))]
+    window = min(options.window or _WINDOW, opened.longest)
+    return perplexity(opened.model, ids, window, min(options.stride or window, window), quiet=options.quiet)
+
+
+def _gsm8k(opened: Opened, rows: Any, options: Options) -> dict[str, float]:
+    found = find_columns(rows, gsm8k.ROLES, options.columns)
+    most = options.max_new_tokens or gsm8k.MOST_TOKENS
+    encoder = options.encoder(opened)
+    prompts = [encoder.prompt(gsm8k.prompt(text_of(row, found["question"]), encoder), most) for row in rows]
+    said = answers(
+        opened, prompts, most, batch_size=options.batch_size, stop=gsm8k.STOP, quiet=options.quiet, desc="gsm8k"
+    )
+    right = [
+        gsm8k.final_number(answer) == gsm8k.final_number(text_of(row, found["answer"]))
+        for answer, row in zip(said, rows, strict=True)
+    ]
+    return {"exact match": sum(right) / len(right), "questions": len(right)}
+
+
+def _summarization(opened: Opened, rows: Any, options: Options) -> dict[str, float]:
+    found = find_columns(rows, summarization.ROLES, options.columns)
+    most = options.max_new_tokens or summarization.MOST_TOKENS
+    encoder = options.encoder(opened, most)
+    prompts = [
+        encoder.prompt(summarization.prompt(text_of(row, found["document"]), encoder, most), most) for row in rows
+    ]
+    said = answers(opened, prompts, most, batch_size=options.batch_size, quiet=options.quiet, desc="summarization")
+    return summarization.rouge(said, [text_of(row, found["summary"]) for row in rows]) | {"documents": len(rows)}
+
+
+def _classification(opened: Opened, rows: Any, options: Options) -> dict[str, float]:
+    encoded = classification.encode(rows, options.columns, options.encoder(opened))
+    collator, examples = Collator(opened.tokenizer.pad_token_id), list(encoded)
+    logits = []
+    with torch.no_grad():
+        for start in range(0, len(examples), options.batch_size):
+            batch = {
+                name: tensor.to(opened.model.device)
+                for name, tensor in collator(examples[start : start + options.batch_size]).items()
+            }
+            batch.pop("labels")
+            logits.append(opened.model(**batch).logits.float().cpu())
+    labels = torch.tensor([example["labels"] for example in examples])
+    return classification.scores(torch.cat(logits).numpy(), labels.numpy()) | {"examples": len(examples)}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A row: what it says, the task whose models can do it, and the figures."""
+
+    text: str
+    like: str  # of TASKS
+    measure: Callable[[Opened, Any, Options], dict[str, float]]
+
+
+MEASURES = {
+    "perplexity": Measure("of a causal model on text, over --window tokens, --stride apart", "clm", _perplexity),
+    "gsm8k": Measure("greedy answers, exact match of the final number", "gsm8k", _gsm8k),
+    "classification": Measure(
+        "accuracy, F1, Matthews' correlation; of numbers Pearson's", "classification", _classification
+    ),
+    "summarization": Measure("ROUGE-1, -2 and -L of greedy summaries", "summarization", _summarization),
+}
+
+
+def _notes(task: str, found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    if task == "classification" and len(found) > 1:
+        return ["a head that was not trained answers by chance"]
+    return []

@@ -1,0 +1,268 @@
+"""Train an adapter by transformers' Trainer: an artifact's own, or a new one on a full-precision model.
+
+The folder that is left holds the adapter as peft saves it, `training.json`, the settings and what was measured, and the
+last checkpoints, from which a run that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+
+from loftq.errors import OptionError, OutputError
+from loftq.training.data import hold_out, read_rows
+from loftq.training.encoding import Collator, Encoder
+from loftq.training.opening import Opened, compute_dtype, device_of, open_to_train, quantized
+from loftq.training.parameters import count_parameters
+from loftq.training.running import explain_memory, hush
+from loftq.training.settings import MODES, Settings, settings_of
+from loftq.training.tasks import TASKS
+from loftq.training.tasks.classification import scores
+
+RECORD = "training.json"
+_EVALUATIONS = 0.1  # of the run, between two of them
+_CHECKPOINTS = 2  # that are kept
+_VERSIONS = ("loftq", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training did. Losses are means a token, in nats, or of what else the model's own loss is."""
+
+    folder: Path
+    trainable: int
+    total: int
+    steps: int
+    examples: int
+    train_loss: float
+    evaluation: dict[str, float]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+    def table(self) -> str:
+        """The figures, for a person."""
+        lines = [
+            f"{self.steps} steps, {self.examples} examples, {self.seconds:.0f} s",
+            f"train loss {self.train_loss:.4f}",
+        ]
+        lines += [f"held-out {name} {value:.4f}" for name, value in self.evaluation.items()]
+        return "\n".join([*lines, f"adapter in {self.folder}"])
+
+
+def train(
+    model: str | Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    **settings: Any,
+) -> Result:
+    """Train the adapter of an artifact, or a new one on a full-precision model, which is quantized first.
+
+    `settings` are those of `loftq train --help`, by their names in `Settings`: `data` and `output` at least. With
+    `resume` a run that was cut off goes on from its last checkpoint. Raises LoftQError.
+    """
+    return _train(settings_of({"model": model, **settings}), resume=resume, overwrite=overwrite, quiet=quiet)
+
+
+def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) -> Result:
+    started = time.perf_counter()
+    output = Path(settings.output)
+    check_output(output, settings, resume=resume, overwrite=overwrite)
+    arguments = arguments_of(settings)
+    alone = arguments.local_process_index == 0  # others of the same machine stay silent
+    hush(quiet or not alone)
+    rows = read_rows(settings.data)
+    evaluation = read_rows(settings.eval_data, "--eval-data") if settings.eval_data else None
+    with explain_memory():
+        with arguments.main_process_first():
+            ready = quantized(settings, quiet=quiet or not alone)
+        opened = open_to_train(ready, arguments.device)
+        trainable, total = count_parameters(opened.model)
+        if alone:
+            share = 100 * trainable / total
+            print(f"{trainable:,} of {total:,} parameters train ({share:.2f} %)", file=sys.stderr, flush=True)
+        learned, held = examples(settings, opened, rows, evaluation)
+        trainer = _trainer(settings, opened, arguments, learned, held, quiet=quiet or not alone)
+        if trainer.is_world_process_zero() and not resume:
+            _write(output, {"settings": settings.to_dict()})
+        last = get_last_checkpoint(str(output)) if resume else None  # type: ignore[no-untyped-call]
+        trainer.train(resume_from_checkpoint=last)
+        measured = {} if held is None else _measured(trainer)
+    if trainer.is_world_process_zero():
+        opened.model.save_pretrained(output)
+        opened.tokenizer.save_pretrained(output)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    seconds = time.perf_counter() - started
+    result = Result(output, trainable, total, trainer.state.global_step, len(learned), losses[-1], measured, seconds)
+    if trainer.is_world_process_zero():
+        record = {"settings": settings.to_dict(), "result": result.to_dict(), "history": trainer.state.log_history}
+        _write(output, {**record, "versions": {name: version(name) for name in _VERSIONS}})
+    return result
+
+
+def check_output(output: Path, settings: Settings, *, resume: bool, overwrite: bool) -> None:
+    """Clears what an earlier run left, with `overwrite`. Raises OutputError for a folder that is in the way."""
+    if resume and overwrite:
+        raise OptionError("--resume and --overwrite exclude each other: finish the run, or start again")
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file: name a folder with --output")
+    record = _read(output)
+    if record is None:
+        if output.is_dir() and any(output.iterdir()):
+            raise OutputError(f"{output} holds other files: name an empty folder or a new one with --output")
+        return
+    if overwrite:
+        (output / RECORD).unlink()
+        for folder in output.glob("checkpoint-*"):
+            shutil.rmtree(folder)
+    elif "result" in record:
+        raise OutputError(f"{output} holds a finished training: add --overwrite, or name another --output")
+    elif not resume:
+        raise OutputError(f"{output} holds an unfinished training: add --resume, or --overwrite to start again")
+    elif differing := settings.differences(record.get("settings", {})):
+        raise OutputError(
+            f"{output} was begun with another {', '.join(differing)}: run it again as it was, or add --overwrite "
+            "instead of --resume"
+        )
+
+
+def _read(output: Path) -> dict[str, Any] | None:
+    path = output / RECORD
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    except ValueError as error:
+        raise OutputError(f"{path} is damaged ({error}): remove {output}, or name another --output") from error
+
+
+def _write(output: Path, record: dict[str, Any]) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    scratch = output / f"{RECORD}.partial"
+    scratch.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+    scratch.replace(output / RECORD)
+
+
+def arguments_of(settings: Settings) -> TrainingArguments:
+    """The settings as transformers has them. Raises OptionError for what it refuses, or the device cannot do."""
+    device = device_of(settings.cpu)
+    dtype = compute_dtype(settings.dtype, device)
+    cuda = device.type == "cuda"
+    rate = settings.learning_rate or MODES[settings.adapter or "qlora"].learning_rate
+    try:
+        return TrainingArguments(
+            output_dir=settings.output,
+            num_train_epochs=settings.epochs,
+            max_steps=settings.max_steps or -1,
+            learning_rate=rate,
+            lr_scheduler_type=settings.lr_scheduler,
+            warmup_steps=settings.warmup_ratio if settings.warmup_steps is None else settings.warmup_steps,
+            weight_decay=settings.weight_decay,
+            per_device_train_batch_size=settings.batch_size,
+            per_device_eval_batch_size=settings.eval_batch_size,
+            gradient_accumulation_steps=settings.gradient_accumulation,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            seed=settings.seed,
+            optim=settings.optim or ("paged_adamw_8bit" if cuda else "adamw_torch"),
+            bf16=cuda and dtype == torch.bfloat16,
+            fp16=cuda and dtype == torch.float16,
+            use_cpu=device.type == "cpu",
+            eval_steps=settings.eval_steps or _EVALUATIONS,
+            save_strategy="steps",
+            save_steps=settings.save_steps or _EVALUATIONS,
+            report_to=list(settings.report_to) or "none",
+            label_names=["labels"],
+            remove_unused_columns=False,
+            dataloader_pin_memory=cuda,
+            **{
+                "logging_steps": 0.02,
+                "logging_first_step": True,
+                "save_total_limit": _CHECKPOINTS,
+                "ddp_find_unused_parameters": False,
+                "gradient_checkpointing_kwargs": {"use_reentrant": False},
+                **settings.set,
+            },
+        )
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise OptionError(f"transformers refuses these settings: {' '.join(str(error).split())}") from error
+
+
+def examples(settings: Settings, opened: Opened, rows: Any, evaluation: Any) -> tuple[Any, Any]:
+    """What is learned, and what is evaluated on: of rows of its own, or a slice of the others; None of too few."""
+    encoder = Encoder(
+        opened.tokenizer,
+        opened.task.name,
+        min(settings.cutoff_len, opened.longest),
+        settings.max_source_length,
+        settings.max_target_length,
+        settings.chat_template,
+        int(opened.model.config.num_labels),
+    )
+    task = TASKS[settings.task]
+    learned = task.encode(rows, settings.columns, encoder)
+    if evaluation is None:
+        return hold_out(learned, settings.seed, shuffle=task.shuffled)
+    return learned, task.encode(evaluation, settings.columns, encoder)
+
+
+def _trainer(
+    settings: Settings, opened: Opened, arguments: TrainingArguments, learned: Any, held: Any, quiet: bool
+) -> Trainer:
+    classifies = settings.task == "classification"
+    if held is not None:
+        arguments.eval_strategy = IntervalStrategy.STEPS
+    arguments.prediction_loss_only = not classifies  # logits of every token would fill the memory
+    trainer = Trainer(
+        model=opened.model,
+        args=arguments,
+        train_dataset=learned,
+        eval_dataset=held,
+        data_collator=Collator(opened.tokenizer.pad_token_id),
+        compute_metrics=_classified if classifies else None,
+        processing_class=opened.tokenizer,
+    )
+    for printing in (PrinterCallback, ProgressCallback):  # to stdout, which is the result's
+        trainer.remove_callback(printing)
+    if not quiet:
+        trainer.add_callback(_Progress())
+    return trainer
+
+
+def _classified(found: Any) -> dict[str, float]:
+    return scores(found.predictions, found.label_ids)
+
+
+class _Progress(ProgressCallback):
+    """A bar, and a line a logging, on stderr."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        """What was measured since the last line."""
+        shown = {name: logs[name] for name in ("loss", "learning_rate") if name in logs} | _scores(logs, "eval_")
+        if state.is_world_process_zero and self.training_bar is not None and shown:
+            line = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            self.training_bar.write(f"step {state.global_step}: {line}", file=sys.stderr)
+
+
+def _measured(trainer: Trainer) -> dict[str, float]:
+    """The evaluation of the last step, which often is made already."""
+    last = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1:]
+    return _scores(last[0] if last and last[0]["step"] == trainer.state.global_step else trainer.evaluate())
+
+
+def _scores(logs: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """What an evaluation measured of the model, without its times."""
+    found = {name.removeprefix("eval_"): float(value) for name, value in logs.items() if name.startswith("eval_")}
+    return {f"{prefix}{name}": value for name, value in found.items() if not name.endswith(("runtime", "second"))}

@@ -1,0 +1,148 @@
+"""Text from a model and its adapter: streamed to a person, or answers to many prompts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, TextStreamer, set_seed
+
+from loftq.errors import OptionError
+from loftq.training import encoding
+from loftq.training.encoding import Encoder
+from loftq.training.opening import Opened, compute_dtype, device_of, open_to_use
+from loftq.training.running import explain_memory, hush
+
+
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    adapter: str | None = None,
+    system: str | None = None,
+    chat_template: bool | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: str | None = None,
+    cpu: bool = False,
+    stream: TextIO | None = None,
+) -> str:
+    """What a model says to a prompt, written to `stream` as it comes.
+
+    `model` is an artifact's folder, with its own adapter unless `adapter` names a trained one, or a full-precision
+    model. The prompt goes through the chat template if there is one, unless `chat_template` is False. A temperature of
+    0 takes the likeliest token always. Raises LoftQError.
+    """
+    if max_new_tokens < 1:
+        raise OptionError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
+    if temperature < 0:
+        raise OptionError(f"--temperature {temperature}: expected 0 (the likeliest token always) or more")
+    if not 0 < top_p <= 1:
+        raise OptionError(f"--top-p {top_p}: expected a number above 0, at most 1")
+    hush(quiet=True)
+    device = device_of(cpu)
+    with explain_memory():
+        opened = open_to_use(model, adapter, device, compute_dtype(dtype, device))
+        _require_generator(opened, model)
+        encoder = Encoder(opened.tokenizer, opened.task.name, opened.longest, chat_template=chat_template)
+        if encoding.uses_template(encoder, default=True):
+            said = [{"role": "system", "content": system}] if system else []
+            said.append({"role": "user", "content": prompt})
+            ids = encoder.ids(encoding.written(opened.tokenizer, said, answer=True))
+        else:
+            ids = encoder.prompt(prompt if system is None else f"{system}\n{prompt}", max_new_tokens)
+        set_seed(seed)
+        sampling: dict[str, Any] = (
+            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
+        )
+        streamer = _Streamer(opened, stream) if stream is not None else None
+        return _answers(opened, [ids], max_new_tokens, streamer=streamer, **sampling)[0]
+
+
+def answers(
+    opened: Opened,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    batch_size: int = 8,
+    stop: str | None = None,
+    quiet: bool = False,
+    desc: str = "generate",
+) -> list[str]:
+    """The greedy answers to prompts, given as token ids, in their order; each ends before `stop`."""
+    order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))  # of like lengths, less is padded
+    found: dict[int, str] = {}
+    with tqdm(total=len(prompts), disable=quiet, desc=desc, unit="prompt", dynamic_ncols=True) as bar:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            texts = _answers(opened, [prompts[at] for at in chosen], max_new_tokens, stop=stop)
+            found |= dict(zip(chosen, texts, strict=True))
+            bar.update(len(chosen))
+    return [found[at] for at in range(len(prompts))]
+
+
+def _answers(
+    opened: Opened,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    stop: str | None = None,
+    streamer: Any = None,
+    **sampling: Any,
+) -> list[str]:
+    tokenizer, model = opened.tokenizer, opened.model
+    longest = max(map(len, prompts))
+    pad = tokenizer.pad_token_id
+    rows = [[pad] * (longest - len(ids)) + list(ids) for ids in prompts]  # on the left: what is written follows
+    masks = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+    settings = GenerationConfig.from_model_config(model.config)
+    ends = getattr(model.generation_config, "eos_token_id", None) or tokenizer.eos_token_id
+    settings.update(  # type: ignore[no-untyped-call]
+        **{"do_sample": False, **sampling},
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=ends,
+        stop_strings=None if stop is None else [stop],
+    )
+    with torch.no_grad():
+        written = model.generate(
+            input_ids=torch.tensor(rows, device=model.device),
+            attention_mask=torch.tensor(masks, device=model.device),
+            generation_config=settings,
+            streamer=streamer,
+            **({} if stop is None else {"tokenizer": tokenizer}),
+        )
+    new = written if opened.task.name == "seq2seq-lm" else written[:, longest:]
+    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [text if stop is None else text.partition(stop)[0] for text in texts]
+
+
+class _Streamer(TextStreamer):
+    """Writes words as they are complete."""
+
+    def __init__(self, opened: Opened, stream: TextIO) -> None:
+        causal = opened.task.name == "causal-lm"
+        super().__init__(opened.tokenizer, skip_prompt=causal, skip_special_tokens=True)
+        self._stream = stream
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """A piece of text; the last one ends the line."""
+        print(text, end="\n" if stream_end else "", flush=True, file=self._stream)
+
+
+def _require_generator(opened: Opened, model: str) -> None:
+    if opened.task.name not in ("causal-lm", "seq2seq-lm"):
+        raise OptionError(f"{model} is a {opened.task.name} model, which writes no text: expected a language model")
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt, or with `-` what stands on the standard input."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise OptionError("--prompt is empty: say something, or `-` to read it from the standard input")
+    return text

@@ -1,0 +1,62 @@
+"""EleutherAI's lm-eval on a model and its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loftq.errors import OptionError
+from loftq.training.opening import compute_dtype, device_of, open_to_use
+from loftq.training.running import explain_memory, hush
+
+
+@dataclass(frozen=True)
+class Harness:
+    """What lm-eval found, as it gives it."""
+
+    results: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"harness": self.results["results"]}
+
+    def table(self) -> str:
+        """The table that lm-eval prints."""
+        from lm_eval.utils import make_table
+
+        return str(make_table(self.results)).rstrip()
+
+
+def run_harness(
+    model: str,
+    names: Sequence[str],
+    *,
+    adapter: str | None = None,
+    include: str | Path | None = None,
+    max_examples: int | None = None,
+    batch_size: int = 8,
+    dtype: str | None = None,
+    cpu: bool = False,
+    quiet: bool = False,
+) -> Harness:
+    """Run tasks of lm-eval, and those of the folder `include`. Raises OptionError for a task that it does not have."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise OptionError("--harness needs the lm-eval package: pip install 'loftq[harness]'") from error
+    hush(quiet)
+    manager = TaskManager(include_path=None if include is None else str(include))
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise OptionError(f"--harness {unknown[0]}: lm-eval has no such task (`lm-eval ls tasks` lists them)")
+    device = device_of(cpu)
+    with explain_memory():
+        opened = open_to_use(model, adapter, device, compute_dtype(dtype, device))
+        backend = "seq2seq" if opened.task.name == "seq2seq-lm" else "causal"
+        wrapped = HFLM(opened.model, backend=backend, tokenizer=opened.tokenizer, batch_size=batch_size)
+        found = simple_evaluate(model=wrapped, tasks=list(names), task_manager=manager, limit=max_examples)
+    return Harness(found)

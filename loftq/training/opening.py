@@ -1,0 +1,234 @@
+"""A model with the adapter that trains, or that has been trained: from an artifact, or from a full-precision model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from loftq.errors import ArtifactError, OptionError
+from loftq.formats import gptq
+from loftq.formats.adapter import CONFIG, open_adapter
+from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
+from loftq.models.loading import guard_cpu, load_base, load_qalora, load_qlora
+from loftq.models.tasks import TASKS, Task, auto_class, build_meta
+from loftq.pipeline.plan import Plan, make_plan
+from loftq.pipeline.quantize import SAVE_DIR, quantize
+from loftq.pipeline.recipe import COMPUTE_DTYPES, Recipe
+from loftq.pipeline.source import Source, find_source, zoo_default
+from loftq.training import tasks
+from loftq.training.encoding import load_tokenizer
+from loftq.training.settings import QUANTIZING, Settings, option
+
+_LONGEST = 1_000_000  # tokens, where neither model nor tokenizer say
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model, its tokenizer, what it is of and how its adapter trains."""
+
+    model: Any
+    tokenizer: Any
+    task: Task
+    mode: str | None  # of MODES; None without an adapter
+    folder: Path
+
+    @property
+    def longest(self) -> int:
+        """How many tokens model and tokenizer take at once."""
+        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return min(int(limit) for limit in (found, self.tokenizer.model_max_length, _LONGEST) if limit)
+
+
+def find_model(name: str, token: str | None = None) -> Artifact | Source | Path:
+    """A folder of ours, here or on the Hub, a folder of GPTQ, or a full-precision model. Raises LoftQError."""
+    folder = Path(name).expanduser()
+    if (folder / MANIFEST).is_file():
+        return open_artifact(folder)
+    if (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
+        raise ArtifactError(f"{folder} is an adapter's folder: name its backbone, and the adapter with --adapter")
+    if folder.is_dir() and gptq.is_gptq(folder):
+        return folder
+    source = find_source(name, token=token)
+    return open_artifact(source.folder) if (source.folder / MANIFEST).is_file() else source
+
+
+def device_of(cpu: bool) -> torch.device:
+    """The accelerator that torch finds, or the CPU."""
+    found = None if cpu or not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
+    return found or torch.device("cpu")
+
+
+def compute_dtype(asked: str | None, device: torch.device) -> torch.dtype:
+    """The one asked for, or bfloat16 where the device computes in it. Raises OptionError where it cannot train."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    if asked == "float16" and device.type == "cpu":
+        raise OptionError("--dtype float16: CPUs do not train in it: use bfloat16 or float32")
+    if asked == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise OptionError("--dtype bfloat16: this GPU does not compute in it: use float16 or float32")
+    if asked is not None:
+        return COMPUTE_DTYPES[asked]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and has_avx512bf16() else torch.float32
+
+
+def quantized(settings: Settings, *, quiet: bool) -> Settings:
+    """The settings with an artifact for their model: a full-precision one is quantized first, or was by an earlier run.
+
+    Nothing is done for an adapter on full precision. Raises OptionError where what was said of quantizing does not fit.
+    """
+    found = find_model(settings.model)
+    if isinstance(found, Artifact):
+        check_artifact(settings, found)
+    if not isinstance(found, Source) or settings.adapter == "lora":
+        return settings
+    options = quantizing_of(settings, found)
+    folder = Path(SAVE_DIR) / _name(found, options)
+    quantize(settings.model, output=folder, resume=(folder / MANIFEST).is_file(), quiet=quiet, **options)
+    unsaid: dict[str, Any] = dict.fromkeys(QUANTIZING)
+    return replace(settings, model=str(folder), **unsaid)
+
+
+def quantizing_of(settings: Settings, source: Source) -> dict[str, Any]:
+    """How a full-precision model is quantized, or for a plain LoRA only adapted: a recipe's values by name."""
+    options = settings.quantizing
+    if settings.adapter == "lora":
+        for name in set(options) & {"bits", "method", "calibration", "group_size"}:
+            raise OptionError(f"{option(name)} {options[name]}: --adapter lora does not quantize")
+    options["adapter"] = "qalora" if settings.adapter == "qalora" else "lora"
+    able = tasks.TASKS[settings.task].models
+    own = build_meta(source.folder)[1].name
+    options["task"] = None if own in able else able[0]
+    if settings.task == "classification":
+        options.setdefault("num_labels", 2)
+    return options
+
+
+def _name(source: Source, options: dict[str, Any]) -> str:
+    """The folder that `loftq quantize` would choose, and what else tells two apart."""
+    name = f"{source.label}-{options.get('bits', Recipe.bits):g}bit-{options.get('rank', Recipe.rank)}rank"
+    labels = [f"{options['num_labels']}labels"] if "num_labels" in options else []
+    return "-".join([name, *(["qalora"] if options["adapter"] == "qalora" else []), *labels])
+
+
+def check_artifact(settings: Settings, artifact: Artifact) -> None:
+    """Raises OptionError where settings ask for another quantization, adapter or task than an artifact has."""
+    kind, recipe = artifact.manifest["kind"], artifact.manifest["recipe"]
+    tasks.TASKS[settings.task].require(settings.task, artifact.manifest["source"]["task"], str(artifact.folder))
+    if settings.adapter not in (None, kind):
+        raise OptionError(
+            f"--adapter {settings.adapter}: {artifact.folder} is a {kind} artifact: leave the option out, or start "
+            "from the full-precision model"
+        )
+    for name, value in settings.quantizing.items():
+        if recipe.get(name) != json.loads(json.dumps(value)):
+            raise OptionError(
+                f"{option(name)} {value}: {artifact.folder} is quantized already, with {recipe.get(name)}: leave the "
+                "option out, or quantize the model anew"
+            )
+
+
+def open_to_train(settings: Settings, device: torch.device) -> Opened:
+    """The model of `settings`, which `quantized` has seen, with an adapter to train."""
+    dtype = compute_dtype(settings.dtype, device)
+    found = find_model(settings.model)
+    place = {"": device}
+    if isinstance(found, Artifact):
+        load = load_qalora if found.manifest["kind"] == "qalora" else load_qlora
+        model: Any = load(found.folder, device_map=place, dtype=dtype)
+        task = TASKS[found.manifest["source"]["task"]]
+        return Opened(model, load_tokenizer(found.folder, model), task, found.manifest["kind"], found.folder)
+    if isinstance(found, Path):
+        tasks.TASKS[settings.task].require(settings.task, "causal-lm", str(found))
+        if settings.adapter not in (None, "qalora"):
+            raise OptionError(f"--adapter {settings.adapter}: {found} is a GPTQ checkpoint, which qalora trains on")
+        rank = settings.rank or Recipe.rank
+        model = load_qalora(found, device_map=place, dtype=dtype, rank=rank, alpha=settings.alpha)
+        return Opened(model, load_tokenizer(found, model), TASKS["causal-lm"], "qalora", found)
+    plan = make_plan(found, Recipe(**quantizing_of(settings, found)))
+    base = load_dense(found.folder, plan.task, dtype, device, num_labels=plan.recipe.num_labels)
+    base.enable_input_require_grads()
+    model = get_peft_model(base, lora_config(plan))
+    return Opened(model, load_tokenizer(found.folder, model), plan.task, "lora", found.folder)
+
+
+def lora_config(plan: Plan) -> LoraConfig:
+    """A plain LoRA of what a plan adapts."""
+    return LoraConfig(
+        r=plan.recipe.rank,
+        lora_alpha=cast(int, plan.recipe.lora_alpha),
+        lora_dropout=plan.recipe.dropout,
+        target_modules=list(plan.target_modules),
+        modules_to_save=list(plan.modules_to_save) or None,
+        task_type=plan.task.peft_type,
+    )
+
+
+def load_dense(
+    folder: Path, task: Task, dtype: torch.dtype, device: torch.device, *, num_labels: int | None = None
+) -> Any:
+    """A full-precision model."""
+    labels = {} if num_labels is None else {"num_labels": num_labels}
+    model = auto_class(task).from_pretrained(folder, dtype=dtype, device_map={"": device}, **labels)
+    guard_cpu(model)
+    return model
+
+
+def open_to_use(name: str, adapter: str | None, device: torch.device, dtype: torch.dtype) -> Opened:
+    """A model with a trained adapter, or with the artifact's own start; without one, where it has none.
+
+    Raises ArtifactError for an adapter of another backbone.
+    """
+    found = find_model(name)
+    place = {"": device}
+    if isinstance(found, Artifact):
+        load = load_qalora if found.manifest["kind"] == "qalora" else load_qlora
+        model: Any = load(found.folder, adapter, is_trainable=False, device_map=place, dtype=dtype)
+        task, mode, folder = TASKS[found.manifest["source"]["task"]], found.manifest["kind"], found.folder
+    elif isinstance(found, Path):
+        base = load_base(found, False, place, dtype) if adapter is None else None
+        model = (
+            base if adapter is None else load_qalora(found, adapter, is_trainable=False, device_map=place, dtype=dtype)
+        )
+        task, mode, folder = TASKS["causal-lm"], None if adapter is None else "qalora", found
+    else:
+        folder, mode = found.folder, None if adapter is None else "lora"
+        model, task = _dense_to_use(found, None if adapter is None else Path(adapter), dtype, device)
+    model.eval()
+    return Opened(model, load_tokenizer(folder, model), task, mode, folder)
+
+
+def _dense_to_use(source: Source, adapter: Path | None, dtype: torch.dtype, device: torch.device) -> tuple[Any, Task]:
+    if adapter is None:
+        task = build_meta(source.folder)[1]
+        return load_dense(source.folder, task, dtype, device), task
+    found = open_adapter(adapter)
+    made_for = found.config.get("base_model_name_or_path")
+    if made_for and (Path(made_for) / MANIFEST).is_file():
+        raise ArtifactError(
+            f"the adapter {adapter} was trained on the quantized backbone {made_for}: on the original weights it "
+            f"counts the rounding error twice: name {made_for} instead of {source.name}"
+        )
+    kinds = {task.peft_type: task for task in TASKS.values() if task.peft_type}
+    task = kinds.get(str(found.config.get("task_type"))) or build_meta(source.folder)[1]
+    rows = [found.shapes[name][0] for name in found.saved.values() if len(found.shapes[name]) == 2]
+    labels = min(rows) if rows and task.name.endswith("-classification") else None  # of a head of two layers the last
+    base = load_dense(source.folder, task, dtype, device, num_labels=labels)
+    return PeftModel.from_pretrained(base, adapter), task
+
+
+def load_source(name: str, artifact: Artifact, device: torch.device, dtype: torch.dtype) -> Opened:
+    """The full-precision model that an artifact was made from, as the same task. Raises SourceError."""
+    recipe = artifact.manifest["recipe"]
+    shipped = zoo_default()["model"] == name and not Path(name).is_dir()
+    source = find_source(None if shipped else name, revision=artifact.manifest["source"]["revision"])
+    task = TASKS[artifact.manifest["source"]["task"]]
+    model = load_dense(source.folder, task, dtype, device, num_labels=recipe["num_labels"])
+    model.eval()
+    return Opened(model, load_tokenizer(source.folder, model), task, None, source.folder)
