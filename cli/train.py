@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import click
@@ -130,4 +131,5 @@ def train(
     else:
         given["model"] = model
     result = estimate(**given) if dry_run else run(**given, resume=resume, overwrite=overwrite, quiet=quiet)
-    click.echo(json.dumps(result.to_dict()) if as_json else result.table())
+    if os.environ.get("RANK", "0") == "0":  # of several processes, the first one speaks
+        click.echo(json.dumps(result.to_dict()) if as_json else result.table())

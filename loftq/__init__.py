@@ -20,17 +20,33 @@ if TYPE_CHECKING:
     from loftq.pipeline.merge import merge as merge
     from loftq.pipeline.quantize import quantize as quantize
     from loftq.pipeline.quantize_model import quantize_model as quantize_model
+    from loftq.training.evaluate import evaluate as evaluate
+    from loftq.training.finetune import train as train
+    from loftq.training.generate import generate as generate
 
 __version__ = version("loftq")
-__all__ = ["LoftQError", "load_qalora", "load_qlora", "merge", "quantize", "quantize_model"]
+__all__ = [
+    "LoftQError",
+    "evaluate",
+    "generate",
+    "load_qalora",
+    "load_qlora",
+    "merge",
+    "quantize",
+    "quantize_model",
+    "train",
+]
 
 _HOMES = {
     "LoftQError": "loftq.errors",
+    "evaluate": "loftq.training.evaluate",
+    "generate": "loftq.training.generate",
     "load_qalora": "loftq.models.loading",
     "load_qlora": "loftq.models.loading",
     "merge": "loftq.pipeline.merge",
     "quantize": "loftq.pipeline.quantize",
     "quantize_model": "loftq.pipeline.quantize_model",
+    "train": "loftq.training.finetune",
 }
 
 

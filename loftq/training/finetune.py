@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,6 @@ def arguments_of(settings: Settings) -> TrainingArguments:
             per_device_train_batch_size=settings.batch_size,
             per_device_eval_batch_size=settings.eval_batch_size,
             gradient_accumulation_steps=settings.gradient_accumulation,
-            gradient_checkpointing=settings.gradient_checkpointing,
             seed=settings.seed,
             optim=settings.optim or ("paged_adamw_8bit" if cuda else "adamw_torch"),
             bf16=cuda and dtype == torch.bfloat16,
@@ -192,12 +191,19 @@ def arguments_of(settings: Settings) -> TrainingArguments:
                 "logging_first_step": True,
                 "save_total_limit": _CHECKPOINTS,
                 "ddp_find_unused_parameters": False,
-                "gradient_checkpointing_kwargs": {"use_reentrant": False},
+                **(_checkpointing() if settings.gradient_checkpointing else {}),
                 **settings.set,
             },
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise OptionError(f"transformers refuses these settings: {' '.join(str(error).split())}") from error
+
+
+def _checkpointing() -> dict[str, Any]:
+    """Gradient checkpointing, under the name that this transformers has for it."""
+    known = {entry.name for entry in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def examples(settings: Settings, opened: Opened, rows: Any, evaluation: Any) -> tuple[Any, Any]:

@@ -102,10 +102,12 @@ def _on_meta(settings: Settings, dtype: torch.dtype) -> tuple[Any, int, int]:
     else:
         plan = make_plan(found, Recipe(**quantizing_of(settings, found)))
         model, _ = build_meta(found.folder, task=plan.task.name, num_labels=plan.recipe.num_labels, dtype=dtype)
-        config, trainable = lora_config(plan), plan.adapter.nbytes // 4
+        config = lora_config(plan)
+        trainable = sum(math.prod(spec.shape) for _, spec in plan.adapter.offsets.values())
         weights = plan.backbone_bytes
         if settings.adapter == "lora":
             weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    config.inference_mode = False
     config.use_qalora = False  # which needs a quantized linear; what is kept for it is less
     with torch.device("meta"):
         return get_peft_model(model, config), trainable, weights

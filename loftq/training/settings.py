@@ -172,6 +172,7 @@ _OWN = {
     "save_steps": "--save-steps",
     "report_to": "--report-to",
     "gradient_checkpointing": "--gradient-checkpointing",
+    "activation_checkpointing": "--gradient-checkpointing",
     "optim": "--optim",
     "bf16": "--dtype",
     "fp16": "--dtype",

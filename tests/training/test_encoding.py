@@ -1,0 +1,170 @@
+"""Examples. Oracle: what the tokens decode to, and transformers' own tokenizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import byte_tokenizer, pico_llama
+from datasets import Dataset
+from rows import problems, sums
+
+from loftq.errors import OptionError
+from loftq.training.encoding import IGNORED, Collator, Encoder, load_tokenizer, turns
+from loftq.training.tasks import TASKS
+from loftq.training.tasks.gsm8k import final_number
+
+TURNS = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    found = byte_tokenizer()
+    found.chat_template = TURNS
+    return found
+
+
+def learned(tokenizer: Any, example: dict[str, list[int]]) -> str:
+    """The text that has a loss; every other token must be where it is in the input."""
+    ids, labels = example["input_ids"], example["labels"]
+    assert len(ids) == len(labels)
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    return str(tokenizer.decode([label for label in labels if label != IGNORED]))
+
+
+def test_text_is_packed_without_loss(tokenizer: Any) -> None:
+    rows = Dataset.from_list([{"text": "abcdefgh"}, {"text": "ijklm"}])
+    blocks = TASKS["clm"].encode(rows, {}, Encoder(tokenizer, "causal-lm", 4))
+    assert all(len(ids) == 4 for ids in blocks["input_ids"])
+    assert blocks["labels"][:] == blocks["input_ids"][:]
+    joined = tokenizer.decode([token for ids in blocks["input_ids"] for token in ids])
+    assert joined == "abcdefgh</s>ijk"  # 15 tokens, of which the last three are no block
+    short = TASKS["clm"].encode(Dataset.from_list([{"text": "ab"}]), {}, Encoder(tokenizer, "causal-lm", 64))
+    assert tokenizer.decode(short["input_ids"][0]) == "ab</s>"
+
+
+def test_the_answer_alone_is_learned(tokenizer: Any) -> None:
+    plain = TASKS["sft"].encode(
+        Dataset.from_list(sums(3)), {}, Encoder(tokenizer, "causal-lm", 64, chat_template=False)
+    )
+    assert learned(tokenizer, plain[2]) == "It is 4.</s>"
+    assert tokenizer.decode(plain[2]["input_ids"]) == "What is 2+2?\nIt is 4.</s>"
+    chat = TASKS["sft"].encode(Dataset.from_list(sums(3)), {}, Encoder(tokenizer, "causal-lm", 64))
+    assert tokenizer.decode(chat[2]["input_ids"]) == "<user>What is 2+2?</><assistant>It is 4.</>"
+    assert learned(tokenizer, chat[2]) == "It is 4.</>"
+
+
+def test_every_answer_of_a_conversation_is_learned(tokenizer: Any) -> None:
+    talk = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in talk]}]
+    rows_of_share_gpt = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]
+    found = TASKS["sft"].encode(Dataset.from_list(rows), {}, Encoder(tokenizer, "causal-lm", 128))
+    assert learned(tokenizer, found[0]) == "b</>d</>"
+    found = TASKS["sft"].encode(Dataset.from_list(rows_of_share_gpt), {}, Encoder(tokenizer, "causal-lm", 128))
+    assert learned(tokenizer, found[0]) == "b</>"
+
+
+def test_a_template_that_changes_earlier_turns_teaches_the_last_one(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' and loop.last %}(thinks){% endif %}"
+        "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    messages = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user", "assistant")]
+    pieces = turns(tokenizer, messages)
+    assert "".join(text for text, _ in pieces) == "<user>u<assistant>a<user>u<assistant>(thinks)a"
+    assert [text for text, learns in pieces if learns] == ["(thinks)a"]
+    tokenizer.chat_template = "{{ messages | length }}"
+    with pytest.raises(OptionError, match="--no-chat-template"):
+        turns(tokenizer, messages)
+    with pytest.raises(OptionError, match="does not end with a message of the assistant"):
+        turns(tokenizer, messages[:1])
+
+
+def test_limits_cut_the_prompt_before_the_answer(tokenizer: Any) -> None:
+    rows = Dataset.from_list([{"question": "0123456789", "answer": "#### 7"}])
+    found = TASKS["gsm8k"].encode(rows, {}, Encoder(tokenizer, "causal-lm", 24, max_source_length=12))
+    assert tokenizer.decode(found[0]["input_ids"]) == "6789\nAnswer:"[-12:] + " #### 7</s>"
+    found = TASKS["gsm8k"].encode(rows, {}, Encoder(tokenizer, "causal-lm", 64, max_target_length=3))
+    assert learned(tokenizer, found[0]) == " ##"
+    talk = [{"role": "user", "content": "x" * 99}, {"role": "assistant", "content": "y"}]
+    long = Dataset.from_list([{"messages": talk}])
+    with pytest.raises(OptionError, match="no example has anything to learn"):
+        TASKS["sft"].encode(long, {}, Encoder(tokenizer, "causal-lm", 32))
+
+
+def test_examples_beyond_the_limit_are_left_out(tokenizer: Any) -> None:
+    talk = [[{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "y"}] for n in (1, 99, 2)]
+    found = TASKS["sft"].encode(
+        Dataset.from_list([{"messages": m} for m in talk]), {}, Encoder(tokenizer, "causal-lm", 48)
+    )
+    assert len(found) == 2
+
+
+def test_a_batch_is_padded_where_nothing_is_learned() -> None:
+    batch = Collator(9)([{"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3]}, {"input_ids": [4], "labels": [4]}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 2, 3], [4, IGNORED, IGNORED]]
+    assert Collator(0)([{"input_ids": [1], "labels": 2}])["labels"].tolist() == [2]
+
+
+def test_padding_never_resizes_embeddings(tmp_path: Path) -> None:
+    """A tokenizer whose padding token lies behind the embeddings, as of Llama-2 with one added; and one without any."""
+    model = pico_llama()
+    rows = model.get_input_embeddings().weight.shape[0]
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"<extra_{i}>" for i in range(rows)])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id >= rows
+    tokenizer.save_pretrained(tmp_path / "behind")
+    assert load_tokenizer(tmp_path / "behind", model).pad_token == "</s>"
+    plain = byte_tokenizer()
+    plain.pad_token = None
+    plain.save_pretrained(tmp_path / "none")
+    assert load_tokenizer(tmp_path / "none", model).pad_token == "</s>"
+    plain.add_special_tokens({"additional_special_tokens": ["<|finetune_right_pad_id|>"]})
+    plain.save_pretrained(tmp_path / "reserved")
+    assert load_tokenizer(tmp_path / "reserved", model).pad_token == "<|finetune_right_pad_id|>"
+    assert model.get_input_embeddings().weight.shape[0] == rows
+
+
+def test_prompts_to_answer_are_those_that_were_learned(tokenizer: Any) -> None:
+    from loftq.training.tasks import gsm8k
+
+    encoder = Encoder(tokenizer, "causal-lm", 64)
+    row = problems(1)[0]
+    example = TASKS["gsm8k"].encode(Dataset.from_list([row]), {}, encoder)[0]
+    asked = encoder.prompt(gsm8k.prompt(row["question"], encoder), 16)
+    assert example["input_ids"][: len(asked)] == asked
+    assert example["labels"][len(asked) - 1 : len(asked) + 1] == [IGNORED, example["input_ids"][len(asked)]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("so 3+4 = 7\n#### 7", "7"),
+        ("#### 1,200.00 dollars, of 3", "1200"),
+        ("the answer is $18.50.", "18.5"),
+        ("#### -4", "-4"),
+        ("first 3 then 5", "5"),
+        ("no idea", None),
+        ("#### none, but 6", "6"),
+    ],
+)
+def test_the_final_number(answer: str, number: str | None) -> None:
+    assert final_number(answer) == number
+
+
+def test_labels_that_are_none(tokenizer: Any) -> None:
+    rows = Dataset.from_list([{"text": "a", "label": 2}])
+    encoder = Encoder(tokenizer, "sequence-classification", 16, labels=2)
+    with pytest.raises(OptionError, match="holds 2 where a whole number from 0 to 1 was expected; quantize"):
+        TASKS["classification"].encode(rows, {}, encoder)
+    found = TASKS["classification"].encode(rows, {}, Encoder(tokenizer, "sequence-classification", 16, labels=1))
+    assert found[0]["labels"] == 2.0
+    assert Collator(0)([found[0]])["labels"].dtype == torch.float32

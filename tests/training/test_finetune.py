@@ -1,0 +1,372 @@
+"""Training. Oracles: a stock peft load, the same run without evaluations or in one piece, the bytes of the backbone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import has_avx512bf16
+from conftest import pico_llama, save_model
+from peft import PeftModel
+from picos import save_pico
+from rows import articles, problems, reviews, sums, write_rows
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import loftq
+from loftq.errors import ArtifactError, LoftQError, OptionError, OutputError
+from loftq.models import loading
+from loftq.training import finetune
+
+Run = Callable[..., Any]
+FAST: dict[str, Any] = {"max_steps": 20, "learning_rate": 3e-2, "batch_size": 4, "quiet": True, "dtype": "float32"}
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def artifact(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifact") / "out"
+    return loftq.quantize(str(pico), output=folder, rank=4, iters=2, quiet=True).folder
+
+
+@pytest.fixture(scope="module")
+def pooled(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifact") / "pooled"
+    return loftq.quantize(str(pico), output=folder, adapter="qalora", rank=4, group_size=16, quiet=True).folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_rows(tmp_path_factory.mktemp("data") / "sums.jsonl", sums()))
+
+
+def losses(folder: Path, kind: str = "loss") -> list[float]:
+    history = json.loads((folder / finetune.RECORD).read_text())["history"]
+    return [entry[kind] for entry in history if kind in entry]
+
+
+@pytest.mark.parametrize("kind", ["qlora", "qalora", "lora"])
+def test_every_kind_learns(kind: str, artifact: Path, pooled: Path, pico: Path, data: str, tmp_path: Path) -> None:
+    model, new = {"qlora": (artifact, {}), "qalora": (pooled, {}), "lora": (pico, {"adapter": "lora", "rank": 4})}[kind]
+    result = loftq.train(str(model), data=data, output=tmp_path / "out", **{**FAST, **new})
+    found = losses(tmp_path / "out")
+    assert found[-1] < 0.9 * found[0]
+    assert result.train_loss == found[-1]
+    assert result.evaluation["loss"] == losses(tmp_path / "out", "eval_loss")[-1]
+    assert result.examples == 38  # of 40, two are held out
+    weights = load_file(tmp_path / "out" / WEIGHTS)
+    assert result.trainable == sum(weight.numel() for weight in weights.values())
+    assert result.total == sum(p.numel() for p in pico_llama().parameters()) + result.trainable
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+
+def test_stock_peft_loads_what_was_trained(artifact: Path, data: str, tmp_path: Path) -> None:
+    loftq.train(str(artifact), data=data, output=tmp_path / "out", **FAST)
+    base = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.bfloat16)
+    loading.guard_cpu(base)
+    theirs = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    ours = loftq.load_qlora(artifact, tmp_path / "out", is_trainable=False).eval()
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.allclose(theirs(tokens).logits.float(), ours(tokens).logits.float(), atol=0.05)
+    start = load_file(artifact / "loftq_init" / WEIGHTS)
+    assert all(not torch.equal(start[name], value) for name, value in load_file(tmp_path / "out" / WEIGHTS).items())
+
+
+def adapter_after(artifact: Path, data: str, folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    loftq.train(str(artifact), data=data, output=folder, **{**FAST, "max_steps": 3, **changes})
+    return dict(load_file(folder / WEIGHTS))
+
+
+@pytest.fixture
+def gradients(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Of every step, as the optimizer gets them."""
+    found: list[torch.Tensor] = []
+
+    class Recorder(TrainerCallback):
+        def on_pre_optimizer_step(self, _args: Any, _state: Any, _control: Any, model: Any = None, **_: Any) -> None:
+            found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone())
+
+    made = finetune._trainer
+    monkeypatch.setattr(finetune, "_trainer", lambda *a, **k: [t := made(*a, **k), t.add_callback(Recorder())][0])
+    return found
+
+
+def test_evaluations_leave_gradients_as_they_are(
+    artifact: Path, data: str, tmp_path: Path, gradients: list[torch.Tensor]
+) -> None:
+    """An evaluation at every step against none before the end, in bfloat16, as bitsandbytes' repacking has it."""
+    changes = {"dtype": "bfloat16"}
+    adapter_after(artifact, data, tmp_path / "with", eval_steps=1, **changes)
+    adapter_after(artifact, data, tmp_path / "without", eval_steps=3, **changes)
+    assert len(gradients) == 6
+    for with_evaluations, without in zip(gradients[:3], gradients[3:], strict=True):
+        assert torch.equal(with_evaluations, without)
+
+
+@pytest.mark.skipif(not has_avx512bf16(), reason="this CPU has no AVX512-BF16, for which bitsandbytes repacks")
+def test_without_the_guard_evaluations_spoil_gradients(
+    artifact: Path, data: str, tmp_path: Path, gradients: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That the test above can fail."""
+    monkeypatch.setattr(loading, "guard_cpu", lambda _: None)
+    for steps in (1, 3):
+        try:
+            adapter_after(artifact, data, tmp_path / str(steps), eval_steps=steps, dtype="bfloat16")
+        except (AssertionError, RuntimeError):
+            return  # some shapes it refuses
+    assert not all(torch.equal(a, b) for a, b in zip(gradients[:3], gradients[3:], strict=True))
+
+
+def test_a_killed_training_ends_in_the_same_loss(
+    artifact: Path, data: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off after step 5, with a checkpoint at 4; oracle: the run in one piece."""
+    whole = adapter_after(artifact, data, tmp_path / "whole", max_steps=8, save_steps=4)
+
+    class Killer(TrainerCallback):
+        def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    made = finetune._trainer
+    asked = ["--data", data, "--output", tmp_path / "cut", "--max-steps", 8, "--save-steps", 4, "--dtype", "float32"]
+    asked += ["--learning-rate", 3e-2, "--batch-size", 4, "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "_trainer", lambda *a, **k: [t := made(*a, **k), t.add_callback(Killer())][0])
+        assert run("train", artifact, *asked).exit_code == 130
+    assert not (tmp_path / "cut" / WEIGHTS).exists()
+    again = run("train", artifact, *asked)
+    assert again.exit_code == 1
+    assert "holds an unfinished training: add --resume" in again.stderr
+    other = run("train", artifact, *asked, "--seed", 3, "--resume")
+    assert "was begun with another seed" in other.stderr
+    assert run("train", artifact, *asked, "--resume").exit_code == 0
+    found = load_file(tmp_path / "cut" / WEIGHTS)
+    assert all(torch.equal(whole[name], found[name]) for name in whole)
+    assert losses(tmp_path / "cut")[-1] == losses(tmp_path / "whole")[-1]
+    assert losses(tmp_path / "cut", "eval_loss")[-1] == losses(tmp_path / "whole", "eval_loss")[-1]
+    assert "holds a finished training" in run("train", artifact, *asked).stderr
+    assert run("train", artifact, *asked, "--overwrite").exit_code == 0
+
+
+def test_evaluation_data_of_its_own(artifact: Path, data: str, tmp_path: Path) -> None:
+    other = write_rows(tmp_path / "eval.jsonl", sums(3))
+    result = loftq.train(str(artifact), data=data, eval_data=str(other), output=tmp_path / "out", **FAST)
+    assert result.examples == 40
+    assert len(losses(tmp_path / "out", "eval_loss")) == 10  # of twenty steps
+
+
+def test_gradient_checkpointing_gives_the_same(artifact: Path, data: str, tmp_path: Path) -> None:
+    plain = adapter_after(artifact, data, tmp_path / "plain")
+    less = adapter_after(artifact, data, tmp_path / "less", gradient_checkpointing=True)
+    assert all(torch.allclose(plain[name], less[name], atol=1e-5) for name in plain)
+
+
+def test_other_training_arguments(artifact: Path, data: str, tmp_path: Path) -> None:
+    changes = {"set": {"max_grad_norm": 1e-9, "logging_steps": 1}, "report_to": ("tensorboard",)}
+    clipped = adapter_after(artifact, data, tmp_path / "out", **changes, optim="sgd")
+    start = load_file(artifact / "loftq_init" / WEIGHTS)
+    assert all(torch.allclose(start[name], clipped[name], atol=1e-6) for name in start)
+    assert len(losses(tmp_path / "out")) == 3
+    assert list((tmp_path / "out").glob("**/events.out.tfevents*"))
+
+
+def test_full_precision_is_quantized_first_and_once(
+    pico: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for output in ("one", "two"):
+        loftq.train(str(pico), data=data, output=output, adapter="qalora", bits=3, rank=4, group_size=16, **FAST)
+    folder = tmp_path / "model_zoo" / "loftq" / "pico-llama-3bit-4rank-qalora"
+    assert json.loads((folder / "loftq.json").read_text())["recipe"]["bits"] == 3
+    config = json.loads((tmp_path / "two" / "adapter_config.json").read_text())
+    assert config["use_qalora"] is True
+    assert Path(config["base_model_name_or_path"]).resolve() == folder.resolve()
+
+
+def test_an_entry_of_finlora_runs_as_it_is(
+    pico: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "train.jsonl", [{"context": row["prompt"], "target": row["response"]} for row in sums(12)])
+    entry = {
+        "base_model": str(pico),
+        "dataset_path": "train.jsonl",
+        "lora_r": 4,
+        "quant_bits": 8,
+        "learning_rate": 1e-3,
+        "num_epochs": 1,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 2,
+    }
+    (tmp_path / "finetune_configs.json").write_text(json.dumps({"sums_pico_8bits_r4": entry}))
+    result = run("train", "--recipe", "finetune_configs.json", "sums_pico_8bits_r4", "--quiet", "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["steps"] == 2  # 11 examples, 4 at a time, two to a step
+    assert (tmp_path / "sums_pico_8bits_r4" / WEIGHTS).is_file()
+    assert (tmp_path / "model_zoo" / "loftq" / "pico-llama-8bit-4rank" / "loftq.json").is_file()
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_summaries_by_encoder_decoders(family: str, tmp_path: Path) -> None:
+    folder = save_pico(family, "seq2seq-lm", tmp_path / family)
+    made = loftq.quantize(str(folder), output=tmp_path / "made", rank=4, quiet=True).folder
+    data = str(write_rows(tmp_path / "a.jsonl", articles()))
+    loftq.train(str(made), task="summarization", data=data, output=tmp_path / "out", **FAST)
+    found = losses(tmp_path / "out")
+    assert found[-1] < 0.9 * found[0]
+
+
+def test_classes_are_learned_with_the_head(tmp_path: Path) -> None:
+    folder = save_pico("bert", "masked-lm", tmp_path / "bert")
+    options: dict[str, Any] = {"task": "sequence-classification", "num_labels": 2, "rank": 4, "quiet": True}
+    made = loftq.quantize(str(folder), output=tmp_path / "made", **options).folder
+    data = str(write_rows(tmp_path / "a.jsonl", reviews()))
+    result = loftq.train(
+        str(made), task="classification", data=data, output=tmp_path / "out", **{**FAST, "max_steps": 30}
+    )
+    assert result.evaluation["accuracy"] == 1.0
+    found = loftq.evaluate(str(made), adapter=str(tmp_path / "out"), task="classification", data=data, quiet=True)
+    assert found.rows["trained"]["accuracy"] == 1.0
+    assert found.rows["trained"]["matthews"] == 1.0
+
+
+def test_a_dry_run_reads_headers_alone(artifact: Path, pico: Path, data: str, tmp_path: Path, run: Run) -> None:
+    result = run("train", artifact, "--data", data, "--output", tmp_path / "out", "--dry-run", "--json")
+    found = json.loads(result.stdout)
+    trained = loftq.train(str(artifact), data=data, output=tmp_path / "real", **{**FAST, "max_steps": 1})
+    assert (found["trainable"], found["total"]) == (trained.trainable, trained.total)
+    assert found["memory"] == found["weights"] + found["adapter"] + found["activations"]
+    assert not (tmp_path / "out").exists()
+    new = run("train", pico, "--rank", 4, "--data", data, "--output", tmp_path / "out", "--dry-run", "--json")
+    assert json.loads(new.stdout)["trainable"] == found["trainable"]
+    less = ["--gradient-checkpointing", "--batch-size", 1]
+    smaller = run("train", artifact, "--data", data, "--output", tmp_path / "out", "--dry-run", "--json", *less)
+    assert json.loads(smaller.stdout)["activations"] < found["activations"] / 8
+
+
+def test_two_processes_train_together(artifact: Path, data: str, tmp_path: Path) -> None:
+    """`torchrun` of the same command; oracle: one process with twice the batch."""
+    options = ["--data", data, "--output", str(tmp_path / "two"), "--max-steps", "2", "--dtype", "float32", "--cpu"]
+    options += ["--batch-size", "2", "--eval-steps", "2", "--lr-scheduler", "constant", "--optim", "sgd"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [*command[:3], "--standalone", "--nproc-per-node", "2", "-m", "loftq_cli.main", "train"]
+    done = subprocess.run([*command, str(artifact), *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("adapter in") == 1
+    record = json.loads((tmp_path / "two" / finetune.RECORD).read_text())
+    assert record["result"]["steps"] == 2
+    one = {"max_steps": 2, "batch_size": 4, "eval_steps": 2, "lr_scheduler": "constant", "optim": "sgd"}
+    alone = loftq.train(str(artifact), data=data, output=tmp_path / "one", dtype="float32", cpu=True, quiet=True, **one)
+    assert record["result"]["evaluation"]["loss"] == pytest.approx(alone.evaluation["loss"], abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"columns": {"prompt": "ask"}}, r"--column prompt=ask: the data has no such column \(columns: prompt, resp"),
+        ({"task": "classification"}, "needs a sequence-classification model"),
+        ({"task": "summarization"}, r"no column for the document \(looked for: document, article"),
+        ({"dtype": "float16", "cpu": True}, "CPUs do not train in it: use bfloat16 or float32"),
+        ({"adapter": "qalora"}, "is a qlora artifact"),
+        ({"rank": 8}, r"--rank 8: .* is quantized already, with 4"),
+        ({"chat_template": True, "task": "clm"}, "no column for the text"),
+        ({"set": {"group_by_length": True}}, "unknown TrainingArguments name"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before(
+    changes: dict[str, Any], problem: str, artifact: Path, data: str, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=problem):
+        loftq.train(str(artifact), data=data, output=tmp_path / "out", **{**FAST, **changes})
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_in_the_way(artifact: Path, data: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="holds other files"):
+        loftq.train(str(artifact), data=data, output=tmp_path, overwrite=True, **FAST)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    with pytest.raises(ArtifactError, match="is an adapter's folder"):
+        loftq.train(str(artifact / "loftq_init"), data=data, output=tmp_path / "out", **FAST)
+
+
+def test_an_adapter_of_another_backbone(artifact: Path, pooled: Path, pico: Path, data: str, tmp_path: Path) -> None:
+    loftq.train(str(artifact), data=data, output=tmp_path / "out", **{**FAST, "max_steps": 1})
+    with pytest.raises(ArtifactError, match="takes a QA-LoRA"):
+        loftq.evaluate(str(pooled), adapter=str(tmp_path / "out"), data=data, task="gsm8k")
+    with pytest.raises(ArtifactError, match="counts the rounding error twice"):
+        loftq.generate(str(pico), "x", adapter=str(tmp_path / "out"))
+
+
+def test_full_memory_says_what_lowers_the_need(
+    artifact: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The allocator's own error, for a batch that no memory holds."""
+
+    def huge(*_: Any, **__: Any) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(Trainer, "training_step", huge)
+    with pytest.raises(LoftQError, match="out of memory: lower --batch-size"):
+        loftq.train(str(artifact), data=data, output=tmp_path / "out", **FAST)
+
+
+def test_the_in_memory_layer_trains_with_the_plain_trainer(tmp_path: Path) -> None:
+    """On a network that is no transformer: two dense layers that learn a parity."""
+    torch.manual_seed(0)
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = torch.nn.Linear(64, 128), torch.nn.Linear(128, 64)
+            self.out = torch.nn.Linear(64, 2)
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            logits = self.out(torch.relu(self.fc2(torch.relu(self.fc1(x)))))
+            return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    net = loftq.quantize_model(Net(), target_modules=["fc1", "fc2"], bits=4, rank=8, iters=2)
+    inputs = torch.randn(64, 64)
+    rows = [{"x": row, "labels": (row[:2].sum() > 0).long()} for row in inputs]
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    found: list[float] = []
+
+    class Keep(TrainerCallback):
+        def on_log(self, _args: Any, _state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
+            found.extend([logs["loss"]] if "loss" in logs else [])
+
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=40, per_device_train_batch_size=16, learning_rate=1e-2, use_cpu=True, report_to="none",
+        logging_steps=1, save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    Trainer(model=net, args=arguments, train_dataset=rows, callbacks=[Keep()]).train()
+    assert sum(found[-5:]) < 0.2 * sum(found[:5])
+    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("lora_" in name or name.startswith("out.") or "base_layer" not in name for name in changed)
+
+
+@pytest.mark.slow
+def test_loss_falls_on_plain_text_in_half_a_minute(tmp_path: Path) -> None:
+    """A larger pico model on Shakespeare, packed."""
+    folder = save_model(pico_llama(hidden_size=128, num_hidden_layers=4, intermediate_size=256), tmp_path / "model")
+    made = loftq.quantize(str(folder), output=tmp_path / "made", rank=8, quiet=True).folder
+    text = Path(__file__).parent.parent.parent / "benchmarks" / "data" / "shakespeare.txt"
+    options: dict[str, Any] = {"task": "clm", "cutoff_len": 128, "max_steps": 150, "learning_rate": 5e-3}
+    loftq.train(str(made), data=str(text), output=tmp_path / "out", quiet=True, dtype="float32", **options)
+    assert losses(tmp_path / "out")[-1] < 0.75 * losses(tmp_path / "out")[0]
+
+
+def test_problems_are_learned(artifact: Path, tmp_path: Path) -> None:
+    data = str(write_rows(tmp_path / "a.jsonl", problems(24)))
+    loftq.train(str(artifact), task="gsm8k", data=data, output=tmp_path / "out", **FAST)
+    assert losses(tmp_path / "out")[-1] < 0.9 * losses(tmp_path / "out")[0]

@@ -1,0 +1,122 @@
+"""Recipe files. Oracle: the settings written out, and Python's own parsers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from loftq.errors import OptionError
+from loftq.training.recipes import read_recipe
+from loftq.training.settings import Settings, settings_of
+
+RUN = {"model": "base", "data": ["a.jsonl"], "output": "out"} | {
+    "learning-rate": 2e-4,
+    "epochs": 2,
+    "set": {"tf32": True},
+}
+WRITTEN = {
+    "toml": 'model = "base"\ndata = ["a.jsonl"]\noutput = "out"\nlearning-rate = 2e-4\nepochs = 2\nset.tf32 = true\n',
+    "yaml": "model: base\ndata: [a.jsonl]\noutput: out\nlearning-rate: 2e-4\nepochs: 2\nset: {tf32: true}\n",
+    "json": json.dumps(RUN),
+}
+# Keys and values as FinLoRA's finetune_configs.json has them
+FINLORA = {
+    "sentiment_llama_3_1_8b_8bits_r8": {
+        "base_model": "meta-llama/Llama-3.1-8B-Instruct",
+        "dataset_path": "../data/train/finlora_sentiment_train.jsonl",
+        "lora_r": 8,
+        "quant_bits": 8,
+        "learning_rate": 1e-4,
+        "num_epochs": 4,
+        "batch_size": 8,
+        "gradient_accumulation_steps": 2,
+    },
+    "headline_llama_3_1_8b_4bits_r4": {"base_model": "x", "dataset_path": "y.jsonl", "lora_r": 4, "quant_bits": 4},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(WRITTEN))
+def test_a_run_reads_the_same_from_every_kind_of_file(kind: str, tmp_path: Path) -> None:
+    (tmp_path / f"run.{kind}").write_text(WRITTEN[kind], encoding="utf-8")
+    found = settings_of(read_recipe(tmp_path / f"run.{kind}"))
+    assert found == Settings(
+        model="base", data=("a.jsonl",), output="out", learning_rate=2e-4, epochs=2, set={"tf32": True}
+    )
+
+
+def test_settings_come_back_from_what_a_run_writes(tmp_path: Path) -> None:
+    asked = Settings(model="m", data=("d",), output="o", task="gsm8k", columns={"question": "q"}, max_steps=7)
+    (tmp_path / "again.json").write_text(json.dumps(asked.to_dict()), encoding="utf-8")
+    assert settings_of(read_recipe(tmp_path / "again.json")) == asked
+
+
+def test_finlora_entries_run_as_they_are(tmp_path: Path) -> None:
+    folder, data = tmp_path / "lora", tmp_path / "data" / "train" / "finlora_sentiment_train.jsonl"
+    folder.mkdir()
+    data.parent.mkdir(parents=True)
+    data.write_text("{}\n", encoding="utf-8")
+    (folder / "finetune_configs.json").write_text(json.dumps(FINLORA), encoding="utf-8")
+    found = settings_of(read_recipe(folder / "finetune_configs.json", "sentiment_llama_3_1_8b_8bits_r8"))
+    assert found == Settings(
+        model="meta-llama/Llama-3.1-8B-Instruct",
+        data=(str(folder / "../data/train/finlora_sentiment_train.jsonl"),),
+        output="sentiment_llama_3_1_8b_8bits_r8",
+        rank=8,
+        bits=8,
+        learning_rate=1e-4,
+        epochs=4,
+        batch_size=8,
+        gradient_accumulation=2,
+    )
+
+
+def test_a_run_is_named_of_several(tmp_path: Path) -> None:
+    path = tmp_path / "runs.toml"
+    path.write_text('data = "d"\n[one]\nmodel = "a"\n[two]\nmodel = "b"\noutput = "o"\n', encoding="utf-8")
+    assert read_recipe(path, "one") == {"data": "d", "model": "a", "output": "one"}
+    assert read_recipe(path, "other", "two") == {"data": "d", "model": "other", "output": "o"}
+    with pytest.raises(OptionError, match="holds several runs: name one of one, two"):
+        read_recipe(path)
+    with pytest.raises(OptionError, match="'tow'; did you mean two"):
+        read_recipe(path, "tow")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"model": "m", "data": "d", "output": "o", "learning_rte": 1}', "'learning_rte'; did you mean learning_rate"),
+        ('{"model": "m", "output": "o"}', "no data is given"),
+        ('{"model": "m", "data": "d", "output": "o", "epochs": "three"}', "epochs = 'three': expected a number"),
+        ('{"model": "m", "data": "d", "output": "o", "rank": 1.5}', "rank = 1.5: expected a whole number"),
+        ('{"model": "m", "data": "d", "output": "o", "cpu": 1}', "cpu = 1: expected true or false"),
+        ('{"model": "m", "data": "d", "output": "o", "set": {"lerning_rate": 1}}', "TrainingArguments name"),
+        (
+            '{"model": "m", "data": "d", "output": "o", "set": {"learning_rate": 1}}',
+            "option of its own, --learning-rate",
+        ),
+        ('{"model": "m", "data": "d", "output": "o", "task": "gsm8"}', "'gsm8'; did you mean gsm8k"),
+        ('{"model": "m", "data": "d", "output": "o", "columns": {"answer": "a"}}', "unknown column 'answer'"),
+        ('{"model": "m", "data": "d", "output": "o", "lr_scheduler": "cosin"}', "did you mean cosine"),
+        ('{"model": "m", "data": "d", "output": "o", "optim": "adam"}', "unknown optim 'adam'"),
+        ('{"model": "m", "data": "d", "output": "o", "batch_size": 0}', "--batch-size 0: expected 1 or more"),
+        ("{", "Expecting property name"),
+        ("[]", "expected names and values"),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(text, encoding="utf-8")
+    with pytest.raises(OptionError, match=problem):
+        settings_of(read_recipe(tmp_path / "run.json"))
+
+
+def test_a_file_of_another_kind_and_none_at_all(tmp_path: Path) -> None:
+    (tmp_path / "run.ini").write_text("", encoding="utf-8")
+    with pytest.raises(OptionError, match=r"expected a \.toml, \.yaml or \.json"):
+        read_recipe(tmp_path / "run.ini")
+    with pytest.raises(OptionError, match="cannot be read"):
+        read_recipe(tmp_path / "none.toml")
+    (tmp_path / "run.yaml").write_text("a: [", encoding="utf-8")
+    with pytest.raises(OptionError, match="while parsing"):
+        read_recipe(tmp_path / "run.yaml")

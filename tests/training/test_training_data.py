@@ -1,0 +1,77 @@
+"""Rows and columns. Oracle: the rows that were written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+from rows import sums, write_rows
+
+from loftq.errors import OptionError
+from loftq.training.data import find_columns, hold_out, read_rows
+
+ROLES = {"prompt": ("prompt",), "response": ("response", "output"), "input": ("input",)}
+
+
+def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_pylist(sums(5))
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    pyarrow.csv.write_csv(table, tmp_path / "a.csv")
+    pyarrow.csv.write_csv(table, tmp_path / "a.tsv", pyarrow.csv.WriteOptions(delimiter="\t"))
+    write_rows(tmp_path / "a.jsonl", sums(5))
+    for name in ("a.parquet", "a.csv", "a.tsv", "a.jsonl"):
+        assert read_rows([str(tmp_path / name)]).to_list() == sums(5), name
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    assert read_rows([str(tmp_path / "a.txt")]).to_list() == [{"text": "one\n\ntwo\n"}]
+
+
+def test_files_of_one_kind_follow_each_other(tmp_path: Path) -> None:
+    first, second = write_rows(tmp_path / "a.jsonl", sums(2)), write_rows(tmp_path / "b.jsonl", sums(3))
+    assert read_rows([str(first), str(second)]).to_list() == sums(2) + sums(3)
+    (tmp_path / "c.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(OptionError, match="expected files of one kind"):
+        read_rows([str(first), str(tmp_path / "c.txt")])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("none.jsonl", None, "no such file"),
+        ("empty.jsonl", "", "holds no rows|cannot be read"),
+        ("bad.jsonl", '{"a": 1}\n{"a"\n', "cannot be read"),
+        ("rows.xlsx", "x", r"expected a \.txt, \.jsonl"),
+        ("empty.csv", "", "cannot be read|holds no rows"),
+    ],
+)
+def test_data_that_cannot_be_read(name: str, content: str | None, problem: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(OptionError, match=problem) as caught:
+        read_rows([str(tmp_path / name)])
+    assert name in str(caught.value)
+
+
+def test_columns_are_found_by_usual_names_or_by_name(tmp_path: Path) -> None:
+    rows = read_rows([str(write_rows(tmp_path / "a.jsonl", [{"prompt": "p", "output": "o", "mine": "m"}]))])
+    assert find_columns(rows, ROLES, {}, ("input",)) == {"prompt": "prompt", "response": "output"}
+    assert find_columns(rows, ROLES, {"prompt": "mine"}, ("input",))["prompt"] == "mine"
+    with pytest.raises(
+        OptionError, match=r"no column for the input .*columns: prompt, output, mine.*--column input=NAME"
+    ):
+        find_columns(rows, ROLES, {})
+    with pytest.raises(OptionError, match="--column prompt=theirs: the data has no such column"):
+        find_columns(rows, ROLES, {"prompt": "theirs"})
+
+
+def test_a_twentieth_is_held_out(tmp_path: Path) -> None:
+    rows = read_rows([str(write_rows(tmp_path / "a.jsonl", [{"n": i} for i in range(60)]))])
+    learned, held = hold_out(rows, 0, shuffle=True)
+    assert held is not None
+    assert len(held) == 3
+    assert sorted(learned["n"][:] + held["n"][:]) == list(range(60))
+    assert hold_out(rows, 0, shuffle=False)[1]["n"][:] == [57, 58, 59]  # type: ignore[index]
+    assert hold_out(rows, 0, shuffle=True)[1]["n"][:] == held["n"][:]  # type: ignore[index]
+    assert hold_out(rows.select([0]), 0, shuffle=True)[1] is None
