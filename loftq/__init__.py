@@ -18,17 +18,19 @@ if TYPE_CHECKING:
     from loftq.models.loading import load_qalora as load_qalora
     from loftq.models.loading import load_qlora as load_qlora
     from loftq.pipeline.merge import merge as merge
+    from loftq.pipeline.push import push as push
     from loftq.pipeline.quantize import quantize as quantize
     from loftq.pipeline.quantize_model import quantize_model as quantize_model
 
 __version__ = version("loftq")
-__all__ = ["LoftQError", "load_qalora", "load_qlora", "merge", "quantize", "quantize_model"]
+__all__ = ["LoftQError", "load_qalora", "load_qlora", "merge", "push", "quantize", "quantize_model"]
 
 _HOMES = {
     "LoftQError": "loftq.errors",
     "load_qalora": "loftq.models.loading",
     "load_qlora": "loftq.models.loading",
     "merge": "loftq.pipeline.merge",
+    "push": "loftq.pipeline.push",
     "quantize": "loftq.pipeline.quantize",
     "quantize_model": "loftq.pipeline.quantize_model",
 }

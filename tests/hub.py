@@ -129,7 +129,9 @@ class Hub:
 
     def _info(self, request: Request, repo: str, revision: str) -> Answer:
         commit, files = self._open(request, repo, revision, content=False)
-        return _json({"id": repo, "sha": commit, "siblings": [{"rfilename": file} for file in files]})
+        private = self.repos[repo].private
+        siblings = [{"rfilename": file} for file in files]
+        return _json({"id": repo, "sha": commit, "private": private, "siblings": siblings})
 
     def _tree(self, request: Request, repo: str, revision: str) -> Answer:
         _, files = self._open(request, repo, revision, content=False)

@@ -10,7 +10,7 @@ from typing import Any
 
 from loftq.core.grid import ROW
 from loftq.core.methods import METHODS
-from loftq.formats.adapter import FOLDER
+from loftq.pipeline.loading_lines import loading_section
 from loftq.pipeline.plan import Plan
 from loftq.pipeline.recipe import Recipe
 from loftq.pipeline.report import size
@@ -36,14 +36,13 @@ _INTRODUCTIONS = {
 (QA-LoRA, arXiv 2309.14717): once trained, the adapter folds into the zero-points, with nothing lost:
 `loftq merge MODEL_DIR --adapter TRAINED --to int`.""",
 }
-_IMPORTS = {
-    "loftq": "import loftq  # teaches transformers this folder's format; without it the folder is refused",
-    "gptq": "import loftq  # not needed where gptqmodel and optimum are installed",
-}
 
 
-def card_text(plan: Plan, totals: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """README.md, with metadata that the Hub understands. Holds no date, time or path: the same run, the same card."""
+def card_text(plan: Plan, made: Mapping[str, Any], totals: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """README.md, with metadata that the Hub understands. Holds no date, time or path: the same run, the same card.
+
+    `made` is the manifest's heading.
+    """
     recipe, label = plan.recipe, plan.source.label
     base = "" if plan.source.local else f"base_model: {plan.source.name}\nbase_model_relation: quantized\n"
     notes = "".join(f"\n- {note}" for note in plan.notes)
@@ -61,9 +60,7 @@ tags:
 
 ## Load
 
-{_snippet(plan)}
-
-or, with loftq installed, `model = loftq.load_{kind}(MODEL_DIR)`.
+{loading_section(made)}
 
 - The adapter belongs to this backbone. On the original weights it counts the rounding error twice.
 {_repacking(plan)}{_head(plan)}{notes}
@@ -82,42 +79,6 @@ The layers with the largest error:
 
 {_worst_layers(rows)}
 """
-
-
-def _snippet(plan: Plan) -> str:
-    recipe, loader = plan.recipe, plan.task.auto_class
-    if plan.format != "bitsandbytes":
-        return f"""```python
-{_IMPORTS[plan.format]}
-import torch
-from peft import PeftModel
-from transformers import {loader}
-
-MODEL_DIR = "..."  # this folder or repository
-
-base_model = {loader}.from_pretrained(MODEL_DIR, torch_dtype=torch.{recipe.compute_dtype})
-model = PeftModel.from_pretrained(base_model, MODEL_DIR, subfolder="{FOLDER}", is_trainable=True)
-```"""
-    options = f"""
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=torch.{recipe.compute_dtype},
-        bnb_4bit_use_double_quant={recipe.double_quant},
-        bnb_4bit_quant_type="{recipe.grids[0].codebook}",
-    """
-    return f"""```python
-import torch
-from peft import PeftModel
-from transformers import {loader}, BitsAndBytesConfig
-
-MODEL_DIR = "..."  # this folder or repository
-
-base_model = {loader}.from_pretrained(
-    MODEL_DIR,
-    torch_dtype=torch.{recipe.compute_dtype},
-    quantization_config=BitsAndBytesConfig({"load_in_8bit=True" if recipe.bits == 8 else options}),
-)
-model = PeftModel.from_pretrained(base_model, MODEL_DIR, subfolder="{FOLDER}", is_trainable=True)
-```"""
 
 
 def _tag(plan: Plan) -> str:

