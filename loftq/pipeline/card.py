@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
 
 from loftq.core.grid import ROW
 from loftq.core.methods import METHODS
+from loftq.pipeline.calibration_text import public_name
+from loftq.pipeline.card_metadata import metadata
+from loftq.pipeline.command import command_line
 from loftq.pipeline.loading_lines import loading_section
 from loftq.pipeline.plan import Plan
 from loftq.pipeline.recipe import Recipe
@@ -19,7 +22,8 @@ _WORST = 5
 _OUTPUTS = {
     "error of outputs, rounded alone": "output_plain_error",
     "error of outputs, with the adapter": "output_error",
-    "divergence from full precision on held-out text, nats a token": "divergence",
+    "divergence from full precision on held-out text, nats a token": "divergence_before",
+    "divergence, refined": "divergence",
 }
 _METHODS = {
     "loftq": "LoftQ",
@@ -44,14 +48,9 @@ def card_text(plan: Plan, made: Mapping[str, Any], totals: Mapping[str, Any], ro
     `made` is the manifest's heading.
     """
     recipe, label = plan.recipe, plan.source.label
-    base = "" if plan.source.local else f"base_model: {plan.source.name}\nbase_model_relation: quantized\n"
     notes = "".join(f"\n- {note}" for note in plan.notes)
-    kind = "qlora" if recipe.adapter == "lora" else recipe.adapter
     return f"""---
-{base}library_name: peft
-tags:
-- loftq
-- {kind}{_tag(plan)}
+{metadata(plan)}
 ---
 
 # {label}, {recipe.bits} bits, rank {recipe.rank}
@@ -62,12 +61,20 @@ tags:
 
 {loading_section(made)}
 
-- The adapter belongs to this backbone. On the original weights it counts the rounding error twice.
+- The adapter belongs to this backbone, and so does every adapter that is trained from it. On any other, and on the
+  original weights, it repairs errors that are not there.
 {_repacking(plan)}{_head(plan)}{notes}
 
 ## Settings
 
 {_table(_settings(plan))}
+
+With loftq {version("loftq")}, this makes it again, to the same bytes on the same kind of machine (`loftq.json` has all
+versions and hashes):
+
+```
+{command_line(recipe, plan.source)}
+```
 
 ## Measured
 
@@ -79,10 +86,6 @@ The layers with the largest error:
 
 {_worst_layers(rows)}
 """
-
-
-def _tag(plan: Plan) -> str:
-    return f"\n- {plan.format}" if plan.stock else ""
 
 
 def _repacking(plan: Plan) -> str:
@@ -125,7 +128,7 @@ def _settings(plan: Plan) -> dict[str, str]:
         method = f"QA-LoRA, pools of {recipe.pool_size}, scales and zero-points fitted in up to {rounds}"
     text = {}
     if recipe.calibration is not None:
-        windows = f"{recipe.calibration_tokens} tokens of {Path(recipe.calibration).name}"
+        windows = f"{recipe.calibration_tokens} tokens of {public_name(recipe.calibration)}"
         text = {"calibration": f"{windows}, in windows of up to {recipe.sequence_length}"}
     return {
         "task": plan.task.name,

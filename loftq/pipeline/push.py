@@ -18,12 +18,11 @@ from loftq.errors import ArtifactError, OptionError
 from loftq.formats.adapter import CONFIG, FOLDER, WEIGHTS
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.models.loading import check_adapter
+from loftq.pipeline.calibration_text import public_name
 from loftq.pipeline.destination import find_destination
 from loftq.pipeline.loading_lines import loading_lines, loading_section
 from loftq.pipeline.report import size
-
-_CARD = "README.md"
-_TEXTS = (".txt", ".jsonl", ".json")  # of a calibration, which may lie anywhere on this machine
+from loftq.pipeline.source import CARD
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def _check_folder(folder: Path) -> Artifact:
             f"{folder} is a {kind} folder, which no adapter goes with: `hf upload REPO_ID {folder}` sends it as it is"
         )
     listed = artifact.manifest["files"]
-    for name in (f"{FOLDER}/{CONFIG}", f"{FOLDER}/{WEIGHTS}", _CARD, "config.json"):
+    for name in (f"{FOLDER}/{CONFIG}", f"{FOLDER}/{WEIGHTS}", CARD, "config.json"):
         if name not in listed:
             raise ArtifactError(f"{folder / MANIFEST} is damaged: it does not list {name}")
     for name in listed:
@@ -131,19 +130,19 @@ def _check_folder(folder: Path) -> Artifact:
 def _published(artifact: Artifact, repo_id: str, revision: str | None) -> dict[str, Path | bytes]:
     """The files of the artifact by name: those that are others in the repository as their content."""
     manifest = json.loads(json.dumps(artifact.manifest))
-    card = (artifact.folder / _CARD).read_text(encoding="utf-8")
+    card = (artifact.folder / CARD).read_text(encoding="utf-8")
     section = loading_section(manifest)
     changed = {
         f"{FOLDER}/{CONFIG}": _adapter_config(artifact.adapter, repo_id, revision),
-        _CARD: card.replace(section, loading_section(manifest, repo_id, revision)).encode(),
+        CARD: card.replace(section, loading_section(manifest, repo_id, revision)).encode(),
     }
     for name, content in changed.items():
         manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     source, recipe = manifest["source"], manifest["recipe"]
     if Path(source["model"]).is_absolute():
         source["model"] = Path(source["model"]).name
-    if recipe["calibration"] is not None and Path(recipe["calibration"]).suffix.lower() in _TEXTS:
-        recipe["calibration"] = Path(recipe["calibration"]).name
+    if recipe["calibration"] is not None:
+        recipe["calibration"] = public_name(recipe["calibration"])
     changed[MANIFEST] = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
     return {name: artifact.folder / name for name in manifest["files"]} | changed
 
@@ -164,7 +163,7 @@ that the backbone was made from, it repairs errors that are not there.
     return {
         f"{name}/{CONFIG}": _adapter_config(folder, repo_id, revision),
         f"{name}/{WEIGHTS}": folder / WEIGHTS,
-        f"{name}/{_CARD}": card.encode(),
+        f"{name}/{CARD}": card.encode(),
     }
 
 

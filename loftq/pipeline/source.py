@@ -30,7 +30,8 @@ from loftq.formats.checkpoint import (
     spec_of,
 )
 
-_SIDE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "*.tiktoken"]
+CARD = "README.md"
+_SIDE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "*.tiktoken", "LICENSE*", "NOTICE*"]
 _NEVER_COPIED = (
     "config.json",
     "model.safetensors.index.json",
@@ -42,13 +43,17 @@ _NEVER_COPIED = (
 
 @dataclass(frozen=True)
 class Source:
-    """A model that was found: its name as given, where its small files lie, and its tensors' headers."""
+    """A model that was found: its name as given, where its small files lie, and its tensors' headers.
+
+    `license` is its licence, where no card of its own says it.
+    """
 
     name: str
     folder: Path
     checkpoint: Checkpoint
     revision: str | None = None
     local: bool = False
+    license: str | None = None
 
     @property
     def label(self) -> str:
@@ -57,7 +62,7 @@ class Source:
 
 
 def side_files(folder: Path, code: bool = False) -> list[Path]:
-    """Tokenizer, generation config, chat template of a model, and its own code where it was trusted."""
+    """Tokenizer, generation config, chat template, licence of a model, and its own code where it was trusted."""
     patterns = [*_SIDE_FILES, "*.py"] if code else _SIDE_FILES
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return sorted(path for path in found if path.name not in _NEVER_COPIED)
@@ -96,7 +101,7 @@ def _hub_source(
     # The base of all that the client's transport raises: httpx's in huggingface_hub 1, httpx2's in 2.
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
-    small = [*_SIDE_FILES, *(["*.py"] if trust_remote_code else [])]
+    small = [*_SIDE_FILES, CARD, *(["*.py"] if trust_remote_code else [])]
     token = checked_token(token)
     try:
         with _explain_refusals(repo, revision):
@@ -234,7 +239,7 @@ def _default_source(*, revision: str | None, token: str | None, headers_only: bo
                 f"cannot unpack the default model into {folder}: {one_line(error)}. "
                 "Set XDG_CACHE_HOME to a folder that can be written"
             ) from error
-    return Source(default["model"], folder, read_checkpoint(folder))
+    return Source(default["model"], folder, read_checkpoint(folder), license=shipped["license"])
 
 
 def _unpack_gguf(file: Path, folder: Path) -> None:
