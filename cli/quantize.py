@@ -20,6 +20,7 @@ Examples:
   loftq quantize ./my-model --target-modules q_proj,v_proj --rank 64 --alpha 16
   loftq quantize mistralai/Mistral-7B-v0.1 --dry-run
   loftq quantize ./my-model --bits 2 --rank 64 --calibration my-text.jsonl
+  loftq quantize ./my-model --push me/my-model-loftq --private
 """
 
 
@@ -79,6 +80,8 @@ Examples:
 @click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the model brings.")
 @click.option("--resume", is_flag=True, help="Finish an interrupted run.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing loftq folder.")
+@click.option("--push", metavar="REPO_ID", help="Then push the folder to the Hub; see `loftq push`.")
+@click.option("--private", is_flag=True, help="Make the repository of --push private.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; only headers are read, nothing is written.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
@@ -99,6 +102,8 @@ def quantize(model: str | None, model_name_or_path: str | None, as_json: bool, d
         click.echo(json.dumps(report.to_dict()))
         return
     click.echo(report.table())
-    if report.seconds is not None:
+    if report.pushed is not None:
+        click.echo(f"\n{report.pushed['lines']}", nl=False)
+    elif report.seconds is not None:
         loader = "load_qalora" if report.recipe["adapter"] == "qalora" else "load_qlora"
         click.echo(f"\nLoad it:  model = loftq.{loader}({str(report.folder)!r})")

@@ -519,3 +519,52 @@ def test_python_api_pushes_the_same(made: Path, hub: WritableHub) -> None:
     assert ModelCard(hub.files("alice/pico")["README.md"].decode()).data.tags[0] == "loftq"
     with pytest.raises(HubError, match="may only read"):
         loftq.push(made, "alice/pico", token=READER)
+
+
+# Quantized and pushed
+
+
+def test_quantize_pushes_what_it_made(pico: Path, hub: WritableHub, run: Run, tmp_path: Path) -> None:
+    command = ("quantize", pico, "--rank", 4, "--iter", 1, "--quiet", "--token", TOKEN, "--output", tmp_path / "out")
+    result = run(*command, "--push", "alice/pico", "--private")
+    assert result.exit_code == 0, result.stderr
+    assert f"{hub.endpoint}/alice/pico, commit {hub.repos['alice/pico'].refs['main']}" in result.stdout
+    assert 'MODEL_DIR = "alice/pico"' in result.stdout
+    assert hub.repos["alice/pico"].private
+    pushed = hub.files("alice/pico")
+    assert set(pushed) - set(SETTLED) == set(contents(tmp_path / "out"))
+    again = json.loads(run(*command, "--push", "alice/pico", "--resume", "--json").stdout)
+    assert again["pushed"]["commit"] == hub.repos["alice/pico"].refs["main"]
+    assert len(hub.repos["alice/pico"].commits) == 2
+
+
+def test_what_cannot_be_pushed_is_refused_before_the_work(
+    pico: Path, hub: WritableHub, run: Run, tmp_path: Path
+) -> None:
+    hub.add("alice/taken", pico, token=TOKEN)
+    refusals = {
+        ("alice/pi co", "--token", TOKEN): (2, "is no id of a repository"),
+        ("alice/pico",): (1, "no Hub token"),
+        ("alice/pico", "--token", READER): (1, "may only read"),
+        ("carol/pico", "--token", TOKEN): (1, "cannot write for carol"),
+        ("alice/taken", "--token", TOKEN): (1, "holds another model"),
+        ("alice/taken", "--token", TOKEN, "--private"): (1, "is there already, and public"),
+    }
+    for words, (code, said) in refusals.items():
+        for more in ([], ["--dry-run"]):
+            result = run("quantize", pico, "--rank", 4, "--output", tmp_path / "out", "--push", *words, *more)
+            assert said in error_of(result, code)
+    assert "name one with --push" in error_of(run("quantize", pico, "--private"), 2)
+    assert not (tmp_path / "out").exists()
+    assert written(hub) == []
+
+
+def test_a_push_that_fails_leaves_the_folder(pico: Path, hub: WritableHub, run: Run, tmp_path: Path) -> None:
+    hub.upload.breaks_after = 0
+    output = tmp_path / "out"
+    options = ("--rank", 4, "--iter", 1, "--quiet", "--token", TOKEN, "--output", output)
+    error = error_of(run("quantize", pico, *options, "--push", "alice/pico"))
+    assert error.startswith(f"Error: {output} is complete, but not pushed: the Hub does not answer")
+    assert error.endswith(f"(`loftq push {output} alice/pico`)")
+    hub.upload.breaks_after = None
+    assert run("push", output, "alice/pico", "--token", TOKEN).exit_code == 0
