@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
@@ -13,6 +12,7 @@ from loftq.pipeline.quantize import quantize as run
 from loftq.pipeline.recipe import COMPUTE_DTYPES, SEQUENCE_LENGTH, TOKENS, Recipe
 
 from .params import names
+from .reports import show
 
 _EPILOG = """\b
 Examples:
@@ -98,12 +98,4 @@ def quantize(model: str | None, model_name_or_path: str | None, as_json: bool, d
     if options["quiet"]:
         disable_progress_bars()  # the Hub client's own
     report = run(model or model_name_or_path, **options)
-    if as_json:
-        click.echo(json.dumps(report.to_dict()))
-        return
-    click.echo(report.table())
-    if report.pushed is not None:
-        click.echo(f"\n{report.pushed['lines']}", nl=False)
-    elif report.seconds is not None:
-        loader = "load_qalora" if report.recipe["adapter"] == "qalora" else "load_qlora"
-        click.echo(f"\nLoad it:  model = loftq.{loader}({str(report.folder)!r})")
+    show(report, as_json)
