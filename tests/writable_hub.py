@@ -9,11 +9,12 @@ import base64
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hub import _REPO, Answer, Hub, RefusalError, Repo, Request, _json
+from hub import REPO, Answer, Hub, RefusalError, Repo, Request, json_answer
 
 SETTLED = {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}  # what a new repository holds
 
@@ -29,11 +30,12 @@ class User:
 
 @dataclass
 class Upload:
-    """What was put, and where the next one breaks: `breaks` puts are answered before the connection closes."""
+    """What was put. After `breaks_after` of them the Hub fails, once `meanwhile` has run."""
 
     objects: dict[str, bytes] = field(default_factory=dict)
     puts: list[str] = field(default_factory=list)
     breaks_after: int | None = None
+    meanwhile: Callable[[], object] | None = None
 
 
 class WritableHub(Hub):
@@ -43,13 +45,13 @@ class WritableHub(Hub):
         ("GET", r"/api/whoami-v2", "_whoami"),
         ("POST", r"/api/repos/create", "_create"),
         ("POST", r"/api/validate-yaml", "_validate"),
-        ("POST", rf"/api/models/{_REPO}/preupload/(?P<revision>[^/]+)", "_preupload"),
-        ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", "_batch"),
+        ("POST", rf"/api/models/{REPO}/preupload/(?P<revision>[^/]+)", "_preupload"),
+        ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "_batch"),
         ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "_put"),
-        ("POST", rf"/api/models/{_REPO}/commit/(?P<revision>[^/]+)", "_commit"),
-        ("POST", rf"/api/models/{_REPO}/branch/(?P<branch>[^/]+)", "_branch"),
-        ("POST", rf"/api/models/{_REPO}/tag/(?P<revision>[^/]+)", "_tag"),
-        ("GET", rf"/api/models/{_REPO}/refs", "_refs"),
+        ("POST", rf"/api/models/{REPO}/commit/(?P<revision>[^/]+)", "_commit"),
+        ("POST", rf"/api/models/{REPO}/branch/(?P<branch>[^/]+)", "_branch"),
+        ("POST", rf"/api/models/{REPO}/tag/(?P<revision>[^/]+)", "_tag"),
+        ("GET", rf"/api/models/{REPO}/refs", "_refs"),
         *Hub.routes,
     ]
 
@@ -91,7 +93,7 @@ class WritableHub(Hub):
         user = self._user(request)
         token = {"displayName": "test", "role": user.role}
         orgs = [{"name": name} for name in user.orgs]
-        return _json({"type": "user", "name": user.name, "orgs": orgs, "auth": {"accessToken": token}})
+        return json_answer({"type": "user", "name": user.name, "orgs": orgs, "auth": {"accessToken": token}})
 
     def _create(self, request: Request) -> Answer:
         user, asked = self._user(request), json.loads(request.body)
@@ -104,13 +106,13 @@ class WritableHub(Hub):
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.repos[name] = Repo(private, token=request.token)
         self._add(name, SETTLED, "main")
-        return _json({"url": f"{self.endpoint}/{name}"})
+        return json_answer({"url": f"{self.endpoint}/{name}"})
 
     def _validate(self, request: Request) -> Answer:
         content = json.loads(request.body)["content"]
         if not content.startswith("---\n"):
-            return _json({"errors": [{"message": "no metadata"}]}, 400)
-        return _json({"errors": [], "warnings": []})
+            return json_answer({"errors": [{"message": "no metadata"}]}, 400)
+        return json_answer({"errors": [], "warnings": []})
 
     def _preupload(self, request: Request, repo: str, revision: str) -> Answer:
         found = self._writable(request, repo, propose="create_pr" in request.path)
@@ -124,7 +126,7 @@ class WritableHub(Hub):
             oid = None if there is None else hashlib.sha256(there).hexdigest() if large else _git_hash(there)
             mode = "lfs" if large else "regular"
             answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-        return _json({"files": answers})
+        return json_answer({"files": answers})
 
     def _batch(self, request: Request, repo: str) -> Answer:
         self._writable(request, repo, propose=True)
@@ -132,16 +134,18 @@ class WritableHub(Hub):
         for wanted in json.loads(request.body)["objects"]:
             put = {"upload": {"href": f"{self.endpoint}/lfs/{wanted['oid']}?X-Signature=secret"}}
             objects.append(wanted if wanted["oid"] in self.upload.objects else {**wanted, "actions": put})
-        return _json({"transfer": "basic", "objects": objects})
+        return json_answer({"transfer": "basic", "objects": objects})
 
     def _put(self, request: Request, oid: str) -> Answer:
         if self.upload.breaks_after is not None and len(self.upload.puts) >= self.upload.breaks_after:
-            raise RefusalError(500, "", "Internal error")
+            if self.upload.meanwhile is not None:
+                self.upload.meanwhile()
+            return Answer(500, {})
         self.upload.puts.append(oid)
         if hashlib.sha256(request.body).hexdigest() != oid:
             raise RefusalError(400, "", "the content is another")
         self.upload.objects[oid] = request.body
-        return _json({})
+        return json_answer({})
 
     def _commit(self, request: Request, repo: str, revision: str) -> Answer:
         propose = "create_pr" in request.path
@@ -155,7 +159,7 @@ class WritableHub(Hub):
         commit = self._add(repo, files, ref)
         url = f"{self.endpoint}/{repo}"
         pull = {"pullRequestUrl": f"{url}/discussions/{ref.rpartition('/')[2]}"} if propose else {}
-        return _json({"commitUrl": f"{url}/commit/{commit}", "commitOid": commit, **pull})
+        return json_answer({"commitUrl": f"{url}/commit/{commit}", "commitOid": commit, **pull})
 
     def _apply(self, files: dict[str, bytes], line: dict[str, Any]) -> None:
         value = line["value"]
@@ -181,7 +185,7 @@ class WritableHub(Hub):
         if branch in found.refs:
             raise RefusalError(409, "", "Reference already exists")
         found.refs[branch] = found.refs["main"]
-        return _json({})
+        return json_answer({})
 
     def _tag(self, request: Request, repo: str, revision: str) -> Answer:
         found, tag = self._writable(request, repo), json.loads(request.body)["tag"]
@@ -189,13 +193,13 @@ class WritableHub(Hub):
             raise RefusalError(409, "", "Tag reference exists already")
         found.refs[tag] = found.refs.get(revision, revision)
         self.tags.setdefault(repo, set()).add(tag)
-        return _json({})
+        return json_answer({})
 
     def _refs(self, request: Request, repo: str) -> Answer:
         self._open(request, repo, "main", content=False)
         tags, refs = self.tags.get(repo, set()), self.repos[repo].refs
         rows = [{"name": n, "ref": f"refs/{n}", "targetCommit": commit} for n, commit in refs.items()]
-        return _json(
+        return json_answer(
             {
                 "branches": [row for row in rows if row["name"] not in tags],
                 "tags": [row for row in rows if row["name"] in tags],

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -93,11 +94,16 @@ def written(hub: WritableHub) -> list[str]:
     ]
 
 
+def environment(hub: WritableHub, home: Path, token: str) -> dict[str, str]:
+    """That of a process of its own before the Hub."""
+    given = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
+    return {**os.environ, **given, "NO_PROXY": "127.0.0.1"}
+
+
 def in_a_new_process(code: str, hub: WritableHub, home: Path, token: str = "") -> str:
     """What a process that has only an endpoint, a token and an empty cache prints."""
-    given = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
-    environment = {**os.environ, **given, "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0"}
-    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=home)
+    given = environment(hub, home, token)
+    ended = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, cwd=home)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
@@ -331,7 +337,9 @@ def test_an_upload_that_broke_off_goes_on(made: Path, hub: WritableHub, run: Run
     hub.upload.breaks_after = 2
     command = ("push", made, "alice/pico", "--token", TOKEN)
     error = error_of(run(*command))
-    assert "Internal error. The same line again goes on from there" in error
+    assert "500 Internal Server Error" in error
+    assert f"{hub.endpoint}/lfs/" in error
+    assert "The same line again goes on from there" in error
     assert "X-Signature" not in error
     assert set(hub.files("alice/pico")) == set(SETTLED)  # nobody sees a part
     hub.upload.breaks_after = None
@@ -340,6 +348,36 @@ def test_an_upload_that_broke_off_goes_on(made: Path, hub: WritableHub, run: Run
     assert {name: hub.files("alice/pico")[name] for name in weights} == {
         name: content for name, content in contents(made).items() if name in weights
     }
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_upload_that_was_interrupted_goes_on(
+    number: signal.Signals, made: Path, hub: WritableHub, run: Run, tmp_path: Path
+) -> None:
+    """Oracle: what the Hub was sent in both runs, counted."""
+    (tmp_path / "clean").mkdir()
+    code = "import sys; from loftq_cli.main import main; main(sys.argv[1:])"
+    words = [str(word) for word in ("push", made, "alice/pico", "--quiet")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        env=environment(hub, tmp_path / "clean", TOKEN),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    hub.upload.breaks_after = 2
+    hub.upload.meanwhile = lambda: (process.send_signal(number), process.wait(60))
+    _, said = process.communicate()
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert said.strip() == "interrupted: what was done is kept, the same line goes on from there"
+    assert set(hub.files("alice/pico")) == set(SETTLED)
+    hub.upload.breaks_after = None
+    sent = list(hub.upload.puts)
+    assert run("push", made, "alice/pico", "--token", TOKEN).exit_code == 0
+    weights = [name for name in contents(made) if name.endswith(".safetensors")]
+    assert hub.upload.puts[:2] == sent
+    assert len(hub.upload.puts) == len(set(hub.upload.puts)) == len(weights)
 
 
 @pytest.mark.parametrize("revision", [[], ["--revision", "new"]])
@@ -514,7 +552,7 @@ def test_a_token_that_no_header_holds_is_not_shown(made: Path, hub: WritableHub,
 
 
 def test_python_api_pushes_the_same(made: Path, hub: WritableHub) -> None:
-    report = loftq.push(made, "alice/pico", token=TOKEN)
+    report = loftq.push(made, "alice/pico", token=TOKEN, revision="main")
     assert report.commit == hub.repos["alice/pico"].refs["main"]
     assert ModelCard(hub.files("alice/pico")["README.md"].decode()).data.tags[0] == "loftq"
     with pytest.raises(HubError, match="may only read"):
