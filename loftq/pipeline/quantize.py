@@ -143,7 +143,11 @@ def quantize(
     plan = make_plan(source, recipe, trust_remote_code=trust_remote_code)
     if dry_run:
         return report(plan, folder, [planned_row(plan, layer) for layer in plan.layers], {}, plan.memory(count))
-    made = _make(plan, folder, statistics, chosen, count, started, trust_remote_code, resume, overwrite, quiet)
+    if resume and not is_begun(folder) and (folder / artifact.MANIFEST).is_file():
+        rows, measured = _finished(folder, plan)
+    else:
+        plan, rows, measured = _make(plan, folder, statistics, chosen, count, trust_remote_code, overwrite, quiet)
+    made = report(plan, folder, rows, measured, peak_memory(chosen), time.perf_counter() - started)
     return made if push is None else replace(made, pushed=_push(folder, push, private, token))
 
 
@@ -153,17 +157,12 @@ def _make(
     statistics: str | Path | None,
     device: torch.device,
     workers: int,
-    started: float,
     trust_remote_code: bool,
-    resume: bool,
     overwrite: bool,
     quiet: bool,
-) -> Report:
-    """The folder of a plan, made, finished, or found as it is asked for."""
+) -> tuple[Plan, list[dict[str, Any]], dict[str, Any]]:
+    """Write the folder, or what is left of it: the plan as calibration and allocation left it, layers and totals."""
     recipe = plan.recipe
-    if resume and not is_begun(folder) and (folder / artifact.MANIFEST).is_file():
-        found = _finished(folder, plan)
-        return report(plan, folder, *found, peak_memory(device), time.perf_counter() - started)
     known = _calibrate(plan, folder, statistics, device, trust_remote_code, quiet)
     if known is not None:
         plan = replace(plan, notes=(*plan.notes, *known.notes))
@@ -179,7 +178,7 @@ def _make(
             write_manifest(plan, staging, _rows(plan, staging), distilled(staging))
         rows, measured = _rows(plan, staging), distilled(staging)
         staging.publish()
-    return report(plan, folder, rows, measured, peak_memory(device), time.perf_counter() - started)
+    return plan, rows, measured
 
 
 def _push(folder: Path, repo_id: str, private: bool, token: str | None) -> dict[str, Any]:
