@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow check format bench
+.PHONY: install demo test test-slow check format zoo bench
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -30,6 +30,10 @@ check: install  ## lint, format, types
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+zoo: install  ## the page of the zoo
+	$(BIN)/loftq zoo list --markdown > model_zoo/README.md.new
+	mv model_zoo/README.md.new model_zoo/README.md
 
 bench: install  ## the figures of the README
 	$(BIN)/python benchmarks/layer.py

@@ -14,7 +14,7 @@ import click
 
 from loftq.errors import LoftQError
 
-_COMMANDS = ("quantize", "train", "evaluate", "generate", "merge", "methods", "families")
+_COMMANDS = ("quantize", "train", "evaluate", "generate", "merge", "push", "zoo", "methods", "families")
 _VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -61,7 +61,8 @@ def main(args: list[str] | None = None) -> Any:
     try:
         return cli.main(args=arguments, prog_name="loftq", standalone_mode=False)
     except click.exceptions.Abort:
-        click.echo("interrupted: what was done is kept, --resume goes on from there", err=True)
+        way = "the same line" if arguments[:1] == ["push"] else "--resume"
+        click.echo(f"interrupted: what was done is kept, {way} goes on from there", err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
@@ -69,7 +70,8 @@ def main(args: list[str] | None = None) -> Any:
     except LoftQError as error:
         if "--debug" in arguments:
             raise
-        click.echo(f"Error: {error}", err=True)
+        bar = "\r\x1b[K" if sys.stderr.isatty() else ""  # over what a progress bar left of its line
+        click.echo(f"{bar}Error: {error}", err=True)
         sys.exit(error.exit_code)
     except MemoryError:
         click.echo("Error: out of memory: use fewer --workers (--dry-run shows what one needs)", err=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
@@ -13,6 +12,7 @@ from loftq.pipeline.quantize import quantize as run
 from loftq.pipeline.recipe import COMPUTE_DTYPES, SEQUENCE_LENGTH, TOKENS, Recipe
 
 from .params import names
+from .reports import show
 
 _EPILOG = """\b
 Examples:
@@ -20,6 +20,7 @@ Examples:
   loftq quantize ./my-model --target-modules q_proj,v_proj --rank 64 --alpha 16
   loftq quantize mistralai/Mistral-7B-v0.1 --dry-run
   loftq quantize ./my-model --bits 2 --rank 64 --calibration my-text.jsonl
+  loftq quantize ./my-model --push me/my-model-loftq --private
 """
 
 
@@ -79,6 +80,8 @@ Examples:
 @click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the model brings.")
 @click.option("--resume", is_flag=True, help="Finish an interrupted run.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing loftq folder.")
+@click.option("--push", metavar="REPO_ID", help="Then push the folder to the Hub; see `loftq push`.")
+@click.option("--private", is_flag=True, help="Make the repository of --push private.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; only headers are read, nothing is written.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
@@ -95,10 +98,4 @@ def quantize(model: str | None, model_name_or_path: str | None, as_json: bool, d
     if options["quiet"]:
         disable_progress_bars()  # the Hub client's own
     report = run(model or model_name_or_path, **options)
-    if as_json:
-        click.echo(json.dumps(report.to_dict()))
-        return
-    click.echo(report.table())
-    if report.seconds is not None:
-        loader = "load_qalora" if report.recipe["adapter"] == "qalora" else "load_qlora"
-        click.echo(f"\nLoad it:  model = loftq.{loader}({str(report.folder)!r})")
+    show(report, as_json)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from loftq.models.loading import load_qalora as load_qalora
     from loftq.models.loading import load_qlora as load_qlora
     from loftq.pipeline.merge import merge as merge
+    from loftq.pipeline.push import push as push
     from loftq.pipeline.quantize import quantize as quantize
     from loftq.pipeline.quantize_model import quantize_model as quantize_model
     from loftq.training.evaluate import evaluate as evaluate
@@ -32,6 +33,7 @@ __all__ = [
     "load_qalora",
     "load_qlora",
     "merge",
+    "push",
     "quantize",
     "quantize_model",
     "train",
@@ -44,6 +46,7 @@ _HOMES = {
     "load_qalora": "loftq.models.loading",
     "load_qlora": "loftq.models.loading",
     "merge": "loftq.pipeline.merge",
+    "push": "loftq.pipeline.push",
     "quantize": "loftq.pipeline.quantize",
     "quantize_model": "loftq.pipeline.quantize_model",
     "train": "loftq.training.finetune",

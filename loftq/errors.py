@@ -6,6 +6,7 @@ LoftQError
 ├── SourceError            the model to quantize cannot be read
 │   └── CheckpointError    its files are damaged or contradict each other
 ├── OutputError            the folder to write is in the way, full or read-only
+├── HubError               the Hub refuses what is pushed, or cannot be reached
 └── ArtifactError          a folder of ours that is incomplete or does not fit
 """
 
@@ -47,6 +48,10 @@ class CheckpointError(SourceError):
 
 class OutputError(LoftQError):
     """The output folder cannot be written as asked."""
+
+
+class HubError(LoftQError):
+    """The Hub refuses what is pushed to it, or cannot be reached."""
 
 
 class ArtifactError(LoftQError):

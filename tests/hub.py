@@ -13,7 +13,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,7 +24,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
-_REPO = r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)"
+REPO = r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)"
 
 
 class Request(NamedTuple):
@@ -73,16 +73,16 @@ class RefusalError(Exception):
 
     def __init__(self, status: int, code: str, message: str) -> None:
         named = {"X-Error-Code": code} if code else {}
-        self.answer = _json({"error": message}, status, {"X-Error-Message": message, **named})
+        self.answer = json_answer({"error": message}, status, {"X-Error-Message": message, **named})
 
 
 class Hub:
     """The repositories, the tokens that are anybody's, and what was asked for so far."""
 
     routes: ClassVar = [
-        ("GET", rf"/api/models/{_REPO}(?:/revision/(?P<revision>[^/]+))?", "_info"),
-        ("GET", rf"/api/models/{_REPO}/tree/(?P<revision>[^/]+)", "_tree"),
-        ("GET|HEAD", rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", "_file"),
+        ("GET", rf"/api/models/{REPO}(?:/revision/(?P<revision>[^/]+))?", "_info"),
+        ("GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)", "_tree"),
+        ("GET|HEAD", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", "_file"),
     ]
 
     def __init__(self) -> None:
@@ -129,12 +129,14 @@ class Hub:
 
     def _info(self, request: Request, repo: str, revision: str) -> Answer:
         commit, files = self._open(request, repo, revision, content=False)
-        return _json({"id": repo, "sha": commit, "siblings": [{"rfilename": file} for file in files]})
+        private = self.repos[repo].private
+        siblings = [{"rfilename": file} for file in files]
+        return json_answer({"id": repo, "sha": commit, "private": private, "siblings": siblings})
 
     def _tree(self, request: Request, repo: str, revision: str) -> Answer:
         _, files = self._open(request, repo, revision, content=False)
         contents = {file: path.read_bytes() for file, path in files.items()}
-        return _json([{"type": "file", "path": f, "size": len(c), "oid": _hash(c)} for f, c in contents.items()])
+        return json_answer([{"type": "file", "path": f, "size": len(c), "oid": _hash(c)} for f, c in contents.items()])
 
     def _file(self, request: Request, repo: str, revision: str, file: str) -> Answer:
         commit, files = self._open(request, repo, revision, content=True)
@@ -150,7 +152,8 @@ class Hub:
         return Answer(206, headers, whole[start : end + 1], self.cut.get(file))
 
 
-def _json(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
+def json_answer(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
+    """A JSON value as an answer."""
     return Answer(status, {"Content-Type": "application/json", **(headers or {})}, json.dumps(value).encode())
 
 
@@ -170,9 +173,10 @@ def serve(hub: Hub) -> Iterator[Hub]:
             self.send_response(answer.status)
             for name, value in {**answer.headers, "Content-Length": str(len(answer.body))}.items():
                 self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(answer.body[: answer.cut])
+            with suppress(ConnectionError):  # whoever asked may be gone
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(answer.body[: answer.cut])
 
         do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_one  # noqa: N815
 

@@ -67,11 +67,11 @@ def test_patterns_with_commas(run: Run, pico: Path, tmp_path: Path) -> None:
     assert config["target_modules"] == ["q_proj", "v_proj"]
 
 
-@pytest.mark.parametrize("words", [["--help"], ["quantize", "--help"]])
+@pytest.mark.parametrize("words", [[], ["quantize"], ["push"], ["zoo"], ["zoo", "build"]])
 def test_help(run: Run, words: list[str]) -> None:
-    result = run(*words)
+    result = run(*words, "--help")
     assert result.exit_code == 0
-    assert "quantize" in result.stdout
+    assert "quantize" in result.stdout or "Examples:" in result.stdout
 
 
 def test_help_shows_examples_and_every_option(run: Run) -> None:

@@ -25,6 +25,7 @@ DEFAULT = "default"
 MIN_TOKENS = 4096  # below, second moments of some thousand inputs are noise
 _SURPLUS = 16  # how much more text than asked for is read, to choose windows from
 _PIECE = 100_000  # characters that are tokenized at a time
+_TEXTS = (".txt", ".jsonl", ".json")
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
@@ -193,6 +194,16 @@ def _check_ids(plan: Plan, windows: torch.Tensor) -> None:
 # Where text comes from
 
 
+def is_dataset(source: str) -> bool:
+    """Whether a text that could be read is a data set of the Hub."""
+    return source != DEFAULT and Path(source).suffix.lower() not in _TEXTS
+
+
+def public_name(source: str) -> str:
+    """A text's name without the place of a file."""
+    return source if is_dataset(source) else Path(source).name
+
+
 def read_text(source: str) -> Iterator[str]:
     """The documents of a text: a .txt file is one, the lines of a .jsonl or .json file are some; `default` is the
     shipped text; any other name is a data set on the Hub, with `NAME:CONFIG` for one of its configurations.
@@ -204,10 +215,10 @@ def read_text(source: str) -> Iterator[str]:
         return iter(gzip.decompress(packed).decode().split("\n\f\n"))
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
-    if suffix in (".txt", ".jsonl", ".json") or path.exists():
+    if suffix in _TEXTS or path.exists():
         if not path.is_file():
             raise OptionError(f"--calibration {source}: no such file")
-        if suffix not in (".txt", ".jsonl", ".json"):
+        if suffix not in _TEXTS:
             raise OptionError(f"--calibration {source}: expected a .txt, .jsonl or .json file")
         try:
             content = path.read_text(encoding="utf-8")

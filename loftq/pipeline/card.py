@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
 
 from loftq.core.grid import ROW
 from loftq.core.methods import METHODS
-from loftq.formats.adapter import FOLDER
+from loftq.pipeline.calibration_text import public_name
+from loftq.pipeline.card_metadata import metadata
+from loftq.pipeline.command import command_line
+from loftq.pipeline.loading_lines import loading_section
 from loftq.pipeline.plan import Plan
 from loftq.pipeline.recipe import Recipe
 from loftq.pipeline.report import size
@@ -19,7 +22,8 @@ _WORST = 5
 _OUTPUTS = {
     "error of outputs, rounded alone": "output_plain_error",
     "error of outputs, with the adapter": "output_error",
-    "divergence from full precision on held-out text, nats a token": "divergence",
+    "divergence from full precision on held-out text, nats a token": "divergence_before",
+    "divergence, refined": "divergence",
 }
 _METHODS = {
     "loftq": "LoftQ",
@@ -36,23 +40,17 @@ _INTRODUCTIONS = {
 (QA-LoRA, arXiv 2309.14717): once trained, the adapter folds into the zero-points, with nothing lost:
 `loftq merge MODEL_DIR --adapter TRAINED --to int`.""",
 }
-_IMPORTS = {
-    "loftq": "import loftq  # teaches transformers this folder's format; without it the folder is refused",
-    "gptq": "import loftq  # not needed where gptqmodel and optimum are installed",
-}
 
 
-def card_text(plan: Plan, totals: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """README.md, with metadata that the Hub understands. Holds no date, time or path: the same run, the same card."""
+def card_text(plan: Plan, made: Mapping[str, Any], totals: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """README.md, with metadata that the Hub understands. Holds no date, time or path: the same run, the same card.
+
+    `made` is the manifest's heading.
+    """
     recipe, label = plan.recipe, plan.source.label
-    base = "" if plan.source.local else f"base_model: {plan.source.name}\nbase_model_relation: quantized\n"
     notes = "".join(f"\n- {note}" for note in plan.notes)
-    kind = "qlora" if recipe.adapter == "lora" else recipe.adapter
     return f"""---
-{base}library_name: peft
-tags:
-- loftq
-- {kind}{_tag(plan)}
+{metadata(plan)}
 ---
 
 # {label}, {recipe.bits} bits, rank {recipe.rank}
@@ -61,16 +59,22 @@ tags:
 
 ## Load
 
-{_snippet(plan)}
+{loading_section(made)}
 
-or, with loftq installed, `model = loftq.load_{kind}(MODEL_DIR)`.
-
-- The adapter belongs to this backbone. On the original weights it counts the rounding error twice.
+- The adapter belongs to this backbone, and so does every adapter that is trained from it. On any other, and on the
+  original weights, it repairs errors that are not there.
 {_repacking(plan)}{_head(plan)}{notes}
 
 ## Settings
 
 {_table(_settings(plan))}
+
+With loftq {version("loftq")}, this makes it again, to the same bytes on the same kind of machine (`loftq.json` has all
+versions and hashes):
+
+```
+{command_line(recipe, plan.source)}
+```
 
 ## Measured
 
@@ -82,46 +86,6 @@ The layers with the largest error:
 
 {_worst_layers(rows)}
 """
-
-
-def _snippet(plan: Plan) -> str:
-    recipe, loader = plan.recipe, plan.task.auto_class
-    if plan.format != "bitsandbytes":
-        return f"""```python
-{_IMPORTS[plan.format]}
-import torch
-from peft import PeftModel
-from transformers import {loader}
-
-MODEL_DIR = "..."  # this folder or repository
-
-base_model = {loader}.from_pretrained(MODEL_DIR, torch_dtype=torch.{recipe.compute_dtype})
-model = PeftModel.from_pretrained(base_model, MODEL_DIR, subfolder="{FOLDER}", is_trainable=True)
-```"""
-    options = f"""
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=torch.{recipe.compute_dtype},
-        bnb_4bit_use_double_quant={recipe.double_quant},
-        bnb_4bit_quant_type="{recipe.grids[0].codebook}",
-    """
-    return f"""```python
-import torch
-from peft import PeftModel
-from transformers import {loader}, BitsAndBytesConfig
-
-MODEL_DIR = "..."  # this folder or repository
-
-base_model = {loader}.from_pretrained(
-    MODEL_DIR,
-    torch_dtype=torch.{recipe.compute_dtype},
-    quantization_config=BitsAndBytesConfig({"load_in_8bit=True" if recipe.bits == 8 else options}),
-)
-model = PeftModel.from_pretrained(base_model, MODEL_DIR, subfolder="{FOLDER}", is_trainable=True)
-```"""
-
-
-def _tag(plan: Plan) -> str:
-    return f"\n- {plan.format}" if plan.stock else ""
 
 
 def _repacking(plan: Plan) -> str:
@@ -164,7 +128,7 @@ def _settings(plan: Plan) -> dict[str, str]:
         method = f"QA-LoRA, pools of {recipe.pool_size}, scales and zero-points fitted in up to {rounds}"
     text = {}
     if recipe.calibration is not None:
-        windows = f"{recipe.calibration_tokens} tokens of {Path(recipe.calibration).name}"
+        windows = f"{recipe.calibration_tokens} tokens of {public_name(recipe.calibration)}"
         text = {"calibration": f"{windows}, in windows of up to {recipe.sequence_length}"}
     return {
         "task": plan.task.name,

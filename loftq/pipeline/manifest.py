@@ -50,7 +50,7 @@ def write_manifest(
 ) -> None:
     """The card, and `loftq.json`. `measured` are totals of the run beside those of its layers."""
     sums = {**totals(plan, rows), **measured}
-    staging.write_text("README.md", card_text(plan, sums, rows))
+    staging.write_text("README.md", card_text(plan, heading(plan), sums, rows))
     names = [name for name in staging.files() if name != artifact.MANIFEST]
     files = artifact.describe_files(staging.folder, names)
     hashes = {name: record["sha256"] for name, record in staging.done.items() if "sha256" in record}

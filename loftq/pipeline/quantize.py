@@ -13,15 +13,17 @@ from typing import Any, cast
 
 import torch
 
-from loftq.errors import OptionError, OutputError
+from loftq.errors import HubError, OptionError, OutputError
 from loftq.formats import artifact
 from loftq.pipeline.allocate import allocate
 from loftq.pipeline.calibrate import gather
 from loftq.pipeline.calibration_text import prepare
+from loftq.pipeline.destination import find_destination
 from loftq.pipeline.distill import distill, distilled, distilled_row
 from loftq.pipeline.jobs import solve_all
 from loftq.pipeline.manifest import write_configs, write_manifest
 from loftq.pipeline.plan import Plan, make_plan
+from loftq.pipeline.push import push as push_folder
 from loftq.pipeline.recipe import Recipe
 from loftq.pipeline.report import Report, peak_memory, planned_row, report
 from loftq.pipeline.source import find_source
@@ -74,6 +76,8 @@ def quantize(
     trust_remote_code: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    push: str | None = None,
+    private: bool = False,
     dry_run: bool = False,
     quiet: bool = False,
 ) -> Report:
@@ -82,9 +86,10 @@ def quantize(
     `model` is a folder or a Hub id; without one, the default model of the zoo. The result is the folder
     `output`, by default `save_dir/{name}-{bits}bit-{rank}rank`. `task` is one of `loftq.models.tasks.TASKS`, by
     default that of the checkpoint's own architecture. `calibration` is a file of text, a data set on the Hub, or
-    `default`; what it finds is kept in the folder `statistics`, beside the output by default, for other runs. The
-    settings are those of `loftq quantize --help`. On one machine the same source and settings give the same bytes, on
-    any number of workers, resumed or not. Returns the report; raises LoftQError.
+    `default`; what it finds is kept in the folder `statistics`, beside the output by default, for other runs. `push`
+    is the id of a repository to which the folder then goes, as `loftq.push` sends it; a new one is `private` if asked.
+    The settings are those of `loftq quantize --help`. On one machine the same source and settings give the same bytes,
+    on any number of workers, resumed or not. Returns the report; raises LoftQError.
     """
     started = time.perf_counter()
     recipe = Recipe(
@@ -121,6 +126,10 @@ def quantize(
     )
     if resume and overwrite:
         raise OptionError("--resume and --overwrite exclude each other: finish the run, or start again")
+    if private and push is None:
+        raise OptionError("--private: is for a repository: name one with --push")
+    if push is not None:
+        find_destination(push, private=private, token=token).refuse_other_models()
     chosen = _device(device)
     count = _workers(workers, chosen)
     if output is not None and not dry_run:
@@ -135,24 +144,49 @@ def quantize(
     if dry_run:
         return report(plan, folder, [planned_row(plan, layer) for layer in plan.layers], {}, plan.memory(count))
     if resume and not is_begun(folder) and (folder / artifact.MANIFEST).is_file():
-        found = _finished(folder, plan)
-        return report(plan, folder, *found, peak_memory(chosen), time.perf_counter() - started)
-    known = _calibrate(plan, folder, statistics, chosen, trust_remote_code, quiet)
+        rows, measured = _finished(folder, plan)
+    else:
+        plan, rows, measured = _make(plan, folder, statistics, chosen, count, trust_remote_code, overwrite, quiet)
+    made = report(plan, folder, rows, measured, peak_memory(chosen), time.perf_counter() - started)
+    return made if push is None else replace(made, pushed=_push(folder, push, private, token))
+
+
+def _make(
+    plan: Plan,
+    folder: Path,
+    statistics: str | Path | None,
+    device: torch.device,
+    workers: int,
+    trust_remote_code: bool,
+    overwrite: bool,
+    quiet: bool,
+) -> tuple[Plan, list[dict[str, Any]], dict[str, Any]]:
+    """Write the folder, or what is left of it: the plan as calibration and allocation left it, layers and totals."""
+    recipe = plan.recipe
+    known = _calibrate(plan, folder, statistics, device, trust_remote_code, quiet)
     if recipe.allocation == "auto":
-        widths = allocate(plan, known, chosen, count, quiet)
-        plan = make_plan(source, recipe, trust_remote_code=trust_remote_code, widths=widths)
+        widths = allocate(plan, known, device, workers, quiet)
+        plan = make_plan(plan.source, recipe, trust_remote_code=trust_remote_code, widths=widths)
     if known is not None:
         plan = replace(plan, notes=(*plan.notes, *known.notes))
-    with open_staging(folder, _fingerprint(plan, known, chosen), overwrite=overwrite) as staging:
+    with open_staging(folder, _fingerprint(plan, known, device), overwrite=overwrite) as staging:
         if not staging.ready:
-            solve_all(plan, staging, known, chosen, count, quiet)
+            solve_all(plan, staging, known, device, workers, quiet)
             write_configs(plan, staging, folder, trust_remote_code)
             if known is not None and recipe.refinement:
-                distill(plan, staging, known, chosen, quiet)
+                distill(plan, staging, known, device, quiet)
             write_manifest(plan, staging, _rows(plan, staging), distilled(staging))
         rows, measured = _rows(plan, staging), distilled(staging)
         staging.publish()
-    return report(plan, folder, rows, measured, peak_memory(chosen), time.perf_counter() - started)
+    return plan, rows, measured
+
+
+def _push(folder: Path, repo_id: str, private: bool, token: str | None) -> dict[str, Any]:
+    """What pushing the folder did, or a HubError that says that the folder is there."""
+    try:
+        return push_folder(folder, repo_id, private=private, token=token).to_dict()
+    except HubError as error:
+        raise HubError(f"{folder} is complete, but not pushed: {error} (`loftq push {folder} {repo_id}`)") from error
 
 
 def _calibrate(

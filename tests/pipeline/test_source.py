@@ -336,7 +336,7 @@ def test_without_a_hub_the_cache_serves_what_it_holds_whole(
 ) -> None:
     home = tmp_path / "hf"
     folder = Path(shutil.copytree(pico, tmp_path / "repository"))
-    (folder / "README.md").write_text("Never downloaded, so never in the cache.")
+    (folder / "figure.png").write_text("Never downloaded, so never in the cache.")
     with serve(Hub()) as hub, client_of(hub.endpoint, home):
         commit = hub.add("user/model", folder)
         hub.repos["user/model"].refs["v1"] = commit
