@@ -97,6 +97,7 @@ Examples:
 @click.option(
     "--set", "set", type=setting, multiple=True, metavar="NAME=VALUE", help="Anything else of TrainingArguments."
 )
+@click.option("--push-to-hub", metavar="REPO_ID", help="Push DIR with the adapter in a subfolder, as `loftq push`.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier training.")
 @click.option("--dry-run", is_flag=True, help="Show parameters, steps and memory; nothing is trained or written.")

@@ -95,6 +95,20 @@ def find_source(
     return _hub_source(model, revision, token, trust_remote_code, headers_only)
 
 
+def fetch_all(source: Source) -> Path:
+    """The folder of a repository with every file of it, those beside the model too. Raises SourceError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    if source.local:
+        return source.folder
+    try:
+        with _explain_refusals(source.name, source.revision):
+            return Path(snapshot_download(source.name, revision=source.revision))
+    except (HTTPError, OSError) as error:
+        raise SourceError(f"cannot get all of {source.name!r} from the Hub: {one_line(error)}") from error
+
+
 def _hub_source(
     repo: str, revision: str | None, token: str | None, trust_remote_code: bool, headers_only: bool
 ) -> Source:

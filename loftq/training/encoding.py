@@ -67,10 +67,10 @@ class Encoder:
         return _example(source + target, [IGNORED] * len(source) + target, self.cutoff_len)
 
     def prompt(self, text: str, room: int) -> list[int]:
-        """A prompt that is to be answered in `room` tokens; too long a one loses its beginning."""
+        """A prompt that is to be answered in `room` tokens, or half of all; too long a one loses its beginning."""
         if self.seq2seq:
             return list(self.tokenizer(text, truncation=True, max_length=self._source_limit).input_ids)
-        most = max(min(self._source_limit, self.cutoff_len - room - len(self._begin)), 1)
+        most = min(self._source_limit, self.cutoff_len - min(room, self.cutoff_len // 2)) - len(self._begin)
         return [*self._begin, *self.ids(text)[-most:]]
 
     def conversation(self, pieces: Sequence[Piece]) -> dict[str, list[int]]:

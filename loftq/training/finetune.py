@@ -21,6 +21,9 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from loftq.errors import OptionError, OutputError
+from loftq.formats.artifact import MANIFEST
+from loftq.pipeline.destination import find_destination
+from loftq.pipeline.push import push
 from loftq.training.data import hold_out, read_rows
 from loftq.training.encoding import Collator, Encoder
 from loftq.training.opening import Opened, compute_dtype, device_of, open_to_train, quantized
@@ -84,6 +87,8 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
     output = Path(settings.output)
     check_output(output, settings, resume=resume, overwrite=overwrite)
     arguments = arguments_of(settings)
+    if settings.push_to_hub is not None:
+        find_destination(settings.push_to_hub).refuse_other_models()
     alone = arguments.local_process_index == 0  # others of the same machine stay silent
     hush(quiet or not alone)
     rows = read_rows(settings.data)
@@ -92,6 +97,9 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
         with arguments.main_process_first():
             ready = quantized(settings, quiet=quiet or not alone)
         opened = open_to_train(ready, arguments.device)
+        opened.name_backbone(str(opened.folder.resolve()))
+        if settings.push_to_hub is not None and not (opened.folder / MANIFEST).is_file():
+            raise OptionError(f"--push-to-hub goes with an artifact of ours: `hf upload` sends {output} as it is")
         trainable, total = count_parameters(opened.model)
         if alone:
             share = 100 * trainable / total
@@ -104,7 +112,9 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
         trainer.train(resume_from_checkpoint=last)
         measured = {} if held is None else _measured(trainer)
     if trainer.is_world_process_zero():
-        opened.model.save_pretrained(output)
+        if not Path(ready.model).expanduser().is_dir():
+            opened.name_backbone(ready.model)  # an id on the Hub
+        opened.model.save_pretrained(output, save_embedding_layers=False)  # which do not train
         opened.tokenizer.save_pretrained(output)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     seconds = time.perf_counter() - started
@@ -112,6 +122,8 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
     if trainer.is_world_process_zero():
         record = {"settings": settings.to_dict(), "result": result.to_dict(), "history": trainer.state.log_history}
         _write(output, {**record, "versions": {name: version(name) for name in _VERSIONS}})
+        if settings.push_to_hub is not None:
+            push(opened.folder, settings.push_to_hub, adapter=output)
     return result
 
 

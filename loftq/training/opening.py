@@ -19,7 +19,7 @@ from loftq.models.tasks import TASKS, Task, auto_class, build_meta
 from loftq.pipeline.plan import Plan, make_plan
 from loftq.pipeline.quantize import SAVE_DIR, quantize
 from loftq.pipeline.recipe import COMPUTE_DTYPES, Recipe
-from loftq.pipeline.source import Source, find_source, zoo_default
+from loftq.pipeline.source import Source, fetch_all, find_source, zoo_default
 from loftq.training import tasks
 from loftq.training.encoding import load_tokenizer
 from loftq.training.settings import QUANTIZING, Settings, option
@@ -29,13 +29,16 @@ _LONGEST = 1_000_000  # tokens, where neither model nor tokenizer say
 
 @dataclass(frozen=True)
 class Opened:
-    """A model, its tokenizer, what it is of and how its adapter trains."""
+    """A model with its adapter, its tokenizer, its task, and where the backbone lies."""
 
     model: Any
     tokenizer: Any
     task: Task
-    mode: str | None  # of MODES; None without an adapter
     folder: Path
+
+    def name_backbone(self, name: str) -> None:
+        """What the adapter's configuration calls the model that it was trained on."""
+        self.model.peft_config["default"].base_model_name_or_path = name
 
     @property
     def longest(self) -> int:
@@ -44,7 +47,7 @@ class Opened:
         return min(int(limit) for limit in (found, self.tokenizer.model_max_length, _LONGEST) if limit)
 
 
-def find_model(name: str, token: str | None = None) -> Artifact | Source | Path:
+def find_model(name: str) -> Artifact | Source | Path:
     """A folder of ours, here or on the Hub, a folder of GPTQ, or a full-precision model. Raises LoftQError."""
     folder = Path(name).expanduser()
     if (folder / MANIFEST).is_file():
@@ -53,8 +56,10 @@ def find_model(name: str, token: str | None = None) -> Artifact | Source | Path:
         raise ArtifactError(f"{folder} is an adapter's folder: name its backbone, and the adapter with --adapter")
     if folder.is_dir() and gptq.is_gptq(folder):
         return folder
-    source = find_source(name, token=token)
-    return open_artifact(source.folder) if (source.folder / MANIFEST).is_file() else source
+    source = find_source(name)
+    if not (source.folder / MANIFEST).is_file():
+        return source
+    return open_artifact(fetch_all(source))
 
 
 def device_of(cpu: bool) -> torch.device:
@@ -143,19 +148,19 @@ def open_to_train(settings: Settings, device: torch.device) -> Opened:
         load = load_qalora if found.manifest["kind"] == "qalora" else load_qlora
         model: Any = load(found.folder, device_map=place, dtype=dtype)
         task = TASKS[found.manifest["source"]["task"]]
-        return Opened(model, load_tokenizer(found.folder, model), task, found.manifest["kind"], found.folder)
+        return Opened(model, load_tokenizer(found.folder, model), task, found.folder)
     if isinstance(found, Path):
         tasks.TASKS[settings.task].require(settings.task, "causal-lm", str(found))
         if settings.adapter not in (None, "qalora"):
             raise OptionError(f"--adapter {settings.adapter}: {found} is a GPTQ checkpoint, which qalora trains on")
         rank = settings.rank or Recipe.rank
         model = load_qalora(found, device_map=place, dtype=dtype, rank=rank, alpha=settings.alpha)
-        return Opened(model, load_tokenizer(found, model), TASKS["causal-lm"], "qalora", found)
+        return Opened(model, load_tokenizer(found, model), TASKS["causal-lm"], found)
     plan = make_plan(found, Recipe(**quantizing_of(settings, found)))
     base = load_dense(found.folder, plan.task, dtype, device, num_labels=plan.recipe.num_labels)
     base.enable_input_require_grads()
     model = get_peft_model(base, lora_config(plan))
-    return Opened(model, load_tokenizer(found.folder, model), plan.task, "lora", found.folder)
+    return Opened(model, load_tokenizer(found.folder, model), plan.task, found.folder)
 
 
 def lora_config(plan: Plan) -> LoraConfig:
@@ -190,18 +195,18 @@ def open_to_use(name: str, adapter: str | None, device: torch.device, dtype: tor
     if isinstance(found, Artifact):
         load = load_qalora if found.manifest["kind"] == "qalora" else load_qlora
         model: Any = load(found.folder, adapter, is_trainable=False, device_map=place, dtype=dtype)
-        task, mode, folder = TASKS[found.manifest["source"]["task"]], found.manifest["kind"], found.folder
+        task, folder = TASKS[found.manifest["source"]["task"]], found.folder
     elif isinstance(found, Path):
         base = load_base(found, False, place, dtype) if adapter is None else None
         model = (
             base if adapter is None else load_qalora(found, adapter, is_trainable=False, device_map=place, dtype=dtype)
         )
-        task, mode, folder = TASKS["causal-lm"], None if adapter is None else "qalora", found
+        task, folder = TASKS["causal-lm"], found
     else:
-        folder, mode = found.folder, None if adapter is None else "lora"
+        folder = found.folder
         model, task = _dense_to_use(found, None if adapter is None else Path(adapter), dtype, device)
     model.eval()
-    return Opened(model, load_tokenizer(folder, model), task, mode, folder)
+    return Opened(model, load_tokenizer(folder, model), task, folder)
 
 
 def _dense_to_use(source: Source, adapter: Path | None, dtype: torch.dtype, device: torch.device) -> tuple[Any, Task]:
@@ -231,4 +236,4 @@ def load_source(name: str, artifact: Artifact, device: torch.device, dtype: torc
     task = TASKS[artifact.manifest["source"]["task"]]
     model = load_dense(source.folder, task, dtype, device, num_labels=recipe["num_labels"])
     model.eval()
-    return Opened(model, load_tokenizer(source.folder, model), task, None, source.folder)
+    return Opened(model, load_tokenizer(source.folder, model), task, source.folder)

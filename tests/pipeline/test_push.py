@@ -606,3 +606,28 @@ def test_a_push_that_fails_leaves_the_folder(pico: Path, hub: WritableHub, run: 
     assert error.endswith(f"(`loftq push {output} alice/pico`)")
     hub.upload.breaks_after = None
     assert run("push", output, "alice/pico", "--token", TOKEN).exit_code == 0
+
+
+def test_a_training_pushes_its_adapter_and_the_id_trains(
+    hub: WritableHub, made: Path, tmp_path: Path, run: Run
+) -> None:
+    """`train --push-to-hub`; then the repository's id is a model to train and to evaluate."""
+    rows = [json.dumps({"prompt": f"{i}+{i}", "response": str(2 * i)}) for i in range(8)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    options = ["--data", tmp_path / "sums.jsonl", "--max-steps", 1, "--quiet"]
+    none = run("train", made, *options, "--output", tmp_path / "sums", "--push-to-hub", "alice/pico")
+    assert none.exit_code == 1
+    assert "no Hub token" in none.stderr
+    assert not (tmp_path / "sums").exists()
+    os.environ["HF_TOKEN"] = TOKEN
+    try:
+        done = run("train", made, *options, "--output", tmp_path / "sums", "--push-to-hub", "alice/pico")
+        assert done.exit_code == 0, done.stderr
+        assert {"sums/adapter_model.safetensors", "loftq_init/adapter_model.safetensors"} <= set(
+            hub.files("alice/pico")
+        )
+        again = run("train", "alice/pico", *options, "--output", tmp_path / "again")
+        assert again.exit_code == 0, again.stderr
+    finally:
+        del os.environ["HF_TOKEN"]
+    assert TOKEN not in done.stdout + done.stderr + again.stderr

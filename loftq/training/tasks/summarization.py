@@ -39,7 +39,8 @@ def prompt(document: str, encoder: Encoder, room: int) -> str:
     """What a model reads: the document, and for a causal one the cue, before which the document is cut to fit."""
     if encoder.seq2seq:
         return document
-    most = min(encoder.max_source_length or encoder.cutoff_len, encoder.cutoff_len - room) - len(encoder.ids(_CUE)) - 2
+    limit = encoder.cutoff_len - min(room, encoder.cutoff_len // 2)
+    most = min(encoder.max_source_length or limit, limit) - len(encoder.ids(_CUE)) - 2
     ids = encoder.ids(document)
     if len(ids) > most:
         document = str(encoder.tokenizer.decode(ids[: max(most, 0)]))

@@ -1,0 +1,73 @@
+"""Generating. Oracle: transformers' own greedy generation."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from picos import save_pico
+from transformers import AutoTokenizer
+
+import loftq
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def artifact(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifact") / "out"
+    return loftq.quantize(str(pico), output=folder, rank=4, iters=1, quiet=True).folder
+
+
+def greedy(folder: Path, text: str, count: int) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = loftq.load_qlora(folder, is_trainable=False, dtype=torch.float32).eval()
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+    written = model.generate(input_ids=ids, max_new_tokens=count, do_sample=False, pad_token_id=257)
+    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def test_it_says_what_transformers_says_and_streams_it(artifact: Path, run: Run) -> None:
+    options = ["--max-new-tokens", 8, "--dtype", "float32"]
+    result = run("generate", artifact, "--prompt", "hello", "--no-chat-template", *options)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == greedy(artifact, "hello", 8) + "\n"
+    templated = run("generate", artifact, "--prompt", "hello", "--system", "be brief", *options)
+    assert templated.stdout == greedy(artifact, "system: be brief\nuser: hello\n", 8) + "\n"
+
+
+def test_the_prompt_may_stand_on_the_input(artifact: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
+    options = ["--no-chat-template", "--max-new-tokens", 4, "--dtype", "float32"]
+    assert run("generate", artifact, "--prompt", "-", *options).stdout == greedy(artifact, "hello", 4) + "\n"
+
+
+def test_a_seed_decides_a_sample(artifact: Path) -> None:
+    options: dict[str, Any] = {"temperature": 1.5, "max_new_tokens": 12, "dtype": "float32"}
+    first, again, other = (loftq.generate(str(artifact), "x", seed=seed, **options) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--prompt", " "], "--prompt is empty"),
+        (["--prompt", "x", "--temperature", "-1"], "--temperature -1.0"),
+        (["--prompt", "x", "--top-p", "2"], "--top-p 2.0"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens 0"),
+    ],
+)
+def test_what_is_no_request(words: list[str], problem: str, artifact: Path, run: Run) -> None:
+    result = run("generate", artifact, *words)
+    assert result.exit_code == 2
+    assert problem in result.stderr
+
+
+def test_an_encoder_writes_no_text(tmp_path: Path, run: Run) -> None:
+    folder = save_pico("bert", "masked-lm", tmp_path / "bert")
+    result = run("generate", folder, "--prompt", "x")
+    assert "is a masked-lm model, which writes no text" in result.stderr
