@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from loftq.pipeline.merge import merge as merge
     from loftq.pipeline.quantize import quantize as quantize
     from loftq.pipeline.quantize_model import quantize_model as quantize_model
+    from loftq.pipeline.verify import verify as verify
 
 __version__ = version("loftq")
-__all__ = ["LoftQError", "load_qalora", "load_qlora", "merge", "quantize", "quantize_model"]
+__all__ = ["LoftQError", "load_qalora", "load_qlora", "merge", "quantize", "quantize_model", "verify"]
 
 _HOMES = {
     "LoftQError": "loftq.errors",
@@ -31,6 +32,7 @@ _HOMES = {
     "merge": "loftq.pipeline.merge",
     "quantize": "loftq.pipeline.quantize",
     "quantize_model": "loftq.pipeline.quantize_model",
+    "verify": "loftq.pipeline.verify",
 }
 
 

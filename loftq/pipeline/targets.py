@@ -46,6 +46,11 @@ class Pair:
             return self.adapter.scaling * (b @ a)
         return pooled.correction(a, b, self.adapter.scaling, self.adapter.pool_size)
 
+    def change(self, module: str) -> torch.Tensor | None:
+        """The same with pools spread over their inputs: (out, in)."""
+        found, pool = self.product(module), self.adapter.pool_size
+        return found if found is None or pool is None else pooled.spread(found, pool)
+
     def shifts(self, module: str, scales: Scales) -> torch.Tensor:
         """The shifts of a module's groups with the adapter in them: float32 (groups,)."""
         added = self.product(module)
@@ -116,11 +121,9 @@ class Dense:
 
     def tensors(self, module: str) -> dict[str, torch.Tensor]:
         """Their values."""
-        weight, added = self.pair.backbone.dense(module), self.pair.product(module)
+        weight, added = self.pair.backbone.dense(module), self.pair.change(module)
         if added is not None:
-            weight += (
-                added if self.pair.adapter.pool_size is None else pooled.spread(added, self.pair.adapter.pool_size)
-            )
+            weight += added
         weight = weight.bfloat16()
         return {f"{module}.weight": weight.t() if module in self._transposed else weight}
 
