@@ -12,7 +12,7 @@ import click
 
 from loftq.errors import LoftQError
 
-_COMMANDS = ("quantize", "merge", "verify", "methods", "families")
+_COMMANDS = ("quantize", "merge", "inspect", "verify", "methods", "families")
 _VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes")
 
 

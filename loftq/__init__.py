@@ -17,16 +17,18 @@ if TYPE_CHECKING:
     from loftq.errors import LoftQError as LoftQError
     from loftq.models.loading import load_qalora as load_qalora
     from loftq.models.loading import load_qlora as load_qlora
+    from loftq.pipeline.inspect import inspect as inspect
     from loftq.pipeline.merge import merge as merge
     from loftq.pipeline.quantize import quantize as quantize
     from loftq.pipeline.quantize_model import quantize_model as quantize_model
     from loftq.pipeline.verify import verify as verify
 
 __version__ = version("loftq")
-__all__ = ["LoftQError", "load_qalora", "load_qlora", "merge", "quantize", "quantize_model", "verify"]
+__all__ = ["LoftQError", "inspect", "load_qalora", "load_qlora", "merge", "quantize", "quantize_model", "verify"]
 
 _HOMES = {
     "LoftQError": "loftq.errors",
+    "inspect": "loftq.pipeline.inspect",
     "load_qalora": "loftq.models.loading",
     "load_qlora": "loftq.models.loading",
     "merge": "loftq.pipeline.merge",

@@ -131,7 +131,7 @@ def open_backbone(folder: Path) -> Backbone:
     return Backbone(checkpoint, "gptq", grids, shapes, CAUSAL_LM, less=gptq.READABLE[version])
 
 
-def backbone_of(artifact: Artifact) -> Backbone:
+def backbone_of(artifact: Artifact, checkpoint: Checkpoint | None = None) -> Backbone:
     """The quantized backbone of a folder of ours, from headers alone. Raises ArtifactError where it has none."""
     manifest = artifact.manifest
     recipe, rows = manifest["recipe"], manifest["layers"]
@@ -141,4 +141,5 @@ def backbone_of(artifact: Artifact) -> Backbone:
     grids = {row["name"]: Grid(row["codebook"], shared, recipe["double_quant"], recipe["zero_point"]) for row in rows}
     shapes = {row["name"]: (row["shape"][0], row["shape"][1]) for row in rows}
     task = manifest["source"].get("task", CAUSAL_LM)
-    return Backbone(read_checkpoint(artifact.folder), manifest["format"], grids, shapes, task, artifact)
+    checkpoint = checkpoint or read_checkpoint(artifact.folder)
+    return Backbone(checkpoint, manifest["format"], grids, shapes, task, artifact)

