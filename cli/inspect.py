@@ -19,7 +19,7 @@ Examples:
 
 
 @click.command(epilog=_EPILOG)
-@click.argument("folder", metavar="DIR|REPO_ID")
+@click.argument("folder", metavar="DIR|REPO_ID", type=click.Path())
 @click.option("--worst", type=int, default=5, show_default=True, help="How many of the layers with the largest error.")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--token", help="Hub token; better: `hf auth login`.")

@@ -19,8 +19,10 @@ Examples:
 
 
 @click.command(epilog=_EPILOG)
-@click.argument("folder", metavar="DIR")
-@click.option("--source", metavar="MODEL", help="The model it was made of: compute every layer's error again.")
+@click.argument("folder", metavar="DIR", type=click.Path())
+@click.option(
+    "--source", metavar="MODEL", type=click.Path(), help="The model it was made of: compute every layer's error again."
+)
 @click.option("--revision", help="Of MODEL on the Hub.  [default: the one that loftq.json names]")
 @click.option("--token", help="Hub token; better: `hf auth login`.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the model brings.")
