@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 
 from loftq.errors import LoftQError
 
-_COMMANDS = ("quantize", "merge", "inspect", "verify", "methods", "families", "doctor", "completion")
+_COMMANDS = ("quantize", "merge", "inspect", "verify", "report", "methods", "families", "doctor", "completion")
 _VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub", "numba")
 
 

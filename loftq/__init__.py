@@ -19,12 +19,23 @@ if TYPE_CHECKING:
     from loftq.models.loading import load_qlora as load_qlora
     from loftq.pipeline.inspect import inspect as inspect
     from loftq.pipeline.merge import merge as merge
+    from loftq.pipeline.page import report as report
     from loftq.pipeline.quantize import quantize as quantize
     from loftq.pipeline.quantize_model import quantize_model as quantize_model
     from loftq.pipeline.verify import verify as verify
 
 __version__ = version("loftq")
-__all__ = ["LoftQError", "inspect", "load_qalora", "load_qlora", "merge", "quantize", "quantize_model", "verify"]
+__all__ = [
+    "LoftQError",
+    "inspect",
+    "load_qalora",
+    "load_qlora",
+    "merge",
+    "quantize",
+    "quantize_model",
+    "report",
+    "verify",
+]
 
 _HOMES = {
     "LoftQError": "loftq.errors",
@@ -34,6 +45,7 @@ _HOMES = {
     "merge": "loftq.pipeline.merge",
     "quantize": "loftq.pipeline.quantize",
     "quantize_model": "loftq.pipeline.quantize_model",
+    "report": "loftq.pipeline.page",
     "verify": "loftq.pipeline.verify",
 }
 
