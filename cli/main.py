@@ -8,19 +8,36 @@ import sys
 import warnings
 from importlib import import_module
 from importlib.metadata import version
+from platform import python_version
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from loftq.errors import LoftQError
 
-_COMMANDS = ("quantize", "train", "evaluate", "generate", "merge", "push", "zoo", "methods", "families")
-_VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes")
+_COMMANDS = (
+    "quantize",
+    "train",
+    "evaluate",
+    "generate",
+    "merge",
+    "push",
+    "inspect",
+    "verify",
+    "report",
+    "zoo",
+    "methods",
+    "families",
+    "doctor",
+    "completion",
+)
+_VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub", "numba")
 
 
 def _print_versions(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
-        click.echo("\n".join(f"{name} {version(name)}" for name in _VERSIONS))
+        click.echo("\n".join([*(f"{name} {version(name)}" for name in _VERSIONS), f"python {python_version()}"]))
         context.exit()
 
 
@@ -34,6 +51,11 @@ class _Commands(click.Group):
     def get_command(self, _context: click.Context, name: str) -> click.Command | None:
         """The function of a file's own name."""
         return getattr(import_module(f".{name}", __package__), name) if name in _COMMANDS else None
+
+    def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names alone, for which none of them is imported: a shell waits for this."""
+        names = [CompletionItem(name) for name in _COMMANDS if name.startswith(incomplete)]
+        return [*names, *click.Command.shell_complete(self, context, incomplete)]
 
 
 @click.group(

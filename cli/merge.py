@@ -24,10 +24,12 @@ Examples:
 
 
 @click.command(epilog=_EPILOG)
-@click.argument("folder", metavar="DIR")
-@click.option("--adapter", help="The folder of a trained adapter.  [default: the initial one of DIR]")
+@click.argument("folder", metavar="DIR", type=click.Path())
+@click.option(
+    "--adapter", type=click.Path(), help="The folder of a trained adapter.  [default: the initial one of DIR]"
+)
 @click.option("--to", required=True, help=f"{', '.join(TARGETS)}: see below.")
-@click.option("--output", required=True, help="The folder to write.")
+@click.option("--output", required=True, type=click.Path(), help="The folder to write.")
 @click.option("--allow-rounding", is_flag=True, help="Write whole zero-points though they lose the adapter.")
 @click.option("--no-check", is_flag=True, help="Do not compare logits before and after, for which models are loaded.")
 @click.option("--max-shard-size", default="5GB", show_default=True)

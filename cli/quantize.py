@@ -25,7 +25,7 @@ Examples:
 
 
 @click.command(epilog=_EPILOG)
-@click.argument("model", required=False)
+@click.argument("model", required=False, type=click.Path())
 @click.option("--model-name-or-path", metavar="MODEL", help="The same as MODEL.")
 @click.option("--bits", type=float, default=Recipe.bits, show_default=True, help="2, 3, 4, 8, or a budget between.")
 @click.option("--quant-type", help="nf (NormalFloat) or int.  [default: nf up to 4 bits; int above, and for qalora]")
@@ -42,7 +42,12 @@ Examples:
     "--scales", help="absmax, or search: the part of a block's range that errs least.  [default: the method's]"
 )
 @click.option("--rounding", help="nearest, feedback, intrinsic.  [default: the method's]")
-@click.option("--calibration", metavar="TEXT", help="A .txt or .jsonl file, a dataset on the Hub, or `default`.")
+@click.option(
+    "--calibration",
+    metavar="TEXT",
+    type=click.Path(),
+    help="A .txt or .jsonl file, a dataset on the Hub, or `default`.",
+)
 @click.option("--calibration-tokens", type=int, help=f"How much of it.  [default: {TOKENS}]")
 @click.option("--sequence-length", type=int, help=f"Tokens a window.  [default: {SEQUENCE_LENGTH}]")
 @click.option(
@@ -70,7 +75,7 @@ Examples:
 @click.option("--num-labels", type=int, help="Classes of a classifier: a head of another size begins anew.")
 @click.option("--svd", default=Recipe.svd, show_default=True, help="krylov, or exact as in the paper (slow).")
 @click.option("--save-dir", default=SAVE_DIR, show_default=True, help="Where {name}-{bits}bit-{rank}rank goes.")
-@click.option("--output", help="The exact folder to write.")
+@click.option("--output", type=click.Path(), help="The exact folder to write.")
 @click.option("--device", default="cpu", show_default=True, help="Where to solve: cpu, cuda, cuda:1, ...")
 @click.option("--workers", type=int, help="Layers at a time.  [default: the cores, at most 8; 1 on a GPU]")
 @click.option("--seed", type=int, default=Recipe.seed, show_default=True)

@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from loftq.errors import LoftQError as LoftQError
     from loftq.models.loading import load_qalora as load_qalora
     from loftq.models.loading import load_qlora as load_qlora
+    from loftq.pipeline.inspect import inspect as inspect
     from loftq.pipeline.merge import merge as merge
+    from loftq.pipeline.page import report as report
     from loftq.pipeline.push import push as push
     from loftq.pipeline.quantize import quantize as quantize
     from loftq.pipeline.quantize_model import quantize_model as quantize_model
+    from loftq.pipeline.verify import verify as verify
     from loftq.training.evaluate import evaluate as evaluate
     from loftq.training.finetune import train as train
     from loftq.training.generate import generate as generate
@@ -30,26 +33,32 @@ __all__ = [
     "LoftQError",
     "evaluate",
     "generate",
+    "inspect",
     "load_qalora",
     "load_qlora",
     "merge",
     "push",
     "quantize",
     "quantize_model",
+    "report",
     "train",
+    "verify",
 ]
 
 _HOMES = {
     "LoftQError": "loftq.errors",
     "evaluate": "loftq.training.evaluate",
     "generate": "loftq.training.generate",
+    "inspect": "loftq.pipeline.inspect",
     "load_qalora": "loftq.models.loading",
     "load_qlora": "loftq.models.loading",
     "merge": "loftq.pipeline.merge",
     "push": "loftq.pipeline.push",
     "quantize": "loftq.pipeline.quantize",
     "quantize_model": "loftq.pipeline.quantize_model",
+    "report": "loftq.pipeline.page",
     "train": "loftq.training.finetune",
+    "verify": "loftq.pipeline.verify",
 }
 
 

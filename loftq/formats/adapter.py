@@ -160,13 +160,7 @@ class Adapter:
 
 def open_adapter(folder: Path) -> Adapter:
     """Open a peft adapter's folder. Raises ArtifactError where it is none, or damaged."""
-    path = folder / CONFIG
-    if not path.is_file():
-        raise ArtifactError(f"{folder} holds no {CONFIG}: expected the folder of a peft adapter")
-    try:
-        config = dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not valid JSON: {error}") from error
+    config = read_config(folder)
     path = folder / WEIGHTS
     try:
         with safe_open(path, "pt") as file:
@@ -174,3 +168,14 @@ def open_adapter(folder: Path) -> Adapter:
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     return Adapter(folder, config, shapes)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration in a peft adapter's folder. Raises ArtifactError where there is none, or it is damaged."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ArtifactError(f"{folder} holds no {CONFIG}: expected the folder of a peft adapter")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not valid JSON: {error}") from error

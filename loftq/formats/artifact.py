@@ -16,6 +16,7 @@ from loftq.errors import ArtifactError
 from loftq.formats import adapter
 
 MANIFEST = "loftq.json"
+CARD = "README.md"  # the user's to edit
 VERSION = 1
 
 
@@ -32,6 +33,12 @@ class Artifact:
         return self.folder / adapter.FOLDER
 
     @property
+    def files(self) -> Mapping[str, Mapping[str, Any]]:
+        """Size in bytes and SHA-256 of every file, by its name relative to the folder."""
+        found: Mapping[str, Mapping[str, Any]] = self.manifest["files"]
+        return found
+
+    @property
     def backbone_hash(self) -> str:
         """Identifies the quantized backbone: an adapter belongs to exactly one."""
         return str(self.manifest["backbone_sha256"])
@@ -39,6 +46,19 @@ class Artifact:
 
 def open_artifact(folder: Path | str) -> Artifact:
     """Open a folder of ours. Raises ArtifactError where it is none, incomplete, or of a newer version."""
+    artifact = read_artifact(folder)
+    for name, entry in artifact.files.items():
+        path = artifact.folder / name
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing: {MANIFEST} lists it")
+        found, expected = path.stat().st_size, int(entry["bytes"])
+        if name.endswith(".safetensors") and found != expected:
+            raise ArtifactError(f"{path} has {found} bytes, expected {expected}")
+    return artifact
+
+
+def read_artifact(folder: Path | str) -> Artifact:
+    """A folder of ours by its manifest alone, whatever became of its other files. Raises ArtifactError."""
     folder = Path(folder)
     path = folder / MANIFEST
     if not folder.is_dir():
@@ -48,27 +68,22 @@ def open_artifact(folder: Path | str) -> Artifact:
             f"{folder} has no {MANIFEST}: it is not a loftq folder, or its making was interrupted "
             "(`loftq quantize ... --resume` finishes it)"
         )
-    manifest, sizes = _read_manifest(path)
-    for name, expected in sizes.items():
-        if not (folder / name).is_file():
-            raise ArtifactError(f"{folder / name} is missing: {MANIFEST} lists it")
-        found = (folder / name).stat().st_size
-        if name.endswith(".safetensors") and found != expected:
-            raise ArtifactError(f"{folder / name} has {found} bytes, expected {expected}")
-    return Artifact(folder, manifest)
+    return Artifact(folder, read_manifest(path))
 
 
-def _read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The manifest, with all that readers rely on in it, and its files' sizes."""
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest with all that readers rely on in it. Raises ArtifactError."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = int(manifest["format_version"])
         if version > VERSION:
             raise ArtifactError(f"{path} has format version {version}, this loftq reads up to {VERSION}: upgrade loftq")
         lacking = [name for name in ("kind", "recipe", "backbone_sha256") if name not in manifest]
         if lacking:
             raise KeyError(lacking[0])
-        return manifest, {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
+        for entry in manifest["files"].values():
+            int(entry["bytes"])
+        return manifest
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged: {error!r}") from error
 

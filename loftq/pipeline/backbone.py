@@ -114,7 +114,7 @@ class Backbone:
 def open_backbone(folder: Path) -> Backbone:
     """Open a folder of ours, or a GPTQ checkpoint. Raises ArtifactError."""
     if (folder / MANIFEST).is_file() or not gptq.is_gptq(folder):
-        return _ours(open_artifact(folder))
+        return backbone_of(open_artifact(folder))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     checkpoint = read_checkpoint(folder)
     version = config.get("checkpoint_format") or config.get("format") or "gptq"
@@ -131,7 +131,8 @@ def open_backbone(folder: Path) -> Backbone:
     return Backbone(checkpoint, "gptq", grids, shapes, CAUSAL_LM, less=gptq.READABLE[version])
 
 
-def _ours(artifact: Artifact) -> Backbone:
+def backbone_of(artifact: Artifact, checkpoint: Checkpoint | None = None) -> Backbone:
+    """The quantized backbone of a folder of ours, from headers alone. Raises ArtifactError where it has none."""
     manifest = artifact.manifest
     recipe, rows = manifest["recipe"], manifest["layers"]
     if not rows or manifest.get("format") not in LAYOUTS:
@@ -140,4 +141,5 @@ def _ours(artifact: Artifact) -> Backbone:
     grids = {row["name"]: Grid(row["codebook"], shared, recipe["double_quant"], recipe["zero_point"]) for row in rows}
     shapes = {row["name"]: (row["shape"][0], row["shape"][1]) for row in rows}
     task = manifest["source"].get("task", CAUSAL_LM)
-    return Backbone(read_checkpoint(artifact.folder), manifest["format"], grids, shapes, task, artifact)
+    checkpoint = checkpoint or read_checkpoint(artifact.folder)
+    return Backbone(checkpoint, manifest["format"], grids, shapes, task, artifact)

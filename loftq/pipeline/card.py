@@ -25,7 +25,7 @@ _OUTPUTS = {
     "divergence from full precision on held-out text, nats a token": "divergence_before",
     "divergence, refined": "divergence",
 }
-_METHODS = {
+TITLES = {
     "loftq": "LoftQ",
     "qlora": "QLoRA",
     "qera": "QERA",
@@ -121,7 +121,7 @@ def _settings(plan: Plan) -> dict[str, str]:
     rounding += f", {grid.zero_point} zero-points" if grid.zero_point else ""
     left = [name for name in plan.skip_modules if not any(name.startswith(saved) for saved in plan.modules_to_save)]
     rounds = f"{recipe.iterations} iteration{'s' if recipe.iterations > 1 else ''}"
-    method = f"{_METHODS[str(recipe.method)]}, {rounds}"
+    method = f"{TITLES[str(recipe.method)]}, {rounds}"
     if not recipe.iterations:
         method = "QLoRA's start (plain rounding, B = 0)"
     if recipe.adapter == "qalora":
@@ -167,7 +167,7 @@ def _worst_layers(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _how(recipe: Recipe) -> str:
     source = METHODS[str(recipe.method)].source
-    name = _METHODS[str(recipe.method)]
+    name = TITLES[str(recipe.method)]
     return f"{name}, {source}" if source.startswith("arXiv") else name
 
 

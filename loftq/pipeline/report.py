@@ -57,16 +57,21 @@ def totals(plan: Plan, rows: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]
         "adapter_bytes": plan.adapter.nbytes,
         "expert_bytes": plan.expert_bytes,
     }
-    if rows:
-        norm = math.sqrt(sum(row["weight_norm"] ** 2 for row in rows)) or 1.0
-        for key in ("plain_error", "refit_error", "error"):
-            if any(key in row for row in rows):
-                errors = [row.get(key, row["plain_error"]) * row["weight_norm"] for row in rows]
-                found[key] = math.sqrt(sum(error**2 for error in errors)) / norm
-        for key in ("output_plain_error", "output_refit_error", "output_error"):
-            reached = [row[key] for row in rows if key in row]
-            if reached:
-                found[key] = math.sqrt(sum(error**2 for error in reached) / len(reached))
+    return found | (summed_errors(rows) if rows else {})
+
+
+def summed_errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The errors of layers together: of weights, relative to all weights' norm; of outputs, the root mean square."""
+    found = {}
+    norm = math.sqrt(sum(row["weight_norm"] ** 2 for row in rows)) or 1.0
+    for key in ("plain_error", "refit_error", "error"):
+        if any(key in row for row in rows):
+            errors = [row.get(key, row["plain_error"]) * row["weight_norm"] for row in rows]
+            found[key] = math.sqrt(sum(error**2 for error in errors)) / norm
+    for key in ("output_plain_error", "output_refit_error", "output_error"):
+        reached = [row[key] for row in rows if key in row]
+        if reached:
+            found[key] = math.sqrt(sum(error**2 for error in reached) / len(reached))
     return found
 
 

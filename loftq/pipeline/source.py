@@ -79,6 +79,14 @@ def find_source(
     """Resolve MODEL. With `headers_only` nothing large is downloaded. Raises SourceError."""
     if model is None:
         return _default_source(revision=revision, token=token, headers_only=headers_only)
+    folder = find_folder(model, revision)
+    if folder is not None:
+        return Source(str(folder.resolve()), folder, read_checkpoint(folder), local=True)
+    return _hub_source(model, revision, token, trust_remote_code, headers_only)
+
+
+def find_folder(model: str, revision: str | None = None) -> Path | None:
+    """The folder that a name is of; None for one that can only be an id on the Hub. Raises SourceError otherwise."""
     try:
         folder = Path(model).expanduser()
         is_folder, exists = folder.is_dir(), folder.exists()
@@ -87,12 +95,12 @@ def find_source(
     if is_folder:
         if revision is not None:
             raise OptionError(f"--revision {revision} is for models on the Hub, and {model} is a folder")
-        return Source(str(folder.resolve()), folder, read_checkpoint(folder), local=True)
+        return folder
     if exists:
         raise SourceError(f"{model} is a file: expected a checkpoint folder or the id of a model on the Hub")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise SourceError(f"no such folder: {model}")
-    return _hub_source(model, revision, token, trust_remote_code, headers_only)
+    return None
 
 
 def fetch_all(source: Source) -> Path:
@@ -103,7 +111,7 @@ def fetch_all(source: Source) -> Path:
     if source.local:
         return source.folder
     try:
-        with _explain_refusals(source.name, source.revision):
+        with explain_refusals(source.name, source.revision):
             return Path(snapshot_download(source.name, revision=source.revision))
     except (HTTPError, OSError) as error:
         raise SourceError(f"cannot get all of {source.name!r} from the Hub: {one_line(error)}") from error
@@ -118,7 +126,7 @@ def _hub_source(
     small = [*_SIDE_FILES, CARD, *(["*.py"] if trust_remote_code else [])]
     token = checked_token(token)
     try:
-        with _explain_refusals(repo, revision):
+        with explain_refusals(repo, revision):
             return _download(repo, revision, token, small, headers_only)
     except (HTTPError, OSError) as error:
         return _cached_source(repo, revision, small, error)
@@ -156,7 +164,7 @@ def _download(repo: str, revision: str | None, token: str | None, small: Sequenc
 
 
 @contextmanager
-def _explain_refusals(repo: str, revision: str | None) -> Iterator[None]:
+def explain_refusals(repo: str, revision: str | None) -> Iterator[None]:
     """Turn what the Hub answers, but not that it cannot be reached, into a SourceError with the next step."""
     from huggingface_hub.errors import (
         GatedRepoError,

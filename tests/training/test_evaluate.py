@@ -142,7 +142,9 @@ def test_the_final_number_is_compared(
 
     monkeypatch.setattr(measures, "answers", said)
     data = write_rows(tmp_path / "a.jsonl", problems(8))
-    result = run("evaluate", artifact, "--task", "gsm8k", "--data", data, "--max-examples", 4, "--max-new-tokens", 16, "--json")
+    result = run(
+        "evaluate", artifact, "--task", "gsm8k", "--data", data, "--max-examples", 4, "--max-new-tokens", 16, "--json"
+    )
     assert json.loads(result.stdout)["models"]["start"] == {"exact match": 0.5, "questions": 4}
     assert asked[3] == "Question: What is 3+1?\nAnswer:"
 
