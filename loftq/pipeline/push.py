@@ -23,6 +23,7 @@ from loftq.pipeline.destination import find_destination
 from loftq.pipeline.loading_lines import loading_lines, loading_section
 from loftq.pipeline.report import size
 from loftq.pipeline.source import CARD
+from loftq.pipeline.verify import verify
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,12 @@ def _check_folder(folder: Path) -> Artifact:
     for name in listed:
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise ArtifactError(f"{folder / MANIFEST} is damaged: it lists {name!r}, which lies outside its folder")
+    problems = verify(folder, quiet=True).problems
+    if problems:
+        raise ArtifactError(
+            f"{folder} is not what its {MANIFEST} says: {problems[0].where}: {problems[0].what} "
+            f"(`loftq verify {folder}` shows all): quantize the model again"
+        )
     return artifact
 
 

@@ -631,3 +631,23 @@ def test_a_training_pushes_its_adapter_and_the_id_trains(
     finally:
         del os.environ["HF_TOKEN"]
     assert TOKEN not in done.stdout + done.stderr + again.stderr
+
+
+def test_a_damaged_folder_is_not_pushed_and_a_pushed_one_is_sound(
+    hub: WritableHub, made: Path, tmp_path: Path, run: Run
+) -> None:
+    """`verify` on what comes back; and a byte of a shard that is another."""
+    assert run("push", made, "alice/pico", "--token", TOKEN).exit_code == 0
+    for name, content in hub.files("alice/pico").items():
+        path = tmp_path / "back" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    assert run("verify", tmp_path / "back").exit_code == 0
+    shard = sorted((tmp_path / "back").glob("*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    refused = run("push", tmp_path / "back", "alice/other", "--token", TOKEN)
+    assert refused.exit_code == 1
+    assert shard.name in refused.stderr
+    assert "alice/other" not in hub.repos
