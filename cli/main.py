@@ -75,9 +75,9 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> Any:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 used wrongly, 130 interrupted."""
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore", FutureWarning)  # of the libraries among themselves
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if args is None and not sys.warnoptions:  # a command of its own: silence what libraries tell each other
+        warnings.simplefilter("ignore", FutureWarning)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     gc.set_threshold(100_000)  # torch and transformers make a million objects that stay
     arguments = sys.argv[1:] if args is None else args
     try:

@@ -6,8 +6,6 @@ last checkpoints, from which a run that was cut off goes on.
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -20,20 +18,21 @@ from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
-from loftq.errors import OptionError, OutputError
+from loftq.errors import OptionError
 from loftq.formats.artifact import MANIFEST
 from loftq.pipeline.destination import find_destination
 from loftq.pipeline.push import push
+from loftq.pipeline.staging import explain_os_errors
 from loftq.training.data import hold_out, read_rows
 from loftq.training.encoding import Collator, Encoder
 from loftq.training.opening import Opened, compute_dtype, device_of, open_to_train, quantized
 from loftq.training.parameters import count_parameters
+from loftq.training.record import begin, check_output, write
 from loftq.training.running import explain_memory, hush
 from loftq.training.settings import MODES, Settings, settings_of
 from loftq.training.tasks import TASKS
 from loftq.training.tasks.classification import scores
 
-RECORD = "training.json"
 _EVALUATIONS = 0.1  # of the run, between two of them
 _CHECKPOINTS = 2  # that are kept
 _VERSIONS = ("loftq", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
@@ -89,83 +88,58 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
     arguments = arguments_of(settings)
     if settings.push_to_hub is not None:
         find_destination(settings.push_to_hub).refuse_other_models()
-    alone = arguments.local_process_index == 0  # others of the same machine stay silent
-    hush(quiet or not alone)
+    quiet = quiet or arguments.local_process_index > 0  # of several processes, the first one speaks
+    hush(quiet)
     rows = read_rows(settings.data)
     evaluation = read_rows(settings.eval_data, "--eval-data") if settings.eval_data else None
-    with explain_memory():
+    with explain_memory(), explain_os_errors(output):
         with arguments.main_process_first():
-            ready = quantized(settings, quiet=quiet or not alone)
-        opened = open_to_train(ready, arguments.device)
-        opened.name_backbone(str(opened.folder.resolve()))
-        if settings.push_to_hub is not None and not (opened.folder / MANIFEST).is_file():
-            raise OptionError(f"--push-to-hub goes with an artifact of ours: `hf upload` sends {output} as it is")
-        trainable, total = count_parameters(opened.model)
-        if alone:
-            share = 100 * trainable / total
-            print(f"{trainable:,} of {total:,} parameters train ({share:.2f} %)", file=sys.stderr, flush=True)
+            ready = quantized(settings, quiet=quiet)
+        opened = _opened(ready, arguments)
         learned, held = examples(settings, opened, rows, evaluation)
-        trainer = _trainer(settings, opened, arguments, learned, held, quiet=quiet or not alone)
+        trainer = _trainer(settings, opened, arguments, learned, held, quiet=quiet)
         if trainer.is_world_process_zero() and not resume:
-            _write(output, {"settings": settings.to_dict()})
+            begin(output, settings)
         last = get_last_checkpoint(str(output)) if resume else None  # type: ignore[no-untyped-call]
-        trainer.train(resume_from_checkpoint=last)
-        measured = {} if held is None else _measured(trainer)
-    if trainer.is_world_process_zero():
-        if not Path(ready.model).expanduser().is_dir():
-            opened.name_backbone(ready.model)  # an id on the Hub
-        opened.model.save_pretrained(output, save_embedding_layers=False)  # which do not train
-        opened.tokenizer.save_pretrained(output)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    seconds = time.perf_counter() - started
-    result = Result(output, trainable, total, trainer.state.global_step, len(learned), losses[-1], measured, seconds)
-    if trainer.is_world_process_zero():
-        record = {"settings": settings.to_dict(), "result": result.to_dict(), "history": trainer.state.log_history}
-        _write(output, {**record, "versions": {name: version(name) for name in _VERSIONS}})
-        if settings.push_to_hub is not None:
-            push(opened.folder, settings.push_to_hub, adapter=output)
+        done = trainer.train(resume_from_checkpoint=last)
+        result = Result(
+            output,
+            *count_parameters(opened.model),
+            steps=trainer.state.global_step,
+            examples=len(learned),
+            train_loss=_last_loss(trainer, done.training_loss),
+            evaluation={} if held is None else _measured(trainer),
+            seconds=time.perf_counter() - started,
+        )
+        if trainer.is_world_process_zero():
+            if not Path(ready.model).expanduser().is_dir():
+                opened.name_backbone(ready.model)  # an id on the Hub
+            _finish(opened, settings, result, trainer.state.log_history)
     return result
 
 
-def check_output(output: Path, settings: Settings, *, resume: bool, overwrite: bool) -> None:
-    """Clears what an earlier run left, with `overwrite`. Raises OutputError for a folder that is in the way."""
-    if resume and overwrite:
-        raise OptionError("--resume and --overwrite exclude each other: finish the run, or start again")
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file: name a folder with --output")
-    record = _read(output)
-    if record is None:
-        if output.is_dir() and any(output.iterdir()):
-            raise OutputError(f"{output} holds other files: name an empty folder or a new one with --output")
-        return
-    if overwrite:
-        (output / RECORD).unlink()
-        for folder in output.glob("checkpoint-*"):
-            shutil.rmtree(folder)
-    elif "result" in record:
-        raise OutputError(f"{output} holds a finished training: add --overwrite, or name another --output")
-    elif not resume:
-        raise OutputError(f"{output} holds an unfinished training: add --resume, or --overwrite to start again")
-    elif differing := settings.differences(record.get("settings", {})):
-        raise OutputError(
-            f"{output} was begun with another {', '.join(differing)}: run it again as it was, or add --overwrite "
-            "instead of --resume"
-        )
+def _opened(settings: Settings, arguments: TrainingArguments) -> Opened:
+    """The model with its adapter, after saying how much of it trains."""
+    opened = open_to_train(settings, arguments.device)
+    opened.name_backbone(str(opened.folder.resolve()))  # at which peft looks whenever it saves
+    if settings.push_to_hub is not None and not (opened.folder / MANIFEST).is_file():
+        raise OptionError(f"--push-to-hub goes with an artifact of ours: `hf upload` sends {settings.output} as it is")
+    if arguments.local_process_index == 0:
+        trainable, total = count_parameters(opened.model)
+        share = 100 * trainable / total
+        print(f"{trainable:,} of {total:,} parameters train ({share:.2f} %)", file=sys.stderr, flush=True)
+    return opened
 
 
-def _read(output: Path) -> dict[str, Any] | None:
-    path = output / RECORD
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-    except ValueError as error:
-        raise OutputError(f"{path} is damaged ({error}): remove {output}, or name another --output") from error
-
-
-def _write(output: Path, record: dict[str, Any]) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    scratch = output / f"{RECORD}.partial"
-    scratch.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-    scratch.replace(output / RECORD)
+def _finish(opened: Opened, settings: Settings, result: Result, history: list[dict[str, Any]]) -> None:
+    """The adapter and the tokenizer, the record, and the repository where one is asked for."""
+    opened.model.save_pretrained(result.folder, save_embedding_layers=False)  # which do not train
+    opened.tokenizer.save_pretrained(result.folder)
+    versions = {name: version(name) for name in _VERSIONS}
+    record = {"settings": settings.to_dict(), "result": result.to_dict(), "history": history, "versions": versions}
+    write(result.folder, record)
+    if settings.push_to_hub is not None:
+        push(opened.folder, settings.push_to_hub, adapter=result.folder)
 
 
 def arguments_of(settings: Settings) -> TrainingArguments:
@@ -272,6 +246,11 @@ class _Progress(ProgressCallback):
         if state.is_world_process_zero and self.training_bar is not None and shown:
             line = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
             self.training_bar.write(f"step {state.global_step}: {line}", file=sys.stderr)
+
+
+def _last_loss(trainer: Trainer, mean: float) -> float:
+    """What was logged last, or where nothing was, the mean of the run."""
+    return float([mean, *(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)][-1])
 
 
 def _measured(trainer: Trainer) -> dict[str, float]:

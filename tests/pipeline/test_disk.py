@@ -161,7 +161,7 @@ def test_a_disk_that_is_too_small(disk: Disk, whole: tuple[Files, int]) -> None:
         check_told(ended, disk.out, "the disk is full", "free some space")
         assert not disk.opens()
         told.add(ended.stderr.partition("free some space")[2])
-        disk.delta("size=2m")
+        disk.change("size=2m")
         resumed = disk.run("--resume")
         assert resumed.exit_code == 0, (pages, resumed)
         assert disk.files() == expected, pages
@@ -174,7 +174,7 @@ def test_a_disk_without_room_for_names(disk: Disk, whole: tuple[Files, int]) -> 
         disk.mount(f"size=2m,nr_inodes={inodes}")
         check_told(disk.run(), disk.out, "the disk is full", "free some space")
         assert not disk.opens()
-        disk.delta("nr_inodes=100")
+        disk.change("nr_inodes=100")
         assert disk.run("--resume").exit_code == 0
         assert disk.files() == whole[0]
 
@@ -185,13 +185,13 @@ def test_overwriting_without_room_for_both(disk: Disk, whole: tuple[Files, int])
     disk.mount("size=2m")
     assert disk.run("--seed", 1, "--rank", 2).exit_code == 0
     older = disk.files()
-    disk.delta(f"size={needed + needed // 2}")
+    disk.change(f"size={needed + needed // 2}")
     check_told(disk.run("--overwrite"), "the disk is full", "--resume")
     left = disk.files()
     assert older.items() <= left.items()
     assert all(name.startswith(PARTIAL) for name in set(left) - set(older))
     assert disk.opens()
-    disk.delta("size=2m")
+    disk.change("size=2m")
     assert disk.run("--resume").exit_code == 0
     assert disk.files() == expected
 
@@ -205,12 +205,12 @@ def test_a_read_only_disk(disk: Disk) -> None:
 def test_a_read_only_disk_with_an_unfinished_run(disk: Disk, whole: tuple[Files, int]) -> None:
     disk.mount(f"size={whole[1] // 2}")
     check_told(disk.run(), "the disk is full")
-    disk.delta("size=2m,ro")
+    disk.change("size=2m,ro")
     before = disk.files()
     check_told(disk.run("--resume"), "read-only", "make it writable, then run again with --resume")
     check_told(disk.run("--overwrite"), "read-only", "make it writable, then run again with --resume")
     assert disk.files() == before
-    disk.delta("size=2m,rw")
+    disk.change("size=2m,rw")
     assert disk.run("--resume").exit_code == 0
     assert disk.files() == whole[0]
 
@@ -218,7 +218,7 @@ def test_a_read_only_disk_with_an_unfinished_run(disk: Disk, whole: tuple[Files,
 def test_a_read_only_disk_with_an_artifact(disk: Disk, whole: tuple[Files, int]) -> None:
     disk.mount("size=2m")
     assert disk.run().exit_code == 0
-    disk.delta("ro")
+    disk.change("ro")
     check_told(disk.run("--overwrite"), "read-only")
     assert disk.files() == whole[0]
     assert disk.opens()

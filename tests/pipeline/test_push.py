@@ -356,7 +356,8 @@ def test_an_upload_that_was_interrupted_goes_on(
 ) -> None:
     """Oracle: what the Hub was sent in both runs, counted."""
     (tmp_path / "clean").mkdir()
-    code = "import sys; from loftq_cli.main import main; main(sys.argv[1:])"
+    code = "import signal, sys; from loftq_cli.main import main; "
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler); main(sys.argv[1:])"  # a shell may ignore it
     words = [str(word) for word in ("push", made, "alice/pico", "--quiet")]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words],

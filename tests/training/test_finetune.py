@@ -23,6 +23,7 @@ import loftq
 from loftq.errors import ArtifactError, LoftQError, OptionError, OutputError
 from loftq.models import loading
 from loftq.training import finetune
+from loftq.training.record import RECORD
 
 Run = Callable[..., Any]
 FAST: dict[str, Any] = {"max_steps": 20, "learning_rate": 3e-2, "batch_size": 4, "quiet": True, "dtype": "float32"}
@@ -47,7 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def losses(folder: Path, kind: str = "loss") -> list[float]:
-    history = json.loads((folder / finetune.RECORD).read_text())["history"]
+    history = json.loads((folder / RECORD).read_text())["history"]
     return [entry[kind] for entry in history if kind in entry]
 
 
@@ -153,6 +154,9 @@ def test_a_killed_training_ends_in_the_same_loss(
     assert losses(tmp_path / "cut")[-1] == losses(tmp_path / "whole")[-1]
     assert losses(tmp_path / "cut", "eval_loss")[-1] == losses(tmp_path / "whole", "eval_loss")[-1]
     assert "holds a finished training" in run("train", artifact, *asked).stderr
+    refused = run("train", artifact, *asked, "--overwrite", "--column", "prompt=ask")
+    assert refused.exit_code == 2
+    assert (tmp_path / "cut" / WEIGHTS).is_file()  # what was there stays until a new run begins
     assert run("train", artifact, *asked, "--overwrite").exit_code == 0
 
 
@@ -262,7 +266,7 @@ def test_two_processes_train_together(artifact: Path, data: str, tmp_path: Path)
     done = subprocess.run([*command, str(artifact), *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("adapter in") == 1
-    record = json.loads((tmp_path / "two" / finetune.RECORD).read_text())
+    record = json.loads((tmp_path / "two" / RECORD).read_text())
     assert record["result"]["steps"] == 2
     one = {"max_steps": 2, "batch_size": 4, "eval_steps": 2, "lr_scheduler": "constant", "optim": "sgd"}
     alone = loftq.train(str(artifact), data=data, output=tmp_path / "one", dtype="float32", cpu=True, quiet=True, **one)
