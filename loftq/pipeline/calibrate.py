@@ -62,7 +62,7 @@ def gather(
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtifactError(f"{folder} is in the way and holds no calibration statistics: name another folder")
     weights = BlockWeights(plan, torch.device(device), trust_remote_code=trust_remote_code)
-    with explain_os_errors(folder), _replacing(folder) as scratch:
+    with explain_os_errors(folder, "--statistics"), _replacing(folder) as scratch:
         _gather_into(scratch, plan, calibration, weights, quiet)
     return open_statistics(folder, plan, calibration)
 

@@ -13,12 +13,15 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from loftq.errors import OutputError
 from loftq.formats.artifact import MANIFEST
@@ -141,21 +144,33 @@ def open_staging(output: Path, fingerprint: Mapping[str, Any], *, overwrite: boo
 
 
 @contextmanager
-def explain_os_errors(output: Path) -> Iterator[None]:
-    """Turn what the system says of a full or read-only disk into an OutputError with the next step."""
+def explain_os_errors(output: Path, option: str = "--output") -> Iterator[None]:
+    """Turn what the system says of a full or read-only disk into an OutputError with the next step.
+
+    `option` is the one that named the folder.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _FAULTS:
+    except (OSError, SafetensorError) as error:
+        number = _errno(error)
+        if number not in _FAULTS:
             raise
-        what, cure = _FAULTS[error.errno]
+        what, cure = _FAULTS[number]
         if cure is None:
-            advice = "name another --output"
+            advice = f"name another {option}"
         elif os.access(output / PARTIAL, os.F_OK):
             advice = f"{cure}, then run again with --resume"
         else:
-            advice = f"{cure}, or name another --output"
+            advice = f"{cure}, or name another {option}"
         raise OutputError(f"cannot write {output}: {what}: {advice}") from error
+
+
+def _errno(error: OSError | SafetensorError) -> int | None:
+    """The number of what the system said; safetensors writes it into its message."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 def _lock(journal: int, output: Path) -> None:

@@ -25,7 +25,7 @@ from loftq.pipeline.push import push
 from loftq.pipeline.staging import explain_os_errors
 from loftq.training.data import hold_out, read_rows
 from loftq.training.encoding import Collator, Encoder
-from loftq.training.opening import Opened, compute_dtype, device_of, open_to_train, quantized
+from loftq.training.opening import Opened, compute_dtype, device_of, mode_of, open_to_train, quantized
 from loftq.training.parameters import count_parameters
 from loftq.training.record import begin, check_output, write
 from loftq.training.running import explain_memory, hush
@@ -85,13 +85,13 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
     started = time.perf_counter()
     output = Path(settings.output)
     check_output(output, settings, resume=resume, overwrite=overwrite)
-    arguments = arguments_of(settings)
+    rows = read_rows(settings.data)
+    evaluation = read_rows(settings.eval_data, "--eval-data") if settings.eval_data else None
+    arguments = arguments_of(settings, mode_of(settings))
     if settings.push_to_hub is not None:
         find_destination(settings.push_to_hub).refuse_other_models()
     quiet = quiet or arguments.local_process_index > 0  # of several processes, the first one speaks
     hush(quiet)
-    rows = read_rows(settings.data)
-    evaluation = read_rows(settings.eval_data, "--eval-data") if settings.eval_data else None
     with explain_memory(), explain_os_errors(output):
         with arguments.main_process_first():
             ready = quantized(settings, quiet=quiet)
@@ -142,45 +142,43 @@ def _finish(opened: Opened, settings: Settings, result: Result, history: list[di
         push(opened.folder, settings.push_to_hub, adapter=result.folder)
 
 
-def arguments_of(settings: Settings) -> TrainingArguments:
+def arguments_of(settings: Settings, mode: str) -> TrainingArguments:
     """The settings as transformers has them. Raises OptionError for what it refuses, or the device cannot do."""
     device = device_of(settings.cpu)
     dtype = compute_dtype(settings.dtype, device)
     cuda = device.type == "cuda"
-    rate = settings.learning_rate or MODES[settings.adapter or "qlora"].learning_rate
+    values: dict[str, Any] = {
+        "output_dir": settings.output,
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps or -1,
+        "learning_rate": settings.learning_rate or MODES[mode].learning_rate,
+        "lr_scheduler_type": settings.lr_scheduler,
+        "warmup_steps": settings.warmup_ratio if settings.warmup_steps is None else settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": settings.eval_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "seed": settings.seed,
+        "optim": settings.optim or ("paged_adamw_8bit" if cuda else "adamw_torch"),
+        "bf16": cuda and dtype == torch.bfloat16,
+        "fp16": cuda and dtype == torch.float16,
+        "use_cpu": device.type == "cpu",
+        "eval_steps": settings.eval_steps or _EVALUATIONS,
+        "save_strategy": "steps",
+        "save_steps": settings.save_steps or _EVALUATIONS,
+        "save_total_limit": _CHECKPOINTS,
+        "logging_steps": 0.02,
+        "logging_first_step": True,
+        "report_to": list(settings.report_to) or "none",
+        "label_names": ["labels"],
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": cuda,
+        "ddp_find_unused_parameters": False,
+        **(_checkpointing() if settings.gradient_checkpointing else {}),
+        **settings.set,
+    }
     try:
-        return TrainingArguments(
-            output_dir=settings.output,
-            num_train_epochs=settings.epochs,
-            max_steps=settings.max_steps or -1,
-            learning_rate=rate,
-            lr_scheduler_type=settings.lr_scheduler,
-            warmup_steps=settings.warmup_ratio if settings.warmup_steps is None else settings.warmup_steps,
-            weight_decay=settings.weight_decay,
-            per_device_train_batch_size=settings.batch_size,
-            per_device_eval_batch_size=settings.eval_batch_size,
-            gradient_accumulation_steps=settings.gradient_accumulation,
-            seed=settings.seed,
-            optim=settings.optim or ("paged_adamw_8bit" if cuda else "adamw_torch"),
-            bf16=cuda and dtype == torch.bfloat16,
-            fp16=cuda and dtype == torch.float16,
-            use_cpu=device.type == "cpu",
-            eval_steps=settings.eval_steps or _EVALUATIONS,
-            save_strategy="steps",
-            save_steps=settings.save_steps or _EVALUATIONS,
-            report_to=list(settings.report_to) or "none",
-            label_names=["labels"],
-            remove_unused_columns=False,
-            dataloader_pin_memory=cuda,
-            **{
-                "logging_steps": 0.02,
-                "logging_first_step": True,
-                "save_total_limit": _CHECKPOINTS,
-                "ddp_find_unused_parameters": False,
-                **(_checkpointing() if settings.gradient_checkpointing else {}),
-                **settings.set,
-            },
-        )
+        return TrainingArguments(**values)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise OptionError(f"transformers refuses these settings: {' '.join(str(error).split())}") from error
 

@@ -62,6 +62,13 @@ def find_model(name: str) -> Artifact | Source | Path:
     return open_artifact(fetch_all(source))
 
 
+def mode_of(settings: Settings) -> str:
+    """How the adapter trains, of MODES: as was said, or as the model is; a full-precision one as QLoRA."""
+    found = find_model(settings.model)
+    own = found.manifest["kind"] if isinstance(found, Artifact) else "qalora" if isinstance(found, Path) else "qlora"
+    return settings.adapter or str(own)
+
+
 def device_of(cpu: bool) -> torch.device:
     """The accelerator that torch finds, or the CPU."""
     found = None if cpu or not torch.accelerator.is_available() else torch.accelerator.current_accelerator()

@@ -168,6 +168,23 @@ def test_a_disk_that_is_too_small(disk: Disk, whole: tuple[Files, int]) -> None:
     assert ", then run again with --resume\n" in told
 
 
+def test_a_disk_too_small_for_statistics_or_a_training(disk: Disk, whole: tuple[Files, int], tmp_path: Path) -> None:
+    """What calibration keeps, and what a training leaves: each error names the option that chose the folder."""
+    del whole
+    disk.mount("size=16k")
+    text = [*("--calibration", "default", "--calibration-tokens", 4096, "--sequence-length", 64), "--refine", 0]
+    made = ("quantize", disk.command[1], "--output", tmp_path / "made", *SETTINGS)
+    statistics = disk.folder / "statistics"
+    ended = Ended(*disk.ask("loftq", *made, *text, "--statistics", statistics))
+    check_told(ended, statistics, "the disk is full", "name another --statistics")
+    assert Ended(*disk.ask("loftq", *made)).exit_code == 0
+    (tmp_path / "sums.jsonl").write_text(3 * '{"prompt": "1+1", "response": "2"}\n', encoding="utf-8")
+    rest = ("--data", tmp_path / "sums.jsonl", "--max-steps", 2, "--quiet", "--set", "save_strategy=no")
+    ended = Ended(*disk.ask("loftq", "train", tmp_path / "made", "--output", disk.out, *rest))
+    assert ended.exit_code == 1
+    assert f"cannot write {disk.out}: the disk is full: free some space, or name another --output" in ended.stderr
+
+
 def test_a_disk_without_room_for_names(disk: Disk, whole: tuple[Files, int]) -> None:
     """No inode is left for the folder, the journal, a shard, a config."""
     for inodes in range(1, 16, 2):

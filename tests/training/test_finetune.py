@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ import loftq
 from loftq.errors import ArtifactError, LoftQError, OptionError, OutputError
 from loftq.models import loading
 from loftq.training import finetune
+from loftq.training.opening import mode_of
 from loftq.training.record import RECORD
+from loftq.training.settings import Settings
 
 Run = Callable[..., Any]
 FAST: dict[str, Any] = {"max_steps": 20, "learning_rate": 3e-2, "batch_size": 4, "quiet": True, "dtype": "float32"}
@@ -158,6 +161,20 @@ def test_a_killed_training_ends_in_the_same_loss(
     assert refused.exit_code == 2
     assert (tmp_path / "cut" / WEIGHTS).is_file()  # what was there stays until a new run begins
     assert run("train", artifact, *asked, "--overwrite").exit_code == 0
+
+
+def test_each_kind_has_its_rate(artifact: Path, pooled: Path, pico: Path, data: str) -> None:
+    """As the help has them; the rate asked for goes before."""
+    for model, adapter, rate in (
+        (artifact, None, 2e-4),
+        (pooled, None, 1e-3),
+        (pico, "lora", 2e-4),
+        (pico, "qalora", 1e-3),
+    ):
+        asked = Settings(str(model), (data,), "out", adapter=adapter)
+        assert finetune.arguments_of(asked, mode_of(asked)).learning_rate == rate
+        asked = replace(asked, learning_rate=3e-5)
+        assert finetune.arguments_of(asked, mode_of(asked)).learning_rate == 3e-5
 
 
 def test_evaluation_data_of_its_own(artifact: Path, data: str, tmp_path: Path) -> None:
