@@ -6,6 +6,7 @@ last checkpoints, from which a run that was cut off goes on.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -85,13 +86,13 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
     started = time.perf_counter()
     output = Path(settings.output)
     check_output(output, settings, resume=resume, overwrite=overwrite)
+    quiet = quiet or os.environ.get("LOCAL_RANK", "0") != "0"  # of several processes, the first one speaks
+    hush(quiet)
     rows = read_rows(settings.data)
     evaluation = read_rows(settings.eval_data, "--eval-data") if settings.eval_data else None
     arguments = arguments_of(settings, mode_of(settings))
     if settings.push_to_hub is not None:
         find_destination(settings.push_to_hub).refuse_other_models()
-    quiet = quiet or arguments.local_process_index > 0  # of several processes, the first one speaks
-    hush(quiet)
     with explain_memory(), explain_os_errors(output):
         with arguments.main_process_first():
             ready = quantized(settings, quiet=quiet)

@@ -27,7 +27,9 @@ MODES = {
     "lora": Mode("on a full-precision model", 2e-4, "as in the LoRA and QLoRA papers"),
     "qlora": Mode("on a quantized backbone", 2e-4, "QLoRA's for 7B to 13B; LoftQ's papers took 1e-4 to 4e-4"),
     "qalora": Mode(
-        "on pooled inputs, to merge exactly", 1e-3, "a pooled factor has a share of a plain one's parameters"
+        "on pooled inputs, to merge exactly",
+        1e-3,
+        "as in the figures of the README: a pooled factor has fewer parameters",
     ),
 }
 
