@@ -26,28 +26,30 @@ _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?
 
 
 def read_rows(names: Sequence[str], option: str = "--data") -> Dataset:
-    """The rows of files of one kind, or of a data set on the Hub: `NAME[:CONFIG][@SPLIT]`, of its training split.
+    """The rows of files of one kind, or of a data set on the Hub: `NAME[:CONFIG][@SPLIT]`, `train` where none is named.
 
     Raises OptionError for what cannot be read, and for what holds no rows.
     """
     datasets = _library(names, option)
     paths = [Path(name).expanduser() for name in names]
-    suffixes = {path.suffix.lower() for path in paths}
-    shown = ", ".join(names)
-    if len(names) == 1 and suffixes.isdisjoint(_READERS) and not paths[0].exists():
+    if len(names) == 1 and paths[0].suffix.lower() not in _READERS and not paths[0].exists():
         rows = _hub_rows(datasets, names[0], option)
     else:
-        for path, name in zip(paths, names, strict=True):
-            if not path.is_file():
-                raise OptionError(f"{option} {name}: no such file")
-            if path.suffix.lower() not in _READERS:
-                raise OptionError(f"{option} {name}: expected a {', '.join(_READERS)} file, or a data set on the Hub")
-        if len({_READERS[suffix][0] for suffix in suffixes}) > 1:
-            raise OptionError(f"{option} {shown}: expected files of one kind")
+        _check_files(paths, option)
         rows = _file_rows(datasets, paths, option)
     if not len(rows):
-        raise OptionError(f"{option} {shown}: holds no rows")
+        raise OptionError(f"{option} {', '.join(names)}: holds no rows")
     return rows
+
+
+def _check_files(paths: Sequence[Path], option: str) -> None:
+    for path in paths:
+        if not path.is_file():
+            raise OptionError(f"{option} {path}: no such file")
+        if path.suffix.lower() not in _READERS:
+            raise OptionError(f"{option} {path}: expected a {', '.join(_READERS)} file, or a data set on the Hub")
+    if len({_READERS[path.suffix.lower()][0] for path in paths}) > 1:
+        raise OptionError(f"{option} {', '.join(map(str, paths))}: expected files of one kind")
 
 
 def _library(names: Sequence[str], option: str) -> Any:
