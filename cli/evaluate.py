@@ -44,7 +44,9 @@ _OF_MEASURES = (
 @click.option("--adapter", help="The folder of a trained adapter.  [default: the initial one of DIR]")
 @click.option("--task", default="perplexity", show_default=True, help="See below.")
 @click.option(
-    "--data", multiple=True, help="Files (.txt, .jsonl, .csv, .tsv, .parquet), or NAME[:CONFIG][@SPLIT] on the Hub."
+    "--data",
+    multiple=True,
+    help="Files (.txt, .jsonl, .csv, .tsv, .parquet), or OWNER/NAME[:CONFIG][@SPLIT] of the Hub.",
 )
 @click.option("--compare", is_flag=True, help="Full precision, plain quantization and DIR's own start too.")
 @click.option("--source", metavar="MODEL", help="Full precision.  [default: what DIR was made from]")

@@ -46,7 +46,7 @@ Examples:
     "--calibration",
     metavar="TEXT",
     type=click.Path(),
-    help="A .txt or .jsonl file, a dataset on the Hub, or `default`.",
+    help="A .txt or .jsonl file, OWNER/NAME[:CONFIG] of the Hub, or `default`.",
 )
 @click.option("--calibration-tokens", type=int, help=f"How much of it.  [default: {TOKENS}]")
 @click.option("--sequence-length", type=int, help=f"Tokens a window.  [default: {SEQUENCE_LENGTH}]")

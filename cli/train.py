@@ -42,7 +42,9 @@ Examples:
 @click.option("--recipe", metavar="FILE", help="Settings as .toml, .yaml or .json; options go before them.")
 @click.option("--task", help=f"See below.  [default: {Settings.task}]")
 @click.option(
-    "--data", multiple=True, help="Files (.txt, .jsonl, .csv, .tsv, .parquet), or NAME[:CONFIG][@SPLIT] on the Hub."
+    "--data",
+    multiple=True,
+    help="Files (.txt, .jsonl, .csv, .tsv, .parquet), or OWNER/NAME[:CONFIG][@SPLIT] of the Hub.",
 )
 @click.option("--output", help="The folder to write: the adapter, checkpoints, training.json.")
 @click.option("--eval-data", multiple=True, help="As --data.  [default: a twentieth of it is held out]")

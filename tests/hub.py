@@ -1,9 +1,11 @@
-"""A Hub on this machine, for the real huggingface_hub client: folders served over HTTP, every request recorded.
+"""A Hub on this machine, for the real clients, huggingface_hub and datasets: folders over HTTP, every request recorded.
 
-It answers what reading a model asks for: its information, its tree, and its files, whole or by Range, with
-the headers and the error codes by which the client tells one refusal from another. A commit is a folder,
-served as it is; branches and tags name commits. A further verb is a row of `Hub.routes` and a method, which
-gets the request and the named groups of its pattern.
+It answers what reading a model or a data set asks for: its information, its tree, and its files, whole or by
+Range, with the headers and the error codes by which a client tells one refusal from another. A commit is a folder,
+served as it is; branches and tags name commits. A data set's name begins with `datasets/`, as it does in an address.
+A further verb is a row of `Hub.routes` and a method, which gets the request and the named groups of its pattern.
+
+It is also the proxy of whoever is pointed at it: what a client asks of another host arrives here, and is refused.
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import ClassVar, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfFileSystem, constants
 from huggingface_hub.utils import close_session
 
-REPO = r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)"
+REPO = r"(?P<repo>(?:datasets/)?[\w.-]+(?:/[\w.-]+)?)"
+API = rf"/api/(?:models/|(?=datasets/)){REPO}"
+REVISION = r"(?P<revision>[^/]+)"
 
 
 class Request(NamedTuple):
@@ -80,9 +84,9 @@ class Hub:
     """The repositories, the tokens that are anybody's, and what was asked for so far."""
 
     routes: ClassVar = [
-        ("GET", rf"/api/models/{REPO}(?:/revision/(?P<revision>[^/]+))?", "_info"),
-        ("GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)", "_tree"),
-        ("GET|HEAD", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", "_file"),
+        ("GET", rf"{API}(?:/revision/{REVISION})?", "_info"),
+        ("GET", rf"{API}/tree/{REVISION}/?(?P<folder>.*)", "_tree"),
+        ("GET|HEAD", rf"/{REPO}/resolve/{REVISION}/(?P<file>.+)", "_file"),
     ]
 
     def __init__(self) -> None:
@@ -123,7 +127,7 @@ class Hub:
         if commit not in repo.commits:
             raise RefusalError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if content and repo.gated and token != repo.token:
-            raise RefusalError(403 if token else 401, "GatedRepo", f"Access to model {name} is restricted")
+            raise RefusalError(403 if token else 401, "GatedRepo", f"Access to {name} is restricted")
         folder = repo.commits[commit]
         return commit, {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -131,12 +135,22 @@ class Hub:
         commit, files = self._open(request, repo, revision, content=False)
         private = self.repos[repo].private
         siblings = [{"rfilename": file} for file in files]
-        return json_answer({"id": repo, "sha": commit, "private": private, "siblings": siblings})
+        name = repo.removeprefix("datasets/")
+        return json_answer({"id": name, "sha": commit, "private": private, "siblings": siblings})
 
-    def _tree(self, request: Request, repo: str, revision: str) -> Answer:
-        _, files = self._open(request, repo, revision, content=False)
-        contents = {file: path.read_bytes() for file, path in files.items()}
-        return json_answer([{"type": "file", "path": f, "size": len(c), "oid": _hash(c)} for f, c in contents.items()])
+    def _tree(self, request: Request, repo: str, revision: str, folder: str) -> Answer:
+        commit, files = self._open(request, repo, revision, content=False)
+        found: dict[PurePosixPath, dict[str, object]] = {}
+        for file, path in files.items():
+            for above in PurePosixPath(file).parents[:-1]:
+                found[above] = {"type": "directory", "path": str(above), "size": 0, "oid": commit}
+            whole = path.read_bytes()
+            found[PurePosixPath(file)] = {"type": "file", "path": file, "size": len(whole), "oid": _hash(whole)}
+        top = PurePosixPath(folder)
+        if folder and found.get(top, {}).get("type") != "directory":
+            raise RefusalError(404, "EntryNotFound", f"{folder} does not exist on {revision!r}")
+        deep = parse_qs(urlsplit(request.path).query).get("recursive") == ["true"]
+        return json_answer([e for path, e in found.items() if top in (path.parents if deep else path.parents[:1])])
 
     def _file(self, request: Request, repo: str, revision: str, file: str) -> Answer:
         commit, files = self._open(request, repo, revision, content=True)
@@ -178,7 +192,7 @@ def serve(hub: Hub) -> Iterator[Hub]:
                 if self.command != "HEAD":
                     self.wfile.write(answer.body[: answer.cut])
 
-        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_one  # noqa: N815
+        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_CONNECT = handle_one  # noqa: N815
 
         def log_message(self, *_: object) -> None:
             pass
@@ -199,7 +213,9 @@ def serve(hub: Hub) -> Iterator[Hub]:
 def client_of(endpoint: str, home: Path) -> Iterator[None]:
     """Point huggingface_hub, which reads its environment once on import, at a Hub and at an empty home."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NO_PROXY", "127.0.0.1")
+        patch.setenv("no_proxy", "127.0.0.1")  # of two spellings, the small letters count
+        for scheme in ("http", "https"):
+            patch.setenv(f"{scheme}_proxy", endpoint)
         patch.setattr(constants, "ENDPOINT", endpoint)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -214,7 +230,26 @@ def client_of(endpoint: str, home: Path) -> Iterator[None]:
             patch.setattr(constants, name, str(home / place), raising=False)
         patch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
         close_session()  # the client's connections, and the proxies it found when it was made
+        HfFileSystem.clear_instance_cache()  # what it found before it got a token
         try:
             yield
         finally:
             close_session()
+
+
+@contextmanager
+def datasets_of(endpoint: str, home: Path) -> Iterator[None]:
+    """Point the datasets library, which does the same, and the client below it.
+
+    Only the store that counts its downloads has an address of its own, and the viewer's is derived: the name
+    `datasets-server` is put before the Hub's. Both are other hosts, and come to the Hub as to a proxy.
+    """
+    from datasets import config
+
+    with client_of(endpoint, home), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "HF_ENDPOINT", endpoint)
+        patch.setattr(config, "HUB_DATASETS_URL", endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}")
+        patch.setattr(config, "HF_DATASETS_CACHE", home / "datasets")
+        patch.setattr(config, "DOWNLOADED_DATASETS_PATH", home / "datasets" / "downloads")
+        patch.setattr(config, "EXTRACTED_DATASETS_PATH", home / "datasets" / "downloads" / "extracted")
+        yield

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from loftq.errors import OptionError, SourceError
+from loftq.pipeline.hub_data import explain_data
 from loftq.pipeline.plan import Plan
 from loftq.pipeline.recipe import SEQUENCE_LENGTH, TOKENS
 
@@ -206,7 +207,7 @@ def public_name(source: str) -> str:
 
 def read_text(source: str) -> Iterator[str]:
     """The documents of a text: a .txt file is one, the lines of a .jsonl or .json file are some; `default` is the
-    shipped text; any other name is a data set on the Hub, with `NAME:CONFIG` for one of its configurations.
+    shipped text; any other name is a data set on the Hub, OWNER/NAME, with `:CONFIG` for one of its configurations.
 
     Raises OptionError.
     """
@@ -225,8 +226,8 @@ def read_text(source: str) -> Iterator[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise OptionError(f"--calibration {source}: cannot be read as UTF-8 text ({error})") from error
         return iter([content]) if suffix == ".txt" else _column(_parse(content, source), source)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source):
-        raise OptionError(f"--calibration {source}: no such file, and no name of a data set on the Hub")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
+        raise OptionError(f"--calibration {source}: no such file, and no data set on the Hub (OWNER/NAME[:CONFIG])")
     return _column(_hub_rows(source), source)
 
 
@@ -268,17 +269,12 @@ def _column(rows: Iterable[Any], source: str) -> Iterator[str]:
 def _hub_rows(source: str) -> Iterator[Mapping[str, Any]]:
     """The rows of a data set, as they stream in: of its training split, or else of its first."""
     try:
-        from datasets import get_dataset_split_names, load_dataset
+        from datasets import load_dataset
     except ImportError as error:
         raise OptionError(
             f"--calibration {source}: no such file; to read a data set of the Hub, pip install 'loftq[data]'"
         ) from error
     name, _, config = source.partition(":")
-    try:
-        splits = get_dataset_split_names(name, config or None)
-        split = "train" if "train" in splits else splits[0]
-        yield from load_dataset(name, config or None, split=split, streaming=True)
-    except Exception as error:  # of the client, of the network, of any format's reader
-        raise OptionError(
-            f"--calibration {source}: cannot be read from the Hub: {' '.join(str(error).split())[:300]}"
-        ) from error
+    with explain_data(name, f"--calibration {source}"):
+        splits = load_dataset(name, config or None, streaming=True)
+        yield from splits["train" if "train" in splits else next(iter(splits))]

@@ -8,25 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq.errors import OptionError
+from loftq.pipeline.hub_data import explain_data
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".txt": ("text", {"sample_by": "document"}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"delimiter": "\t"}),
-    ".parquet": ("parquet", {}),
+    ".txt": ("from_text", {"sample_by": "document"}),
+    ".jsonl": ("from_json", {}),
+    ".json": ("from_json", {}),
+    ".csv": ("from_csv", {}),
+    ".tsv": ("from_csv", {"delimiter": "\t"}),
+    ".parquet": ("from_parquet", {}),
 }
 _HELD_OUT = 20  # of so many examples, one
 _MOST_HELD_OUT = 500
-_HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%-]+))?")
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%-]+))?")
 
 
 def read_rows(names: Sequence[str], option: str = "--data") -> Dataset:
-    """The rows of files of one kind, or of a data set on the Hub: `NAME[:CONFIG][@SPLIT]`, `train` where none is named.
+    """The rows of files of one kind, or of a data set on the Hub: `OWNER/NAME[:CONFIG][@SPLIT]`, by default `train`.
 
     Raises OptionError for what cannot be read, and for what holds no rows.
     """
@@ -66,7 +67,7 @@ def _file_rows(datasets: Any, paths: Sequence[Path], option: str) -> Dataset:
     reader, settings = _READERS[paths[0].suffix.lower()]
     files = [str(path) for path in paths]
     try:
-        return datasets.load_dataset(reader, data_files=files, split="train", **settings)
+        return getattr(datasets.Dataset, reader)(files, **settings)  # `load_dataset` would count it on the network
     except Exception as error:  # of any format's reader
         cause = error.__cause__ or error
         raise OptionError(
@@ -77,14 +78,9 @@ def _file_rows(datasets: Any, paths: Sequence[Path], option: str) -> Dataset:
 def _hub_rows(datasets: Any, name: str, option: str) -> Dataset:
     match = _HUB_NAME.fullmatch(name)
     if match is None:
-        raise OptionError(
-            f"{option} {name}: no such file, and no name of a data set on the Hub (NAME[:CONFIG][@SPLIT])"
-        )
-    try:
+        raise OptionError(f"{option} {name}: no such file, and no data set on the Hub (OWNER/NAME[:CONFIG][@SPLIT])")
+    with explain_data(match["name"], f"{option} {name}"):
         return datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train")
-    except Exception as error:  # of the client, of the network, of any format's reader
-        reason = " ".join(str(error).split())[:300]
-        raise OptionError(f"{option} {name}: no such file, and cannot be read from the Hub: {reason}") from error
 
 
 def find_columns(

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import byte_tokenizer
+from hub import Hub, datasets_of, serve
 from picos import save_pico
 from transformers import PreTrainedTokenizerFast
 
@@ -99,7 +98,7 @@ def test_rows_without_a_text_are_refused(rows: list[Any], match: str, tmp_path: 
         ("t.txt", b"\xff\xfe", "cannot be read as UTF-8 text"),
         ("t.jsonl", b'{"text": "x"}\n{"text": ', "line 2 is not JSON"),
         ("t.json", b'[{"text": "x"}, ', "not JSON"),
-        ("a/b/c", None, "no such file, and no name of a data set on the Hub"),
+        ("a/b/c", None, "no such file, and no data set on the Hub"),
     ],
 )
 def test_files_that_cannot_be_read_are_refused(name: str, content: bytes | None, match: str, tmp_path: Path) -> None:
@@ -109,43 +108,24 @@ def test_files_that_cannot_be_read_are_refused(name: str, content: bytes | None,
         list(read_text(str(tmp_path / name)))
 
 
-class Datasets(SimpleNamespace):
-    """Stands in for the datasets library; counts the rows that are asked for."""
-
-    def __init__(self, splits: list[str], error: Exception | None = None) -> None:
-        self.rows, self.asked = 0, None
-
-        def load_dataset(*arguments: Any, **options: Any) -> Iterator[dict[str, str]]:
-            self.asked = (arguments, options)
-            if error is not None:
-                raise error
-            while True:
-                self.rows += 1
-                yield {"text": f"row {self.rows} " * 20}
-
-        super().__init__(get_dataset_split_names=lambda *_: splits, load_dataset=load_dataset)
+def test_a_data_set_streams_as_far_as_it_is_needed(plan: Plan, tmp_path: Path) -> None:
+    rows = [{"text": f"{i} " * 500} for i in range(10, 30)]  # with the end, 1501 tokens
+    (tmp_path / "set").mkdir()
+    for i, row in enumerate(rows):
+        lines(tmp_path / "set" / f"train-{i:05}-of-{len(rows):05}.jsonl", [row])
+    with serve(Hub()) as hub, datasets_of(hub.endpoint, tmp_path / "hf"):
+        hub.add("datasets/user/set", tmp_path / "set")
+        calibration = prepare(plan, "user/set", tokens=256, sequence_length=64)
+    whole = prepare(plan, lines(tmp_path / "t.jsonl", rows), tokens=256, sequence_length=64)
+    assert torch.equal(calibration.windows, whole.windows)
+    assert calibration.text_sha256 == whole.text_sha256
+    read = {r.path.rpartition("/")[2] for r in hub.requests if r.method == "GET" and r.path.endswith(".jsonl")}
+    assert read == {f"train-{i:05}-of-00020.jsonl" for i in range(3)}  # 16 * 256 tokens
 
 
-@pytest.mark.parametrize(
-    ("source", "splits", "expected"),
-    [("user/set", ["test", "train"], (("user/set", None), "train")), ("set:v1", ["all"], (("set", "v1"), "all"))],
-)
-def test_a_data_set_streams_as_far_as_it_is_needed(
-    source: str, splits: list[str], expected: Any, plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", library := Datasets(splits))
-    calibration = prepare(plan, source, tokens=256, sequence_length=64)
-    assert library.asked == (expected[0], {"split": expected[1], "streaming": True})
-    assert calibration.tokens == 256
-    assert library.rows < 16 * 256 / 100 + 2
-
-
-def test_without_its_library_or_without_a_hub_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_library_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(OptionError, match=r"--calibration user/set: no such file; .* pip install 'loftq\[data\]'"):
-        list(read_text("user/set"))
-    monkeypatch.setitem(sys.modules, "datasets", Datasets(["train"], ConnectionError("no route\nto host")))
-    with pytest.raises(OptionError, match="--calibration user/set: cannot be read from the Hub: no route to host"):
         list(read_text("user/set"))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+from hub import Hub, datasets_of, serve
 from rows import sums, write_rows
 
 from loftq.errors import OptionError
@@ -26,6 +28,30 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         assert read_rows([str(tmp_path / name)]).to_list() == sums(5), name
     (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
     assert read_rows([str(tmp_path / "a.txt")]).to_list() == [{"text": "one\n\ntwo\n"}]
+
+
+def test_files_are_read_without_a_word_to_the_network(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_pylist(sums(5))
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    pyarrow.csv.write_csv(table, tmp_path / "a.csv")
+    write_rows(tmp_path / "a.jsonl", sums(5))
+    (tmp_path / "a.txt").write_text("one\n", encoding="utf-8")
+    with serve(Hub()) as hub, datasets_of(hub.endpoint, tmp_path / "hf"):
+        for name in ("a.parquet", "a.csv", "a.jsonl", "a.txt"):
+            read_rows([str(tmp_path / name)])
+    assert hub.requests == []
+
+
+def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    for count in (2, 3):
+        path = write_rows(tmp_path / "a.jsonl", sums(count))
+        assert read_rows([str(path)]).to_list() == sums(count)
+
+
+def test_without_its_library_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(OptionError, match=r"--data user/set: .* pip install 'loftq\[train\]'"):
+        read_rows(["user/set"])
 
 
 def test_files_of_one_kind_follow_each_other(tmp_path: Path) -> None:
