@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from loftq.core import chunks
 from loftq_cli.main import main
 
 SIZES = {
@@ -88,6 +89,22 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
         return Result(code, *capsys.readouterr())
 
     return invoke
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Two threads, whatever the machine, so that compiled loops share their work out; others on demand."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run what runs on devices other than the CPU, several chunks of it."""
+    monkeypatch.setattr(chunks, "on_cpu", lambda _: False)
+    monkeypatch.setattr(chunks, "CHUNK", 1 << 11)
 
 
 @pytest.fixture(autouse=True)

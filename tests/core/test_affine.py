@@ -1,13 +1,11 @@
 """Integers in groups against brute force in float64, GPTQ's formulas, and bitsandbytes' INT8."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from loftq.core import chunks
 from loftq.core.affine import ZERO_POINTS, AffineQuantizer
 from loftq.core.codebooks import INTEGERS
 from loftq.core.grid import ROW, Grid
@@ -17,21 +15,7 @@ from loftq.errors import OptionError, UnknownNameError
 
 SHAPES = [(7, 24, 8), (1, 32, 32), (5, 96, 96), (48, 320, 64), (3, 40, 8), (1100, 128, 128)]  # rows, inputs, group
 KINDS = [(name, zero) for name in INTEGERS for zero in ZERO_POINTS]
-
-
-@pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)  # whatever the machine: the shared-out path must run
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run what runs on devices other than the CPU, several chunks of it."""
-    monkeypatch.setattr(chunks, "on_cpu", lambda _: False)
-    monkeypatch.setattr(chunks, "CHUNK", 1 << 11)
+pytestmark = pytest.mark.usefixtures("set_threads")
 
 
 def weight_of(*shape: int, seed: int = 0) -> torch.Tensor:

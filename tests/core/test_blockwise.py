@@ -1,6 +1,6 @@
 """Block quantization against bitsandbytes, byte for byte, and against brute force in float64."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -14,21 +14,7 @@ from loftq.errors import OptionError
 
 THREADED = 4100  # blocks: just enough for the kernels to share them out among threads
 BLOCK_SIZES = [32, 64, 128, 4096]
-
-
-@pytest.fixture(autouse=True)
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)  # whatever the machine: the shared-out path must run
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run what runs on devices other than the CPU, several chunks of it."""
-    monkeypatch.setattr(chunks, "on_cpu", lambda _: False)
-    monkeypatch.setattr(chunks, "CHUNK", 1 << 13)
+pytestmark = pytest.mark.usefixtures("set_threads")
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Rounding that knows its inputs against GPTQ's own formulas in float64, and against every code there is."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -17,20 +17,7 @@ from loftq.errors import OptionError
 KINDS = [(name, None) for name in NORMAL_FLOATS] + [(name, zero) for name in INTEGERS for zero in ZERO_POINTS]
 # rows, inputs, block: one panel and several, whole rows, blocks that end inside rows, rows that fill no tile
 SHAPES = [(7, 24, 8), (5, 96, 96), (64, 80, 64), (70, 136, 136), (16, 150, 40)]
-
-
-@pytest.fixture(autouse=True)
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)  # whatever the machine: the shared-out path must run
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run what runs on devices other than the CPU."""
-    monkeypatch.setattr(chunks, "on_cpu", lambda _: False)
+pytestmark = pytest.mark.usefixtures("set_threads")
 
 
 def weight_of(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

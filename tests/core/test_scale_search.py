@@ -1,6 +1,6 @@
 """Scale search against every factor tried in float64."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,21 +14,7 @@ from loftq.core.scales import Scales, encode_scales
 
 KINDS = [(name, None) for name in NORMAL_FLOATS] + [(name, zero) for name in INTEGERS for zero in ZERO_POINTS]
 SHAPES = [(7, 24, 8), (5, 96, 96), (48, 320, 64), (64, 80, 64), (20, 264, 264), (16, 150, 40)]  # rows, inputs, block
-
-
-@pytest.fixture(autouse=True)
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)  # whatever the machine: the shared-out path must run
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run what runs on devices other than the CPU, several chunks of it."""
-    monkeypatch.setattr(chunks, "on_cpu", lambda _: False)
-    monkeypatch.setattr(chunks, "CHUNK", 1 << 11)
+pytestmark = pytest.mark.usefixtures("set_threads")
 
 
 def weight_of(rows: int, columns: int) -> torch.Tensor:
