@@ -12,7 +12,7 @@ from loftq.training.evaluate import MEASURES
 from loftq.training.evaluate import evaluate as run
 from loftq.training.harness import run_harness
 
-from .params import assignment, names
+from .params import column, cpu, data, dtype, names
 
 _MEASURES = "\n".join(f"  {name:<15} {measure.text}" for name, measure in MEASURES.items())
 _EPILOG = f"""\b
@@ -43,23 +43,12 @@ _OF_MEASURES = (
 @click.argument("model", metavar="DIR")
 @click.option("--adapter", help="The folder of a trained adapter.  [default: the initial one of DIR]")
 @click.option("--task", default="perplexity", show_default=True, help="See below.")
-@click.option(
-    "--data",
-    multiple=True,
-    help="Files (.txt, .jsonl, .csv, .tsv, .parquet), or OWNER/NAME[:CONFIG][@SPLIT] of the Hub.",
-)
+@data
 @click.option("--compare", is_flag=True, help="Full precision, plain quantization and DIR's own start too.")
 @click.option("--source", metavar="MODEL", help="Full precision.  [default: what DIR was made from]")
 @click.option("--harness", type=names, metavar="TASKS", help="Tasks of EleutherAI's lm-eval instead.")
 @click.option("--include", metavar="FOLDER", help="More tasks of lm-eval, as YAML.")
-@click.option(
-    "--column",
-    "columns",
-    type=assignment,
-    multiple=True,
-    metavar="ROLE=NAME",
-    help="A column that has another name than usual.",
-)
+@column
 @click.option("--chat-template/--no-chat-template", default=None, help="Prompts as the model's template writes them.")
 @click.option(
     "--window", type=int, help="Tokens that perplexity sees at once.  [default: 1024, or what the model takes]"
@@ -69,8 +58,8 @@ _OF_MEASURES = (
 @click.option("--max-new-tokens", type=int, help="Of an answer.  [default: gsm8k 256, summarization 128]")
 @click.option("--cutoff-len", type=int, default=1024, show_default=True, help="Tokens of an example.")
 @click.option("--batch-size", type=int, default=8, show_default=True)
-@click.option("--dtype", help="bfloat16, float16 or float32.  [default: bfloat16 where the device computes in it]")
-@click.option("--cpu", is_flag=True, help="Though there is a GPU.")
+@dtype
+@cpu
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")

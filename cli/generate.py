@@ -10,6 +10,8 @@ import click
 from loftq.training.generate import generate as run
 from loftq.training.generate import read_prompt
 
+from .params import cpu, dtype
+
 _EPILOG = """\b
 Examples:
   loftq generate MODEL_DIR --prompt "Why is the sky blue?"
@@ -28,8 +30,8 @@ Examples:
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0: the likeliest token always.")
 @click.option("--top-p", type=float, default=1.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--dtype", help="bfloat16, float16 or float32.  [default: bfloat16 where the device computes in it]")
-@click.option("--cpu", is_flag=True, help="Though there is a GPU.")
+@dtype
+@cpu
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def generate(model: str, prompt: str, debug: bool, **options: Any) -> None:
     """Write what DIR, a folder that `loftq quantize` wrote, or any model, says to a prompt, as it comes."""

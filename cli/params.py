@@ -1,9 +1,11 @@
-"""Parameter types that click does not have."""
+"""Parameter types that click does not have, and options that several commands share."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
+
+import click
 
 
 def names(value: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -28,3 +30,22 @@ def setting(value: str | tuple[str, Any]) -> tuple[str, Any]:
         return name, json.loads(text)
     except (ValueError, TypeError):
         return name, text
+
+
+data = click.option(
+    "--data",
+    multiple=True,
+    help="Files (.txt, .jsonl, .csv, .tsv, .parquet), or OWNER/NAME[:CONFIG][@SPLIT] of the Hub.",
+)
+column = click.option(
+    "--column",
+    "columns",
+    type=assignment,
+    multiple=True,
+    metavar="ROLE=NAME",
+    help="A column that has another name than usual.",
+)
+dtype = click.option(
+    "--dtype", help="bfloat16, float16 or float32.  [default: bfloat16 where the device computes in it]"
+)
+cpu = click.option("--cpu", is_flag=True, default=None, help="Though there is a GPU.")

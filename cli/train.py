@@ -14,7 +14,7 @@ from loftq.training.recipes import read_recipe
 from loftq.training.settings import MODES, Settings
 from loftq.training.tasks import TASKS
 
-from .params import assignment, names, setting
+from .params import column, cpu, data, dtype, names, setting
 
 _TASKS = "\n".join(f"  {name:<15} {task.text}" for name, task in TASKS.items())
 _MODES = "\n".join(f"  {name:<7} {mode.text}: {mode.learning_rate:g}, {mode.reason}" for name, mode in MODES.items())
@@ -41,21 +41,10 @@ Examples:
 @click.argument("name", required=False)
 @click.option("--recipe", metavar="FILE", help="Settings as .toml, .yaml or .json; options go before them.")
 @click.option("--task", help=f"See below.  [default: {Settings.task}]")
-@click.option(
-    "--data",
-    multiple=True,
-    help="Files (.txt, .jsonl, .csv, .tsv, .parquet), or OWNER/NAME[:CONFIG][@SPLIT] of the Hub.",
-)
+@data
 @click.option("--output", help="The folder to write: the adapter, checkpoints, training.json.")
 @click.option("--eval-data", multiple=True, help="As --data.  [default: a twentieth of it is held out]")
-@click.option(
-    "--column",
-    "columns",
-    type=assignment,
-    multiple=True,
-    metavar="ROLE=NAME",
-    help="A column that has another name than usual.",
-)
+@column
 @click.option(
     "--chat-template/--no-chat-template",
     default=None,
@@ -94,8 +83,8 @@ Examples:
 @click.option("--report-to", multiple=True, help="tensorboard, wandb, ...")
 @click.option("--gradient-checkpointing", is_flag=True, default=None, help="Less memory, a third slower.")
 @click.option("--optim", help="[default: paged_adamw_8bit on CUDA, adamw_torch elsewhere]")
-@click.option("--dtype", help="bfloat16, float16 or float32.  [default: bfloat16 where the device computes in it]")
-@click.option("--cpu", is_flag=True, default=None, help="Though there is a GPU.")
+@dtype
+@cpu
 @click.option(
     "--set", "set", type=setting, multiple=True, metavar="NAME=VALUE", help="Anything else of TrainingArguments."
 )

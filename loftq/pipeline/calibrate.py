@@ -29,7 +29,8 @@ from loftq.models.lockstep import run
 from loftq.pipeline import statistics
 from loftq.pipeline.block_weights import BlockWeights
 from loftq.pipeline.calibration_text import Calibration
-from loftq.pipeline.plan import Plan, some
+from loftq.pipeline.notes import some
+from loftq.pipeline.plan import Plan
 from loftq.pipeline.staging import explain_os_errors
 from loftq.pipeline.statistics import RECORD, TEACHER, Statistics, open_statistics, read_panels, read_record
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,6 +21,7 @@ from loftq.models.families import family_of
 from loftq.models.linears import Dense, Linears
 from loftq.models.naming import NameMap
 from loftq.models.tasks import Task, build_meta
+from loftq.pipeline.notes import notes_on
 from loftq.pipeline.recipe import Recipe
 from loftq.pipeline.source import Source
 
@@ -202,7 +203,7 @@ def make_plan(
         format=format,
         notes=(),
     )
-    return replace(plan, notes=tuple(_notes(plan, found, names)))
+    return replace(plan, notes=tuple(notes_on(plan, found, names)))
 
 
 def _refuse_quantized(source: Source) -> None:
@@ -317,35 +318,3 @@ def _lay_out_adapter(layers: tuple[Layer, ...], kept: Mapping[str, TensorSpec], 
     ]
     specs += [spec for spec in kept.values() if adapter.is_key(spec.name)]
     return lay_out([specs], max(sum(spec.nbytes for spec in specs), 1), f"{adapter.FOLDER}/{adapter.WEIGHTS}")[0]
-
-
-def _notes(plan: Plan, found: Linears, names: NameMap) -> Iterator[str]:
-    """What a user should know of this model, a line each."""
-    dtype = plan.recipe.compute_dtype
-    if not family_of(plan.model_type).tested:
-        yield f"model type {plan.model_type} has no row of its own: quantized the generic way, by its modules"
-    if family_of(plan.model_type).float32:
-        yield f"transformers runs {plan.model_type} in float32 alone: that is its compute dtype here"
-    if not plan.stock:
-        odd = {type(plan.model.get_submodule(layer.module)).__name__ for layer in plan.layers} - {"Linear", "Conv1D"}
-        what = f"{', '.join(sorted(odd))} quantized" if odd else ", ".join(sorted(set(plan.codebooks.values())))
-        loader = "load_qlora" if plan.recipe.adapter == "lora" else "load_qalora"
-        yield f"stock transformers cannot load {what}: import loftq before from_pretrained, or use loftq.{loader}"
-    if plan.format == "gptq":
-        yield "stock transformers need gptqmodel and optimum to load GPTQ: without them, import loftq before"
-    if plan.expert_bytes:
-        yield f"fused experts stay in {dtype}: {plan.expert_bytes / 1e9:.3g} GB"
-    for what, left in (("", found.others), (" that share their weight", found.shared)):
-        if left:
-            kinds = {type(plan.model.get_submodule(name)).__name__ for name in left}
-            yield f"{len(left)} dense layers of class {', '.join(sorted(kinds))}{what} stay in {dtype}"
-    if plan.created:
-        yield f"not in the checkpoint, begun anew: {some(list(plan.created))}"
-    if names.left_out:
-        yield f"not part of the model, left out: {some(names.left_out)}"
-
-
-def some(names: Sequence[str]) -> str:
-    """A few of many names, for a note."""
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -96,7 +96,7 @@ def evaluate(
     cutoff_len: int = 1024,
     batch_size: int = 8,
     dtype: str | None = None,
-    cpu: bool = False,
+    cpu: bool | None = None,
     quiet: bool = False,
 ) -> Evaluation:
     """Measure an artifact with its own adapter or a trained one, or a full-precision model, on a task of `MEASURES`.

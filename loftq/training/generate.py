@@ -29,7 +29,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     dtype: str | None = None,
-    cpu: bool = False,
+    cpu: bool | None = None,
     stream: TextIO | None = None,
 ) -> str:
     """What a model says to a prompt, written to `stream` as it comes.

@@ -38,7 +38,7 @@ def run_harness(
     max_examples: int | None = None,
     batch_size: int = 8,
     dtype: str | None = None,
-    cpu: bool = False,
+    cpu: bool | None = None,
     quiet: bool = False,
 ) -> Harness:
     """Run tasks of lm-eval, and those of the folder `include`. Raises OptionError for a task that it does not have."""

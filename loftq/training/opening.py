@@ -69,7 +69,7 @@ def mode_of(settings: Settings) -> str:
     return settings.adapter or str(own)
 
 
-def device_of(cpu: bool) -> torch.device:
+def device_of(cpu: bool | None) -> torch.device:
     """The accelerator that torch finds, or the CPU."""
     found = None if cpu or not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
     return found or torch.device("cpu")
