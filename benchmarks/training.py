@@ -64,6 +64,7 @@ def ours(folder: str, options: argparse.Namespace) -> list[float]:
             cutoff_len=options.length,
             max_steps=options.steps,
             batch_size=options.batch_size,
+            eval_batch_size=options.batch_size,
             learning_rate=RATE,
             eval_steps=10**6,
             quiet=True,
