@@ -96,7 +96,7 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
     with explain_memory(), explain_os_errors(output):
         with arguments.main_process_first():
             ready = quantized(settings, quiet=quiet)
-        opened = _opened(ready, arguments)
+        opened = _opened(ready, arguments, quiet=quiet)
         learned, held = examples(settings, opened, rows, evaluation)
         trainer = _trainer(settings, opened, arguments, learned, held, quiet=quiet)
         if trainer.is_world_process_zero() and not resume:
@@ -119,13 +119,13 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
     return result
 
 
-def _opened(settings: Settings, arguments: TrainingArguments) -> Opened:
+def _opened(settings: Settings, arguments: TrainingArguments, *, quiet: bool) -> Opened:
     """The model with its adapter, after saying how much of it trains."""
     opened = open_to_train(settings, arguments.device)
     opened.name_backbone(str(opened.folder.resolve()))  # at which peft looks whenever it saves
     if settings.push_to_hub is not None and not (opened.folder / MANIFEST).is_file():
         raise OptionError(f"--push-to-hub goes with an artifact of ours: `hf upload` sends {settings.output} as it is")
-    if arguments.local_process_index == 0:
+    if not quiet:
         trainable, total = count_parameters(opened.model)
         share = 100 * trainable / total
         print(f"{trainable:,} of {total:,} parameters train ({share:.2f} %)", file=sys.stderr, flush=True)

@@ -163,6 +163,14 @@ def test_a_killed_training_ends_in_the_same_loss(
     assert run("train", artifact, *asked, "--overwrite").exit_code == 0
 
 
+def test_what_trains_is_said_first(artifact: Path, data: str, tmp_path: Path, run: Run) -> None:
+    options = ["--data", data, "--output", tmp_path / "out", "--max-steps", 1]
+    loud = run("train", artifact, *options)
+    assert "8,192 of 123,200 parameters train (6.65 %)" in loud.stderr
+    assert loud.stderr.index("parameters train") < loud.stderr.index("step 1: loss")
+    assert "parameters train" not in run("train", artifact, *options, "--overwrite", "--quiet").stderr
+
+
 def test_each_kind_has_its_rate(artifact: Path, pooled: Path, pico: Path, data: str) -> None:
     """As the help has them; the rate asked for goes before."""
     for model, adapter, rate in (
