@@ -29,6 +29,7 @@ _OF_MEASURES = (
     "task",
     "data",
     "compare",
+    "card",
     "source",
     "columns",
     "chat_template",
@@ -45,6 +46,7 @@ _OF_MEASURES = (
 @click.option("--task", default="perplexity", show_default=True, help="See below.")
 @data
 @click.option("--compare", is_flag=True, help="Full precision, plain quantization and DIR's own start too.")
+@click.option("--card", is_flag=True, help="Write the table into DIR's model card.")
 @click.option("--source", metavar="MODEL", help="Full precision.  [default: what DIR was made from]")
 @click.option("--harness", type=names, metavar="TASKS", help="Tasks of EleutherAI's lm-eval instead.")
 @click.option("--include", metavar="FOLDER", help="More tasks of lm-eval, as YAML.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from loftq.errors import OptionError, UnknownNameError
-from loftq.formats.artifact import Artifact
+from loftq.formats.artifact import CARD, MANIFEST, Artifact
 from loftq.pipeline.quantize import quantize
 from loftq.pipeline.recipe import Recipe
 from loftq.training.data import find_columns, read_rows, text_of
@@ -72,6 +73,14 @@ class Evaluation:
         ]
         return "\n".join([*rows, *self.notes])
 
+    def section(self) -> str:
+        """The same for a model card: under a heading that names the task and the data."""
+        names = list(next(iter(self.rows.values())))
+        lines = [["", *names], ["---"] * (len(names) + 1)]
+        lines += [[name, *(_shown(row[key]) for key in names)] for name, row in self.rows.items()]
+        rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n\n".join([f"### {self.task}, {Path(self.data).name}", rows, *self.notes]) + "\n"
+
 
 def _shown(value: float) -> str:
     if float(value).is_integer() and abs(value) >= 1:
@@ -95,6 +104,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     cutoff_len: int = 1024,
     batch_size: int = 8,
+    card: bool = False,
     dtype: str | None = None,
     cpu: bool | None = None,
     quiet: bool = False,
@@ -102,10 +112,13 @@ def evaluate(
     """Measure an artifact with its own adapter or a trained one, or a full-precision model, on a task of `MEASURES`.
 
     With `compare` the table begins with the full-precision model (`source`, by default the one that the artifact was
-    made from), its plain quantization by the same recipe, and the artifact's own start. Raises LoftQError.
+    made from), its plain quantization by the same recipe, and the artifact's own start. With `card` the table goes into
+    the artifact's card. Raises LoftQError.
     """
     if task not in MEASURES:
         raise UnknownNameError("task", task, MEASURES)
+    if card and not (Path(model) / MANIFEST).is_file():
+        raise OptionError(f"--card: {model} is no folder that `loftq quantize` wrote: it has no card of ours")
     for name, value in (("--window", window), ("--stride", stride), ("--max-examples", max_examples)):
         if value is not None and value < (2 if name == "--window" else 1):
             raise OptionError(f"{name} {value}: expected {2 if name == '--window' else 1} or more")
@@ -128,7 +141,21 @@ def evaluate(
             TASKS[MEASURES[task].like].require(task, opened.task.name, name)
             found[name] = MEASURES[task].measure(opened, rows, options)
             del opened
-    return Evaluation(task, ", ".join(names), found, _notes(task, found))
+    evaluation = Evaluation(task, ", ".join(names), found, _notes(task, found))
+    if card:
+        _into_card(Path(model) / CARD, evaluation)
+    return evaluation
+
+
+def _into_card(path: Path, evaluation: Evaluation) -> None:
+    """At the card's end, in place of an earlier measurement of the same."""
+    text = path.read_text(encoding="utf-8")
+    section = evaluation.section()
+    heading = re.escape(section.partition("\n")[0])
+    kept = re.sub(rf"\n{heading}\n.*?(?=\n#|\Z)", "", text, flags=re.DOTALL)
+    scratch = path.with_name(f"{path.name}.partial")
+    scratch.write_text(f"{kept.rstrip()}\n\n{section}", encoding="utf-8")
+    scratch.replace(path)
 
 
 Model = tuple[str, Callable[[], Opened]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from picos import save_pico
 from rows import articles, problems, sums, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -109,6 +111,25 @@ def test_the_table_compares_with_what_it_was_made_from(
     table = run("evaluate", artifact, "--adapter", trained, "--data", text, "--window", 64).stdout.splitlines()
     assert table[0].split() == ["perplexity", "tokens", "windows"]
     assert table[1].split()[0] == "trained"
+
+
+def test_the_table_goes_into_the_card(artifact: Path, pico: Path, text: str, tmp_path: Path, run: Run) -> None:
+    """Once for each task and data, in place of the last; the rest of the card stays, and verifies."""
+    folder = tmp_path / "copy"
+    shutil.copytree(artifact, folder)
+    before = (folder / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "other.txt").write_text("quite another text " * 9, encoding="utf-8")
+    for data in (text, tmp_path / "other.txt", text):
+        assert run("evaluate", folder, "--data", data, "--compare", "--card").exit_code == 0
+    after = (folder / "README.md").read_text(encoding="utf-8")
+    assert after.startswith(before.rstrip())
+    assert after.count("### perplexity, ") == 2
+    assert after.count("| full precision | ") == 2
+    assert ModelCard(after).data.library_name == ModelCard(before).data.library_name
+    assert run("verify", folder).exit_code == 0
+    refused = run("evaluate", pico, "--data", text, "--card")
+    assert refused.exit_code == 2
+    assert "has no card of ours" in refused.stderr
 
 
 def test_a_source_that_is_gone(artifact: Path, text: str, tmp_path: Path, run: Run) -> None:
