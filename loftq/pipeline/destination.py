@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from loftq.errors import HubError, OptionError
 from loftq.formats.artifact import MANIFEST
+from loftq.pipeline.notes import some
 from loftq.pipeline.source import checked_token, one_line
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Destination:
         held = self.files - _NO_MODEL
         if held and MANIFEST not in held and self.head is not None and not self.create_pr:
             raise HubError(
-                f"{self._place} holds another model ({_some(held)}): name another repository, "
+                f"{self._place} holds another model ({some(sorted(held))}): name another repository, "
                 "a new branch of this one with --revision, or ask its owner with --create-pr"
             )
 
@@ -269,8 +270,3 @@ def _said(error: BaseException) -> str:
     """An error in a line, without the queries of addresses, which may be signed."""
     text = getattr(error, "server_message", None) or one_line(error)
     return re.sub(r"\?[^\s'\"]+", "", " ".join(text.split()))
-
-
-def _some(names: Collection[str]) -> str:
-    shown = ", ".join(sorted(names)[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq.errors import CheckpointError, OptionError, SourceError
+from loftq.formats.artifact import CARD
 from loftq.formats.checkpoint import (
     INDEX,
     SINGLE,
@@ -30,7 +31,6 @@ from loftq.formats.checkpoint import (
     spec_of,
 )
 
-CARD = "README.md"
 _SIDE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "*.tiktoken", "LICENSE*", "NOTICE*"]
 _NEVER_COPIED = (
     "config.json",

@@ -36,7 +36,6 @@ class Options:
     chat_template: bool | None
     window: int | None
     stride: int | None
-    max_examples: int | None
     max_new_tokens: int | None
     cutoff_len: int
     batch_size: int
@@ -64,8 +63,7 @@ class Evaluation:
 
     def table(self) -> str:
         """The figures, for a person: a model a line."""
-        names = list(next(iter(self.rows.values())))
-        lines = [["", *names]] + [[name, *(_shown(row[key]) for key in names)] for name, row in self.rows.items()]
+        lines = self._cells()
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         rows = [
             "  ".join(f"{cell:<{widths[0]}}" if i == 0 else f"{cell:>{widths[i]}}" for i, cell in enumerate(line))
@@ -73,12 +71,15 @@ class Evaluation:
         ]
         return "\n".join([*rows, *self.notes])
 
+    def _cells(self) -> list[list[str]]:
+        """A heading, and a line for each model."""
+        names = list(next(iter(self.rows.values())))
+        return [["", *names]] + [[name, *(_shown(row[key]) for key in names)] for name, row in self.rows.items()]
+
     def section(self) -> str:
         """The same for a model card: under a heading that names the task and the data."""
-        names = list(next(iter(self.rows.values())))
-        lines = [["", *names], ["---"] * (len(names) + 1)]
-        lines += [[name, *(_shown(row[key]) for key in names)] for name, row in self.rows.items()]
-        rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        heading, *models = self._cells()
+        rows = "\n".join(f"| {' | '.join(line)} |" for line in (heading, ["---"] * len(heading), *models))
         return "\n\n".join([f"### {self.task}, {Path(self.data).name}", rows, *self.notes]) + "\n"
 
 
@@ -129,9 +130,7 @@ def evaluate(
     rows = read_rows(names)
     if max_examples is not None:
         rows = rows.select(range(min(max_examples, len(rows))))
-    options = Options(
-        columns or {}, chat_template, window, stride, max_examples, max_new_tokens, cutoff_len, batch_size, quiet
-    )
+    options = Options(columns or {}, chat_template, window, stride, max_new_tokens, cutoff_len, batch_size, quiet)
     device = device_of(cpu)
     chosen = compute_dtype(dtype, device)
     found: dict[str, dict[str, float]] = {}

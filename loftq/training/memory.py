@@ -75,7 +75,7 @@ def estimate(model: str | None = None, **settings: Any) -> Estimate:
     device = device_of(asked.cpu)
     dtype = compute_dtype(asked.dtype, device)
     adapted, trainable, weights = _on_meta(asked, dtype)
-    total = trainable + sum(p.numel() for name, p in adapted.named_parameters() if not p.requires_grad)
+    total = trainable + sum(p.numel() for p in adapted.parameters() if not p.requires_grad)
     limits = [asked.cutoff_len, getattr(adapted.config.get_text_config(), "max_position_embeddings", None)]
     batch = asked.batch_size, min(limit for limit in limits if limit)
     optimizer = asked.optim or ("paged_adamw_8bit" if device.type == "cuda" else "adamw_torch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -146,14 +147,18 @@ def check_artifact(settings: Settings, artifact: Artifact) -> None:
             )
 
 
+def loader_of(artifact: Artifact) -> Callable[..., PeftModel]:
+    """What loads an artifact of its kind."""
+    return load_qalora if artifact.manifest["kind"] == "qalora" else load_qlora
+
+
 def open_to_train(settings: Settings, device: torch.device) -> Opened:
     """The model of `settings`, which `quantized` has seen, with an adapter to train."""
     dtype = compute_dtype(settings.dtype, device)
     found = find_model(settings.model)
     place = {"": device}
     if isinstance(found, Artifact):
-        load = load_qalora if found.manifest["kind"] == "qalora" else load_qlora
-        model: Any = load(found.folder, device_map=place, dtype=dtype)
+        model: Any = loader_of(found)(found.folder, device_map=place, dtype=dtype)
         task = TASKS[found.manifest["source"]["task"]]
         return Opened(model, load_tokenizer(found.folder, model), task, found.folder)
     if isinstance(found, Path):
@@ -200,8 +205,7 @@ def open_to_use(name: str, adapter: str | None, device: torch.device, dtype: tor
     found = find_model(name)
     place = {"": device}
     if isinstance(found, Artifact):
-        load = load_qalora if found.manifest["kind"] == "qalora" else load_qlora
-        model: Any = load(found.folder, adapter, is_trainable=False, device_map=place, dtype=dtype)
+        model: Any = loader_of(found)(found.folder, adapter, is_trainable=False, device_map=place, dtype=dtype)
         task, folder = TASKS[found.manifest["source"]["task"]], found.folder
     elif isinstance(found, Path):
         base = load_base(found, False, place, dtype) if adapter is None else None

@@ -40,7 +40,7 @@ TASKS = {
     "clm": TrainingTask(
         "plain text, packed into blocks of --cutoff-len tokens",
         ("causal-lm",),
-        {"text": ("text", "content")},
+        language_modelling.TEXT,
         language_modelling.pack,
         shuffled=False,
     ),

@@ -25,7 +25,11 @@ def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Datas
     found = find_columns(rows, ROLES, columns)
     if encoding.uses_template(encoder, default=False):
         return encoded(rows, lambda row: encoder.conversation(encoding.turns(encoder.tokenizer, _turn(row, found))))
-    return encoded(rows, lambda row: encoder.pair(*_pair(row, found), keep_end=True))
+    asked, said = found["question"], found["answer"]
+    return encoded(
+        rows,
+        lambda row: encoder.pair(prompt(text_of(row, asked), encoder), f" {text_of(row, said)}", keep_end=True),
+    )
 
 
 def prompt(question: str, encoder: Encoder) -> str:
@@ -44,10 +48,6 @@ def final_number(answer: str) -> str | None:
         return None
     digits = found[0].replace(",", "").replace("$", "")
     return f"{float(digits):.10g}" if len(digits) < 16 else digits
-
-
-def _pair(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, str]:
-    return f"Question: {text_of(row, columns['question'])}\nAnswer:", f" {text_of(row, columns['answer'])}"
 
 
 def _turn(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from loftq.training.encoding import Encoder
 if TYPE_CHECKING:
     from datasets import Dataset
 
+TEXT = {"text": ("text", "content")}  # of plain text
 ROLES = {
     "messages": ("messages", "conversations"),
     "prompt": ("prompt", "instruction", "question", "context", "source"),
@@ -30,7 +31,7 @@ def pack(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset
     """
     from datasets import Dataset
 
-    column = find_columns(rows, {"text": ("text", "content")}, columns)["text"]
+    column = find_columns(rows, TEXT, columns)["text"]
     ids = np.concatenate([np.array(encoder.document(text_of(row, column)), dtype=np.int32) for row in rows])
     length = min(encoder.cutoff_len, len(ids))
     blocks = ids[: len(ids) // length * length].reshape(-1, length)
