@@ -1,5 +1,8 @@
 """How loops over blocks are compiled for the CPU, and shared out among threads.
 
+A loop is compiled when it is first called, and numba imported then: 50 MB that a program which trains on
+bitsandbytes' weights never needs.
+
 Block sizes that are powers of two are compiled in: loops of known length are a quarter faster. The work is cut into
 tiles of a few blocks that stay in the first-level cache; every tile is computed the same way whichever thread it
 falls to, so results do not depend on the number of threads. Reductions may be reordered (`reassoc`), products may
@@ -12,25 +15,62 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
-from threading import Lock
+from threading import Lock, RLock
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from numba import njit
 
 TILE = 1024  # values: two float32 buffers of this length fit in any first-level cache
 LANES = 8  # of which a block has a multiple
 TINY = np.float32(1e-38)
 _SHARES = 16  # of the work, a thread
 _FEW = 1 << 17  # values, up to which one thread is as fast
-compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nnan", "nsz"})
-strict = njit(nogil=True, cache=True, error_model="numpy")  # where another order would decide another way
+_REORDERED = frozenset({"reassoc", "nnan", "nsz"})
+_compiling = RLock()
+
+
+class Loop:
+    """A function that is compiled when it is first called, with the loops that it calls."""
+
+    def __init__(self, function: Callable[..., None], fastmath: frozenset[str], defaults: tuple[int, ...] = ()):
+        self.function = function
+        self._fastmath, self._defaults = fastmath, defaults
+        self._compiled: Callable[..., None] | None = None
+
+    def __call__(self, *arguments: Any) -> None:
+        (self._compiled or self.compile())(*arguments)
+
+    def compile(self) -> Callable[..., None]:
+        """What numba makes of it."""
+        with _compiling:
+            if self._compiled is None:
+                from numba import njit
+
+                body = cast(FunctionType, self.function)
+                called = {name: body.__globals__.get(name) for name in body.__code__.co_names}
+                known = body.__globals__ | {
+                    name: loop.compile() for name, loop in called.items() if isinstance(loop, Loop)
+                }
+                self._compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath=set(self._fastmath))(
+                    FunctionType(body.__code__, known, body.__name__, self._defaults)
+                )
+            return self._compiled
+
+
+def compiled(function: Callable[..., None]) -> Loop:
+    """A loop whose sums may be taken in another order."""
+    return Loop(function, _REORDERED)
+
+
+def strict(function: Callable[..., None]) -> Loop:
+    """A loop whose sums are taken as written: where another order would decide another way."""
+    return Loop(function, frozenset())
 
 
 @cache
-def for_block(function: FunctionType, block: int) -> Callable[..., None]:
+def for_block(function: Callable[..., None], block: int) -> Callable[..., None]:
     """`function` for one block size, which is its last argument and has a default.
 
     numba takes defaults as constants; sizes of which there are many (whole rows) share one compilation.
@@ -38,15 +78,12 @@ def for_block(function: FunctionType, block: int) -> Callable[..., None]:
     if block & (block - 1):
         loop = _for_any_block(function)
         return lambda *arguments: loop(*arguments, block)
-    named: Callable[..., None] = compiled(
-        FunctionType(function.__code__, function.__globals__, function.__name__, (block,))
-    )
-    return named
+    return Loop(function, _REORDERED, (block,))
 
 
 @cache
-def _for_any_block(function: FunctionType) -> Any:
-    return compiled(FunctionType(function.__code__, function.__globals__, function.__name__))
+def _for_any_block(function: Callable[..., None]) -> Loop:
+    return compiled(function)
 
 
 @cache

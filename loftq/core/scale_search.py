@@ -23,7 +23,7 @@ from loftq.core.scales import Scales
 
 FACTORS = tuple(n / 40 for n in sorted(range(16, 43), key=lambda n: abs(n - 40)))  # of equals the nearest to 1 wins
 _ZERO, _ONE = np.float32(0), np.float32(1)
-_compiled_nearest = compiled(nearest.py_func)
+_compiled_nearest = compiled(nearest.function)
 
 
 def search(weight: torch.Tensor, quantizer: Quantizer, importance: torch.Tensor | None = None) -> Scales:

@@ -26,7 +26,16 @@ from loftq.pipeline.push import push
 from loftq.pipeline.staging import explain_os_errors
 from loftq.training.data import hold_out, read_rows
 from loftq.training.encoding import Collator, Encoder
-from loftq.training.opening import Opened, compute_dtype, device_of, mode_of, open_to_train, quantized
+from loftq.training.opening import (
+    Model,
+    Opened,
+    compute_dtype,
+    device_of,
+    find_model,
+    mode_of,
+    open_to_train,
+    quantized,
+)
 from loftq.training.parameters import count_parameters
 from loftq.training.record import begin, check_output, write
 from loftq.training.running import explain_memory, hush
@@ -90,13 +99,14 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
     hush(quiet)
     rows = read_rows(settings.data)
     evaluation = read_rows(settings.eval_data, "--eval-data") if settings.eval_data else None
-    arguments = arguments_of(settings, mode_of(settings))
+    found = find_model(settings.model)
+    arguments = arguments_of(settings, mode_of(settings, found))
     if settings.push_to_hub is not None:
         find_destination(settings.push_to_hub).refuse_other_models()
     with explain_memory(), explain_os_errors(output):
         with arguments.main_process_first():
-            ready = quantized(settings, quiet=quiet)
-        opened = _opened(ready, arguments, quiet=quiet)
+            ready, found = quantized(settings, found, quiet=quiet)
+        opened = _opened(ready, found, arguments, quiet=quiet)
         learned, held = examples(settings, opened, rows, evaluation)
         trainer = _trainer(settings, opened, arguments, learned, held, quiet=quiet)
         if trainer.is_world_process_zero() and not resume:
@@ -119,9 +129,9 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
     return result
 
 
-def _opened(settings: Settings, arguments: TrainingArguments, *, quiet: bool) -> Opened:
+def _opened(settings: Settings, found: Model, arguments: TrainingArguments, *, quiet: bool) -> Opened:
     """The model with its adapter, after saying how much of it trains."""
-    opened = open_to_train(settings, arguments.device)
+    opened = open_to_train(settings, found, arguments.device)
     opened.name_backbone(str(opened.folder.resolve()))  # at which peft looks whenever it saves
     if settings.push_to_hub is not None and not (opened.folder / MANIFEST).is_file():
         raise OptionError(f"--push-to-hub goes with an artifact of ours: `hf upload` sends {settings.output} as it is")

@@ -25,6 +25,7 @@ from loftq.training import tasks
 from loftq.training.encoding import load_tokenizer
 from loftq.training.settings import QUANTIZING, Settings, option
 
+Model = Artifact | Source | Path  # ours, full precision, or a folder of GPTQ
 _LONGEST = 1_000_000  # tokens, where neither model nor tokenizer say
 
 
@@ -48,7 +49,7 @@ class Opened:
         return min(int(limit) for limit in (found, self.tokenizer.model_max_length, _LONGEST) if limit)
 
 
-def find_model(name: str) -> Artifact | Source | Path:
+def find_model(name: str) -> Model:
     """A folder of ours, here or on the Hub, a folder of GPTQ, or a full-precision model. Raises LoftQError."""
     folder = Path(name).expanduser()
     if (folder / MANIFEST).is_file():
@@ -63,9 +64,8 @@ def find_model(name: str) -> Artifact | Source | Path:
     return open_artifact(fetch_all(source))
 
 
-def mode_of(settings: Settings) -> str:
+def mode_of(settings: Settings, found: Model) -> str:
     """How the adapter trains, of MODES: as was said, or as the model is; a full-precision one as QLoRA."""
-    found = find_model(settings.model)
     own = found.manifest["kind"] if isinstance(found, Artifact) else "qalora" if isinstance(found, Path) else "qlora"
     return settings.adapter or str(own)
 
@@ -91,21 +91,20 @@ def compute_dtype(asked: str | None, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and has_avx512bf16() else torch.float32
 
 
-def quantized(settings: Settings, *, quiet: bool) -> Settings:
-    """The settings with an artifact for their model: a full-precision one is quantized first, or was by an earlier run.
+def quantized(settings: Settings, found: Model, *, quiet: bool) -> tuple[Settings, Model]:
+    """The settings and the model, full precision quantized: now, or by an earlier run.
 
     Nothing is done for an adapter on full precision. Raises OptionError where what was said of quantizing does not fit.
     """
-    found = find_model(settings.model)
     if isinstance(found, Artifact):
         check_artifact(settings, found)
     if not isinstance(found, Source) or settings.adapter == "lora":
-        return settings
+        return settings, found
     options = quantizing_of(settings, found)
     folder = Path(SAVE_DIR) / _name(found, options)
     quantize(settings.model, output=folder, resume=(folder / MANIFEST).is_file(), quiet=quiet, **options)
     unsaid: dict[str, Any] = dict.fromkeys(QUANTIZING)
-    return replace(settings, model=str(folder), **unsaid)
+    return replace(settings, model=str(folder), **unsaid), open_artifact(folder)
 
 
 def quantizing_of(settings: Settings, source: Source) -> dict[str, Any]:
@@ -152,10 +151,9 @@ def loader_of(artifact: Artifact) -> Callable[..., PeftModel]:
     return load_qalora if artifact.manifest["kind"] == "qalora" else load_qlora
 
 
-def open_to_train(settings: Settings, device: torch.device) -> Opened:
-    """The model of `settings`, which `quantized` has seen, with an adapter to train."""
+def open_to_train(settings: Settings, found: Model, device: torch.device) -> Opened:
+    """A model as `quantized` gives it, with an adapter to train."""
     dtype = compute_dtype(settings.dtype, device)
-    found = find_model(settings.model)
     place = {"": device}
     if isinstance(found, Artifact):
         model: Any = loader_of(found)(found.folder, device_map=place, dtype=dtype)

@@ -24,7 +24,7 @@ import loftq
 from loftq.errors import ArtifactError, LoftQError, OptionError, OutputError
 from loftq.models import loading
 from loftq.training import finetune
-from loftq.training.opening import mode_of
+from loftq.training.opening import find_model, mode_of
 from loftq.training.record import RECORD
 from loftq.training.settings import Settings
 
@@ -180,9 +180,10 @@ def test_each_kind_has_its_rate(artifact: Path, pooled: Path, pico: Path, data: 
         (pico, "qalora", 1e-3),
     ):
         asked = Settings(str(model), (data,), "out", adapter=adapter)
-        assert finetune.arguments_of(asked, mode_of(asked)).learning_rate == rate
+        mode = mode_of(asked, find_model(asked.model))
+        assert finetune.arguments_of(asked, mode).learning_rate == rate
         asked = replace(asked, learning_rate=3e-5)
-        assert finetune.arguments_of(asked, mode_of(asked)).learning_rate == 3e-5
+        assert finetune.arguments_of(asked, mode).learning_rate == 3e-5
 
 
 def test_evaluation_data_of_its_own(artifact: Path, data: str, tmp_path: Path) -> None:
@@ -280,6 +281,17 @@ def test_a_dry_run_reads_headers_alone(artifact: Path, pico: Path, data: str, tm
     less = ["--gradient-checkpointing", "--batch-size", 1]
     smaller = run("train", artifact, "--data", data, "--output", tmp_path / "out", "--dry-run", "--json", *less)
     assert json.loads(smaller.stdout)["activations"] < found["activations"] / 8
+
+
+def test_training_loads_no_compiler(artifact: Path, data: str, tmp_path: Path) -> None:
+    """Which is memory that the same run in stock libraries does not take."""
+    code = (
+        "import sys, loftq; loftq.train(sys.argv[1], data=sys.argv[2], output=sys.argv[3], max_steps=1, quiet=True); "
+        "print('bitsandbytes' in sys.modules, [name for name in ('numba', 'llvmlite') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(artifact), data, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n")[-2] == "True []", done.stderr
 
 
 def test_two_processes_train_together(artifact: Path, data: str, tmp_path: Path) -> None:
