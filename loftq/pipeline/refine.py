@@ -8,11 +8,15 @@ over the calibration text, with the backbone fixed, and with AdamW's rate fallin
 where steps are small. Of p the likeliest tokens are known one by one, and the others as one (`calibrate`). A model
 without a vocabulary learns the last hidden states: their squared error over their squares.
 
+The rate begins where a step, which grows with the rank, is a fixed part of the way, which is as long as the root of the
+divergence. At twice that, a start of rank 64 that is near ends farther away.
+
 A part of the text is held out. Where the divergence does not fall there, the adapter stays as it was.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,12 +28,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from loftq.formats.adapter import open_adapter
+from loftq.formats.adapter import Adapter, open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.models.loading import load_base
 from loftq.models.tasks import TASKS, part_before_head
 
-LEARNING_RATE = 2e-4  # at a scaling of one
+_FASTEST = 2e-4  # rate, at a scaling of one
+_REACH = 0.018  # rate times rank, over the divergence's root
 _WARMUP = 0.05  # of the steps
 _HELD_OUT = 16  # of so many windows, one
 _STEP = 1024  # tokens, or a window where that is longer
@@ -66,7 +71,7 @@ def refine(
     held = windows[-max(len(windows) // _HELD_OUT, 1) :]
     learned = windows[: -len(held)] or windows
     before = _divergence(core, held, device)
-    _train(model, core, learned, steps, open_adapter(artifact.adapter).scaling, device, seed, quiet)
+    _train(model, core, learned, steps, _rate(open_adapter(artifact.adapter), before), device, seed, quiet)
     after = _divergence(core, held, device)
     if not after < before:
         return Refinement(before, before, 0), {}
@@ -90,6 +95,12 @@ def divergence(answer: Any, window: Window) -> torch.Tensor:
     rest_p, rest_q = ((1 - log.exp().sum(-1)).clamp_min(_LEAST) for log in (log_p, log_q))
     found: torch.Tensor = (known + rest_p * (rest_p / rest_q).log()).mean()
     return found
+
+
+def _rate(adapter: Adapter, before: float) -> float:
+    """AdamW's first. Steps of B·A are the same under any scaling."""
+    way = math.sqrt(max(before, 0.0))
+    return min(_FASTEST, _REACH * way / int(adapter.config["r"])) / math.sqrt(adapter.scaling)
 
 
 class _Distiller(Trainer):
@@ -148,7 +159,7 @@ def _train(
     core: nn.Module,
     windows: Sequence[Window],
     steps: int,
-    scaling: float,
+    rate: float,
     device: torch.device,
     seed: int,
     quiet: bool,
@@ -161,7 +172,7 @@ def _train(
             output_dir=scratch,
             max_steps=steps,
             per_device_train_batch_size=max(_STEP // length, 1),
-            learning_rate=LEARNING_RATE * scaling**-0.5,  # steps of B·A are then the same under any scaling
+            learning_rate=rate,
             lr_scheduler_type="linear",
             warmup_steps=max(round(_WARMUP * steps), 1),
             adam_beta2=0.95,

@@ -152,7 +152,7 @@ def test_errors_after_refining_are_those_of_the_files(quantize: Any, model: Path
 
 def test_an_adapter_that_gets_no_better_stays(quantize: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the bytes of a run that does not refine."""
-    monkeypatch.setattr("loftq.pipeline.refine.LEARNING_RATE", 10.0)
+    monkeypatch.setattr("loftq.pipeline.refine._rate", lambda *_: 10.0)
     kept, plain = quantize("kept", refine=4), quantize("plain", refine=0)
     assert kept.totals["refine_steps"] == 0
     assert kept.totals["divergence"] == kept.totals["divergence_before"]
