@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 import warnings
@@ -16,22 +17,22 @@ from click.shell_completion import CompletionItem
 
 from loftq.errors import LoftQError
 
-_COMMANDS = (
-    "quantize",
-    "train",
-    "evaluate",
-    "generate",
-    "merge",
-    "push",
-    "inspect",
-    "verify",
-    "report",
-    "zoo",
-    "methods",
-    "families",
-    "doctor",
-    "completion",
-)
+_COMMANDS = {
+    "quantize": "Quantize a model and initialize its LoRA adapter.",
+    "train": "Train the adapter of a quantized model, or a new one.",
+    "evaluate": "Measure perplexity, answers, classes, or tasks of lm-eval.",
+    "generate": "Write text with a model and its adapter.",
+    "merge": "Merge an adapter into the backbone that it was trained on.",
+    "push": "Upload a folder to the Hub.",
+    "inspect": "Show what is in a folder, a repository or an adapter.",
+    "verify": "Compare a folder with what was noted of it, and with its source.",
+    "report": "Compare folders side by side, as a page or a picture.",
+    "zoo": "List, show and build recipes for known models.",
+    "methods": "Show what each method minimizes, needs and costs.",
+    "families": "Show which model types are known, and what is quantized in them.",
+    "doctor": "Look at this machine: libraries, devices, what works.",
+    "completion": "Print the lines with which a shell completes commands.",
+}
 _VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub", "numba")
 
 
@@ -42,7 +43,7 @@ def _print_versions(context: click.Context, _: click.Parameter, wanted: bool) ->
 
 
 class _Commands(click.Group):
-    """Each command is imported when it is asked for: torch takes seconds, and Ctrl-C may come within them."""
+    """Each command is imported when it is run: torch takes seconds, and Ctrl-C may come within them."""
 
     def list_commands(self, _context: click.Context) -> list[str]:
         """In the order of their use."""
@@ -52,9 +53,14 @@ class _Commands(click.Group):
         """The function of a file's own name."""
         return getattr(import_module(f".{name}", __package__), name) if name in _COMMANDS else None
 
+    def format_commands(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
+        """A line for each of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
     def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Names alone, for which none of them is imported: a shell waits for this."""
-        names = [CompletionItem(name) for name in _COMMANDS if name.startswith(incomplete)]
+        """Names and their lines: a shell waits for this."""
+        names = [CompletionItem(name, help=line) for name, line in _COMMANDS.items() if name.startswith(incomplete)]
         return [*names, *click.Command.shell_complete(self, context, incomplete)]
 
 
@@ -78,6 +84,7 @@ def main(args: list[str] | None = None) -> Any:
     if args is None and not sys.warnoptions:  # a command of its own: silence what libraries tell each other
         warnings.simplefilter("ignore", FutureWarning)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of kernels that are optional
     gc.set_threshold(100_000)  # torch and transformers make a million objects that stay
     arguments = sys.argv[1:] if args is None else args
     try:

@@ -8,8 +8,7 @@ from typing import Any
 
 import click
 
-from loftq.training.finetune import train as run
-from loftq.training.memory import estimate
+import loftq
 from loftq.training.recipes import read_recipe
 from loftq.training.settings import MODES, Settings
 from loftq.training.tasks import TASKS
@@ -91,7 +90,7 @@ Examples:
 @click.option("--push-to-hub", metavar="REPO_ID", help="Push DIR with the adapter in a subfolder, as `loftq push`.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier training.")
-@click.option("--dry-run", is_flag=True, help="Show parameters, steps and memory; nothing is trained or written.")
+@click.option("--dry-run", is_flag=True, help="Show parameters and memory; nothing is trained or written.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
@@ -122,6 +121,11 @@ def train(
         raise click.UsageError(f"{name}: one DIR is trained; a second name is that of a run in a --recipe")
     else:
         given["model"] = model
-    result = estimate(**given) if dry_run else run(**given, resume=resume, overwrite=overwrite, quiet=quiet)
+    if dry_run:
+        from loftq.training.memory import estimate  # imports peft, which takes seconds
+
+        result: Any = estimate(**given)
+    else:
+        result = loftq.train(**given, resume=resume, overwrite=overwrite, quiet=quiet)
     if os.environ.get("RANK", "0") == "0":  # of several processes, the first one speaks
         click.echo(json.dumps(result.to_dict()) if as_json else result.table())

@@ -56,9 +56,22 @@ def test_all_commands_are_offered(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert complete(run, monkeypatch, "bash", "")[: len(names)] == [f"plain,{name}" for name in names]
 
 
+IMPORTED = "import sys\nfrom loftq_cli.main import main\ntry:\n main({})\nfinally:\n print('torch' in sys.modules)"
+
+
+def test_help_imports_no_command() -> None:
+    """Nor does it cut a line off. Oracle: the interpreter's own list of modules."""
+    found = subprocess.run([sys.executable, "-c", IMPORTED.format("['-h']")], capture_output=True, text=True)
+    *lines, imported = found.stdout.splitlines()
+    commands = lines[lines.index("Commands:") + 1 :]
+    assert [line.split()[0] for line in commands] == cli.list_commands(click.Context(cli))
+    assert all(line.endswith(".") and "..." not in line for line in commands)
+    assert imported == "False"
+
+
 def test_completing_a_name_imports_no_command() -> None:
     """Oracle: the interpreter's own list of modules."""
-    code = "import sys\nfrom loftq_cli.main import main\ntry:\n main([])\nfinally:\n print('torch' in sys.modules)"
+    code = IMPORTED.format("[]")
     asked = {"_LOFTQ_COMPLETE": "bash_complete", "COMP_WORDS": "loftq ver", "COMP_CWORD": "1"}
     found = subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True)
     assert found.stdout.split() == ["plain,verify", "False"]
