@@ -56,7 +56,8 @@ def solve(
     h = None if moment is None else damped(moment.to(weight.device))
     outputs = Metric.of("full", h)
     metric = outputs if method.metric == "full" else Metric.of(method.metric, h)
-    solved = first_rounding(weight, quantizer, method, h, _directions(method, h, rank, generator))
+    directions = _directions(method, h, rank, generator) if iterations else None  # which an adapter corrects
+    solved = first_rounding(weight, quantizer, method, h, directions)
     residual = left_by(solved, weight, quantizer)
     nearest = residual if method.plain else left_by(quantizer.quantize(weight), weight, quantizer)
     rounded = [norms(error, outputs) for error in (weight, nearest, residual)]

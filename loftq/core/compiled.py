@@ -11,6 +11,7 @@ not be fused: a dequantized value is rounded as in bitsandbytes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -53,9 +54,12 @@ class Loop:
                 known = body.__globals__ | {
                     name: loop.compile() for name, loop in called.items() if isinstance(loop, Loop)
                 }
-                self._compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath=set(self._fastmath))(
-                    FunctionType(body.__code__, known, body.__name__, self._defaults)
-                )
+                body = FunctionType(body.__code__, known, body.__name__, self._defaults)
+                options = {"nogil": True, "error_model": "numpy", "fastmath": set(self._fastmath)}
+                try:
+                    self._compiled = njit(body, cache=True, **options)
+                except RuntimeError:  # neither beside this file nor at home a cache can be written
+                    self._compiled = njit(body, **options)
             return self._compiled
 
 
@@ -89,6 +93,10 @@ def _for_any_block(function: Callable[..., None]) -> Loop:
 @cache
 def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="loftq-kernel")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # a fork has its parent's pool, without the threads
 
 
 def over_blocks(blocks: int, block: int, work: Callable[[int, int], None]) -> None:

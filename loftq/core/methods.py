@@ -79,7 +79,7 @@ METHODS = {
         3,
         64,
         "error of outputs, then KL of the model's answers",
-        "feedback, 3 descents, 64 training steps",
+        "feedback, 2 descents, 64 training steps",
         "ours",
     ),
 }

@@ -16,14 +16,13 @@ import numpy as np
 import torch
 
 from loftq.core import chunks
-from loftq.core.compiled import TILE, TINY, compiled, flat, for_block, over_blocks
+from loftq.core.compiled import TILE, TINY, flat, for_block, over_blocks
 from loftq.core.grid import Quantizer
 from loftq.core.nearest import Levels, nearest
 from loftq.core.scales import Scales
 
 FACTORS = tuple(n / 40 for n in sorted(range(16, 43), key=lambda n: abs(n - 40)))  # of equals the nearest to 1 wins
 _ZERO, _ONE = np.float32(0), np.float32(1)
-_compiled_nearest = compiled(nearest.function)
 
 
 def search(weight: torch.Tensor, quantizer: Quantizer, importance: torch.Tensor | None = None) -> Scales:
@@ -110,7 +109,7 @@ def _search(  # type: ignore[no-untyped-def]
                 inverse = _ONE / (scales[f, b] if abs(scales[f, b]) > TINY else TINY)
                 for j in range(block):
                     scaled[j] = (values[j] - shift) * inverse
-            _compiled_nearest(unit[:n], boundaries, levels, low, high, rounded[:n])
+            nearest(unit[:n], boundaries, levels, low, high, rounded[:n])
             for b in range(tile, end):
                 at = slice((b - tile) * block, (b - tile + 1) * block)
                 values, kept, heavy = x[b * block : (b + 1) * block], rounded[at], weights[at]

@@ -170,6 +170,10 @@ class Recipe:
                 self._set(**{option: getattr(preset, option)})
             if getattr(self, option) not in known:
                 raise UnknownNameError(option, str(getattr(self, option)), known)
+        if self.adapter == "qalora":
+            self._refuse_what_pools_leave_out(preset)
+        elif self.svd == "exact" and (self.calibration is not None or not self.solving.plain):
+            raise OptionError("--svd exact: for LoftQ without text: leave it out")
         self._set(iters=preset.iterations if self.iters is None else self.iters)
         self._set(refine=preset.refine if self.refine is None else self.refine)
         if not 0 <= self.refinement <= MOST_STEPS:
@@ -182,6 +186,18 @@ class Recipe:
                 self._set(**{option: usual})
             if getattr(self, option) < least:
                 raise OptionError(f"--{option.replace('_', '-')} {getattr(self, option)}: expected {least} or more")
+
+    def _refuse_what_pools_leave_out(self, preset: Method) -> None:
+        """QA-LoRA fits scales, zero-points and pooled factors together, by a solver of its own."""
+        known = [name for name, method in METHODS.items() if method.metric == "identity" or not method.plain]
+        if self.method not in known:
+            raise OptionError(f"--method {self.method}: QA-LoRA has {', '.join(known)}")
+        for option in ("scales", "rounding"):
+            value = getattr(self, option)
+            if not preset.needs_moment and value != getattr(preset, option):
+                raise OptionError(f"--{option} {value}: QA-LoRA without the inputs fits scales to the nearest codes")
+        if self.svd == "exact":
+            raise OptionError("--svd exact: QA-LoRA's pooled factors always are: leave it out")
 
     def _refuse_without_text(self) -> None:
         preset = METHODS[str(self.method)]

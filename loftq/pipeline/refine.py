@@ -11,7 +11,8 @@ without a vocabulary learns the last hidden states: their squared error over the
 The rate begins where a step, which grows with the rank, is a fixed part of the way, which is as long as the root of the
 divergence. At twice that, a start of rank 64 that is near ends farther away.
 
-A part of the text is held out. Where the divergence does not fall there, the adapter stays as it was.
+A part of the text is held out. Where the divergence does not fall there, the adapter stays as it was, and of one window
+nothing is learned.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from loftq.formats.adapter import Adapter, open_adapter
+from loftq.formats.adapter import Adapter, keys, open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.models.loading import load_base
 from loftq.models.tasks import TASKS, part_before_head
@@ -38,7 +39,7 @@ _REACH = 0.018  # rate times rank, over the divergence's root
 _WARMUP = 0.05  # of the steps
 _HELD_OUT = 16  # of so many windows, one
 _STEP = 1024  # tokens, or a window where that is longer
-_LARGE = 1_000_000_000  # parameters, from which activations are computed again in the backward pass
+_LARGE = 300_000_000  # weights, from which activations are computed again in the backward pass
 _LEAST = 1e-6  # of a probability: what float32 leaves of one less a sum
 _ANSWERS = ("indices", "values", "hidden")
 
@@ -69,10 +70,14 @@ def refine(
     core = part_before_head(base, TASKS[artifact.manifest["source"]["task"]])
     windows = [{name: rows[at] for name, rows in teacher.items()} for at in range(len(teacher["input_ids"]))]
     held = windows[-max(len(windows) // _HELD_OUT, 1) :]
-    learned = windows[: -len(held)] or windows
-    before = _divergence(core, held, device)
-    _train(model, core, learned, steps, _rate(open_adapter(artifact.adapter), before), device, seed, quiet)
-    after = _divergence(core, held, device)
+    learned = windows[: -len(held)]
+    before = after = _divergence(core, held, device)
+    if learned:
+        adapter = open_adapter(artifact.adapter)
+        if _weights(adapter) > _LARGE:
+            cast(Any, model).gradient_checkpointing_enable()
+        _train(model, core, learned, steps, _rate(adapter, before), device, seed, quiet)
+        after = _divergence(core, held, device)
     if not after < before:
         return Refinement(before, before, 0), {}
     factors = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
@@ -95,6 +100,12 @@ def divergence(answer: Any, window: Window) -> torch.Tensor:
     rest_p, rest_q = ((1 - log.exp().sum(-1)).clamp_min(_LEAST) for log in (log_p, log_q))
     found: torch.Tensor = (known + rest_p * (rest_p / rest_q).log()).mean()
     return found
+
+
+def _weights(adapter: Adapter) -> int:
+    """Of the linears that it adapts."""
+    pairs = ([adapter.shapes[key] for key in keys(module)] for module in adapter.modules)
+    return sum(a[1] * (adapter.pool_size or 1) * b[0] for a, b in pairs)
 
 
 def _rate(adapter: Adapter, before: float) -> float:
@@ -134,7 +145,10 @@ def _batched(windows: Iterable[Window]) -> dict[str, torch.Tensor]:
 
 
 def _prepare(model: nn.Module) -> None:
-    """Factors alone train, without dropout: the answers to learn are those of the whole model."""
+    """Factors alone train, with modules' dropout off: the answers to learn are those of the whole model.
+
+    Dropout that a family applies as a function (BART, OPT, T5) stays.
+    """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
     for module in model.modules():
@@ -165,8 +179,6 @@ def _train(
     quiet: bool,
 ) -> None:
     length = len(windows[0]["input_ids"])
-    if sum(parameter.numel() for parameter in model.parameters()) > _LARGE:
-        cast(Any, model).gradient_checkpointing_enable()
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,

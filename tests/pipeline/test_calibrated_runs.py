@@ -20,9 +20,11 @@ import loftq
 from loftq.core.methods import METHODS
 from loftq.core.metric import damped
 from loftq.errors import ArtifactError
+from loftq.formats.adapter import Adapter
 from loftq.formats.artifact import MANIFEST
 from loftq.pipeline import calibrate, calibration_text
 from loftq.pipeline.calibration_text import read_text
+from loftq.pipeline.refine import _rate
 from loftq.pipeline.report import Report
 
 Run = Callable[..., Result]
@@ -160,6 +162,14 @@ def test_an_adapter_that_gets_no_better_stays(quantize: Any, monkeypatch: pytest
     assert weights[0] == weights[1]
 
 
+def test_a_step_is_a_part_of_the_way() -> None:
+    """The rate of refining, by hand: at most 2e-4, as the root of the divergence, against the rank, over √s."""
+    config = {"r": 64, "lora_alpha": 64}
+    far, near = (_rate(Adapter(Path(), config, {}), before) for before in (1.0, 0.04))
+    assert (far, near) == (pytest.approx(2e-4), pytest.approx(0.018 * 0.2 / 64))
+    assert _rate(Adapter(Path(), {"r": 16, "lora_alpha": 64}, {}), 0.04) == pytest.approx(1e-4)
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -265,6 +275,13 @@ def test_other_kinds_of_models(family: str, task: str, text: Path, tmp_path: Pat
     loftq.load_qlora(report.folder)
 
 
+def test_codes_alone_err_into_no_adapter(quantize: Any) -> None:
+    """Without turns nothing corrects what rounding would leave to the adapter. Oracle: rounding with feedback alone."""
+    bare, feedback = (quantize(name, iters=0, refine=0, rounding=name) for name in ("intrinsic", "feedback"))
+    assert bare.totals["output_error"] == pytest.approx(feedback.totals["output_error"], rel=1e-6)
+    assert bare.totals["output_error"] < bare.totals["output_plain_error"]
+
+
 def test_scales_are_searched_without_text_too(quantize: Any) -> None:
     """Oracle: LoftQ under each block's own range."""
     bare = {"calibration": None, "calibration_tokens": None, "sequence_length": None, "statistics": None, "bits": 2}
@@ -302,6 +319,10 @@ def test_qalora_is_calibrated_too(format: str, quantize: Any) -> None:
         (["--method", "querra"], "unknown method 'querra'; did you mean qera?"),
         (["--scales", "absmin"], "unknown scales 'absmin'; did you mean absmax?"),
         (["--calibration", "default", "--refine", -1], "--refine -1: expected 0 (none)"),
+        (["--calibration", "default", "--svd", "exact"], "--svd exact: for LoftQ without text"),
+        (["--adapter", "qalora", "--svd", "exact"], "--svd exact: QA-LoRA's pooled factors"),
+        (["--adapter", "qalora", "--scales", "search"], "--scales search: QA-LoRA without the inputs"),
+        (["--adapter", "qalora", "--method", "qera"], "--method qera: QA-LoRA has qlora, loftq, cloq, calibrated"),
         (["--calibration", "missing.txt"], "--calibration missing.txt: no such file"),
         (["--calibration", "default", "--calibration-tokens", 100], "--calibration-tokens 100: expected 512 or more"),
         (["--calibration", "default", "--sequence-length", 4], "--sequence-length 4: expected 16 or more"),
