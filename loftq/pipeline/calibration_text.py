@@ -36,6 +36,7 @@ class Calibration:
 
     text: str  # as it was named
     windows: torch.Tensor
+    task: str  # of the model, on which its answers depend
     seed: int
     text_sha256: str  # of what was read of it
     tokenizer_sha256: str
@@ -53,8 +54,9 @@ class Calibration:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """All that the windows depend on."""
+        """All that the windows depend on, and the kind of the answers to them."""
         return {
+            "task": self.task,
             "tokens": self.tokens,
             "sequence_length": self.sequence_length,
             "seed": self.seed,
@@ -112,7 +114,7 @@ def prepare(
         notes.append(f"the calibration text has {windows.numel()} tokens of the {tokens} that were asked for")
     if longest < sequence_length:
         notes.append(f"calibrated on windows of {longest} tokens: the model takes no more")
-    return Calibration(text, windows, seed, hashed.hexdigest(), _fingerprint(tokenizer), tuple(notes))
+    return Calibration(text, windows, plan.task.name, seed, hashed.hexdigest(), _fingerprint(tokenizer), tuple(notes))
 
 
 def _load_tokenizer(plan: Plan, trust_remote_code: bool) -> Any:

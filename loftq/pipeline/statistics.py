@@ -27,7 +27,7 @@ from loftq.pipeline.plan import Layer, Plan
 
 RECORD = "calibration.json"
 TEACHER = "teacher.safetensors"
-VERSION = 1
+VERSION = 2
 _AGAIN = "remove it to gather them again, or name another folder"
 
 
@@ -78,10 +78,10 @@ class Statistics:
 
 
 def open_statistics(folder: Path, plan: Plan, calibration: Calibration | None = None) -> Statistics:
-    """Open a folder of statistics that belong to a plan's model, and to a calibration where one is given.
+    """Open a folder of statistics that belong to a plan's model and task, and to a calibration where one is given.
 
     Raises ArtifactError for one that is damaged, of another model, tokenizer or text, or lacks a layer of the plan;
-    OptionError for one of another number of tokens, sequence length or seed.
+    OptionError for one of another task, number of tokens, sequence length or seed.
     """
     found = read_record(folder)
     if found["source"]["headers_sha256"] != headers_digest(plan.source.checkpoint):
@@ -89,6 +89,9 @@ def open_statistics(folder: Path, plan: Plan, calibration: Calibration | None = 
             f"{folder} was gathered with {found['source']['name']}, whose tensors are not those of "
             f"{plan.source.name}: {_AGAIN}"
         )
+    task = found["settings"]["task"]
+    if task != plan.task.name:
+        raise OptionError(f"{folder} was gathered with --task {task}, not {plan.task.name}: {_AGAIN}")
     if calibration is not None:
         _check_settings(folder, found["settings"], calibration.settings)
     lacking = lacks(found, plan)

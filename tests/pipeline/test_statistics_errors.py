@@ -1,0 +1,65 @@
+"""Statistics that belong to something else, or are damaged: refused, by name, before anything is made of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import loftq
+from loftq.errors import OptionError
+from loftq.pipeline import calibration_text
+from loftq.pipeline.calibrate import gather
+from loftq.pipeline.calibration_text import Calibration, prepare
+from loftq.pipeline.plan import Plan, make_plan
+from loftq.pipeline.recipe import Recipe
+from loftq.pipeline.source import find_source
+from loftq.pipeline.statistics import Statistics
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_text, "MIN_TOKENS", 256)
+
+
+def plan_of(folder: Path, **options: Any) -> Plan:
+    return make_plan(find_source(str(folder)), Recipe(rank=4, **options))
+
+
+def small(plan: Plan, **options: Any) -> Calibration:
+    return prepare(plan, **{"tokens": 512, "sequence_length": 64, **options})
+
+
+@pytest.fixture(scope="module")
+def gathered(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
+    """Of the pico llama. Do not write to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration_text, "MIN_TOKENS", 256)
+        plan = plan_of(pico)
+        return gather(plan, small(plan), tmp_path_factory.mktemp("gathered") / "cache", quiet=True)
+
+
+@pytest.fixture
+def cached(gathered: Statistics, tmp_path: Path) -> Path:
+    """A copy of the folder."""
+    return Path(shutil.copytree(gathered.folder, tmp_path / "cache"))
+
+
+# Of something else
+
+
+def test_each_task_has_statistics_of_its_own(pico: Path, cached: Path, tmp_path: Path) -> None:
+    """Oracle: a model of tokens answers with tokens, one without a vocabulary with its hidden states."""
+    other = plan_of(pico, task="sequence-classification", num_labels=3)
+    assert small(other).key != small(plan_of(pico)).key
+    with pytest.raises(OptionError, match=f"{cached} was gathered with --task causal-lm, not sequence-classification"):
+        gather(other, small(other), cached, quiet=True)
+    for name, options in (("tokens", {}), ("labels", {"task": "sequence-classification", "num_labels": 3})):
+        asked: dict[str, Any] = {"calibration_tokens": 512, "sequence_length": 64, "refine": 2, **options}
+        report = loftq.quantize(
+            str(pico), output=tmp_path / "o" / name, rank=4, calibration="default", quiet=True, **asked
+        )
+        assert "divergence" in report.totals
+    assert len(list((tmp_path / "o").glob("pico-llama-calibration-*"))) == 2
