@@ -27,12 +27,12 @@ from loftq.core.moments import Moment
 from loftq.errors import ArtifactError, SourceError
 from loftq.models.lockstep import run
 from loftq.pipeline import statistics
-from loftq.pipeline.block_weights import BlockWeights
+from loftq.pipeline.block_weights import BlockWeights, changed
 from loftq.pipeline.calibration_text import Calibration
 from loftq.pipeline.notes import some
 from loftq.pipeline.plan import Plan
 from loftq.pipeline.staging import explain_os_errors
-from loftq.pipeline.statistics import RECORD, TEACHER, Statistics, open_statistics, read_panels, read_record
+from loftq.pipeline.statistics import AGAIN, RECORD, TEACHER, Statistics, open_statistics, read_panels, read_record
 
 TOP = 256  # answers that are kept at each position
 _BATCH_TOKENS = 2048  # that run at once: more make the products no faster
@@ -55,17 +55,27 @@ def gather(
     does for one of another, SourceError for a model whose activations are not finite, and OutputError where the disk is
     full.
     """
-    if (folder / RECORD).is_file():
-        record = read_record(folder)
-        if not statistics.lacks(record, plan):
-            return open_statistics(folder, plan, calibration)
-        open_statistics(folder, replace(plan, layers=()), calibration)  # is it ours to replace?
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtifactError(f"{folder} is in the way and holds no calibration statistics: name another folder")
+    known = _known(plan, calibration, folder)
+    if known is not None:
+        return known
     weights = BlockWeights(plan, torch.device(device), trust_remote_code=trust_remote_code)
     with explain_os_errors(folder, "--statistics"), _replacing(folder) as scratch:
         _gather_into(scratch, plan, calibration, weights, quiet)
     return open_statistics(folder, plan, calibration)
+
+
+def _known(plan: Plan, calibration: Calibration, folder: Path) -> Statistics | None:
+    """The statistics that a folder has of all of a plan's layers; None where it is free, or ours to replace."""
+    if (folder / RECORD).is_file():
+        lacking = statistics.lacks(read_record(folder), plan)
+        ours = replace(plan, layers=()) if lacking else plan
+        found = open_statistics(folder, ours, calibration)
+        for name in changed(ours, found.record["weights"]):
+            raise ArtifactError(f"{folder} was gathered with another {name}: {AGAIN}")
+        return None if lacking else found
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtifactError(f"{folder} is in the way and holds no calibration statistics: name another folder")
+    return None
 
 
 @contextmanager
@@ -103,6 +113,7 @@ def _gather_into(folder: Path, plan: Plan, calibration: Calibration, weights: Bl
             "name": plan.source.name,
             "revision": plan.source.revision,
             "headers_sha256": statistics.headers_digest(plan.source.checkpoint),
+            "config_sha256": statistics.config_digest(plan.source.folder),
         },
         "text": calibration.text,
         "settings": calibration.settings,

@@ -28,7 +28,8 @@ from loftq.pipeline.plan import Layer, Plan
 RECORD = "calibration.json"
 TEACHER = "teacher.safetensors"
 VERSION = 2
-_AGAIN = "remove it to gather them again, or name another folder"
+AGAIN = "remove the folder to gather them again, or name another with --statistics"
+_VOLATILE = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")  # of a config: no part of the model
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Statistics:
     def check_weight(self, layer: Layer, digest: str) -> None:
         """Raise ArtifactError unless a layer's tensor, by its SHA-256, is the one that the model was run with."""
         if self.record["weights"].get(layer.tensor) != digest:
-            raise ArtifactError(f"{self.folder} was gathered with another {layer.tensor}: {_AGAIN}")
+            raise ArtifactError(f"{self.folder} was gathered with another {layer.tensor}: {AGAIN}")
 
     def teacher(self) -> dict[str, torch.Tensor]:
         """What the model answered, by name: `input_ids` int32 (windows, length), for seq2seq `decoder_input_ids`, and
@@ -87,16 +88,18 @@ def open_statistics(folder: Path, plan: Plan, calibration: Calibration | None = 
     if found["source"]["headers_sha256"] != headers_digest(plan.source.checkpoint):
         raise ArtifactError(
             f"{folder} was gathered with {found['source']['name']}, whose tensors are not those of "
-            f"{plan.source.name}: {_AGAIN}"
+            f"{plan.source.name}: {AGAIN}"
         )
+    if found["source"]["config_sha256"] != config_digest(plan.source.folder):
+        raise ArtifactError(f"{folder} was gathered with another config.json than that of {plan.source.name}: {AGAIN}")
     task = found["settings"]["task"]
     if task != plan.task.name:
-        raise OptionError(f"{folder} was gathered with --task {task}, not {plan.task.name}: {_AGAIN}")
+        raise OptionError(f"{folder} was gathered with --task {task}, not {plan.task.name}: {AGAIN}")
     if calibration is not None:
         _check_settings(folder, found["settings"], calibration.settings)
     lacking = lacks(found, plan)
     if lacking:
-        raise ArtifactError(f"{folder} has no statistics of {lacking[0]}: {_AGAIN}")
+        raise ArtifactError(f"{folder} has no statistics of {lacking[0]}: {AGAIN}")
     return Statistics(folder, found)
 
 
@@ -114,9 +117,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ArtifactError(f"{folder} has no {RECORD}: expected a folder of calibration statistics") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}): {_AGAIN}") from error
+        raise ArtifactError(f"{path} is damaged ({error}): {AGAIN}") from error
     if version != VERSION:
-        raise ArtifactError(f"{path} is of version {version}, and this is for version {VERSION}: {_AGAIN}")
+        raise ArtifactError(f"{path} is of version {version}, and this is for version {VERSION}: {AGAIN}")
     return record
 
 
@@ -124,6 +127,13 @@ def headers_digest(checkpoint: Checkpoint) -> str:
     """A hash of the names, dtypes and shapes of all tensors."""
     rows = sorted((spec.name, str(spec.dtype), list(spec.shape)) for spec in checkpoint.tensors.values())
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def config_digest(folder: Path) -> str:
+    """A hash of what a model's `config.json` says of what it computes."""
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    config = json.loads(text, object_hook=lambda row: {k: v for k, v in row.items() if k not in _VOLATILE})
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def read_panels(path: Path) -> Sequence[torch.Tensor]:
@@ -135,14 +145,14 @@ def read_panels(path: Path) -> Sequence[torch.Tensor]:
 def _check_settings(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
     for key in ("tokens", "sequence_length", "seed"):
         if found[key] != asked[key]:
-            raise OptionError(f"{folder} was gathered with {key} {found[key]}, not {asked[key]}: {_AGAIN}")
+            raise OptionError(f"{folder} was gathered with {key} {found[key]}, not {asked[key]}: {AGAIN}")
     for key, what in (("tokenizer_sha256", "tokenizer"), ("text_sha256", "text"), ("windows_sha256", "text")):
         if found[key] != asked[key]:
-            raise ArtifactError(f"{folder} was gathered with another {what}: {_AGAIN}")
+            raise ArtifactError(f"{folder} was gathered with another {what}: {AGAIN}")
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} is missing or damaged ({error}): {_AGAIN}") from error
+        raise ArtifactError(f"{path} is missing or damaged ({error}): {AGAIN}") from error

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import loftq
-from loftq.errors import OptionError
+from loftq.errors import ArtifactError, OptionError
 from loftq.pipeline import calibration_text
 from loftq.pipeline.calibrate import gather
 from loftq.pipeline.calibration_text import Calibration, prepare
@@ -63,3 +65,35 @@ def test_each_task_has_statistics_of_its_own(pico: Path, cached: Path, tmp_path:
         )
         assert "divergence" in report.totals
     assert len(list((tmp_path / "o").glob("pico-llama-calibration-*"))) == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight"],
+)
+def test_a_weight_that_is_not_quantized_counts_too(name: str, pico: Path, cached: Path, tmp_path: Path) -> None:
+    """Oracle: one number of one tensor."""
+    model = Path(shutil.copytree(pico, tmp_path / pico.name))
+    tensors = load_file(model / "model.safetensors")
+    tensors[name].view(-1)[7] += 1
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    for modules in (None, ("q_proj",)):
+        plan = plan_of(model, target_modules=modules)
+        with pytest.raises(ArtifactError, match=f"{cached} was gathered with another {name}: remove the folder"):
+            gather(plan, small(plan), cached, quiet=True)
+
+
+@pytest.mark.parametrize(("change", "refused"), [({"rms_norm_eps": 1e-3}, True), ({"dtype": "float16"}, False)])
+def test_what_the_config_computes_counts_too(
+    change: dict[str, Any], refused: bool, pico: Path, cached: Path, tmp_path: Path
+) -> None:
+    """Oracle: all weights are the same."""
+    model = Path(shutil.copytree(pico, tmp_path / pico.name))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **change, "transformers_version": "4.0.0"}))
+    plan = plan_of(model)
+    if not refused:
+        assert gather(plan, small(plan), cached, quiet=True).folder == cached
+        return
+    with pytest.raises(ArtifactError, match=rf"{cached} was gathered with another config\.json than that of .*{model}"):
+        gather(plan, small(plan), cached, quiet=True)
