@@ -22,7 +22,7 @@ from loftq.core.metric import damped
 from loftq.errors import ArtifactError
 from loftq.formats.artifact import MANIFEST
 from loftq.pipeline import calibrate, calibration_text
-from loftq.pipeline.calibration_text import read_text
+from loftq.pipeline.documents import read_text
 from loftq.pipeline.report import Report
 
 Run = Callable[..., Result]

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from loftq.errors import OptionError, SourceError
 from loftq.pipeline import calibration_text
-from loftq.pipeline.calibration_text import DEFAULT, prepare, read_text
+from loftq.pipeline.calibration_text import prepare
+from loftq.pipeline.documents import DEFAULT, read_text
 from loftq.pipeline.plan import Plan, make_plan
 from loftq.pipeline.recipe import Recipe
 from loftq.pipeline.source import find_source
