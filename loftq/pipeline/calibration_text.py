@@ -91,21 +91,25 @@ def prepare(
     before, after = _special_tokens(tokenizer)
     hashed = hashlib.sha256()
     ids = _tokenize(tokenizer, read_text(text), _SURPLUS * tokens, hashed)
-    if len(ids) < MIN_TOKENS:
-        raise OptionError(
-            f"--calibration {text} has {len(ids)} tokens: expected {MIN_TOKENS} or more, better {TOKENS}: "
-            f"name a longer text, or use the one that is shipped: --calibration {DEFAULT}"
-        )
     longest = _longest(plan.model, tokenizer)
-    length = min(sequence_length, longest, tokens, len(ids) + len(before) + len(after))
-    inner = length - len(before) - len(after)
+    length = min(sequence_length, longest, tokens, max(len(ids) + len(before) + len(after), 1))
+    inner = max(length - len(before) - len(after), 1)
     available, wanted = len(ids) // inner, tokens // length
     chosen = sorted(random.Random(seed).sample(range(available), min(available, wanted)))
+    if available < wanted:
+        filled = f"the text has {len(ids)} tokens, of which {available * inner} fill whole windows of {length}"
+    else:
+        filled = f"of {tokens} tokens {wanted * length} fill whole windows of {length}"
+    if len(chosen) * length < MIN_TOKENS:
+        raise OptionError(
+            f"--calibration {text}: {filled}: expected {MIN_TOKENS} or more, better {TOKENS}: use a smaller "
+            f"--sequence-length, a longer text, or the one that is shipped: --calibration {DEFAULT}"
+        )
     windows = torch.tensor([[*before, *ids[i * inner : (i + 1) * inner], *after] for i in chosen], dtype=torch.int64)
     _check_ids(plan, windows)
     notes = []
-    if available < wanted:
-        notes.append(f"the calibration text has {windows.numel()} tokens of the {tokens} that were asked for")
+    if windows.numel() < tokens:
+        notes.append(f"calibrated on {windows.numel()} tokens of the {tokens} that were asked for: {filled}")
     if longest < sequence_length:
         notes.append(f"calibrated on windows of {longest} tokens: the model takes no more")
     return Calibration(text, windows, plan.task.name, seed, hashed.hexdigest(), _fingerprint(tokenizer), tuple(notes))
