@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from loftq.core.moments import assemble
+from loftq.core.moments import PANEL, assemble
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats.checkpoint import Checkpoint
 from loftq.pipeline.calibration_text import Calibration
@@ -29,6 +29,11 @@ RECORD = "calibration.json"
 TEACHER = "teacher.safetensors"
 VERSION = 2
 AGAIN = "remove the folder to gather them again, or name another with --statistics"
+_SOURCE = dict.fromkeys(("name", "headers_sha256", "config_sha256"), str)
+_SETTINGS = {
+    **dict.fromkeys(("tokens", "sequence_length", "seed"), int),
+    **dict.fromkeys(("task", "text_sha256", "tokenizer_sha256", "windows_sha256"), str),
+}
 _VOLATILE = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")  # of a config: no part of the model
 
 
@@ -38,6 +43,7 @@ class Statistics:
 
     folder: Path
     record: dict[str, Any]
+    sizes: Mapping[str, int]  # inputs of each module
 
     @property
     def tokens(self) -> int:
@@ -62,7 +68,14 @@ class Statistics:
         """H (in, in) of a module's inputs in float32, or None for one that was never reached. Raises ArtifactError."""
         if not self.count(module):
             return None
-        return assemble(read_panels(self.folder / self.record["modules"][module]["file"]))
+        path = self.folder / self.record["modules"][module]["file"]
+        panels, size = read_panels(path), self.sizes[module]
+        expected = [(min(PANEL, size - start), size - start) for start in range(0, size, PANEL)]
+        if [tuple(panel.shape) for panel in panels] != expected:
+            raise ArtifactError(f"{path} is damaged (no moment of {size} inputs, which {module} has): {AGAIN}")
+        if not all(panel.dtype == torch.float32 and bool(torch.isfinite(panel).all()) for panel in panels):
+            raise ArtifactError(f"{path} is damaged (not finite, or not of float32): {AGAIN}")
+        return assemble(panels)
 
     def check_weight(self, layer: Layer, digest: str) -> None:
         """Raise ArtifactError unless a layer's tensor, by its SHA-256, is the one that the model was run with."""
@@ -75,7 +88,15 @@ class Statistics:
 
         Raises ArtifactError.
         """
-        return _load(self.folder / TEACHER)
+        path = self.folder / TEACHER
+        found = _load(path)
+        answers = {name for name in found if not name.endswith("input_ids")}
+        shape = (self.tokens // self.settings["sequence_length"], self.settings["sequence_length"])
+        if "input_ids" not in found or answers not in ({"values", "indices"}, {"hidden"}):
+            raise ArtifactError(f"{path} is damaged (it holds {', '.join(found) or 'nothing'}): {AGAIN}")
+        if any(tensor.shape[:2] != shape for tensor in found.values()):
+            raise ArtifactError(f"{path} is damaged (not of {shape[0]} windows of {shape[1]} tokens): {AGAIN}")
+        return found
 
 
 def open_statistics(folder: Path, plan: Plan, calibration: Calibration | None = None) -> Statistics:
@@ -100,7 +121,7 @@ def open_statistics(folder: Path, plan: Plan, calibration: Calibration | None = 
     lacking = lacks(found, plan)
     if lacking:
         raise ArtifactError(f"{folder} has no statistics of {lacking[0]}: {AGAIN}")
-    return Statistics(folder, found)
+    return Statistics(folder, found, {layer.module: layer.shape[1] for layer in plan.layers})
 
 
 def lacks(record: dict[str, Any], plan: Plan) -> list[str]:
@@ -109,18 +130,31 @@ def lacks(record: dict[str, Any], plan: Plan) -> list[str]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record of a folder of statistics. Raises ArtifactError."""
+    """The record of a folder of statistics, with all that is read of it. Raises ArtifactError."""
     path = folder / RECORD
     try:
         record = dict(json.loads(path.read_text(encoding="utf-8")))
         version = record["version"]
+        if version == VERSION:
+            _check_record(record)
     except FileNotFoundError as error:
         raise ArtifactError(f"{folder} has no {RECORD}: expected a folder of calibration statistics") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}): {AGAIN}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{path} is damaged ({error!r}): {AGAIN}") from error
     if version != VERSION:
         raise ArtifactError(f"{path} is of version {version}, and this is for version {VERSION}: {AGAIN}")
     return record
+
+
+def _check_record(record: dict[str, Any]) -> None:
+    """Raise KeyError or TypeError where a record lacks something, or has it of another type."""
+    rows = [(record["source"], _SOURCE), (record["settings"], _SETTINGS), (record, {"notes": list, "weights": dict})]
+    for row in record["modules"].values():
+        rows.append((row, {"count": int, "file": str if row["count"] else object}))
+    for row, kinds in rows:
+        for key, kind in kinds.items():
+            if not isinstance(row[key], kind):
+                raise TypeError(f"{key} is {row[key]!r}")
 
 
 def headers_digest(checkpoint: Checkpoint) -> str:
@@ -139,7 +173,10 @@ def config_digest(folder: Path) -> str:
 def read_panels(path: Path) -> Sequence[torch.Tensor]:
     """The panels of a moment."""
     panels = _load(path)
-    return [panels[str(i)] for i in range(len(panels))]
+    names = [str(i) for i in range(len(panels))]
+    if not names or set(panels) != set(names):
+        raise ArtifactError(f"{path} is damaged (it holds {', '.join(panels) or 'nothing'}): {AGAIN}")
+    return [panels[name] for name in names]
 
 
 def _check_settings(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import loftq
@@ -18,7 +20,7 @@ from loftq.pipeline.calibration_text import Calibration, prepare
 from loftq.pipeline.plan import Plan, make_plan
 from loftq.pipeline.recipe import Recipe
 from loftq.pipeline.source import find_source
-from loftq.pipeline.statistics import Statistics
+from loftq.pipeline.statistics import VERSION, Statistics
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +99,77 @@ def test_what_the_config_computes_counts_too(
         return
     with pytest.raises(ArtifactError, match=rf"{cached} was gathered with another config\.json than that of .*{model}"):
         gather(plan, small(plan), cached, quiet=True)
+
+
+# Damaged
+
+
+def without(key: str, part: str | None = None) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        record = json.loads((folder / "calibration.json").read_text())
+        del (record if part is None else record[part])[key]
+        (folder / "calibration.json").write_text(json.dumps(record))
+
+    return change
+
+
+def with_module(row: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        record = json.loads((folder / "calibration.json").read_text())
+        record["modules"][MODULE] = row
+        (folder / "calibration.json").write_text(json.dumps(record))
+
+    return change
+
+
+def with_moment(**panels: torch.Tensor) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = json.loads((folder / "calibration.json").read_text())["modules"][MODULE]["file"]
+        save_file({name.strip("_"): panel for name, panel in panels.items()}, folder / file)
+
+    return change
+
+
+def with_teacher(**changes: torch.Tensor | None) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        answers = {**load_file(folder / "teacher.safetensors"), **changes}
+        kept = {name: tensor for name, tensor in answers.items() if tensor is not None}
+        save_file(kept, folder / "teacher.safetensors")
+
+    return change
+
+
+MODULE = "model.layers.0.self_attn.q_proj"  # of 64 inputs
+DAMAGES = {
+    "version alone": lambda folder: (folder / "calibration.json").write_text(f'{{"version": {VERSION}}}'),
+    "no notes": without("notes"),
+    "no seed": without("seed", "settings"),
+    "no digest": without("config_sha256", "source"),
+    "no row": with_module(None),
+    "no file": with_module({"file": None, "count": 512}),
+    "a list": lambda folder: (folder / "calibration.json").write_text(f'{{"version": {VERSION}, "modules": []}}'),
+    "another size": with_moment(_0=torch.eye(32)),
+    "another number of panels": with_moment(_0=torch.eye(64), _1=torch.eye(64)),
+    "another name": with_moment(panel=torch.eye(64)),
+    "not finite": with_moment(_0=torch.full((64, 64), torch.nan)),
+    "no tokens": with_teacher(input_ids=None),
+    "no answers": with_teacher(values=None, indices=None),
+    "fewer windows": with_teacher(input_ids=torch.zeros(7, 64, dtype=torch.int32)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_damaged_is_named_and_what_to_do(damage: str, pico: Path, cached: Path) -> None:
+    """Oracle: the message; what it says to do works."""
+    DAMAGES[damage](cached)
+    plan = plan_of(pico)
+
+    def read() -> None:
+        known = gather(plan, small(plan), cached, quiet=True)
+        assert known.moment(MODULE) is not None
+        assert known.teacher()
+
+    with pytest.raises(ArtifactError, match=rf"{cached}/.* is damaged \(.*\): remove the folder to gather them again"):
+        read()
+    shutil.rmtree(cached)
+    read()
