@@ -90,7 +90,7 @@ class Statistics:
         """
         path = self.folder / TEACHER
         found = _load(path)
-        answers = {name for name in found if not name.endswith("input_ids")}
+        answers = {name for name in found if not name.endswith("_ids")}
         shape = (self.tokens // self.settings["sequence_length"], self.settings["sequence_length"])
         if "input_ids" not in found or answers not in ({"values", "indices"}, {"hidden"}):
             raise ArtifactError(f"{path} is damaged (it holds {', '.join(found) or 'nothing'}): {AGAIN}")
@@ -148,7 +148,11 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def _check_record(record: dict[str, Any]) -> None:
     """Raise KeyError or TypeError where a record lacks something, or has it of another type."""
-    rows = [(record["source"], _SOURCE), (record["settings"], _SETTINGS), (record, {"notes": list, "weights": dict})]
+    rows: list[tuple[Mapping[str, Any], Mapping[str, type]]] = [
+        (record, {"notes": list, "weights": dict}),
+        (record["source"], _SOURCE),
+        (record["settings"], _SETTINGS),
+    ]
     for row in record["modules"].values():
         rows.append((row, {"count": int, "file": str if row["count"] else object}))
     for row, kinds in rows:
