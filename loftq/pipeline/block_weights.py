@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -23,8 +23,8 @@ class BlockWeights:
     """A model whose blocks are on the meta device but for the one that is loaded; what is in none stays.
 
     `core` is the part that is run: all of the model, or what lies before a task's head. It computes in `dtype`:
-    float32 on the CPU, where it is the fastest, the recipe's elsewhere. `digests` are the SHA-256 of the tensors to
-    quantize that were read so far.
+    float32 on the CPU, where it is the fastest, the recipe's elsewhere. `digests` are the SHA-256 of the tensors that
+    were read so far.
     """
 
     def __init__(self, plan: Plan, device: torch.device, *, trust_remote_code: bool = False) -> None:
@@ -32,7 +32,6 @@ class BlockWeights:
         self.dtype = torch.float32 if device.type == "cpu" else plan.recipe.dtype
         self.digests: dict[str, str] = {}
         self._plan = plan
-        self._targets = {layer.tensor for layer in plan.layers}
         self.model = _build(plan, self.dtype, trust_remote_code)
         self.core = part_before_head(self.model, plan.task)
         self.blocks = {
@@ -83,11 +82,11 @@ class BlockWeights:
     def _read(self, name: str, key: str) -> torch.Tensor:
         """A tensor of the checkpoint as the model computes with it."""
         stored = self._plan.source.checkpoint.read(name)
+        if name not in self.digests:  # blocks may be visited again
+            self.digests[name] = digest_of(stored)
         if not stored.is_floating_point():
             return stored.to(self.device)
         check_finite(stored, name, self._plan.source)
-        if name in self._targets:
-            self.digests[name] = digest_of(stored)
         # What transformers keeps in float32 beside float16 would overflow in it.
         kept = self.dtype == torch.float16 and set(key.split(".")) & set(linears.kept_in_float32(self.model))
         return stored.to(self.device, torch.float32 if kept else self.dtype)
@@ -115,6 +114,18 @@ class BlockWeights:
             module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         else:
             module._buffers[name] = tensor
+
+
+def changed(plan: Plan, digests: Mapping[str, str]) -> Iterator[str]:
+    """The tensors whose bytes are no more those of `digests`, a plan's layers left out.
+
+    Each is read whole: embeddings, norms, a head, unquantized experts. That takes as long as passing them through to
+    the output does, and is exact. Layers are read to be solved, and checked then (`Statistics.check_weight`).
+    """
+    checkpoint, layers = plan.source.checkpoint, {layer.tensor for layer in plan.layers}
+    for name, digest in digests.items():
+        if name not in layers and (name not in checkpoint.tensors or digest_of(checkpoint.read(name)) != digest):
+            yield name
 
 
 def _build(plan: Plan, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:

@@ -8,8 +8,6 @@ outside the blocks, and one activation for each token.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,12 +25,13 @@ from loftq.core.moments import Moment
 from loftq.errors import ArtifactError, SourceError
 from loftq.models.lockstep import run
 from loftq.pipeline import statistics
-from loftq.pipeline.block_weights import BlockWeights
+from loftq.pipeline.block_weights import BlockWeights, changed
 from loftq.pipeline.calibration_text import Calibration
 from loftq.pipeline.notes import some
 from loftq.pipeline.plan import Plan
+from loftq.pipeline.replacing import move_into_place, scratch_beside
 from loftq.pipeline.staging import explain_os_errors
-from loftq.pipeline.statistics import RECORD, TEACHER, Statistics, open_statistics, read_panels, read_record
+from loftq.pipeline.statistics import AGAIN, RECORD, TEACHER, Statistics, open_statistics, read_panels, read_record
 
 TOP = 256  # answers that are kept at each position
 _BATCH_TOKENS = 2048  # that run at once: more make the products no faster
@@ -53,34 +52,33 @@ def gather(
     The model runs in float32 on the CPU and in the compute dtype elsewhere, with a progress bar on stderr unless
     `quiet`. A folder of the same model and calibration that lacks a layer is made again. Raises what `open_statistics`
     does for one of another, SourceError for a model whose activations are not finite, and OutputError where the disk is
-    full.
+    full. Another run that is gathering the same is waited for.
     """
-    if (folder / RECORD).is_file():
-        record = read_record(folder)
-        if not statistics.lacks(record, plan):
-            return open_statistics(folder, plan, calibration)
-        open_statistics(folder, replace(plan, layers=()), calibration)  # is it ours to replace?
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtifactError(f"{folder} is in the way and holds no calibration statistics: name another folder")
-    weights = BlockWeights(plan, torch.device(device), trust_remote_code=trust_remote_code)
-    with explain_os_errors(folder, "--statistics"), _replacing(folder) as scratch:
+    known = _known(plan, calibration, folder)
+    if known is not None:
+        return known
+    with explain_os_errors(folder, "--statistics"), scratch_beside(folder) as scratch:
+        known = _known(plan, calibration, folder)  # what another run has gathered meanwhile
+        if known is not None:
+            return known
+        weights = BlockWeights(plan, torch.device(device), trust_remote_code=trust_remote_code)
         _gather_into(scratch, plan, calibration, weights, quiet)
-    return open_statistics(folder, plan, calibration)
+        move_into_place(scratch, folder)
+        return open_statistics(folder, plan, calibration)
 
 
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder beside another, whose place it takes if nothing goes wrong."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def _known(plan: Plan, calibration: Calibration, folder: Path) -> Statistics | None:
+    """The statistics that a folder has of all of a plan's layers; None where it is free, or ours to replace."""
+    if (folder / RECORD).is_file():
+        lacking = statistics.lacks(read_record(folder), plan)
+        ours = replace(plan, layers=()) if lacking else plan
+        found = open_statistics(folder, ours, calibration)
+        for name in changed(ours, found.record["weights"]):
+            raise ArtifactError(f"{folder} was gathered with another {name}: {AGAIN}")
+        return None if lacking else found
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtifactError(f"{folder} is in the way and holds no calibration statistics: name another folder")
+    return None
 
 
 def _gather_into(folder: Path, plan: Plan, calibration: Calibration, weights: BlockWeights, quiet: bool) -> None:
@@ -103,6 +101,7 @@ def _gather_into(folder: Path, plan: Plan, calibration: Calibration, weights: Bl
             "name": plan.source.name,
             "revision": plan.source.revision,
             "headers_sha256": statistics.headers_digest(plan.source.checkpoint),
+            "config_sha256": statistics.config_digest(plan.source.folder),
         },
         "text": calibration.text,
         "settings": calibration.settings,

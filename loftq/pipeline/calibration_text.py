@@ -1,32 +1,26 @@
-"""Text to calibrate on: documents from a file, from the Hub or from this package, cut into windows of tokens."""
+"""Text to calibrate on: documents, cut into windows of tokens as a model reads them."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import random
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from loftq.errors import OptionError, SourceError
-from loftq.pipeline.hub_data import explain_data
+from loftq.pipeline.documents import DEFAULT, read_text
 from loftq.pipeline.plan import Plan
 from loftq.pipeline.recipe import SEQUENCE_LENGTH, TOKENS
 
-DEFAULT = "default"
 MIN_TOKENS = 4096  # below, second moments of some thousand inputs are noise
 _SURPLUS = 16  # how much more text than asked for is read, to choose windows from
 _PIECE = 100_000  # characters that are tokenized at a time
-_TEXTS = (".txt", ".jsonl", ".json")
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
@@ -36,6 +30,7 @@ class Calibration:
 
     text: str  # as it was named
     windows: torch.Tensor
+    task: str  # of the model, on which its answers depend
     seed: int
     text_sha256: str  # of what was read of it
     tokenizer_sha256: str
@@ -53,8 +48,9 @@ class Calibration:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """All that the windows depend on."""
+        """All that the windows depend on, and the kind of the answers to them."""
         return {
+            "task": self.task,
             "tokens": self.tokens,
             "sequence_length": self.sequence_length,
             "seed": self.seed,
@@ -95,24 +91,28 @@ def prepare(
     before, after = _special_tokens(tokenizer)
     hashed = hashlib.sha256()
     ids = _tokenize(tokenizer, read_text(text), _SURPLUS * tokens, hashed)
-    if len(ids) < MIN_TOKENS:
-        raise OptionError(
-            f"--calibration {text} has {len(ids)} tokens: expected {MIN_TOKENS} or more, better {TOKENS}: "
-            f"name a longer text, or use the one that is shipped: --calibration {DEFAULT}"
-        )
     longest = _longest(plan.model, tokenizer)
-    length = min(sequence_length, longest, tokens, len(ids) + len(before) + len(after))
-    inner = length - len(before) - len(after)
+    length = min(sequence_length, longest, tokens, max(len(ids) + len(before) + len(after), 1))
+    inner = max(length - len(before) - len(after), 1)
     available, wanted = len(ids) // inner, tokens // length
     chosen = sorted(random.Random(seed).sample(range(available), min(available, wanted)))
+    if available < wanted:
+        filled = f"the text has {len(ids)} tokens, of which {available * inner} fill whole windows of {length}"
+    else:
+        filled = f"of {tokens} tokens {wanted * length} fill whole windows of {length}"
+    if len(chosen) * length < MIN_TOKENS:
+        raise OptionError(
+            f"--calibration {text}: {filled}: expected {MIN_TOKENS} or more, better {TOKENS}: use a smaller "
+            f"--sequence-length, a longer text, or the one that is shipped: --calibration {DEFAULT}"
+        )
     windows = torch.tensor([[*before, *ids[i * inner : (i + 1) * inner], *after] for i in chosen], dtype=torch.int64)
     _check_ids(plan, windows)
     notes = []
-    if available < wanted:
-        notes.append(f"the calibration text has {windows.numel()} tokens of the {tokens} that were asked for")
+    if windows.numel() < tokens:
+        notes.append(f"calibrated on {windows.numel()} tokens of the {tokens} that were asked for: {filled}")
     if longest < sequence_length:
         notes.append(f"calibrated on windows of {longest} tokens: the model takes no more")
-    return Calibration(text, windows, seed, hashed.hexdigest(), _fingerprint(tokenizer), tuple(notes))
+    return Calibration(text, windows, plan.task.name, seed, hashed.hexdigest(), _fingerprint(tokenizer), tuple(notes))
 
 
 def _load_tokenizer(plan: Plan, trust_remote_code: bool) -> Any:
@@ -190,91 +190,3 @@ def _check_ids(plan: Plan, windows: torch.Tensor) -> None:
             f"the tokenizer in {plan.source.folder} gives the token {largest}, and the model's embeddings end at "
             f"{rows - 1}: it belongs to another model: copy the right one there"
         )
-
-
-# Where text comes from
-
-
-def is_dataset(source: str) -> bool:
-    """Whether a text that could be read is a data set of the Hub."""
-    return source != DEFAULT and Path(source).suffix.lower() not in _TEXTS
-
-
-def public_name(source: str) -> str:
-    """A text's name without the place of a file."""
-    return source if is_dataset(source) else Path(source).name
-
-
-def read_text(source: str) -> Iterator[str]:
-    """The documents of a text: a .txt file is one, the lines of a .jsonl or .json file are some; `default` is the
-    shipped text; any other name is a data set on the Hub, OWNER/NAME, with `:CONFIG` for one of its configurations.
-
-    Raises OptionError.
-    """
-    if source == DEFAULT:
-        packed = resources.files("loftq.pipeline").joinpath("data/calibration.txt.gz").read_bytes()
-        return iter(gzip.decompress(packed).decode().split("\n\f\n"))
-    path = Path(source).expanduser()
-    suffix = path.suffix.lower()
-    if suffix in _TEXTS or path.exists():
-        if not path.is_file():
-            raise OptionError(f"--calibration {source}: no such file")
-        if suffix not in _TEXTS:
-            raise OptionError(f"--calibration {source}: expected a .txt, .jsonl or .json file")
-        try:
-            content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise OptionError(f"--calibration {source}: cannot be read as UTF-8 text ({error})") from error
-        return iter([content]) if suffix == ".txt" else _column(_parse(content, source), source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
-        raise OptionError(f"--calibration {source}: no such file, and no data set on the Hub (OWNER/NAME[:CONFIG])")
-    return _column(_hub_rows(source), source)
-
-
-def _parse(content: str, source: str) -> Iterator[Mapping[str, Any]]:
-    """The rows of JSON lines, or of one array."""
-    if content.lstrip().startswith("["):
-        try:
-            yield from json.loads(content)
-        except ValueError as error:
-            raise OptionError(f"--calibration {source}: not JSON ({error})") from error
-        return
-    for number, line in enumerate(content.split("\n"), 1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise OptionError(f"--calibration {source}: line {number} is not JSON ({error})") from error
-
-
-def _column(rows: Iterable[Any], source: str) -> Iterator[str]:
-    """The text of rows: their column `text`, or else the only one that holds a string."""
-    name = None
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, Mapping):
-            raise OptionError(f"--calibration {source}: row {number} is no object with a column `text`")
-        if name is None:
-            strings = [key for key, value in row.items() if isinstance(value, str)]
-            if "text" not in strings and len(strings) != 1:
-                raise OptionError(
-                    f"--calibration {source}: expected a column `text`, or only one of strings "
-                    f"(columns: {', '.join(map(str, row)) or 'none'}): rename the right one to `text`"
-                )
-            name = "text" if "text" in strings else strings[0]
-        if not isinstance(row.get(name), str):
-            raise OptionError(f"--calibration {source}: row {number} has no string in its column {name!r}")
-        yield row[name]
-
-
-def _hub_rows(source: str) -> Iterator[Mapping[str, Any]]:
-    """The rows of a data set, as they stream in: of its training split, or else of its first."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise OptionError(
-            f"--calibration {source}: no such file; to read a data set of the Hub, pip install 'loftq[data]'"
-        ) from error
-    name, _, config = source.partition(":")
-    with explain_data(name, f"--calibration {source}"):
-        splits = load_dataset(name, config or None, streaming=True)
-        yield from splits["train" if "train" in splits else next(iter(splits))]

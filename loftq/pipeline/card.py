@@ -10,9 +10,9 @@ from typing import Any
 
 from loftq.core.grid import ROW
 from loftq.core.methods import METHODS
-from loftq.pipeline.calibration_text import public_name
 from loftq.pipeline.card_metadata import metadata
 from loftq.pipeline.command import command_line
+from loftq.pipeline.documents import public_name
 from loftq.pipeline.loading_lines import loading_section
 from loftq.pipeline.plan import Plan
 from loftq.pipeline.recipe import Recipe

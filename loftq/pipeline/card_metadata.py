@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 
 from loftq.formats.artifact import CARD
-from loftq.pipeline.calibration_text import is_dataset
+from loftq.pipeline.documents import is_dataset
 from loftq.pipeline.plan import Plan
 from loftq.pipeline.source import Source
 

@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 from loftq.errors import OptionError
-from loftq.pipeline.calibration_text import public_name
+from loftq.pipeline.documents import public_name
 from loftq.pipeline.recipe import Recipe
 from loftq.pipeline.source import Source
 

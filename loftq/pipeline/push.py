@@ -18,8 +18,8 @@ from loftq.errors import ArtifactError, OptionError
 from loftq.formats.adapter import CONFIG, FOLDER, WEIGHTS
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, open_artifact
 from loftq.models.loading import check_adapter
-from loftq.pipeline.calibration_text import public_name
 from loftq.pipeline.destination import find_destination
+from loftq.pipeline.documents import public_name
 from loftq.pipeline.loading_lines import loading_lines, loading_section
 from loftq.pipeline.report import size
 from loftq.pipeline.verify import verify

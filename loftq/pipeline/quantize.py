@@ -20,6 +20,7 @@ from loftq.pipeline.calibrate import gather
 from loftq.pipeline.calibration_text import prepare
 from loftq.pipeline.destination import find_destination
 from loftq.pipeline.distill import distill, distilled, distilled_row
+from loftq.pipeline.documents import find_text
 from loftq.pipeline.jobs import solve_all
 from loftq.pipeline.manifest import write_configs, write_manifest
 from loftq.pipeline.plan import Plan, make_plan
@@ -124,6 +125,10 @@ def quantize(
         seed=seed,
         max_shard_size=max_shard_size,
     )
+    if calibration is not None:
+        find_text(str(calibration))
+    elif statistics is not None:
+        raise OptionError(f"--statistics {statistics}: needs text; add --calibration FILE, or --calibration default")
     if resume and overwrite:
         raise OptionError("--resume and --overwrite exclude each other: finish the run, or start again")
     if private and push is None:

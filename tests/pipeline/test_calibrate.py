@@ -245,7 +245,7 @@ def test_a_folder_is_reused(plan: Plan, cached: Path, gathered: Statistics) -> N
 def test_a_folder_that_lacks_a_layer_is_made_again(plan: Plan, tmp_path: Path) -> None:
     fewer = plan_of(plan.source.folder, target_modules=("q_proj",))
     gather(fewer, small(fewer), tmp_path / "cache", quiet=True)
-    with pytest.raises(ArtifactError, match=r"has no statistics of model\.layers\.0\.self_attn\.k_proj: remove it"):
+    with pytest.raises(ArtifactError, match=r"has no statistics of model\.layers\.0\.self_attn\.k_proj: remove the"):
         open_statistics(tmp_path / "cache", plan)
     found = gather(plan, small(plan), tmp_path / "cache", quiet=True)
     assert all(found.moment(layer.module) is not None for layer in plan.layers)
@@ -273,7 +273,7 @@ def test_a_folder_of_other_settings_is_refused(
         plan = plan_of(plan.source.folder, target_modules=options.pop("target_modules"))
     calibration = small(plan, **options)
     assert calibration.key != small(plan).key
-    with pytest.raises(error, match=rf"{cached.name}.*{match}.*: remove it to gather them again, or name another"):
+    with pytest.raises(error, match=rf"{cached.name}.*{match}.*: remove the folder to gather them again"):
         gather(plan, calibration, cached, quiet=True)
 
 
@@ -325,7 +325,7 @@ def test_a_damaged_folder_is_named(damage: str, plan: Plan, cached: Path) -> Non
     else:
         shutil.rmtree(cached)
         cached.write_text("a file")
-    with pytest.raises(ArtifactError, match=rf"{cached}.*(remove it|name another folder)"):
+    with pytest.raises(ArtifactError, match=rf"{cached}.*(remove the folder|name another folder)"):
         gather(plan, small(plan), cached, quiet=True).moment("model.layers.0.self_attn.q_proj")
 
 

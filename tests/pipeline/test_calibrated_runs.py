@@ -23,7 +23,7 @@ from loftq.errors import ArtifactError
 from loftq.formats.adapter import Adapter
 from loftq.formats.artifact import MANIFEST
 from loftq.pipeline import calibrate, calibration_text
-from loftq.pipeline.calibration_text import read_text
+from loftq.pipeline.documents import read_text
 from loftq.pipeline.refine import _rate
 from loftq.pipeline.report import Report
 
@@ -324,6 +324,8 @@ def test_qalora_is_calibrated_too(format: str, quantize: Any) -> None:
         (["--adapter", "qalora", "--scales", "search"], "--scales search: QA-LoRA without the inputs"),
         (["--adapter", "qalora", "--method", "qera"], "--method qera: QA-LoRA has qlora, loftq, cloq, calibrated"),
         (["--calibration", "missing.txt"], "--calibration missing.txt: no such file"),
+        (["--calibration", "missing.txt", "--dry-run"], "--calibration missing.txt: no such file"),
+        (["--statistics", "known"], "--statistics known: needs text; add --calibration FILE"),
         (["--calibration", "default", "--calibration-tokens", 100], "--calibration-tokens 100: expected 512 or more"),
         (["--calibration", "default", "--sequence-length", 4], "--sequence-length 4: expected 16 or more"),
     ],
@@ -341,7 +343,7 @@ def test_too_little_text_says_how_much_there_was(run: Run, model: Path, tmp_path
     (tmp_path / "short.txt").write_text("word " * 40)
     result = run("quantize", model, "--output", tmp_path / "out", "--calibration", tmp_path / "short.txt")
     assert result.exit_code == 2
-    assert "201 tokens: expected 512 or more" in result.stderr
+    assert "201 tokens, of which 128 fill whole windows of 128: expected 512 or more" in result.stderr
 
 
 def test_a_model_without_a_tokenizer_is_refused(run: Run, text: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from loftq.errors import OptionError, SourceError
 from loftq.pipeline import calibration_text
-from loftq.pipeline.calibration_text import DEFAULT, prepare, read_text
+from loftq.pipeline.calibration_text import prepare
+from loftq.pipeline.documents import DEFAULT, read_text
 from loftq.pipeline.plan import Plan, make_plan
 from loftq.pipeline.recipe import Recipe
 from loftq.pipeline.source import find_source
@@ -203,11 +204,26 @@ def test_a_short_text_is_noted_and_a_shorter_one_refused(plan: Plan, tmp_path: P
     (tmp_path / "t.txt").write_text("x" * 699)
     calibration = prepare(plan, str(tmp_path / "t.txt"), tokens=2048, sequence_length=100)
     assert calibration.windows.shape == (7, 100)
-    assert calibration.notes == ("the calibration text has 700 tokens of the 2048 that were asked for",)
+    assert calibration.notes == (
+        "calibrated on 700 tokens of the 2048 that were asked for: "
+        "the text has 700 tokens, of which 700 fill whole windows of 100",
+    )
     (tmp_path / "t.txt").write_text("x" * 99)
-    match = "has 100 tokens: expected 256 or more, .*name a longer text, or use .*--calibration default"
+    match = "has 100 tokens, of which 100 fill whole .*: expected 256 .*a longer text, or .*--calibration default"
     with pytest.raises(OptionError, match=match):
         prepare(plan, str(tmp_path / "t.txt"))
+
+
+def test_only_what_fills_windows_counts(plan: Plan, tmp_path: Path) -> None:
+    """Oracle: the number of tokens, a byte each and one at the end; the model takes 128 at once."""
+    (tmp_path / "t.txt").write_text("x" * 299)
+    with pytest.raises(OptionError, match="has 300 tokens, of which 240 fill whole windows of 120: expected 256"):
+        prepare(plan, str(tmp_path / "t.txt"), sequence_length=120)
+    calibration = prepare(plan, tokens=511, sequence_length=128)
+    assert calibration.tokens == 384
+    assert calibration.notes == (
+        "calibrated on 384 tokens of the 511 that were asked for: of 511 tokens 384 fill whole windows of 128",
+    )
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import loftq
 from loftq.errors import ArtifactError, LoftQError, OptionError, OutputError
 from loftq.pipeline import calibration_text, page
-from loftq.pipeline.calibration_text import read_text
+from loftq.pipeline.documents import read_text
 from loftq.pipeline.measured import OUTPUTS, WEIGHTS, Place, measure, places
 
 Run = Callable[..., Result]

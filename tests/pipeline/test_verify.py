@@ -20,7 +20,7 @@ import loftq
 from loftq.errors import ArtifactError, OptionError, SourceError
 from loftq.formats.artifact import combine_hashes, describe_files
 from loftq.pipeline import calibration_text
-from loftq.pipeline.calibration_text import read_text
+from loftq.pipeline.documents import read_text
 
 Run = Callable[..., Result]
 ADAPTER = "loftq_init/adapter_model.safetensors"

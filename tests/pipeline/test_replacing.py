@@ -1,0 +1,91 @@
+"""Statistics of runs that are killed, interrupted or run side by side. The oracle is what lies on the disk."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier, local
+from typing import Any
+
+import pytest
+
+from loftq.pipeline import calibrate, calibration_text
+from loftq.pipeline.calibrate import gather
+from loftq.pipeline.calibration_text import prepare
+from loftq.pipeline.plan import Plan, make_plan
+from loftq.pipeline.recipe import Recipe
+from loftq.pipeline.replacing import move_into_place, scratch_beside
+from loftq.pipeline.source import find_source
+
+
+@pytest.fixture(scope="module")
+def plan(pico: Path) -> Plan:
+    return make_plan(find_source(str(pico)), Recipe(rank=4))
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_text, "MIN_TOKENS", 256)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def _be_killed(folder: Path) -> None:
+    with scratch_beside(folder) as scratch:
+        (scratch / "moment").write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_be_killed, args=(tmp_path / "known",))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert names(tmp_path) == [".known-partial"]
+    with scratch_beside(tmp_path / "known") as scratch:
+        assert names(scratch) == []
+        (scratch / "moment").write_text("whole")
+        move_into_place(scratch, tmp_path / "known")
+    assert names(tmp_path) == ["known"]
+
+
+def test_an_interrupted_run_leaves_nothing(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        assert names(tmp_path) == [".known-partial"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate, "save_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        gather(plan, prepare(plan, tokens=512, sequence_length=64), tmp_path / "known", quiet=True)
+    assert names(tmp_path) == []
+
+
+def test_of_runs_side_by_side_one_gathers(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: how often the model runs; both have its statistics."""
+    calibration = prepare(plan, tokens=512, sequence_length=64)
+    both, seen, runs, known, run = Barrier(2), local(), [], calibrate._known, calibrate.run
+
+    def look(*arguments: Any) -> Any:
+        """Neither begins until both have found nothing."""
+        found = known(*arguments)
+        if not hasattr(seen, "once"):
+            seen.once = both.wait(60)
+        return found
+
+    def count(*arguments: Any) -> Any:
+        runs.append(1)
+        return run(*arguments)
+
+    monkeypatch.setattr(calibrate, "_known", look)
+    monkeypatch.setattr(calibrate, "run", count)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(gather, plan, calibration, tmp_path / "known", quiet=True) for _ in range(2)]
+        found = [future.result() for future in asked]
+    assert len(runs) == 1
+    assert found[0].record == found[1].record
+    assert names(tmp_path) == ["known"]
