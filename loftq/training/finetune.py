@@ -34,9 +34,9 @@ from loftq.training.opening import (
     find_model,
     mode_of,
     open_to_train,
-    quantized,
 )
 from loftq.training.parameters import count_parameters
+from loftq.training.quantizing import quantized
 from loftq.training.record import begin, check_output, write
 from loftq.training.running import explain_memory, hush
 from loftq.training.settings import MODES, Settings, settings_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +18,11 @@ from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.models.loading import guard_cpu, load_base, load_qalora, load_qlora
 from loftq.models.tasks import TASKS, Task, auto_class, build_meta
 from loftq.pipeline.plan import Plan, make_plan
-from loftq.pipeline.quantize import SAVE_DIR, quantize
 from loftq.pipeline.recipe import COMPUTE_DTYPES, Recipe
 from loftq.pipeline.source import Source, fetch_all, find_source, zoo_default
 from loftq.training import tasks
 from loftq.training.encoding import load_tokenizer
-from loftq.training.settings import QUANTIZING, Settings, option
+from loftq.training.settings import Settings, option
 
 Model = Artifact | Source | Path  # ours, full precision, or a folder of GPTQ
 _LONGEST = 1_000_000  # tokens, where neither model nor tokenizer say
@@ -91,22 +90,6 @@ def compute_dtype(asked: str | None, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and has_avx512bf16() else torch.float32
 
 
-def quantized(settings: Settings, found: Model, *, quiet: bool) -> tuple[Settings, Model]:
-    """The settings and the model, full precision quantized: now, or by an earlier run.
-
-    Nothing is done for an adapter on full precision. Raises OptionError where what was said of quantizing does not fit.
-    """
-    if isinstance(found, Artifact):
-        check_artifact(settings, found)
-    if not isinstance(found, Source) or settings.adapter == "lora":
-        return settings, found
-    options = quantizing_of(settings, found)
-    folder = Path(SAVE_DIR) / _name(found, options)
-    quantize(settings.model, output=folder, resume=(folder / MANIFEST).is_file(), quiet=quiet, **options)
-    unsaid: dict[str, Any] = dict.fromkeys(QUANTIZING)
-    return replace(settings, model=str(folder), **unsaid), open_artifact(folder)
-
-
 def quantizing_of(settings: Settings, source: Source) -> dict[str, Any]:
     """How a full-precision model is quantized, or for a plain LoRA only adapted: a recipe's values by name."""
     options = settings.quantizing
@@ -120,13 +103,6 @@ def quantizing_of(settings: Settings, source: Source) -> dict[str, Any]:
     if settings.task == "classification":
         options.setdefault("num_labels", 2)
     return options
-
-
-def _name(source: Source, options: dict[str, Any]) -> str:
-    """The folder that `loftq quantize` would choose, and what else tells two apart."""
-    name = f"{source.label}-{options.get('bits', Recipe.bits):g}bit-{options.get('rank', Recipe.rank)}rank"
-    labels = [f"{options['num_labels']}labels"] if "num_labels" in options else []
-    return "-".join([name, *(["qalora"] if options["adapter"] == "qalora" else []), *labels])
 
 
 def check_artifact(settings: Settings, artifact: Artifact) -> None:

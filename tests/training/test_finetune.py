@@ -208,19 +208,6 @@ def test_other_training_arguments(artifact: Path, data: str, tmp_path: Path) -> 
     assert list((tmp_path / "out").glob("**/events.out.tfevents*"))
 
 
-def test_full_precision_is_quantized_first_and_once(
-    pico: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for output in ("one", "two"):
-        loftq.train(str(pico), data=data, output=output, adapter="qalora", bits=3, rank=4, group_size=16, **FAST)
-    folder = tmp_path / "model_zoo" / "loftq" / "pico-llama-3bit-4rank-qalora"
-    assert json.loads((folder / "loftq.json").read_text())["recipe"]["bits"] == 3
-    config = json.loads((tmp_path / "two" / "adapter_config.json").read_text())
-    assert config["use_qalora"] is True
-    assert Path(config["base_model_name_or_path"]).resolve() == folder.resolve()
-
-
 def test_an_entry_of_finlora_runs_as_it_is(
     pico: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
