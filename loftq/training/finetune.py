@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy
 
 from loftq.errors import OptionError
 from loftq.formats.artifact import MANIFEST
 from loftq.pipeline.destination import find_destination
 from loftq.pipeline.push import push
 from loftq.pipeline.staging import explain_os_errors
+from loftq.training.checkpoints import give_up_after, last_checkpoint
 from loftq.training.data import hold_out, read_rows
 from loftq.training.encoding import Collator, Encoder
 from loftq.training.opening import (
@@ -37,7 +38,7 @@ from loftq.training.opening import (
 )
 from loftq.training.parameters import count_parameters
 from loftq.training.quantizing import quantized
-from loftq.training.record import begin, check_output, write
+from loftq.training.record import RECORD, begin, check_output, write
 from loftq.training.running import explain_memory, hush
 from loftq.training.settings import MODES, Settings, settings_of
 from loftq.training.tasks import TASKS
@@ -109,10 +110,14 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
         opened = _opened(ready, found, arguments, quiet=quiet)
         learned, held = examples(settings, opened, rows, evaluation)
         trainer = _trainer(settings, opened, arguments, learned, held, quiet=quiet)
-        if trainer.is_world_process_zero() and not resume:
-            begin(output, settings)
-        last = get_last_checkpoint(str(output)) if resume else None  # type: ignore[no-untyped-call]
-        done = trainer.train(resume_from_checkpoint=last)
+        resume = resume and (output / RECORD).is_file()
+        last = last_checkpoint(output) if resume else None
+        if trainer.is_world_process_zero():
+            if resume:
+                give_up_after(last, output)
+            else:
+                begin(output, settings)
+        done = trainer.train(resume_from_checkpoint=None if last is None else str(last))
         result = Result(
             output,
             *count_parameters(opened.model),

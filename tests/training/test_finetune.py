@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,22 +129,33 @@ def test_without_the_guard_evaluations_spoil_gradients(
     assert not all(torch.equal(a, b) for a, b in zip(gradients[:3], gradients[3:], strict=True))
 
 
+@contextmanager
+def killed_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    class Killer(TrainerCallback):
+        def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    made = finetune._trainer
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "_trainer", lambda *a, **k: [t := made(*a, **k), t.add_callback(Killer())][0])
+        yield
+
+
+def options(data: str, output: Path, *, save_steps: int) -> list[Any]:
+    """Of a run of eight steps, as on the command line."""
+    asked = ["--data", data, "--output", output, "--max-steps", 8, "--save-steps", save_steps, "--dtype", "float32"]
+    return [*asked, "--learning-rate", 3e-2, "--batch-size", 4, "--quiet"]
+
+
 def test_a_killed_training_ends_in_the_same_loss(
     artifact: Path, data: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cut off after step 5, with a checkpoint at 4; oracle: the run in one piece."""
     whole = adapter_after(artifact, data, tmp_path / "whole", max_steps=8, save_steps=4)
 
-    class Killer(TrainerCallback):
-        def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-            if state.global_step == 5:
-                raise KeyboardInterrupt
-
-    made = finetune._trainer
-    asked = ["--data", data, "--output", tmp_path / "cut", "--max-steps", 8, "--save-steps", 4, "--dtype", "float32"]
-    asked += ["--learning-rate", 3e-2, "--batch-size", 4, "--quiet"]
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune, "_trainer", lambda *a, **k: [t := made(*a, **k), t.add_callback(Killer())][0])
+    asked = options(data, tmp_path / "cut", save_steps=4)
+    with killed_after(5, monkeypatch):
         assert run("train", artifact, *asked).exit_code == 130
     assert not (tmp_path / "cut" / WEIGHTS).exists()
     again = run("train", artifact, *asked)
@@ -163,12 +175,56 @@ def test_a_killed_training_ends_in_the_same_loss(
     assert run("train", artifact, *asked, "--overwrite").exit_code == 0
 
 
+def test_the_same_command_goes_on_until_it_is_done(
+    artifact: Path, data: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a requeued job has it: with --resume from the first time on."""
+    whole = adapter_after(artifact, data, tmp_path / "whole", max_steps=8)
+    asked = [*options(data, tmp_path / "cut", save_steps=2), "--resume"]
+    with killed_after(5, monkeypatch):
+        assert run("train", artifact, *asked).exit_code == 130
+    assert run("train", artifact, *asked).exit_code == 0
+    found = load_file(tmp_path / "cut" / WEIGHTS)
+    assert all(torch.equal(whole[name], found[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("trainer_state.json", 0),
+        ("optimizer.pt", 0),
+        ("scheduler.pt", 0),
+        ("rng_state.pth", 0),
+        ("optimizer.pt", 500),
+        (WEIGHTS, 500),
+    ],
+)
+def test_a_checkpoint_that_was_cut_off_is_passed_over(
+    name: str, left: int, artifact: Path, data: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the run in one piece."""
+    whole = adapter_after(artifact, data, tmp_path / "whole", max_steps=8)
+    asked = options(data, tmp_path / "cut", save_steps=2)
+    with killed_after(5, monkeypatch):
+        run("train", artifact, *asked)
+    damaged = tmp_path / "cut" / "checkpoint-4" / name
+    kept = damaged.read_bytes()[:left]
+    damaged.unlink()
+    if kept:
+        damaged.write_bytes(kept)
+    done = run("train", artifact, *asked, "--resume")
+    assert done.exit_code == 0, done.stderr
+    assert "checkpoint-4 was cut off while it was written: training goes on from checkpoint-2" in done.stderr
+    found = load_file(tmp_path / "cut" / WEIGHTS)
+    assert all(torch.equal(whole[name], found[name]) for name in whole)
+
+
 def test_what_trains_is_said_first(artifact: Path, data: str, tmp_path: Path, run: Run) -> None:
-    options = ["--data", data, "--output", tmp_path / "out", "--max-steps", 1]
-    loud = run("train", artifact, *options)
+    asked = ["--data", data, "--output", tmp_path / "out", "--max-steps", 1]
+    loud = run("train", artifact, *asked)
     assert "8,192 of 123,200 parameters train (6.65 %)" in loud.stderr
     assert loud.stderr.index("parameters train") < loud.stderr.index("step 1: loss")
-    assert "parameters train" not in run("train", artifact, *options, "--overwrite", "--quiet").stderr
+    assert "parameters train" not in run("train", artifact, *asked, "--overwrite", "--quiet").stderr
 
 
 def test_each_kind_has_its_rate(artifact: Path, pooled: Path, pico: Path, data: str) -> None:
