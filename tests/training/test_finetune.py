@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ import loftq
 from loftq.errors import ArtifactError, LoftQError, OptionError, OutputError
 from loftq.models import loading
 from loftq.training import finetune
+from loftq.training.arguments import arguments_of
 from loftq.training.opening import find_model, mode_of
 from loftq.training.record import RECORD
 from loftq.training.settings import Settings
@@ -237,9 +239,9 @@ def test_each_kind_has_its_rate(artifact: Path, pooled: Path, pico: Path, data: 
     ):
         asked = Settings(str(model), (data,), "out", adapter=adapter)
         mode = mode_of(asked, find_model(asked.model))
-        assert finetune.arguments_of(asked, mode).learning_rate == rate
+        assert arguments_of(asked, mode).learning_rate == rate
         asked = replace(asked, learning_rate=3e-5)
-        assert finetune.arguments_of(asked, mode).learning_rate == 3e-5
+        assert arguments_of(asked, mode).learning_rate == 3e-5
 
 
 def test_evaluation_data_of_its_own(artifact: Path, data: str, tmp_path: Path) -> None:
@@ -247,6 +249,31 @@ def test_evaluation_data_of_its_own(artifact: Path, data: str, tmp_path: Path) -
     result = loftq.train(str(artifact), data=data, eval_data=str(other), output=tmp_path / "out", **FAST)
     assert result.examples == 40
     assert len(losses(tmp_path / "out", "eval_loss")) == 10  # of twenty steps
+
+
+def test_when_to_evaluate_can_be_set(artifact: Path, data: str, tmp_path: Path) -> None:
+    """Never, after each epoch, and as often as schedulers and the choice of the best need."""
+    adapter_after(artifact, data, tmp_path / "no", set={"eval_strategy": "no"})
+    assert len(losses(tmp_path / "no", "eval_loss")) == 1  # of the end
+    adapter_after(artifact, data, tmp_path / "epoch", set={"eval_strategy": "epoch"}, max_steps=20)
+    assert len(losses(tmp_path / "epoch", "eval_loss")) == 2  # of ten steps each
+    adapter_after(artifact, data, tmp_path / "plateau", lr_scheduler="reduce_lr_on_plateau")
+    best = {"set": {"load_best_model_at_end": True}, "learning_rate": 0.5, "max_steps": 10}
+    adapter_after(artifact, data, tmp_path / "best", **best)
+    found = losses(tmp_path / "best", "eval_loss")
+    assert found[-1] == pytest.approx(min(found[:-1]), abs=1e-4)
+    assert found[-1] < found[-2]
+
+
+def test_no_repository_for_what_is_no_artifact(pico: Path, data: str, tmp_path: Path, run: Run) -> None:
+    """Said before a weight is read."""
+    folder = shutil.copytree(pico, tmp_path / "model")
+    (folder / "model.safetensors").write_bytes((pico / "model.safetensors").read_bytes()[:-64] + b"\xff" * 64)
+    asked = ["--adapter", "lora", "--rank", 4, "--data", data, "--output", tmp_path / "out", "--push-to-hub", "me/it"]
+    refused = run("train", folder, *asked)
+    assert refused.exit_code == 2
+    assert "--push-to-hub goes with an artifact of ours" in refused.stderr
+    assert "parameters train" not in refused.stderr
 
 
 def test_gradient_checkpointing_gives_the_same(artifact: Path, data: str, tmp_path: Path) -> None:
@@ -364,6 +391,15 @@ def test_two_processes_train_together(artifact: Path, data: str, tmp_path: Path)
         ({"rank": 8}, r"--rank 8: .* is quantized already, with 4"),
         ({"chat_template": True, "task": "clm"}, "no column for the text"),
         ({"set": {"group_by_length": True}}, "unknown TrainingArguments name"),
+        ({"set": {"save_only_model": True}}, "nothing could go on from such checkpoints"),
+        ({"set": {"max_grad_norm": "abc"}}, "--set max_grad_norm=abc: expected a number"),
+        ({"set": {"auto_find_batch_size": "no"}}, "--set auto_find_batch_size=no: expected true or false"),
+        ({"set": {"adam_beta1": 2}}, "transformers refuses these settings: .*beta"),
+        ({"set": {"fsdp": "full_shard"}}, "transformers refuses these settings"),
+        ({"report_to": ("foo",)}, "transformers refuses these settings: .*foo"),
+        ({"optim": "lomo"}, "transformers refuses these settings: .*lomo"),
+        ({"lr_scheduler": "cosine_with_min_lr"}, "transformers refuses these settings: .*min_lr"),
+        ({"lr_scheduler": "warmup_stable_decay"}, "transformers refuses these settings"),
     ],
 )
 def test_what_cannot_be_trained_is_said_before(
@@ -371,7 +407,7 @@ def test_what_cannot_be_trained_is_said_before(
 ) -> None:
     with pytest.raises(OptionError, match=problem):
         loftq.train(str(artifact), data=data, output=tmp_path / "out", **{**FAST, **changes})
-    assert not (tmp_path / "out").exists()
+    assert not any((tmp_path / "out").glob("*"))
 
 
 def test_folders_in_the_way(artifact: Path, data: str, tmp_path: Path) -> None:
