@@ -20,6 +20,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from loftq.errors import OptionError
 from loftq.formats.artifact import Artifact
+from loftq.models.belonging import RECORD
 from loftq.pipeline.destination import find_destination
 from loftq.pipeline.push import push
 from loftq.pipeline.staging import explain_os_errors
@@ -30,13 +31,14 @@ from loftq.training.encoding import Collator, Encoder
 from loftq.training.opening import (
     Model,
     Opened,
+    backbone_of,
     find_model,
     mode_of,
     open_to_train,
 )
 from loftq.training.parameters import count_parameters
 from loftq.training.quantizing import quantized
-from loftq.training.record import RECORD, begin, check_output, write
+from loftq.training.record import begin, check_output, write
 from loftq.training.running import explain_memory, hush
 from loftq.training.settings import Settings, settings_of
 from loftq.training.tasks import TASKS
@@ -105,6 +107,7 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
     with explain_memory(), explain_os_errors(output):
         with arguments.main_process_first():
             ready, found = quantized(settings, found, quiet=quiet)
+        backbone = backbone_of(found)
         opened = _opened(ready, found, arguments, quiet=quiet)
         learned, held = examples(settings, opened, rows, evaluation)
         trainer = _trainer(settings, opened, arguments, learned, held, quiet=quiet)
@@ -114,7 +117,7 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
             if resume:
                 give_up_after(last, output)
             else:
-                begin(output, settings)
+                begin(output, settings, backbone)
         done = trainer.train(resume_from_checkpoint=None if last is None else str(last))
         result = Result(
             output,
@@ -128,7 +131,7 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
         if trainer.is_world_process_zero():
             if not Path(ready.model).expanduser().is_dir():
                 opened.name_backbone(ready.model)  # an id on the Hub
-            _finish(opened, settings, result, trainer.state.log_history)
+            _finish(opened, settings, backbone, result, trainer.state.log_history)
     return result
 
 
@@ -143,13 +146,15 @@ def _opened(settings: Settings, found: Model, arguments: TrainingArguments, *, q
     return opened
 
 
-def _finish(opened: Opened, settings: Settings, result: Result, history: list[dict[str, Any]]) -> None:
+def _finish(
+    opened: Opened, settings: Settings, backbone: dict[str, str], result: Result, history: list[dict[str, Any]]
+) -> None:
     """The adapter and the tokenizer, the record, and the repository where one is asked for."""
     opened.model.save_pretrained(result.folder, save_embedding_layers=False)  # which do not train
     opened.tokenizer.save_pretrained(result.folder)
     versions = {name: version(name) for name in _VERSIONS}
-    record = {"settings": settings.to_dict(), "result": result.to_dict(), "history": history, "versions": versions}
-    write(result.folder, record)
+    asked = {"settings": settings.to_dict(), "backbone": backbone}
+    write(result.folder, {**asked, "result": result.to_dict(), "history": history, "versions": versions})
     if settings.push_to_hub is not None:
         push(opened.folder, settings.push_to_hub, adapter=result.folder)
 

@@ -13,8 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats import gptq
-from loftq.formats.adapter import CONFIG, open_adapter
+from loftq.formats.adapter import CONFIG
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
+from loftq.formats.checkpoint import read_checkpoint
+from loftq.models.belonging import check_shapes, foreign_adapter, sampled_hash
 from loftq.models.loading import guard_cpu, load_base, load_qalora, load_qlora
 from loftq.models.tasks import TASKS, Task, auto_class, build_meta
 from loftq.pipeline.plan import Plan, make_plan
@@ -171,6 +173,15 @@ def load_dense(
     return model
 
 
+def backbone_of(found: Model) -> dict[str, str]:
+    """What `training.json` says of the model under an adapter: its name, and the hash by which it is known again."""
+    if isinstance(found, Artifact):
+        return {"model": str(found.folder.resolve()), "sha256": found.backbone_hash}
+    if isinstance(found, Path):
+        return {"model": str(found.resolve()), "sha256": sampled_hash(read_checkpoint(found))}
+    return {"model": found.name, "sha256": sampled_hash(found.checkpoint)}
+
+
 def open_to_use(name: str, adapter: str | None, device: torch.device, dtype: torch.dtype) -> Opened:
     """A model with a trained adapter, or with the artifact's own start; without one, where it has none.
 
@@ -198,18 +209,13 @@ def _dense_to_use(source: Source, adapter: Path | None, dtype: torch.dtype, devi
     if adapter is None:
         task = build_meta(source.folder)[1]
         return load_dense(source.folder, task, dtype, device), task
-    found = open_adapter(adapter)
-    made_for = found.config.get("base_model_name_or_path")
-    if made_for and (Path(made_for) / MANIFEST).is_file():
-        raise ArtifactError(
-            f"the adapter {adapter} was trained on the quantized backbone {made_for}: on the original weights it "
-            f"counts the rounding error twice: name {made_for} instead of {source.name}"
-        )
+    found = foreign_adapter(adapter, source.name, source.checkpoint)
     kinds = {task.peft_type: task for task in TASKS.values() if task.peft_type}
     task = kinds.get(str(found.config.get("task_type"))) or build_meta(source.folder)[1]
     rows = [found.shapes[name][0] for name in found.saved.values() if len(found.shapes[name]) == 2]
     labels = min(rows) if rows and task.name.endswith("-classification") else None  # of a head of two layers the last
     base = load_dense(source.folder, task, dtype, device, num_labels=labels)
+    check_shapes(base, found, source.name)
     return PeftModel.from_pretrained(base, adapter), task
 
 

@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 import loftq
 from loftq.errors import ArtifactError, LoftQError, OptionError, OutputError
 from loftq.models import loading
+from loftq.models.belonging import RECORD
 from loftq.training import finetune
 from loftq.training.arguments import arguments_of
 from loftq.training.opening import find_model, mode_of
-from loftq.training.record import RECORD
 from loftq.training.settings import Settings
 
 Run = Callable[..., Any]
@@ -420,11 +420,55 @@ def test_folders_in_the_way(artifact: Path, data: str, tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_another_backbone(artifact: Path, pooled: Path, pico: Path, data: str, tmp_path: Path) -> None:
-    loftq.train(str(artifact), data=data, output=tmp_path / "out", **{**FAST, "max_steps": 1})
+    """With training.json to tell, though what it was trained on is gone, and of the stock peft's by its shapes."""
+    here = shutil.copytree(artifact, tmp_path / "here")
+    other = loftq.quantize(str(pico), output=tmp_path / "other", rank=4, iters=1, quiet=True).folder
+    twin = save_model(pico_llama(rms_norm_eps=1e-5), tmp_path / "twin")  # of the same weights
+    stranger = pico_llama()
+    stranger.model.layers[1].mlp.up_proj.weight.data *= 1.5
+    save_model(stranger, tmp_path / "stranger")
+    save_model(pico_llama(hidden_size=32), tmp_path / "narrow")
+    save_pico("bert", "masked-lm", tmp_path / "bert")
+    loftq.train(str(here), data=data, output=tmp_path / "out", **{**FAST, "max_steps": 1})
+    plain = {**FAST, "max_steps": 1, "adapter": "lora", "rank": 4}
+    loftq.train(str(pico), data=data, output=tmp_path / "plain", **plain)
     with pytest.raises(ArtifactError, match="takes a QA-LoRA"):
         loftq.evaluate(str(pooled), adapter=str(tmp_path / "out"), data=data, task="gsm8k")
     with pytest.raises(ArtifactError, match="counts the rounding error twice"):
         loftq.generate(str(pico), "x", adapter=str(tmp_path / "out"))
+    shutil.rmtree(here)
+
+    def refused(model: Path, adapter: str, match: str) -> None:
+        with pytest.raises(ArtifactError, match=match):
+            loftq.generate(str(model), "x", adapter=str(tmp_path / adapter), max_new_tokens=1)
+
+    refused(other, "out", "was trained on .*here, another backbone than .*other")
+    refused(other, "out/checkpoint-1", "was trained on .*here, another backbone than .*other")
+    refused(pico, "out", "was trained on .*here, whose weights are others")
+    refused(artifact, "plain", "was trained on .*pico-llama, another backbone")
+    refused(tmp_path / "stranger", "plain", "was trained on .*pico-llama, whose weights are others")
+    for model, adapter in ((artifact, "out"), (artifact, "out/checkpoint-1"), (pico, "plain"), (twin, "plain")):
+        loftq.generate(str(model), "x", adapter=str(tmp_path / adapter), max_new_tokens=1)
+    (tmp_path / "plain" / RECORD).unlink()
+    refused(
+        tmp_path / "narrow", "plain", "does not fit .*narrow: .* 128 inputs and 64 outputs, and that has 128 and 32"
+    )
+    refused(tmp_path / "bert", "plain", "adapts 'model.layers.0.* does not have")
+
+
+def test_an_adapter_on_somebody_elses_gptq(pico: Path, data: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"rank": 2, "group_size": 32, "format": "gptq", "quant_type": "int", "quiet": True}
+    theirs = loftq.quantize(str(pico), output=tmp_path / "theirs", **options).folder
+    (theirs / "loftq.json").unlink()
+    shutil.rmtree(theirs / "loftq_init")
+    short = {**FAST, "max_steps": 1, "rank": 2}
+    loftq.train(str(theirs), data=data, output=tmp_path / "out", **short)
+    loftq.train(str(pico), data=data, output=tmp_path / "plain", adapter="lora", **short)
+    loftq.generate(str(theirs), "x", adapter=str(tmp_path / "out"), max_new_tokens=1)
+    with pytest.raises(ArtifactError, match=r"whose weights are others than those of .*theirs"):
+        loftq.generate(str(theirs), "x", adapter=str(tmp_path / "plain"), max_new_tokens=1)
+    with pytest.raises(ArtifactError, match=r"whose weights are others than those of .*pico-llama"):
+        loftq.generate(str(pico), "x", adapter=str(tmp_path / "out"), max_new_tokens=1)
 
 
 def test_full_memory_says_what_lowers_the_need(
