@@ -77,7 +77,7 @@ def _check_set(values: Mapping[str, Any]) -> None:
     defaults = {entry.name: entry.default for entry in fields(TrainingArguments)}
     for name, value in values.items():
         kind = type(defaults[name])
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
         if (kind in (int, float) and not number) or (kind is bool and not isinstance(value, bool)):
             expected = "true or false" if kind is bool else "a number"
             raise OptionError(f"--set {name}={value}: expected {expected}")
