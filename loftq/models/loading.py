@@ -18,7 +18,8 @@ from loftq.errors import ArtifactError, OptionError, UnknownNameError
 from loftq.formats import gptq
 from loftq.formats.adapter import Adapter, keys, open_adapter, target_names
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
-from loftq.formats.checkpoint import dtype_of
+from loftq.formats.checkpoint import dtype_of, read_checkpoint
+from loftq.models.belonging import check_shapes, foreign_adapter, trained_on
 from loftq.models.tasks import TASKS, auto_class
 
 if TYPE_CHECKING:
@@ -83,13 +84,18 @@ def load_qalora(
     ours = (Path(folder) / MANIFEST).is_file() or not gptq.is_gptq(Path(folder))
     artifact = _open(folder, "qalora") if ours else None
     chosen = Path(adapter) if adapter is not None else artifact.adapter if artifact is not None else None
+    foreign = None
     if artifact is not None and chosen is not None:
         check_adapter(artifact, chosen)
+    elif chosen is not None:
+        foreign = foreign_adapter(chosen, str(folder), read_checkpoint(Path(folder)))
     read_gptq_by(ours=backend == "loftq")
     try:
         base = load_base(artifact or Path(folder), is_trainable, device_map, dtype)
     finally:
         read_gptq_by(ours=not has_gptqmodel())
+    if foreign is not None:
+        check_shapes(base, foreign, str(folder))
     if chosen is not None:
         return PeftModel.from_pretrained(base, chosen, is_trainable=is_trainable)
     quantized = [name for name, module in base.named_modules() if hasattr(module, "qweight")]
@@ -163,19 +169,20 @@ def check_adapter(artifact: Artifact, folder: Path) -> Adapter:
     if other is not None:
         raise ArtifactError(
             f"the adapter {folder} was trained on {other}, another backbone than {artifact.folder}: "
-            f"load it with load_{artifact.manifest['kind']}({other!r}, {str(folder)!r})"
+            "name that one, or train an adapter on this one"
         )
     return adapter
 
 
 def other_backbone(artifact: Artifact, adapter: Adapter) -> str | None:
     """The backbone that an adapter was made for, where that can be told and is another one."""
-    made_for = adapter.config.get("base_model_name_or_path")
-    if not made_for or adapter.folder.resolve() == artifact.adapter.resolve():
+    if adapter.folder.resolve() == artifact.adapter.resolve():
         return None
-    other = Path(made_for)
-    differs = (other / MANIFEST).is_file() and open_artifact(other).backbone_hash != artifact.backbone_hash
-    return str(made_for) if differs else None
+    made_for = adapter.config.get("base_model_name_or_path")
+    known = trained_on(adapter.folder)
+    if known is None and made_for and (Path(made_for) / MANIFEST).is_file():
+        known = str(made_for), open_artifact(made_for).backbone_hash
+    return None if known is None or known[1] == artifact.backbone_hash else known[0]
 
 
 def fitting_adapter(artifact: Artifact, folder: Path) -> Adapter:

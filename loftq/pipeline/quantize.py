@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from loftq.pipeline.calibration_text import prepare
 from loftq.pipeline.destination import find_destination
 from loftq.pipeline.distill import distill, distilled, distilled_row
 from loftq.pipeline.documents import find_text
-from loftq.pipeline.jobs import solve_all
+from loftq.pipeline.jobs import digest_of, solve_all
 from loftq.pipeline.manifest import write_configs, write_manifest
 from loftq.pipeline.plan import Plan, make_plan
 from loftq.pipeline.push import push as push_folder
@@ -220,16 +220,35 @@ def _rows(plan: Plan, staging: Staging) -> list[dict[str, Any]]:
 def _finished(folder: Path, plan: Plan) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The layers and totals of a folder that is complete already, where it is the one that was asked for."""
     manifest = artifact.open_artifact(folder).manifest
-    found, asked = manifest["recipe"], plan.recipe.to_dict()
-    differing = [key for key in asked if found.get(key) != json.loads(json.dumps(asked[key]))]
-    if (manifest["source"]["model"], manifest["source"]["revision"]) != (plan.source.name, plan.source.revision):
-        differing.append("source")
-    if differing:
+    if differing := differences(manifest, plan):
         raise OutputError(
             f"{folder} is finished, with another {', '.join(differing)}: "
             "add --overwrite instead of --resume to make it again, or name another --output"
         )
+    if _is_changed(plan, manifest["source"]):
+        raise OutputError(
+            f"{plan.source.name} holds other weights than when {folder} was made of it: make that again "
+            f"(`loftq quantize {plan.source.name} ... --output {folder} --overwrite`) or remove it"
+        )
     return list(manifest["layers"]), dict(manifest["totals"])
+
+
+def differences(manifest: Mapping[str, Any], plan: Plan) -> list[str]:
+    """Settings, or `source`, that were others when an artifact was made than a plan has them."""
+    found, asked = manifest["recipe"], plan.recipe.to_dict()
+    differing = [key for key in asked if found.get(key) != json.loads(json.dumps(asked[key]))]
+    if (manifest["source"]["model"], manifest["source"]["revision"]) != (plan.source.name, plan.source.revision):
+        differing.append("source")
+    return differing
+
+
+def _is_changed(plan: Plan, made_of: Mapping[str, Any]) -> bool:
+    """Whether a folder's weights are others by now, which reads them all; those of a commit never are."""
+    if plan.source.revision is not None or "sha256" not in made_of:
+        return False
+    names = [*(layer.tensor for layer in plan.layers), *plan.passed]
+    hashes = {name: digest_of(plan.source.checkpoint.read(name)) for name in names}
+    return artifact.combine_hashes(hashes) != str(made_of["sha256"])
 
 
 def _device(device: str | torch.device) -> torch.device:

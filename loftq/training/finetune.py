@@ -9,42 +9,41 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy
 
 from loftq.errors import OptionError
-from loftq.formats.artifact import MANIFEST
+from loftq.formats.artifact import Artifact
+from loftq.models.belonging import RECORD
 from loftq.pipeline.destination import find_destination
 from loftq.pipeline.push import push
 from loftq.pipeline.staging import explain_os_errors
+from loftq.training.arguments import arguments_of, explain_settings
+from loftq.training.checkpoints import give_up_after, last_checkpoint
 from loftq.training.data import hold_out, read_rows
 from loftq.training.encoding import Collator, Encoder
 from loftq.training.opening import (
     Model,
     Opened,
-    compute_dtype,
-    device_of,
+    backbone_of,
     find_model,
     mode_of,
     open_to_train,
-    quantized,
 )
 from loftq.training.parameters import count_parameters
+from loftq.training.quantizing import quantized
 from loftq.training.record import begin, check_output, write
 from loftq.training.running import explain_memory, hush
-from loftq.training.settings import MODES, Settings, settings_of
+from loftq.training.settings import Settings, settings_of
 from loftq.training.tasks import TASKS
 from loftq.training.tasks.classification import scores
 
-_EVALUATIONS = 0.1  # of the run, between two of them
-_CHECKPOINTS = 2  # that are kept
 _VERSIONS = ("loftq", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
 
 
@@ -102,17 +101,24 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
     found = find_model(settings.model)
     arguments = arguments_of(settings, mode_of(settings, found))
     if settings.push_to_hub is not None:
+        if not isinstance(found, Artifact) and (isinstance(found, Path) or settings.adapter == "lora"):
+            raise OptionError(f"--push-to-hub goes with an artifact of ours: `hf upload` sends {output} as it is")
         find_destination(settings.push_to_hub).refuse_other_models()
     with explain_memory(), explain_os_errors(output):
         with arguments.main_process_first():
             ready, found = quantized(settings, found, quiet=quiet)
+        backbone = backbone_of(found)
         opened = _opened(ready, found, arguments, quiet=quiet)
         learned, held = examples(settings, opened, rows, evaluation)
         trainer = _trainer(settings, opened, arguments, learned, held, quiet=quiet)
-        if trainer.is_world_process_zero() and not resume:
-            begin(output, settings)
-        last = get_last_checkpoint(str(output)) if resume else None  # type: ignore[no-untyped-call]
-        done = trainer.train(resume_from_checkpoint=last)
+        resume = resume and (output / RECORD).is_file()
+        last = last_checkpoint(output) if resume else None
+        if trainer.is_world_process_zero():
+            if resume:
+                give_up_after(last, output)
+            else:
+                begin(output, settings, backbone)
+        done = trainer.train(resume_from_checkpoint=None if last is None else str(last))
         result = Result(
             output,
             *count_parameters(opened.model),
@@ -125,7 +131,7 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
         if trainer.is_world_process_zero():
             if not Path(ready.model).expanduser().is_dir():
                 opened.name_backbone(ready.model)  # an id on the Hub
-            _finish(opened, settings, result, trainer.state.log_history)
+            _finish(opened, settings, backbone, result, trainer.state.log_history)
     return result
 
 
@@ -133,8 +139,6 @@ def _opened(settings: Settings, found: Model, arguments: TrainingArguments, *, q
     """The model with its adapter, after saying how much of it trains."""
     opened = open_to_train(settings, found, arguments.device)
     opened.name_backbone(str(opened.folder.resolve()))  # at which peft looks whenever it saves
-    if settings.push_to_hub is not None and not (opened.folder / MANIFEST).is_file():
-        raise OptionError(f"--push-to-hub goes with an artifact of ours: `hf upload` sends {settings.output} as it is")
     if not quiet:
         trainable, total = count_parameters(opened.model)
         share = 100 * trainable / total
@@ -142,63 +146,17 @@ def _opened(settings: Settings, found: Model, arguments: TrainingArguments, *, q
     return opened
 
 
-def _finish(opened: Opened, settings: Settings, result: Result, history: list[dict[str, Any]]) -> None:
+def _finish(
+    opened: Opened, settings: Settings, backbone: dict[str, str], result: Result, history: list[dict[str, Any]]
+) -> None:
     """The adapter and the tokenizer, the record, and the repository where one is asked for."""
     opened.model.save_pretrained(result.folder, save_embedding_layers=False)  # which do not train
     opened.tokenizer.save_pretrained(result.folder)
     versions = {name: version(name) for name in _VERSIONS}
-    record = {"settings": settings.to_dict(), "result": result.to_dict(), "history": history, "versions": versions}
-    write(result.folder, record)
+    asked = {"settings": settings.to_dict(), "backbone": backbone}
+    write(result.folder, {**asked, "result": result.to_dict(), "history": history, "versions": versions})
     if settings.push_to_hub is not None:
         push(opened.folder, settings.push_to_hub, adapter=result.folder)
-
-
-def arguments_of(settings: Settings, mode: str) -> TrainingArguments:
-    """The settings as transformers has them. Raises OptionError for what it refuses, or the device cannot do."""
-    device = device_of(settings.cpu)
-    dtype = compute_dtype(settings.dtype, device)
-    cuda = device.type == "cuda"
-    values: dict[str, Any] = {
-        "output_dir": settings.output,
-        "num_train_epochs": settings.epochs,
-        "max_steps": settings.max_steps or -1,
-        "learning_rate": settings.learning_rate or MODES[mode].learning_rate,
-        "lr_scheduler_type": settings.lr_scheduler,
-        "warmup_steps": settings.warmup_ratio if settings.warmup_steps is None else settings.warmup_steps,
-        "weight_decay": settings.weight_decay,
-        "per_device_train_batch_size": settings.batch_size,
-        "per_device_eval_batch_size": settings.eval_batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation,
-        "seed": settings.seed,
-        "optim": settings.optim or ("paged_adamw_8bit" if cuda else "adamw_torch"),
-        "bf16": cuda and dtype == torch.bfloat16,
-        "fp16": cuda and dtype == torch.float16,
-        "use_cpu": device.type == "cpu",
-        "eval_steps": settings.eval_steps or _EVALUATIONS,
-        "save_strategy": "steps",
-        "save_steps": settings.save_steps or _EVALUATIONS,
-        "save_total_limit": _CHECKPOINTS,
-        "logging_steps": 0.02,
-        "logging_first_step": True,
-        "report_to": list(settings.report_to) or "none",
-        "label_names": ["labels"],
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": cuda,
-        "ddp_find_unused_parameters": False,
-        **(_checkpointing() if settings.gradient_checkpointing else {}),
-        **settings.set,
-    }
-    try:
-        return TrainingArguments(**values)
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise OptionError(f"transformers refuses these settings: {' '.join(str(error).split())}") from error
-
-
-def _checkpointing() -> dict[str, Any]:
-    """Gradient checkpointing, under the name that this transformers has for it."""
-    known = {entry.name for entry in fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def examples(settings: Settings, opened: Opened, rows: Any, evaluation: Any) -> tuple[Any, Any]:
@@ -222,19 +180,21 @@ def examples(settings: Settings, opened: Opened, rows: Any, evaluation: Any) -> 
 def _trainer(
     settings: Settings, opened: Opened, arguments: TrainingArguments, learned: Any, held: Any, quiet: bool
 ) -> Trainer:
-    classifies = settings.task == "classification"
-    if held is not None:
-        arguments.eval_strategy = IntervalStrategy.STEPS
-    arguments.prediction_loss_only = not classifies  # logits of every token would fill the memory
-    trainer = Trainer(
-        model=opened.model,
-        args=arguments,
-        train_dataset=learned,
-        eval_dataset=held,
-        data_collator=Collator(opened.tokenizer.pad_token_id),
-        compute_metrics=_classified if classifies else None,
-        processing_class=opened.tokenizer,
-    )
+    """Raises OptionError for settings that it fails on, before anything is written."""
+    if held is None:
+        arguments.eval_strategy = IntervalStrategy.NO
+    with explain_settings():
+        trainer = Trainer(
+            model=opened.model,
+            args=arguments,
+            train_dataset=learned,
+            eval_dataset=held,
+            data_collator=Collator(opened.tokenizer.pad_token_id),
+            compute_metrics=_classified if settings.task == "classification" else None,
+            processing_class=opened.tokenizer,
+        )
+        trainer.create_optimizer_and_scheduler(num_training_steps=1)
+    trainer.optimizer = trainer.lr_scheduler = None  # both are made anew, for as many steps as there are
     for printing in (PrinterCallback, ProgressCallback):  # to stdout, which is the result's
         trainer.remove_callback(printing)
     if not quiet:
@@ -265,7 +225,8 @@ def _last_loss(trainer: Trainer, mean: float) -> float:
 def _measured(trainer: Trainer) -> dict[str, float]:
     """The evaluation of the last step, which often is made already."""
     last = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1:]
-    return _scores(last[0] if last and last[0]["step"] == trainer.state.global_step else trainer.evaluate())
+    made = last and last[0]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end
+    return _scores(last[0] if made else trainer.evaluate())
 
 
 def _scores(logs: dict[str, Any], prefix: str = "") -> dict[str, float]:

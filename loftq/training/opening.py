@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,17 +13,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats import gptq
-from loftq.formats.adapter import CONFIG, open_adapter
+from loftq.formats.adapter import CONFIG
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
+from loftq.formats.checkpoint import read_checkpoint
+from loftq.models.belonging import check_shapes, foreign_adapter, sampled_hash
 from loftq.models.loading import guard_cpu, load_base, load_qalora, load_qlora
 from loftq.models.tasks import TASKS, Task, auto_class, build_meta
 from loftq.pipeline.plan import Plan, make_plan
-from loftq.pipeline.quantize import SAVE_DIR, quantize
 from loftq.pipeline.recipe import COMPUTE_DTYPES, Recipe
 from loftq.pipeline.source import Source, fetch_all, find_source, zoo_default
 from loftq.training import tasks
 from loftq.training.encoding import load_tokenizer
-from loftq.training.settings import QUANTIZING, Settings, option
+from loftq.training.settings import Settings, option
 
 Model = Artifact | Source | Path  # ours, full precision, or a folder of GPTQ
 _LONGEST = 1_000_000  # tokens, where neither model nor tokenizer say
@@ -91,22 +92,6 @@ def compute_dtype(asked: str | None, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and has_avx512bf16() else torch.float32
 
 
-def quantized(settings: Settings, found: Model, *, quiet: bool) -> tuple[Settings, Model]:
-    """The settings and the model, full precision quantized: now, or by an earlier run.
-
-    Nothing is done for an adapter on full precision. Raises OptionError where what was said of quantizing does not fit.
-    """
-    if isinstance(found, Artifact):
-        check_artifact(settings, found)
-    if not isinstance(found, Source) or settings.adapter == "lora":
-        return settings, found
-    options = quantizing_of(settings, found)
-    folder = Path(SAVE_DIR) / _name(found, options)
-    quantize(settings.model, output=folder, resume=(folder / MANIFEST).is_file(), quiet=quiet, **options)
-    unsaid: dict[str, Any] = dict.fromkeys(QUANTIZING)
-    return replace(settings, model=str(folder), **unsaid), open_artifact(folder)
-
-
 def quantizing_of(settings: Settings, source: Source) -> dict[str, Any]:
     """How a full-precision model is quantized, or for a plain LoRA only adapted: a recipe's values by name."""
     options = settings.quantizing
@@ -120,13 +105,6 @@ def quantizing_of(settings: Settings, source: Source) -> dict[str, Any]:
     if settings.task == "classification":
         options.setdefault("num_labels", 2)
     return options
-
-
-def _name(source: Source, options: dict[str, Any]) -> str:
-    """The folder that `loftq quantize` would choose, and what else tells two apart."""
-    name = f"{source.label}-{options.get('bits', Recipe.bits):g}bit-{options.get('rank', Recipe.rank)}rank"
-    labels = [f"{options['num_labels']}labels"] if "num_labels" in options else []
-    return "-".join([name, *(["qalora"] if options["adapter"] == "qalora" else []), *labels])
 
 
 def check_artifact(settings: Settings, artifact: Artifact) -> None:
@@ -195,6 +173,15 @@ def load_dense(
     return model
 
 
+def backbone_of(found: Model) -> dict[str, str]:
+    """What `training.json` says of the model under an adapter: its name, and the hash by which it is known again."""
+    if isinstance(found, Artifact):
+        return {"model": str(found.folder.resolve()), "sha256": found.backbone_hash}
+    if isinstance(found, Path):
+        return {"model": str(found.resolve()), "sha256": sampled_hash(read_checkpoint(found))}
+    return {"model": found.name, "sha256": sampled_hash(found.checkpoint)}
+
+
 def open_to_use(name: str, adapter: str | None, device: torch.device, dtype: torch.dtype) -> Opened:
     """A model with a trained adapter, or with the artifact's own start; without one, where it has none.
 
@@ -222,18 +209,13 @@ def _dense_to_use(source: Source, adapter: Path | None, dtype: torch.dtype, devi
     if adapter is None:
         task = build_meta(source.folder)[1]
         return load_dense(source.folder, task, dtype, device), task
-    found = open_adapter(adapter)
-    made_for = found.config.get("base_model_name_or_path")
-    if made_for and (Path(made_for) / MANIFEST).is_file():
-        raise ArtifactError(
-            f"the adapter {adapter} was trained on the quantized backbone {made_for}: on the original weights it "
-            f"counts the rounding error twice: name {made_for} instead of {source.name}"
-        )
+    found = foreign_adapter(adapter, source.name, source.checkpoint)
     kinds = {task.peft_type: task for task in TASKS.values() if task.peft_type}
     task = kinds.get(str(found.config.get("task_type"))) or build_meta(source.folder)[1]
     rows = [found.shapes[name][0] for name in found.saved.values() if len(found.shapes[name]) == 2]
     labels = min(rows) if rows and task.name.endswith("-classification") else None  # of a head of two layers the last
     base = load_dense(source.folder, task, dtype, device, num_labels=labels)
+    check_shapes(base, found, source.name)
     return PeftModel.from_pretrained(base, adapter), task
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loftq.errors import OptionError, OutputError
 from loftq.formats.adapter import CONFIG, WEIGHTS
+from loftq.models.belonging import RECORD
 from loftq.training.settings import Settings
-
-RECORD = "training.json"
 
 
 def check_output(output: Path, settings: Settings, *, resume: bool, overwrite: bool) -> None:
@@ -37,13 +37,13 @@ def check_output(output: Path, settings: Settings, *, resume: bool, overwrite: b
         )
 
 
-def begin(output: Path, settings: Settings) -> None:
+def begin(output: Path, settings: Settings, backbone: Mapping[str, str]) -> None:
     """Note what was asked for. What an earlier training left there goes."""
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
     for name in (WEIGHTS, CONFIG):
         (output / name).unlink(missing_ok=True)
-    write(output, {"settings": settings.to_dict()})
+    write(output, {"settings": settings.to_dict(), "backbone": backbone})
 
 
 def write(output: Path, record: dict[str, Any]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 import loftq
 from loftq.errors import ArtifactError, LoftQError, OptionError, OutputError
 from loftq.models import loading
+from loftq.models.belonging import RECORD
 from loftq.training import finetune
+from loftq.training.arguments import arguments_of
 from loftq.training.opening import find_model, mode_of
-from loftq.training.record import RECORD
 from loftq.training.settings import Settings
 
 Run = Callable[..., Any]
@@ -128,22 +131,33 @@ def test_without_the_guard_evaluations_spoil_gradients(
     assert not all(torch.equal(a, b) for a, b in zip(gradients[:3], gradients[3:], strict=True))
 
 
+@contextmanager
+def killed_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    class Killer(TrainerCallback):
+        def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    made = finetune._trainer
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "_trainer", lambda *a, **k: [t := made(*a, **k), t.add_callback(Killer())][0])
+        yield
+
+
+def options(data: str, output: Path, *, save_steps: int) -> list[Any]:
+    """Of a run of eight steps, as on the command line."""
+    asked = ["--data", data, "--output", output, "--max-steps", 8, "--save-steps", save_steps, "--dtype", "float32"]
+    return [*asked, "--learning-rate", 3e-2, "--batch-size", 4, "--quiet"]
+
+
 def test_a_killed_training_ends_in_the_same_loss(
     artifact: Path, data: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cut off after step 5, with a checkpoint at 4; oracle: the run in one piece."""
     whole = adapter_after(artifact, data, tmp_path / "whole", max_steps=8, save_steps=4)
 
-    class Killer(TrainerCallback):
-        def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-            if state.global_step == 5:
-                raise KeyboardInterrupt
-
-    made = finetune._trainer
-    asked = ["--data", data, "--output", tmp_path / "cut", "--max-steps", 8, "--save-steps", 4, "--dtype", "float32"]
-    asked += ["--learning-rate", 3e-2, "--batch-size", 4, "--quiet"]
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune, "_trainer", lambda *a, **k: [t := made(*a, **k), t.add_callback(Killer())][0])
+    asked = options(data, tmp_path / "cut", save_steps=4)
+    with killed_after(5, monkeypatch):
         assert run("train", artifact, *asked).exit_code == 130
     assert not (tmp_path / "cut" / WEIGHTS).exists()
     again = run("train", artifact, *asked)
@@ -163,12 +177,56 @@ def test_a_killed_training_ends_in_the_same_loss(
     assert run("train", artifact, *asked, "--overwrite").exit_code == 0
 
 
+def test_the_same_command_goes_on_until_it_is_done(
+    artifact: Path, data: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a requeued job has it: with --resume from the first time on."""
+    whole = adapter_after(artifact, data, tmp_path / "whole", max_steps=8)
+    asked = [*options(data, tmp_path / "cut", save_steps=2), "--resume"]
+    with killed_after(5, monkeypatch):
+        assert run("train", artifact, *asked).exit_code == 130
+    assert run("train", artifact, *asked).exit_code == 0
+    found = load_file(tmp_path / "cut" / WEIGHTS)
+    assert all(torch.equal(whole[name], found[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("trainer_state.json", 0),
+        ("optimizer.pt", 0),
+        ("scheduler.pt", 0),
+        ("rng_state.pth", 0),
+        ("optimizer.pt", 500),
+        (WEIGHTS, 500),
+    ],
+)
+def test_a_checkpoint_that_was_cut_off_is_passed_over(
+    name: str, left: int, artifact: Path, data: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the run in one piece."""
+    whole = adapter_after(artifact, data, tmp_path / "whole", max_steps=8)
+    asked = options(data, tmp_path / "cut", save_steps=2)
+    with killed_after(5, monkeypatch):
+        run("train", artifact, *asked)
+    damaged = tmp_path / "cut" / "checkpoint-4" / name
+    kept = damaged.read_bytes()[:left]
+    damaged.unlink()
+    if kept:
+        damaged.write_bytes(kept)
+    done = run("train", artifact, *asked, "--resume")
+    assert done.exit_code == 0, done.stderr
+    assert "checkpoint-4 was cut off while it was written: training goes on from checkpoint-2" in done.stderr
+    found = load_file(tmp_path / "cut" / WEIGHTS)
+    assert all(torch.equal(whole[name], found[name]) for name in whole)
+
+
 def test_what_trains_is_said_first(artifact: Path, data: str, tmp_path: Path, run: Run) -> None:
-    options = ["--data", data, "--output", tmp_path / "out", "--max-steps", 1]
-    loud = run("train", artifact, *options)
+    asked = ["--data", data, "--output", tmp_path / "out", "--max-steps", 1]
+    loud = run("train", artifact, *asked)
     assert "8,192 of 123,200 parameters train (6.65 %)" in loud.stderr
     assert loud.stderr.index("parameters train") < loud.stderr.index("step 1: loss")
-    assert "parameters train" not in run("train", artifact, *options, "--overwrite", "--quiet").stderr
+    assert "parameters train" not in run("train", artifact, *asked, "--overwrite", "--quiet").stderr
 
 
 def test_each_kind_has_its_rate(artifact: Path, pooled: Path, pico: Path, data: str) -> None:
@@ -181,9 +239,9 @@ def test_each_kind_has_its_rate(artifact: Path, pooled: Path, pico: Path, data: 
     ):
         asked = Settings(str(model), (data,), "out", adapter=adapter)
         mode = mode_of(asked, find_model(asked.model))
-        assert finetune.arguments_of(asked, mode).learning_rate == rate
+        assert arguments_of(asked, mode).learning_rate == rate
         asked = replace(asked, learning_rate=3e-5)
-        assert finetune.arguments_of(asked, mode).learning_rate == 3e-5
+        assert arguments_of(asked, mode).learning_rate == 3e-5
 
 
 def test_evaluation_data_of_its_own(artifact: Path, data: str, tmp_path: Path) -> None:
@@ -191,6 +249,31 @@ def test_evaluation_data_of_its_own(artifact: Path, data: str, tmp_path: Path) -
     result = loftq.train(str(artifact), data=data, eval_data=str(other), output=tmp_path / "out", **FAST)
     assert result.examples == 40
     assert len(losses(tmp_path / "out", "eval_loss")) == 10  # of twenty steps
+
+
+def test_when_to_evaluate_can_be_set(artifact: Path, data: str, tmp_path: Path) -> None:
+    """Never, after each epoch, and as often as schedulers and the choice of the best need."""
+    adapter_after(artifact, data, tmp_path / "no", set={"eval_strategy": "no"})
+    assert len(losses(tmp_path / "no", "eval_loss")) == 1  # of the end
+    adapter_after(artifact, data, tmp_path / "epoch", set={"eval_strategy": "epoch"}, max_steps=20)
+    assert len(losses(tmp_path / "epoch", "eval_loss")) == 2  # of ten steps each
+    adapter_after(artifact, data, tmp_path / "plateau", lr_scheduler="reduce_lr_on_plateau")
+    best = {"set": {"load_best_model_at_end": True}, "learning_rate": 0.5, "max_steps": 10}
+    adapter_after(artifact, data, tmp_path / "best", **best)
+    found = losses(tmp_path / "best", "eval_loss")
+    assert found[-1] == pytest.approx(min(found[:-1]), abs=1e-4)
+    assert found[-1] < found[-2]
+
+
+def test_no_repository_for_what_is_no_artifact(pico: Path, data: str, tmp_path: Path, run: Run) -> None:
+    """Said before a weight is read."""
+    folder = shutil.copytree(pico, tmp_path / "model")
+    (folder / "model.safetensors").write_bytes((pico / "model.safetensors").read_bytes()[:-64] + b"\xff" * 64)
+    asked = ["--adapter", "lora", "--rank", 4, "--data", data, "--output", tmp_path / "out", "--push-to-hub", "me/it"]
+    refused = run("train", folder, *asked)
+    assert refused.exit_code == 2
+    assert "--push-to-hub goes with an artifact of ours" in refused.stderr
+    assert "parameters train" not in refused.stderr
 
 
 def test_gradient_checkpointing_gives_the_same(artifact: Path, data: str, tmp_path: Path) -> None:
@@ -206,19 +289,6 @@ def test_other_training_arguments(artifact: Path, data: str, tmp_path: Path) -> 
     assert all(torch.allclose(start[name], clipped[name], atol=1e-6) for name in start)
     assert len(losses(tmp_path / "out")) == 3
     assert list((tmp_path / "out").glob("**/events.out.tfevents*"))
-
-
-def test_full_precision_is_quantized_first_and_once(
-    pico: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for output in ("one", "two"):
-        loftq.train(str(pico), data=data, output=output, adapter="qalora", bits=3, rank=4, group_size=16, **FAST)
-    folder = tmp_path / "model_zoo" / "loftq" / "pico-llama-3bit-4rank-qalora"
-    assert json.loads((folder / "loftq.json").read_text())["recipe"]["bits"] == 3
-    config = json.loads((tmp_path / "two" / "adapter_config.json").read_text())
-    assert config["use_qalora"] is True
-    assert Path(config["base_model_name_or_path"]).resolve() == folder.resolve()
 
 
 def test_an_entry_of_finlora_runs_as_it_is(
@@ -321,6 +391,15 @@ def test_two_processes_train_together(artifact: Path, data: str, tmp_path: Path)
         ({"rank": 8}, r"--rank 8: .* is quantized already, with 4"),
         ({"chat_template": True, "task": "clm"}, "no column for the text"),
         ({"set": {"group_by_length": True}}, "unknown TrainingArguments name"),
+        ({"set": {"save_only_model": True}}, "nothing could go on from such checkpoints"),
+        ({"set": {"max_grad_norm": "abc"}}, "--set max_grad_norm=abc: expected a number"),
+        ({"set": {"auto_find_batch_size": "no"}}, "--set auto_find_batch_size=no: expected true or false"),
+        ({"set": {"adam_beta1": 2}}, "transformers refuses these settings: .*beta"),
+        ({"set": {"fsdp": "full_shard"}}, "transformers refuses these settings"),
+        ({"report_to": ("foo",)}, "transformers refuses these settings: .*foo"),
+        ({"optim": "lomo"}, "transformers refuses these settings: .*lomo"),
+        ({"lr_scheduler": "cosine_with_min_lr"}, "transformers refuses these settings: .*min_lr"),
+        ({"lr_scheduler": "warmup_stable_decay"}, "transformers refuses these settings"),
     ],
 )
 def test_what_cannot_be_trained_is_said_before(
@@ -328,7 +407,7 @@ def test_what_cannot_be_trained_is_said_before(
 ) -> None:
     with pytest.raises(OptionError, match=problem):
         loftq.train(str(artifact), data=data, output=tmp_path / "out", **{**FAST, **changes})
-    assert not (tmp_path / "out").exists()
+    assert not any((tmp_path / "out").glob("*"))
 
 
 def test_folders_in_the_way(artifact: Path, data: str, tmp_path: Path) -> None:
@@ -341,11 +420,55 @@ def test_folders_in_the_way(artifact: Path, data: str, tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_another_backbone(artifact: Path, pooled: Path, pico: Path, data: str, tmp_path: Path) -> None:
-    loftq.train(str(artifact), data=data, output=tmp_path / "out", **{**FAST, "max_steps": 1})
+    """With training.json to tell, though what it was trained on is gone, and of the stock peft's by its shapes."""
+    here = shutil.copytree(artifact, tmp_path / "here")
+    other = loftq.quantize(str(pico), output=tmp_path / "other", rank=4, iters=1, quiet=True).folder
+    twin = save_model(pico_llama(rms_norm_eps=1e-5), tmp_path / "twin")  # of the same weights
+    stranger = pico_llama()
+    stranger.model.layers[1].mlp.up_proj.weight.data *= 1.5
+    save_model(stranger, tmp_path / "stranger")
+    save_model(pico_llama(hidden_size=32), tmp_path / "narrow")
+    save_pico("bert", "masked-lm", tmp_path / "bert")
+    loftq.train(str(here), data=data, output=tmp_path / "out", **{**FAST, "max_steps": 1})
+    plain = {**FAST, "max_steps": 1, "adapter": "lora", "rank": 4}
+    loftq.train(str(pico), data=data, output=tmp_path / "plain", **plain)
     with pytest.raises(ArtifactError, match="takes a QA-LoRA"):
         loftq.evaluate(str(pooled), adapter=str(tmp_path / "out"), data=data, task="gsm8k")
     with pytest.raises(ArtifactError, match="counts the rounding error twice"):
         loftq.generate(str(pico), "x", adapter=str(tmp_path / "out"))
+    shutil.rmtree(here)
+
+    def refused(model: Path, adapter: str, match: str) -> None:
+        with pytest.raises(ArtifactError, match=match):
+            loftq.generate(str(model), "x", adapter=str(tmp_path / adapter), max_new_tokens=1)
+
+    refused(other, "out", "was trained on .*here, another backbone than .*other")
+    refused(other, "out/checkpoint-1", "was trained on .*here, another backbone than .*other")
+    refused(pico, "out", "was trained on .*here, whose weights are others")
+    refused(artifact, "plain", "was trained on .*pico-llama, another backbone")
+    refused(tmp_path / "stranger", "plain", "was trained on .*pico-llama, whose weights are others")
+    for model, adapter in ((artifact, "out"), (artifact, "out/checkpoint-1"), (pico, "plain"), (twin, "plain")):
+        loftq.generate(str(model), "x", adapter=str(tmp_path / adapter), max_new_tokens=1)
+    (tmp_path / "plain" / RECORD).unlink()
+    refused(
+        tmp_path / "narrow", "plain", "does not fit .*narrow: .* 128 inputs and 64 outputs, and that has 128 and 32"
+    )
+    refused(tmp_path / "bert", "plain", "adapts 'model.layers.0.* does not have")
+
+
+def test_an_adapter_on_somebody_elses_gptq(pico: Path, data: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"rank": 2, "group_size": 32, "format": "gptq", "quant_type": "int", "quiet": True}
+    theirs = loftq.quantize(str(pico), output=tmp_path / "theirs", **options).folder
+    (theirs / "loftq.json").unlink()
+    shutil.rmtree(theirs / "loftq_init")
+    short = {**FAST, "max_steps": 1, "rank": 2}
+    loftq.train(str(theirs), data=data, output=tmp_path / "out", **short)
+    loftq.train(str(pico), data=data, output=tmp_path / "plain", adapter="lora", **short)
+    loftq.generate(str(theirs), "x", adapter=str(tmp_path / "out"), max_new_tokens=1)
+    with pytest.raises(ArtifactError, match=r"whose weights are others than those of .*theirs"):
+        loftq.generate(str(theirs), "x", adapter=str(tmp_path / "plain"), max_new_tokens=1)
+    with pytest.raises(ArtifactError, match=r"whose weights are others than those of .*pico-llama"):
+        loftq.generate(str(pico), "x", adapter=str(tmp_path / "out"), max_new_tokens=1)
 
 
 def test_full_memory_says_what_lowers_the_need(

@@ -1,0 +1,82 @@
+"""Which model an adapter was trained on: an adapter counts on the weights of one.
+
+`training.json` beside a trained adapter holds a hash of them. That of an artifact is its manifest's; of any other
+checkpoint it is one of samples, since to read all weights again takes longer than to load them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from loftq.errors import ArtifactError
+from loftq.formats.adapter import Adapter, keys, open_adapter
+from loftq.formats.artifact import MANIFEST, combine_hashes
+from loftq.formats.checkpoint import Checkpoint
+
+RECORD = "training.json"
+_SAMPLE = 256  # values of each tensor: a training that touches a tensor at all touches its first rows
+
+
+def sampled_hash(checkpoint: Checkpoint) -> str:
+    """Identifies a checkpoint's weights, however they are sharded; in float32 as in the bfloat16 that it rounds to."""
+    hashes = {}
+    for name, spec in checkpoint.tensors.items():
+        values = checkpoint.read(name).flatten()[:_SAMPLE]
+        values = values.bfloat16() if values.is_floating_point() else values
+        shown = values.contiguous().view(torch.uint8).numpy().tobytes()
+        hashes[name] = hashlib.sha256(str(spec.shape).encode() + shown).hexdigest()
+    return combine_hashes(hashes)
+
+
+def trained_on(adapter: Path) -> tuple[str, str] | None:
+    """Name and hash of the model that an adapter, or a checkpoint of it, was trained on; None where none is told."""
+    folder = adapter.resolve()
+    path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / RECORD
+    try:
+        backbone = json.loads(path.read_text(encoding="utf-8"))["backbone"]
+        return str(backbone["model"]), str(backbone["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def foreign_adapter(folder: Path, name: str, checkpoint: Checkpoint) -> Adapter:
+    """Open an adapter. Raises ArtifactError where it was trained on another model than `name`, which is no artifact."""
+    adapter = open_adapter(folder)
+    made_for = adapter.config.get("base_model_name_or_path")
+    if made_for and (Path(made_for) / MANIFEST).is_file():
+        raise ArtifactError(
+            f"the adapter {folder} was trained on the quantized backbone {made_for}: on the original weights it "
+            f"counts the rounding error twice: name {made_for} instead of {name}"
+        )
+    known = trained_on(folder)
+    if known is not None and known[1] != sampled_hash(checkpoint):
+        raise ArtifactError(
+            f"the adapter {folder} was trained on {known[0]}, whose weights are others than those of {name}: "
+            "name that model, or train an adapter on this one"
+        )
+    return adapter
+
+
+def check_shapes(model: nn.Module, adapter: Adapter, name: str) -> None:
+    """Raises ArtifactError where a model lacks a module that an adapter adapts, or has it in another shape."""
+    modules = dict(model.named_modules())
+    for module in adapter.modules:
+        if module not in modules:
+            raise ArtifactError(f"the adapter {adapter.folder} adapts {module!r}, which {name} does not have")
+        layer = modules[module]
+        ours = [getattr(layer, of, getattr(layer, conv, None)) for of, conv in _SIDES]
+        a, b = (adapter.shapes[key] for key in keys(module))
+        found = [a[1] * (adapter.pool_size or 1), b[0]]
+        if None not in ours and found != ours:
+            raise ArtifactError(
+                f"the adapter {adapter.folder} does not fit {name}: it adapts {module!r} of {found[0]} inputs and "
+                f"{found[1]} outputs, and that has {ours[0]} and {ours[1]}"
+            )
+
+
+_SIDES = (("in_features", "nx"), ("out_features", "nf"))  # of linears, and of transformers' Conv1D

@@ -1,0 +1,92 @@
+"""The settings of a training as transformers has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from loftq.errors import OptionError
+from loftq.training.opening import compute_dtype, device_of
+from loftq.training.settings import MODES, Settings
+
+_EVALUATIONS = 0.1  # of the run, between two of them
+_CHECKPOINTS = 2  # that are kept
+
+
+def arguments_of(settings: Settings, mode: str) -> TrainingArguments:
+    """The settings as transformers has them. Raises OptionError for what it refuses, or the device cannot do."""
+    device = device_of(settings.cpu)
+    dtype = compute_dtype(settings.dtype, device)
+    cuda = device.type == "cuda"
+    values: dict[str, Any] = {
+        "output_dir": settings.output,
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps or -1,
+        "learning_rate": settings.learning_rate or MODES[mode].learning_rate,
+        "lr_scheduler_type": settings.lr_scheduler,
+        "warmup_steps": settings.warmup_ratio if settings.warmup_steps is None else settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": settings.eval_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "seed": settings.seed,
+        "optim": settings.optim or ("paged_adamw_8bit" if cuda else "adamw_torch"),
+        "bf16": cuda and dtype == torch.bfloat16,
+        "fp16": cuda and dtype == torch.float16,
+        "use_cpu": device.type == "cpu",
+        "eval_strategy": "steps",
+        "eval_steps": settings.eval_steps or _EVALUATIONS,
+        "prediction_loss_only": settings.task != "classification",  # logits of every token would fill the memory
+        "save_strategy": "steps",
+        "save_steps": settings.save_steps or _EVALUATIONS,
+        "save_total_limit": _CHECKPOINTS,
+        "logging_steps": 0.02,
+        "logging_first_step": True,
+        "report_to": list(settings.report_to) or "none",
+        "label_names": ["labels"],
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": cuda,
+        "ddp_find_unused_parameters": False,
+        **(_checkpointing() if settings.gradient_checkpointing else {}),
+        **settings.set,
+    }
+    _check_set(settings.set)
+    with explain_settings():
+        return TrainingArguments(**values)
+
+
+@contextmanager
+def explain_settings() -> Iterator[None]:
+    """Turn what transformers says of settings that do not fit into an OptionError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, ImportError, RuntimeError, AssertionError) as error:
+        said = " ".join(str(error).split())
+        raise OptionError(f"transformers refuses these settings: {said or type(error).__name__}") from error
+
+
+def _check_set(values: Mapping[str, Any]) -> None:
+    """Raises OptionError for a value of another type than its default, which transformers finds out as it trains."""
+    defaults = {entry.name: entry.default for entry in fields(TrainingArguments)}
+    for name, value in values.items():
+        kind = type(defaults[name])
+        number = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+        if (kind in (int, float) and not number) or (kind is bool and not isinstance(value, bool)):
+            expected = "true or false" if kind is bool else "a number"
+            raise OptionError(f"--set {name}={value}: expected {expected}")
+    if values.get("save_only_model"):
+        raise OptionError("--set save_only_model=true: nothing could go on from such checkpoints: leave it out")
+
+
+def _checkpointing() -> dict[str, Any]:
+    """Gradient checkpointing, under the name that this transformers has for it."""
+    known = {entry.name for entry in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
