@@ -70,8 +70,21 @@ class Encoder:
         """A prompt that is to be answered in `room` tokens, or half of all; too long a one loses its beginning."""
         if self.seq2seq:
             return list(self.tokenizer(text, truncation=True, max_length=self._source_limit).input_ids)
-        most = min(self._source_limit, self.cutoff_len - min(room, self.cutoff_len // 2)) - len(self._begin)
-        return [*self._begin, *self.ids(text)[-most:]]
+        return [*self._begin, *self.ids(text)[len(self._begin) - self._prompt_limit(room) :]]
+
+    def templated(self, messages: Sequence[dict[str, str]], room: int) -> list[int]:
+        """A prompt as the chat template writes it, special tokens and all, to be answered in `room` tokens.
+
+        Raises OptionError for too long a one: cut, it would lose the marks of who speaks.
+        """
+        ids, most = self.ids(written(self.tokenizer, messages, answer=True)), self._prompt_limit(room)
+        if len(ids) > most:
+            raise OptionError(
+                f"a prompt of {len(ids)} tokens through the chat template, where an answer of {room} within "
+                f"{self.cutoff_len} leaves it {most}: shorten it, lower --max-new-tokens, or add --no-chat-template, "
+                "which cuts it"
+            )
+        return ids
 
     def conversation(self, pieces: Sequence[Piece]) -> dict[str, list[int]]:
         """What a chat template wrote, special tokens included, of which parts are learned."""
@@ -82,6 +95,9 @@ class Encoder:
             ids += found
             labels += found if learned else [IGNORED] * len(found)
         return _example(ids, labels, self.cutoff_len)
+
+    def _prompt_limit(self, room: int) -> int:
+        return min(self._source_limit, self.cutoff_len - min(room, self.cutoff_len // 2))
 
     @property
     def _source_limit(self) -> int:

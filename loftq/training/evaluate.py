@@ -218,7 +218,7 @@ def _gsm8k(opened: Opened, rows: Any, options: Options) -> dict[str, float]:
     found = find_columns(rows, gsm8k.ROLES, options.columns)
     most = options.max_new_tokens or gsm8k.MOST_TOKENS
     encoder = options.encoder(opened)
-    prompts = [encoder.prompt(gsm8k.prompt(text_of(row, found["question"]), encoder), most) for row in rows]
+    prompts = [gsm8k.prompt(text_of(row, found["question"]), encoder, most) for row in rows]
     said = answers(
         opened, prompts, most, batch_size=options.batch_size, stop=gsm8k.STOP, quiet=options.quiet, desc="gsm8k"
     )

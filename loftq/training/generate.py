@@ -53,7 +53,7 @@ def generate(
         if encoding.uses_template(encoder, default=True):
             said = [{"role": "system", "content": system}] if system else []
             said.append({"role": "user", "content": prompt})
-            ids = encoder.ids(encoding.written(opened.tokenizer, said, answer=True))
+            ids = encoder.templated(said, max_new_tokens)
         else:
             ids = encoder.prompt(prompt if system is None else f"{system}\n{prompt}", max_new_tokens)
         set_seed(seed)

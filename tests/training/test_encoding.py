@@ -10,6 +10,7 @@ import torch
 from conftest import byte_tokenizer, pico_llama
 from datasets import Dataset
 from rows import problems, sums
+from tokenizers.processors import TemplateProcessing
 
 from loftq.errors import OptionError
 from loftq.training.encoding import IGNORED, Collator, Encoder, load_tokenizer, turns
@@ -139,9 +140,28 @@ def test_prompts_to_answer_are_those_that_were_learned(tokenizer: Any) -> None:
     encoder = Encoder(tokenizer, "causal-lm", 64)
     row = problems(1)[0]
     example = TASKS["gsm8k"].encode(Dataset.from_list([row]), {}, encoder)[0]
-    asked = encoder.prompt(gsm8k.prompt(row["question"], encoder), 16)
+    asked = gsm8k.prompt(row["question"], encoder, 16)
     assert example["input_ids"][: len(asked)] == asked
     assert example["labels"][len(asked) - 1 : len(asked) + 1] == [IGNORED, example["input_ids"][len(asked)]]
+
+
+@pytest.mark.parametrize("begin", ["<s>", ""])
+def test_a_template_decides_how_a_prompt_begins(begin: str, tokenizer: Any) -> None:
+    """Of a tokenizer that puts <s> before every text: what is asked begins as what was learned, and is never cut."""
+    from loftq.training.tasks import gsm8k
+
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = begin + TURNS
+    encoder = Encoder(tokenizer, "causal-lm", 64, chat_template=True)
+    row = {"question": "1+1?", "answer": "#### 2"}
+    example = TASKS["gsm8k"].encode(Dataset.from_list([row]), {}, encoder)[0]
+    asked = gsm8k.prompt(row["question"], encoder, 16)
+    assert tokenizer.decode(asked) == f"{begin}<user>1+1?</><assistant>"
+    assert example["input_ids"][: len(asked)] == asked
+    with pytest.raises(OptionError, match="lower --max-new-tokens"):
+        gsm8k.prompt("9" * 40, encoder, 16)
 
 
 @pytest.mark.parametrize(

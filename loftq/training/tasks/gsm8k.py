@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ROLES = {"question": ("question", "prompt"), "answer": ("answer", "response")}
 MOST_TOKENS = 256  # of an answer, where nothing is said
 STOP = "Question:"  # a model that goes on asks itself the next one
+_PROMPT = "Question: {}\nAnswer:"
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
@@ -28,15 +29,15 @@ def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Datas
     asked, said = found["question"], found["answer"]
     return encoded(
         rows,
-        lambda row: encoder.pair(prompt(text_of(row, asked), encoder), f" {text_of(row, said)}", keep_end=True),
+        lambda row: encoder.pair(_PROMPT.format(text_of(row, asked)), f" {text_of(row, said)}", keep_end=True),
     )
 
 
-def prompt(question: str, encoder: Encoder) -> str:
-    """What a model is asked."""
+def prompt(question: str, encoder: Encoder, room: int) -> list[int]:
+    """What a model is asked, to answer in `room` tokens."""
     if encoding.uses_template(encoder, default=False):
-        return encoding.written(encoder.tokenizer, [{"role": "user", "content": question}], answer=True)
-    return f"Question: {question}\nAnswer:"
+        return encoder.templated([{"role": "user", "content": question}], room)
+    return encoder.prompt(_PROMPT.format(question), room)
 
 
 def final_number(answer: str) -> str | None:
