@@ -114,11 +114,16 @@ def quantizing_of(settings: Settings, source: Source) -> dict[str, Any]:
         for name in set(options) & {"bits", "method", "calibration", "group_size"}:
             raise OptionError(f"{option(name)} {options[name]}: --adapter lora does not quantize")
     options["adapter"] = "qalora" if settings.adapter == "qalora" else "lora"
-    able = tasks.TASKS[settings.task].models
-    own = build_meta(source.folder)[1].name
-    options["task"] = None if own in able else able[0]
-    if settings.task == "classification":
+    meta, own = build_meta(source.folder)
+    wanted = tasks.TASKS[settings.task]
+    model_task = own.name
+    if tasks.CLASSIFIER in wanted.models:  # any model's body takes a new head
+        model_task = tasks.CLASSIFIER
         options.setdefault("num_labels", 2)
+    elif own.name == "feature-extraction" and meta.config.is_encoder_decoder:  # BART's config names no head
+        model_task = "seq2seq-lm"
+    wanted.require(settings.task, model_task, settings.model)
+    options["task"] = None if model_task == own.name else model_task
     return options
 
 
