@@ -54,23 +54,26 @@ class Encoder:
         """A whole text, with its beginning and its end."""
         return [*self._begin, *self.ids(text), *self._end]
 
-    def pair(self, prompt: str, response: str, *, keep_end: bool = False) -> dict[str, list[int]]:
-        """A prompt and what is learned as its answer. `keep_end`: too long a prompt loses its beginning."""
-        source, target = self.ids(prompt), self.ids(response)
+    def pair(self, prompt: str, response: str) -> dict[str, list[int]]:
+        """A prompt and what is learned as its answer, each with half of the room where both are long.
+
+        Too long a prompt loses its beginning, as when it is asked, and too long an answer its end.
+        """
         if self.seq2seq:
             source = self.tokenizer(prompt, truncation=True, max_length=self._source_limit).input_ids
             target = self.tokenizer(text_target=response, truncation=True, max_length=self._target_limit).input_ids
             return {"input_ids": list(source), "labels": list(target)}
-        target = [*target, *self._end][: self._target_limit]
-        room = min(self._source_limit, self.cutoff_len - len(target) - len(self._begin))
-        source = [*self._begin, *(source[max(len(source) - room, 0) :] if keep_end else source[: max(room, 0)])]
-        return _example(source + target, [IGNORED] * len(source) + target, self.cutoff_len)
+        whole = [*self.ids(response), *self._end][: self._target_limit]
+        source = self.prompt(prompt, len(whole))
+        target = whole[: self.cutoff_len - len(source)]
+        return {"input_ids": source + target, "labels": [IGNORED] * len(source) + target}
 
     def prompt(self, text: str, room: int) -> list[int]:
         """A prompt that is to be answered in `room` tokens, or half of all; too long a one loses its beginning."""
         if self.seq2seq:
             return list(self.tokenizer(text, truncation=True, max_length=self._source_limit).input_ids)
-        return [*self._begin, *self.ids(text)[len(self._begin) - self._prompt_limit(room) :]]
+        ids, most = self.ids(text), self._prompt_limit(room) - len(self._begin)
+        return [*self._begin, *ids[max(len(ids) - most, 0) :]]
 
     def templated(self, messages: Sequence[dict[str, str]], room: int) -> list[int]:
         """A prompt as the chat template writes it, special tokens and all, to be answered in `room` tokens.
@@ -94,7 +97,7 @@ class Encoder:
             found = self.ids(text)
             ids += found
             labels += found if learned else [IGNORED] * len(found)
-        return _example(ids, labels, self.cutoff_len)
+        return {"input_ids": ids[: self.cutoff_len], "labels": labels[: self.cutoff_len]}
 
     def _prompt_limit(self, room: int) -> int:
         return min(self._source_limit, self.cutoff_len - min(room, self.cutoff_len // 2))
@@ -106,10 +109,6 @@ class Encoder:
     @property
     def _target_limit(self) -> int:
         return min(self.max_target_length or self.cutoff_len, self.cutoff_len)
-
-
-def _example(ids: list[int], labels: list[int], cutoff: int) -> dict[str, list[int]]:
-    return {"input_ids": ids[:cutoff], "labels": labels[:cutoff]}
 
 
 def turns(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[Piece]:

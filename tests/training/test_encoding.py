@@ -98,6 +98,29 @@ def test_limits_cut_the_prompt_before_the_answer(tokenizer: Any) -> None:
         TASKS["sft"].encode(long, {}, Encoder(tokenizer, "causal-lm", 32))
 
 
+def test_a_prompt_and_its_answer_share_the_room(tokenizer: Any) -> None:
+    """Neither takes all of it; what the answer leaves is the prompt's, of which the end stays, as when it is asked."""
+    encoder = Encoder(tokenizer, "causal-lm", 64, chat_template=False)
+    rows = [("P" * 6, "R" * 100), ("Q" * 90 + "END", "R" * 30), ("Q" * 90 + "END", "R" * 100)]
+    found = TASKS["sft"].encode(Dataset.from_list([{"prompt": p, "response": r} for p, r in rows]), {}, encoder)
+    texts = [tokenizer.decode(ids) for ids in found["input_ids"]]
+    assert texts == [
+        "PPPPPP\n" + "R" * 57,
+        "Q" * 29 + "END\n" + "R" * 30 + "</s>",
+        "Q" * 28 + "END\n" + "R" * 32,
+    ]
+
+
+@pytest.mark.parametrize("length", [20, 200, 500])
+def test_a_long_document_leaves_its_cue(length: int, tokenizer: Any) -> None:
+    rows = Dataset.from_list([{"document": "D" * 900, "summary": "S" * length}])
+    example = TASKS["summarization"].encode(rows, {}, Encoder(tokenizer, "causal-lm", 512))[0]
+    text = tokenizer.decode(example["input_ids"])
+    assert text.startswith("DDDD")
+    assert "D\n\nSummary: SSSS" in text
+    assert 500 < len(example["input_ids"]) <= 512
+
+
 def test_examples_beyond_the_limit_are_left_out(tokenizer: Any) -> None:
     talk = [[{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "y"}] for n in (1, 99, 2)]
     found = TASKS["sft"].encode(

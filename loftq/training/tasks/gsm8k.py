@@ -29,7 +29,7 @@ def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Datas
     asked, said = found["question"], found["answer"]
     return encoded(
         rows,
-        lambda row: encoder.pair(_PROMPT.format(text_of(row, asked)), f" {text_of(row, said)}", keep_end=True),
+        lambda row: encoder.pair(_PROMPT.format(text_of(row, asked)), f" {text_of(row, said)}"),
     )
 
 
