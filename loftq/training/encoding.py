@@ -179,8 +179,10 @@ def load_tokenizer(folder: Any, model: nn.Module) -> Any:
         reserved = [token for token in _RESERVED if vocabulary.get(token, rows) < rows]
         tokenizer.pad_token = reserved[0] if reserved else tokenizer.eos_token
     config: Any = model.config
-    if getattr(config, "pad_token_id", None) is None:  # a classifier looks for the last token before the padding
-        config.pad_token_id = tokenizer.pad_token_id
+    for part in (config, config.get_text_config()):  # a classifier looks for the last token before the padding
+        part.pad_token_id = tokenizer.pad_token_id
+    if getattr(config, "type_vocab_size", 0) < 2:  # nothing that tells the texts of a pair apart
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     return tokenizer
 
 
@@ -191,11 +193,13 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Token ids, attention mask and labels: (batch, longest) int64, or labels (batch,)."""
+        """Token ids and types, attention mask and labels: (batch, longest) int64, or labels (batch,)."""
         ids = _padded([example["input_ids"] for example in examples], self.pad_token_id)
         mask = _padded([[1] * len(example["input_ids"]) for example in examples], 0)
         labels = [example["labels"] for example in examples]
         batch = {"input_ids": ids, "attention_mask": mask}
+        if "token_type_ids" in examples[0]:
+            batch["token_type_ids"] = _padded([example["token_type_ids"] for example in examples], 0)
         if isinstance(labels[0], list):
             batch["labels"] = _padded(labels, IGNORED)
         else:

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from picos import save_pico
+import torch
+from conftest import byte_tokenizer
+from datasets import Dataset
+from picos import pico_model, save_pico
 from rows import articles, sums, write_rows
 
 from loftq.pipeline.source import find_source
+from loftq.training.encoding import Collator, Encoder, load_tokenizer
 from loftq.training.opening import quantizing_of
 from loftq.training.settings import Settings
+from loftq.training.tasks import TASKS
 
 Run = Callable[..., Any]
 
@@ -51,3 +56,48 @@ def test_a_model_is_built_with_the_head_of_its_task(
     data = write_rows(tmp_path / "rows.jsonl", articles(4))
     settings = Settings(model=str(folder), data=(str(data),), output=str(tmp_path / "out"), task=task)
     assert quantizing_of(settings, find_source(str(folder)))["task"] == built
+
+
+def typed_tokenizer() -> Any:
+    """One that tells the texts of a pair apart."""
+    tokenizer = byte_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # so that they are saved
+    return tokenizer
+
+
+def classified(model: Any, rows: list[dict[str, Any]], folder: Path) -> torch.Tensor:
+    """Logits of rows in one batch, read as in training and in evaluation."""
+    typed_tokenizer().save_pretrained(folder)
+    tokenizer = load_tokenizer(folder, model)
+    examples = TASKS["classification"].encode(
+        Dataset.from_list(rows), {}, Encoder(tokenizer, "sequence-classification", 32)
+    )
+    batch = Collator(tokenizer.pad_token_id)(list(examples))
+    del batch["labels"]
+    with torch.no_grad():
+        logits: torch.Tensor = model(**batch).logits
+    return logits
+
+
+def test_a_text_is_classified_alone_as_in_a_batch(tmp_path: Path) -> None:
+    """Of a model whose config names another padding token than its tokenizer."""
+    model = pico_model("llama", "sequence-classification", num_labels=2, pad_token_id=0).float()
+    rows = [{"text": text, "label": 0} for text in ("good film", "a very long text indeed")]
+    together = classified(model, rows, tmp_path)
+    torch.testing.assert_close(together[:1], classified(model, rows[:1], tmp_path), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
+def test_a_model_tells_the_texts_of_a_pair_apart(name: str, tmp_path: Path) -> None:
+    """Where it has types of tokens. Oracle: the model on what the tokenizer itself gives."""
+    model = pico_model(name, "sequence-classification", num_labels=2).float()
+    pairs = [("ab", "c"), ("d", "efgh")]
+    found = classified(model, [{"sentence1": a, "sentence2": b, "label": 0} for a, b in pairs], tmp_path)
+    for logits, (first, second) in zip(found, pairs, strict=True):
+        read = typed_tokenizer()(first, second, return_tensors="pt")
+        assert read["token_type_ids"].sum() == len(second)
+        if name == "distilbert":
+            del read["token_type_ids"]
+        with torch.no_grad():
+            torch.testing.assert_close(logits, model(**read).logits[0], atol=1e-4, rtol=1e-4)

@@ -22,14 +22,18 @@ ROLES = {
 
 
 def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
-    """Examples of a text, or two, and a label: a number from 0, or with one label any number."""
+    """Examples of a text, or two, and a label: a number from 0, or with one label any number.
+
+    Token types go with them where the model tells the texts of a pair apart.
+    """
     found = find_columns(rows, ROLES, columns, optional=("pair",))
     pair = found.get("pair")
 
     def example(row: Mapping[str, Any]) -> dict[str, Any]:
         second = None if pair is None else text_of(row, pair)
-        ids = encoder.tokenizer(text_of(row, found["text"]), second, truncation=True, max_length=encoder.cutoff_len)
-        return {"input_ids": ids.input_ids, "labels": _label(row[found["label"]], found["label"], encoder.labels)}
+        read = encoder.tokenizer(text_of(row, found["text"]), second, truncation=True, max_length=encoder.cutoff_len)
+        tokens = {name: list(read[name]) for name in ("input_ids", "token_type_ids") if name in read}
+        return {**tokens, "labels": _label(row[found["label"]], found["label"], encoder.labels)}
 
     return rows.map(example, remove_columns=rows.column_names, load_from_cache_file=False, desc="tokenize")
 
