@@ -44,8 +44,11 @@ class Opened:
 
     @property
     def longest(self) -> int:
-        """How many tokens model and tokenizer take at once."""
+        """How many tokens model and tokenizer take at once; RoBERTa counts its positions from behind its padding's."""
         found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        for name, module in self.model.named_modules() if found else ():
+            padding = getattr(module, "padding_idx", None) if name.endswith(".position_embeddings") else None
+            found -= 0 if padding is None else padding + 1
         return min(int(limit) for limit in (found, self.tokenizer.model_max_length, _LONGEST) if limit)
 
 
