@@ -173,12 +173,14 @@ def load_tokenizer(folder: Any, model: nn.Module) -> Any:
             f"{folder} has no tokenizer that can be loaded: copy the original model's there ({reason})"
         ) from error
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    rows = int(embeddings.weight.shape[0])
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
-        vocabulary = tokenizer.get_vocab()
-        reserved = [token for token in _RESERVED if vocabulary.get(token, rows) < rows]
-        tokenizer.pad_token = reserved[0] if reserved else tokenizer.eos_token
     config: Any = model.config
+    rows = int(embeddings.weight.shape[0])
+    counts_ends = config.is_encoder_decoder and tokenizer.pad_token_id == tokenizer.eos_token_id  # its classifier
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows or counts_ends:
+        vocabulary = tokenizer.get_vocab()
+        usable = (*_RESERVED, tokenizer.bos_token) if config.is_encoder_decoder else _RESERVED
+        reserved = [token for token in usable if vocabulary.get(token, rows) < rows]
+        tokenizer.pad_token = reserved[0] if reserved else tokenizer.eos_token
     for part in (config, config.get_text_config()):  # a classifier looks for the last token before the padding
         part.pad_token_id = tokenizer.pad_token_id
     if getattr(config, "type_vocab_size", 0) < 2:  # nothing that tells the texts of a pair apart

@@ -243,7 +243,8 @@ def _trainer(
 
 
 def _classified(found: Any) -> dict[str, float]:
-    return scores(found.predictions, found.label_ids)
+    logits = found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
+    return scores(logits, found.label_ids)  # an encoder-decoder gives hidden states after them
 
 
 class _Progress(ProgressCallback):

@@ -11,11 +11,12 @@ import torch
 from conftest import byte_tokenizer
 from datasets import Dataset
 from picos import pico_model, save_pico
-from rows import articles, sums, write_rows
+from rows import articles, reviews, sums, write_rows
+from tokenizers.processors import TemplateProcessing
 
 from loftq.pipeline.source import find_source
 from loftq.training.encoding import Collator, Encoder, load_tokenizer
-from loftq.training.opening import quantizing_of
+from loftq.training.opening import open_to_use, quantizing_of
 from loftq.training.settings import Settings
 from loftq.training.tasks import TASKS
 
@@ -56,6 +57,19 @@ def test_a_model_is_built_with_the_head_of_its_task(
     data = write_rows(tmp_path / "rows.jsonl", articles(4))
     settings = Settings(model=str(folder), data=(str(data),), output=str(tmp_path / "out"), task=task)
     assert quantizing_of(settings, find_source(str(folder)))["task"] == built
+
+
+@pytest.mark.parametrize(("name", "longest"), [("roberta", 128), ("bert", 128), ("xlm-roberta", 128)])
+def test_a_model_takes_as_many_tokens_as_it_has_positions(name: str, longest: int, tmp_path: Path) -> None:
+    """Of a tokenizer that names no limit. Oracle: the model's forward, which fails with one token more."""
+    folder = save_pico(name, "sequence-classification", tmp_path / name)
+    opened = open_to_use(str(folder), None, torch.device("cpu"), torch.float32)
+    assert opened.longest == longest
+    ids = torch.full((1, longest + 1), 7)
+    with torch.no_grad():
+        opened.model(input_ids=ids[:, 1:])
+        with pytest.raises((IndexError, RuntimeError, ValueError)):
+            opened.model(input_ids=ids)
 
 
 def typed_tokenizer() -> Any:
@@ -101,3 +115,25 @@ def test_a_model_tells_the_texts_of_a_pair_apart(name: str, tmp_path: Path) -> N
             del read["token_type_ids"]
         with torch.no_grad():
             torch.testing.assert_close(logits, model(**read).logits[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_an_encoder_decoder_classifies(name: str, tmp_path: Path, run: Run) -> None:
+    """Which looks for the end of a text, where its tokenizer pads with that."""
+    tokenizer = byte_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    folder = save_pico(name, "seq2seq-lm", tmp_path / name, eos_token_id=tokenizer.eos_token_id)
+    tokenizer.save_pretrained(folder)
+    data = write_rows(
+        tmp_path / "rows.jsonl", [{**row, "text": row["text"] * (i % 3 + 1)} for i, row in enumerate(reviews(8))]
+    )
+    options = ["--task", "classification", "--data", data, "--quiet", "--dtype", "float32"]
+    settings = ["--adapter", "lora", "--rank", 4, "--max-steps", 1, "--eval-data", data]
+    trained = run("train", folder, *options, *settings, "--output", tmp_path / "out")
+    assert trained.exit_code == 0, trained.stderr
+    assert "held-out accuracy" in trained.stdout
+    measured = run("evaluate", folder, "--adapter", tmp_path / "out", *options, "--batch-size", 3)
+    assert measured.exit_code == 0, measured.stderr
+    assert measured.stdout.splitlines()[0].split() == ["accuracy", "f1", "matthews", "examples"]

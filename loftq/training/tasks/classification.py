@@ -50,12 +50,12 @@ def _label(value: Any, column: str, labels: int) -> float | int:
 
 
 def scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, F1 (of class 1 of two; the mean over more) and Matthews' correlation; of numbers Pearson's."""
+    """Accuracy, F1 (of class 1 of two; the mean over more), Matthews' correlation; Pearson's of two numbers or more."""
     from scipy.stats import pearsonr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     if logits.shape[-1] == 1:
-        return {"pearson": float(pearsonr(logits[:, 0], labels).statistic)}
+        return {"pearson": float(pearsonr(logits[:, 0], labels).statistic)} if len(labels) > 1 else {}
     chosen = logits.argmax(-1)
     average = "binary" if logits.shape[-1] == 2 else "macro"
     with warnings.catch_warnings():
