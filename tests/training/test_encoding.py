@@ -49,6 +49,17 @@ def test_text_is_packed_without_loss(tokenizer: Any) -> None:
     assert tokenizer.decode(short["input_ids"][0]) == "ab</s>"
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_no_text_is_nothing_to_learn(ends: bool, tokenizer: Any) -> None:
+    if not ends:
+        tokenizer.eos_token = None
+    for texts in ([""], ["", ""], *([] if ends else [["a"]])):
+        with pytest.raises(OptionError, match="column 'text' of the data holds no text to learn from"):
+            TASKS["clm"].encode(
+                Dataset.from_list([{"text": text} for text in texts]), {}, Encoder(tokenizer, "causal-lm", 64)
+            )
+
+
 def test_the_answer_alone_is_learned(tokenizer: Any) -> None:
     plain = TASKS["sft"].encode(
         Dataset.from_list(sums(3)), {}, Encoder(tokenizer, "causal-lm", 64, chat_template=False)

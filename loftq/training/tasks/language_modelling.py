@@ -27,12 +27,16 @@ ROLES = {
 def pack(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
     """Blocks of `cutoff_len` tokens, cut from all texts in their order, each with its beginning and its end.
 
-    What is left over at the end is dropped, but where it is all there is.
+    What is left over at the end is dropped, but where it is all there is. Raises OptionError where that is less than
+    two tokens, of which nothing is learned.
     """
     from datasets import Dataset
 
     column = find_columns(rows, TEXT, columns)["text"]
-    ids = np.concatenate([np.array(encoder.document(text_of(row, column)), dtype=np.int32) for row in rows])
+    texts = [text for row in rows if (text := text_of(row, column))]
+    ids = np.array([token for text in texts for token in encoder.document(text)], dtype=np.int32)
+    if len(ids) < 2:
+        raise OptionError(f"column {column!r} of the data holds no text to learn from: expected two tokens or more")
     length = min(encoder.cutoff_len, len(ids))
     blocks = ids[: len(ids) // length * length].reshape(-1, length)
     return Dataset.from_dict({"input_ids": list(blocks), "labels": list(blocks)})
