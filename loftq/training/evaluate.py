@@ -216,16 +216,14 @@ def _perplexity(opened: Opened, rows: Any, options: Options) -> dict[str, float]
 
 def _gsm8k(opened: Opened, rows: Any, options: Options) -> dict[str, float]:
     found = find_columns(rows, gsm8k.ROLES, options.columns)
+    expected = [gsm8k.reference(row, found["answer"]) for row in rows]
     most = options.max_new_tokens or gsm8k.MOST_TOKENS
     encoder = options.encoder(opened)
     prompts = [gsm8k.prompt(text_of(row, found["question"]), encoder, most) for row in rows]
     said = answers(
         opened, prompts, most, batch_size=options.batch_size, stop=gsm8k.STOP, quiet=options.quiet, desc="gsm8k"
     )
-    right = [
-        gsm8k.final_number(answer) == gsm8k.final_number(text_of(row, found["answer"]))
-        for answer, row in zip(said, rows, strict=True)
-    ]
+    right = [gsm8k.final_number(answer) == number for answer, number in zip(said, expected, strict=True)]
     return {"exact match": sum(right) / len(right), "questions": len(right)}
 
 

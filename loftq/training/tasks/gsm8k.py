@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from loftq.errors import OptionError
 from loftq.training import encoding
 from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Encoder
@@ -49,6 +50,18 @@ def final_number(answer: str) -> str | None:
         return None
     digits = found[0].replace(",", "").replace("$", "")
     return f"{float(digits):.10g}" if len(digits) < 16 else digits
+
+
+def reference(row: Mapping[str, Any], column: str) -> str:
+    """The number that an answer is compared with. Raises OptionError where there is none."""
+    answer = text_of(row, column)
+    number = final_number(answer)
+    if number is None:
+        raise OptionError(
+            f"column {column!r} of the data holds {answer!r:.80} where an answer with a number was expected: name the "
+            "right one with --column answer=NAME"
+        )
+    return number
 
 
 def _turn(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[dict[str, str]]:
