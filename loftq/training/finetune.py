@@ -50,7 +50,11 @@ _VERSIONS = ("loftq", "torch", "transformers", "peft", "accelerate", "bitsandbyt
 
 @dataclass(frozen=True)
 class Result:
-    """What a training did. Losses are means a token, in nats, or of what else the model's own loss is."""
+    """What a training did. Losses are means a token, in nats, or of what else the model's own loss is.
+
+    That of the evaluation is the mean of its batches', as transformers has it: of answers of unlike lengths it depends
+    on how many examples a batch holds.
+    """
 
     folder: Path
     trainable: int

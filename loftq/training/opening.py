@@ -45,8 +45,8 @@ class Opened:
     @property
     def longest(self) -> int:
         """How many tokens model and tokenizer take at once; RoBERTa counts its positions from behind its padding's."""
-        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        for name, module in self.model.named_modules() if found else ():
+        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or _LONGEST
+        for name, module in self.model.named_modules():
             padding = getattr(module, "padding_idx", None) if name.endswith(".position_embeddings") else None
             found -= 0 if padding is None else padding + 1
         return min(int(limit) for limit in (found, self.tokenizer.model_max_length, _LONGEST) if limit)
@@ -117,6 +117,7 @@ def quantizing_of(settings: Settings, source: Source) -> dict[str, Any]:
         for name in set(options) & {"bits", "method", "calibration", "group_size"}:
             raise OptionError(f"{option(name)} {options[name]}: --adapter lora does not quantize")
     options["adapter"] = "qalora" if settings.adapter == "qalora" else "lora"
+    meta: Any
     meta, own = build_meta(source.folder)
     wanted = tasks.TASKS[settings.task]
     model_task = own.name

@@ -273,6 +273,11 @@ def test_the_harness_runs_a_task(pico: Path, artifact: Path, tmp_path: Path, run
         (["--data", "TEXT", "--window", "1"], "--window 1: expected 2 or more"),
         (["--data", "TEXT", "--column", "text=body"], "no such column"),
         (["--data", "TEXT", "--column", "body"], "body"),
+        (["--data", "TEXT", "--column", "question=text"], "unknown column 'question' (known: text)"),
+        (["--data", "TEXT", "--max-new-tokens", "4"], "--max-new-tokens: --task perplexity does not use it"),
+        (["--data", "TEXT", "--task", "gsm8k", "--stride", "4"], "does not use it; perplexity would"),
+        (["--data", "TEXT", "--source", "x"], "--source x: goes with --compare"),
+        (["--data", "TEXT", "--include", "x"], "--include goes with --harness"),
         (["--harness", "x", "--data", "TEXT"], "--harness takes no --data"),
     ],
 )
