@@ -132,12 +132,35 @@ def test_a_long_document_leaves_its_cue(length: int, tokenizer: Any) -> None:
     assert 500 < len(example["input_ids"]) <= 512
 
 
-def test_examples_beyond_the_limit_are_left_out(tokenizer: Any) -> None:
+def test_examples_beyond_the_limit_are_left_out(tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     talk = [[{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "y"}] for n in (1, 99, 2)]
     found = TASKS["sft"].encode(
         Dataset.from_list([{"messages": m} for m in talk]), {}, Encoder(tokenizer, "causal-lm", 48)
     )
     assert len(found) == 2
+    assert "1 of 3 examples are left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        ({"role": "assistant", "content": None}, "'content': None"),
+        ({"role": "user", "content": "and then?"}, "does not end with a message of the assistant"),
+    ],
+)
+def test_a_row_that_is_no_conversation_is_named(message: dict[str, Any], problem: str, tokenizer: Any) -> None:
+    asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows = Dataset.from_list([{"messages": [asked, answered]}, {"messages": [asked, message]}])
+    with pytest.raises(OptionError, match=rf"row 2: .*{problem}"):
+        TASKS["sft"].encode(rows, {}, Encoder(tokenizer, "causal-lm", 64))
+
+
+@pytest.mark.parametrize("limits", [{"max_source_length": 4}, {"max_target_length": 4}])
+def test_a_conversation_has_one_limit(limits: dict[str, int], tokenizer: Any) -> None:
+    encoder = Encoder(tokenizer, "causal-lm", 64, chat_template=True, **limits)
+    for task, rows in (("sft", sums(2)), ("gsm8k", problems(2))):
+        with pytest.raises(OptionError, match=r"--max-.*has one limit, --cutoff-len"):
+            TASKS[task].encode(Dataset.from_list(rows), {}, encoder)
 
 
 def test_a_batch_is_padded_where_nothing_is_learned() -> None:

@@ -10,7 +10,7 @@ from loftq.errors import OptionError
 from loftq.training import encoding
 from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Encoder
-from loftq.training.tasks.language_modelling import encoded
+from loftq.training.tasks.language_modelling import conversations, encoded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,7 +26,7 @@ def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Datas
     """Examples of a question and its answer in steps."""
     found = find_columns(rows, ROLES, columns)
     if encoding.uses_template(encoder, default=False):
-        return encoded(rows, lambda row: encoder.conversation(encoding.turns(encoder.tokenizer, _turn(row, found))))
+        return conversations(rows, lambda row: _turn(row, found), encoder)
     asked, said = found["question"], found["answer"]
     return encoded(
         rows,
