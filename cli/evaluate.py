@@ -71,6 +71,8 @@ def evaluate(
     """Measure DIR, a folder that `loftq quantize` wrote, with its start or a trained adapter, or any model."""
     del debug  # read by main
     result: Any
+    if include is not None and harness is None:
+        raise click.UsageError("--include goes with --harness, whose tasks it adds to")
     if harness is not None:
         asked = [
             name

@@ -54,24 +54,40 @@ class Encoder:
         """A whole text, with its beginning and its end."""
         return [*self._begin, *self.ids(text), *self._end]
 
-    def pair(self, prompt: str, response: str, *, keep_end: bool = False) -> dict[str, list[int]]:
-        """A prompt and what is learned as its answer. `keep_end`: too long a prompt loses its beginning."""
-        source, target = self.ids(prompt), self.ids(response)
+    def pair(self, prompt: str, response: str) -> dict[str, list[int]]:
+        """A prompt and what is learned as its answer, each with half of the room where both are long.
+
+        Too long a prompt loses its beginning, as when it is asked, and too long an answer its end.
+        """
         if self.seq2seq:
             source = self.tokenizer(prompt, truncation=True, max_length=self._source_limit).input_ids
             target = self.tokenizer(text_target=response, truncation=True, max_length=self._target_limit).input_ids
             return {"input_ids": list(source), "labels": list(target)}
-        target = [*target, *self._end][: self._target_limit]
-        room = min(self._source_limit, self.cutoff_len - len(target) - len(self._begin))
-        source = [*self._begin, *(source[max(len(source) - room, 0) :] if keep_end else source[: max(room, 0)])]
-        return _example(source + target, [IGNORED] * len(source) + target, self.cutoff_len)
+        whole = [*self.ids(response), *self._end][: self._target_limit]
+        source = self.prompt(prompt, len(whole))
+        target = whole[: self.cutoff_len - len(source)]
+        return {"input_ids": source + target, "labels": [IGNORED] * len(source) + target}
 
     def prompt(self, text: str, room: int) -> list[int]:
         """A prompt that is to be answered in `room` tokens, or half of all; too long a one loses its beginning."""
         if self.seq2seq:
             return list(self.tokenizer(text, truncation=True, max_length=self._source_limit).input_ids)
-        most = min(self._source_limit, self.cutoff_len - min(room, self.cutoff_len // 2)) - len(self._begin)
-        return [*self._begin, *self.ids(text)[-most:]]
+        ids, most = self.ids(text), self._prompt_limit(room) - len(self._begin)
+        return [*self._begin, *ids[max(len(ids) - most, 0) :]]
+
+    def templated(self, messages: Sequence[dict[str, str]], room: int) -> list[int]:
+        """A prompt as the chat template writes it, special tokens and all, to be answered in `room` tokens.
+
+        Raises OptionError for too long a one: cut, it would lose the marks of who speaks.
+        """
+        ids, most = self.ids(written(self.tokenizer, messages, answer=True)), self._prompt_limit(room)
+        if len(ids) > most:
+            raise OptionError(
+                f"a prompt of {len(ids)} tokens through the chat template, where an answer of {room} within "
+                f"{self.cutoff_len} leaves it {most}: shorten it, lower --max-new-tokens, or add --no-chat-template, "
+                "which cuts it"
+            )
+        return ids
 
     def conversation(self, pieces: Sequence[Piece]) -> dict[str, list[int]]:
         """What a chat template wrote, special tokens included, of which parts are learned."""
@@ -81,7 +97,10 @@ class Encoder:
             found = self.ids(text)
             ids += found
             labels += found if learned else [IGNORED] * len(found)
-        return _example(ids, labels, self.cutoff_len)
+        return {"input_ids": ids[: self.cutoff_len], "labels": labels[: self.cutoff_len]}
+
+    def _prompt_limit(self, room: int) -> int:
+        return min(self._source_limit, self.cutoff_len - min(room, self.cutoff_len // 2))
 
     @property
     def _source_limit(self) -> int:
@@ -90,10 +109,6 @@ class Encoder:
     @property
     def _target_limit(self) -> int:
         return min(self.max_target_length or self.cutoff_len, self.cutoff_len)
-
-
-def _example(ids: list[int], labels: list[int], cutoff: int) -> dict[str, list[int]]:
-    return {"input_ids": ids[:cutoff], "labels": labels[:cutoff]}
 
 
 def turns(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[Piece]:
@@ -158,14 +173,18 @@ def load_tokenizer(folder: Any, model: nn.Module) -> Any:
             f"{folder} has no tokenizer that can be loaded: copy the original model's there ({reason})"
         ) from error
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    rows = int(embeddings.weight.shape[0])
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
-        vocabulary = tokenizer.get_vocab()
-        reserved = [token for token in _RESERVED if vocabulary.get(token, rows) < rows]
-        tokenizer.pad_token = reserved[0] if reserved else tokenizer.eos_token
     config: Any = model.config
-    if getattr(config, "pad_token_id", None) is None:  # a classifier looks for the last token before the padding
-        config.pad_token_id = tokenizer.pad_token_id
+    rows = int(embeddings.weight.shape[0])
+    counts_ends = config.is_encoder_decoder and tokenizer.pad_token_id == tokenizer.eos_token_id  # its classifier
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows or counts_ends:
+        vocabulary = tokenizer.get_vocab()
+        usable = (*_RESERVED, tokenizer.bos_token) if config.is_encoder_decoder else _RESERVED
+        reserved = [token for token in usable if vocabulary.get(token, rows) < rows]
+        tokenizer.pad_token = reserved[0] if reserved else tokenizer.eos_token
+    for part in (config, config.get_text_config()):  # a classifier looks for the last token before the padding
+        part.pad_token_id = tokenizer.pad_token_id
+    if getattr(config, "type_vocab_size", 0) < 2:  # nothing that tells the texts of a pair apart
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     return tokenizer
 
 
@@ -176,11 +195,13 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Token ids, attention mask and labels: (batch, longest) int64, or labels (batch,)."""
+        """Token ids and types, attention mask and labels: (batch, longest) int64, or labels (batch,)."""
         ids = _padded([example["input_ids"] for example in examples], self.pad_token_id)
         mask = _padded([[1] * len(example["input_ids"]) for example in examples], 0)
         labels = [example["labels"] for example in examples]
         batch = {"input_ids": ids, "attention_mask": mask}
+        if "token_type_ids" in examples[0]:
+            batch["token_type_ids"] = _padded([example["token_type_ids"] for example in examples], 0)
         if isinstance(labels[0], list):
             batch["labels"] = _padded(labels, IGNORED)
         else:

@@ -20,6 +20,7 @@ from loftq.training.encoding import Collator, Encoder
 from loftq.training.generate import answers
 from loftq.training.opening import Opened, compute_dtype, device_of, find_model, load_source, open_to_use
 from loftq.training.running import explain_memory, hush
+from loftq.training.settings import option
 from loftq.training.tasks import TASKS, classification, gsm8k, summarization
 from loftq.training.tasks.perplexity import perplexity
 
@@ -118,6 +119,11 @@ def evaluate(
     """
     if task not in MEASURES:
         raise UnknownNameError("task", task, MEASURES)
+    _check_use(
+        task, columns or {}, window=window, stride=stride, max_new_tokens=max_new_tokens, chat_template=chat_template
+    )
+    if source is not None and not compare:
+        raise OptionError(f"--source {source}: goes with --compare, which measures it too")
     if card and not (Path(model) / MANIFEST).is_file():
         raise OptionError(f"--card: {model} is no folder that `loftq quantize` wrote: it has no card of ours")
     for name, value in (("--window", window), ("--stride", stride), ("--max-examples", max_examples)):
@@ -144,6 +150,18 @@ def evaluate(
     if card:
         _into_card(Path(model) / CARD, evaluation)
     return evaluation
+
+
+def _check_use(task: str, columns: Mapping[str, str], **options: Any) -> None:
+    """Raises OptionError for a column and for an option that a task does not read."""
+    roles = TASKS[MEASURES[task].like].roles
+    for name in columns:
+        if name not in roles:
+            raise UnknownNameError("column", name, roles)
+    for name, value in options.items():
+        if value is not None and name not in MEASURES[task].options:
+            readers = " and ".join(reader for reader, measure in MEASURES.items() if name in measure.options)
+            raise OptionError(f"{option(name)}: --task {task} does not use it; {readers} would: leave it out")
 
 
 def _into_card(path: Path, evaluation: Evaluation) -> None:
@@ -216,16 +234,14 @@ def _perplexity(opened: Opened, rows: Any, options: Options) -> dict[str, float]
 
 def _gsm8k(opened: Opened, rows: Any, options: Options) -> dict[str, float]:
     found = find_columns(rows, gsm8k.ROLES, options.columns)
+    expected = [gsm8k.reference(row, found["answer"]) for row in rows]
     most = options.max_new_tokens or gsm8k.MOST_TOKENS
     encoder = options.encoder(opened)
-    prompts = [encoder.prompt(gsm8k.prompt(text_of(row, found["question"]), encoder), most) for row in rows]
+    prompts = [gsm8k.prompt(text_of(row, found["question"]), encoder, most) for row in rows]
     said = answers(
         opened, prompts, most, batch_size=options.batch_size, stop=gsm8k.STOP, quiet=options.quiet, desc="gsm8k"
     )
-    right = [
-        gsm8k.final_number(answer) == gsm8k.final_number(text_of(row, found["answer"]))
-        for answer, row in zip(said, rows, strict=True)
-    ]
+    right = [gsm8k.final_number(answer) == number for answer, number in zip(said, expected, strict=True)]
     return {"exact match": sum(right) / len(right), "questions": len(right)}
 
 
@@ -258,20 +274,27 @@ def _classification(opened: Opened, rows: Any, options: Options) -> dict[str, fl
 
 @dataclass(frozen=True)
 class Measure:
-    """A row: what it says, the task whose models can do it, and the figures."""
+    """A row: what it says, the task whose models can do it, the figures, and the options that it alone reads."""
 
     text: str
     like: str  # of TASKS
     measure: Callable[[Opened, Any, Options], dict[str, float]]
+    options: tuple[str, ...] = ()
 
 
 MEASURES = {
-    "perplexity": Measure("of a causal model on text, over --window tokens, --stride apart", "clm", _perplexity),
-    "gsm8k": Measure("greedy answers, exact match of the final number", "gsm8k", _gsm8k),
+    "perplexity": Measure(
+        "of a causal model on text, over --window tokens, --stride apart", "clm", _perplexity, ("window", "stride")
+    ),
+    "gsm8k": Measure(
+        "greedy answers, exact match of the final number", "gsm8k", _gsm8k, ("max_new_tokens", "chat_template")
+    ),
     "classification": Measure(
         "accuracy, F1, Matthews' correlation; of numbers Pearson's", "classification", _classification
     ),
-    "summarization": Measure("ROUGE-1, -2 and -L of greedy summaries", "summarization", _summarization),
+    "summarization": Measure(
+        "ROUGE-1, -2 and -L of greedy summaries", "summarization", _summarization, ("max_new_tokens",)
+    ),
 }
 
 

@@ -49,7 +49,11 @@ _VERSIONS = ("loftq", "torch", "transformers", "peft", "accelerate", "bitsandbyt
 
 @dataclass(frozen=True)
 class Result:
-    """What a training did. Losses are means a token, in nats, or of what else the model's own loss is."""
+    """What a training did. Losses are means a token, in nats, or of what else the model's own loss is.
+
+    That of the evaluation is the mean of its batches', as transformers has it: of answers of unlike lengths it depends
+    on how many examples a batch holds.
+    """
 
     folder: Path
     trainable: int
@@ -203,7 +207,8 @@ def _trainer(
 
 
 def _classified(found: Any) -> dict[str, float]:
-    return scores(found.predictions, found.label_ids)
+    logits = found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
+    return scores(logits, found.label_ids)  # an encoder-decoder gives hidden states after them
 
 
 class _Progress(ProgressCallback):

@@ -53,7 +53,7 @@ def generate(
         if encoding.uses_template(encoder, default=True):
             said = [{"role": "system", "content": system}] if system else []
             said.append({"role": "user", "content": prompt})
-            ids = encoder.ids(encoding.written(opened.tokenizer, said, answer=True))
+            ids = encoder.templated(said, max_new_tokens)
         else:
             ids = encoder.prompt(prompt if system is None else f"{system}\n{prompt}", max_new_tokens)
         set_seed(seed)
@@ -61,7 +61,7 @@ def generate(
             {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
         )
         streamer = _Streamer(opened, stream) if stream is not None else None
-        return _answers(opened, [ids], max_new_tokens, streamer=streamer, **sampling)[0]
+        return _answers(opened, [ids], _room(opened, [ids], max_new_tokens), streamer=streamer, **sampling)[0]
 
 
 def answers(
@@ -74,16 +74,27 @@ def answers(
     quiet: bool = False,
     desc: str = "generate",
 ) -> list[str]:
-    """The greedy answers to prompts, given as token ids, in their order; each ends before `stop`."""
+    """The greedy answers to prompts, given as token ids, in their order; each ends before `stop`.
+
+    Where the longest prompt leaves an answer less than `max_new_tokens` of what the model takes, all answers are as
+    short: they do not depend on the batch that they are in.
+    """
+    room = _room(opened, prompts, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))  # of like lengths, less is padded
     found: dict[int, str] = {}
     with tqdm(total=len(prompts), disable=quiet, desc=desc, unit="prompt", dynamic_ncols=True) as bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            texts = _answers(opened, [prompts[at] for at in chosen], max_new_tokens, stop=stop)
+            texts = _answers(opened, [prompts[at] for at in chosen], room, stop=stop)
             found |= dict(zip(chosen, texts, strict=True))
             bar.update(len(chosen))
     return [found[at] for at in range(len(prompts))]
+
+
+def _room(opened: Opened, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+    """How many tokens of an answer the model has positions for: behind the longest prompt, or a decoder's first."""
+    taken = 1 if opened.task.name == "seq2seq-lm" else max(map(len, prompts))
+    return min(max_new_tokens, opened.longest - taken)
 
 
 def _answers(

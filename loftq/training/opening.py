@@ -45,8 +45,11 @@ class Opened:
 
     @property
     def longest(self) -> int:
-        """How many tokens model and tokenizer take at once."""
-        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        """How many tokens model and tokenizer take at once; RoBERTa counts its positions from behind its padding's."""
+        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or _LONGEST
+        for name, module in self.model.named_modules():
+            padding = getattr(module, "padding_idx", None) if name.endswith(".position_embeddings") else None
+            found -= 0 if padding is None else padding + 1
         return min(int(limit) for limit in (found, self.tokenizer.model_max_length, _LONGEST) if limit)
 
 
@@ -99,11 +102,17 @@ def quantizing_of(settings: Settings, source: Source) -> dict[str, Any]:
         for name in set(options) & {"bits", "method", "calibration", "group_size"}:
             raise OptionError(f"{option(name)} {options[name]}: --adapter lora does not quantize")
     options["adapter"] = "qalora" if settings.adapter == "qalora" else "lora"
-    able = tasks.TASKS[settings.task].models
-    own = build_meta(source.folder)[1].name
-    options["task"] = None if own in able else able[0]
-    if settings.task == "classification":
+    meta: Any
+    meta, own = build_meta(source.folder)
+    wanted = tasks.TASKS[settings.task]
+    model_task = own.name
+    if tasks.CLASSIFIER in wanted.models:  # any model's body takes a new head
+        model_task = tasks.CLASSIFIER
         options.setdefault("num_labels", 2)
+    elif own.name == "feature-extraction" and meta.config.is_encoder_decoder:  # BART's config names no head
+        model_task = "seq2seq-lm"
+    wanted.require(settings.task, model_task, settings.model)
+    options["task"] = None if model_task == own.name else model_task
     return options
 
 

@@ -10,6 +10,7 @@ import torch
 from conftest import byte_tokenizer, pico_llama
 from datasets import Dataset
 from rows import problems, sums
+from tokenizers.processors import TemplateProcessing
 
 from loftq.errors import OptionError
 from loftq.training.encoding import IGNORED, Collator, Encoder, load_tokenizer, turns
@@ -46,6 +47,17 @@ def test_text_is_packed_without_loss(tokenizer: Any) -> None:
     assert joined == "abcdefgh</s>ijk"  # 15 tokens, of which the last three are no block
     short = TASKS["clm"].encode(Dataset.from_list([{"text": "ab"}]), {}, Encoder(tokenizer, "causal-lm", 64))
     assert tokenizer.decode(short["input_ids"][0]) == "ab</s>"
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_no_text_is_nothing_to_learn(ends: bool, tokenizer: Any) -> None:
+    if not ends:
+        tokenizer.eos_token = None
+    for texts in ([""], ["", ""], *([] if ends else [["a"]])):
+        with pytest.raises(OptionError, match="column 'text' of the data holds no text to learn from"):
+            TASKS["clm"].encode(
+                Dataset.from_list([{"text": text} for text in texts]), {}, Encoder(tokenizer, "causal-lm", 64)
+            )
 
 
 def test_the_answer_alone_is_learned(tokenizer: Any) -> None:
@@ -97,12 +109,58 @@ def test_limits_cut_the_prompt_before_the_answer(tokenizer: Any) -> None:
         TASKS["sft"].encode(long, {}, Encoder(tokenizer, "causal-lm", 32))
 
 
-def test_examples_beyond_the_limit_are_left_out(tokenizer: Any) -> None:
+def test_a_prompt_and_its_answer_share_the_room(tokenizer: Any) -> None:
+    """Neither takes all of it; what the answer leaves is the prompt's, of which the end stays, as when it is asked."""
+    encoder = Encoder(tokenizer, "causal-lm", 64, chat_template=False)
+    rows = [("P" * 6, "R" * 100), ("Q" * 90 + "END", "R" * 30), ("Q" * 90 + "END", "R" * 100)]
+    found = TASKS["sft"].encode(Dataset.from_list([{"prompt": p, "response": r} for p, r in rows]), {}, encoder)
+    texts = [tokenizer.decode(ids) for ids in found["input_ids"]]
+    assert texts == [
+        "PPPPPP\n" + "R" * 57,
+        "Q" * 29 + "END\n" + "R" * 30 + "</s>",
+        "Q" * 28 + "END\n" + "R" * 32,
+    ]
+
+
+@pytest.mark.parametrize("length", [20, 200, 500])
+def test_a_long_document_leaves_its_cue(length: int, tokenizer: Any) -> None:
+    rows = Dataset.from_list([{"document": "D" * 900, "summary": "S" * length}])
+    example = TASKS["summarization"].encode(rows, {}, Encoder(tokenizer, "causal-lm", 512))[0]
+    text = tokenizer.decode(example["input_ids"])
+    assert text.startswith("DDDD")
+    assert "D\n\nSummary: SSSS" in text
+    assert 500 < len(example["input_ids"]) <= 512
+
+
+def test_examples_beyond_the_limit_are_left_out(tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     talk = [[{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "y"}] for n in (1, 99, 2)]
     found = TASKS["sft"].encode(
         Dataset.from_list([{"messages": m} for m in talk]), {}, Encoder(tokenizer, "causal-lm", 48)
     )
     assert len(found) == 2
+    assert "1 of 3 examples are left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        ({"role": "assistant", "content": None}, "'content': None"),
+        ({"role": "user", "content": "and then?"}, "does not end with a message of the assistant"),
+    ],
+)
+def test_a_row_that_is_no_conversation_is_named(message: dict[str, Any], problem: str, tokenizer: Any) -> None:
+    asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows = Dataset.from_list([{"messages": [asked, answered]}, {"messages": [asked, message]}])
+    with pytest.raises(OptionError, match=rf"row 2: .*{problem}"):
+        TASKS["sft"].encode(rows, {}, Encoder(tokenizer, "causal-lm", 64))
+
+
+@pytest.mark.parametrize("limits", [{"max_source_length": 4}, {"max_target_length": 4}])
+def test_a_conversation_has_one_limit(limits: dict[str, int], tokenizer: Any) -> None:
+    encoder = Encoder(tokenizer, "causal-lm", 64, chat_template=True, **limits)
+    for task, rows in (("sft", sums(2)), ("gsm8k", problems(2))):
+        with pytest.raises(OptionError, match=r"--max-.*has one limit, --cutoff-len"):
+            TASKS[task].encode(Dataset.from_list(rows), {}, encoder)
 
 
 def test_a_batch_is_padded_where_nothing_is_learned() -> None:
@@ -139,9 +197,28 @@ def test_prompts_to_answer_are_those_that_were_learned(tokenizer: Any) -> None:
     encoder = Encoder(tokenizer, "causal-lm", 64)
     row = problems(1)[0]
     example = TASKS["gsm8k"].encode(Dataset.from_list([row]), {}, encoder)[0]
-    asked = encoder.prompt(gsm8k.prompt(row["question"], encoder), 16)
+    asked = gsm8k.prompt(row["question"], encoder, 16)
     assert example["input_ids"][: len(asked)] == asked
     assert example["labels"][len(asked) - 1 : len(asked) + 1] == [IGNORED, example["input_ids"][len(asked)]]
+
+
+@pytest.mark.parametrize("begin", ["<s>", ""])
+def test_a_template_decides_how_a_prompt_begins(begin: str, tokenizer: Any) -> None:
+    """Of a tokenizer that puts <s> before every text: what is asked begins as what was learned, and is never cut."""
+    from loftq.training.tasks import gsm8k
+
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = begin + TURNS
+    encoder = Encoder(tokenizer, "causal-lm", 64, chat_template=True)
+    row = {"question": "1+1?", "answer": "#### 2"}
+    example = TASKS["gsm8k"].encode(Dataset.from_list([row]), {}, encoder)[0]
+    asked = gsm8k.prompt(row["question"], encoder, 16)
+    assert tokenizer.decode(asked) == f"{begin}<user>1+1?</><assistant>"
+    assert example["input_ids"][: len(asked)] == asked
+    with pytest.raises(OptionError, match="lower --max-new-tokens"):
+        gsm8k.prompt("9" * 40, encoder, 16)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,8 +88,23 @@ def test_a_stride_scores_every_token_once(pico: Path) -> None:
         total -= sum(float(log[at - 1 - start, ids[at]]) for at in range(done, end))
         done = max(done, end)
     assert found["perplexity"] == pytest.approx(math.exp(total / 60), rel=1e-5)
+    assert (found["window"], found["stride"]) == (20, 8)
     with pytest.raises(OptionError, match="fewer than two tokens"):
         perplexity(model, ids[:1], 20, 8)
+
+
+def test_a_loss_beyond_numbers_is_infinite() -> None:
+    """A model that is sure of what never comes."""
+
+    class Wrong:
+        device = torch.device("cpu")
+
+        def __call__(self, input_ids: torch.Tensor) -> Any:
+            logits = torch.zeros(*input_ids.shape, 5)
+            logits[..., 0] = 2000.0
+            return SimpleNamespace(logits=logits)
+
+    assert perplexity(Wrong(), [1, 2, 3], 3, 3, quiet=True)["perplexity"] == math.inf
 
 
 def test_the_table_compares_with_what_it_was_made_from(
@@ -109,7 +125,10 @@ def test_the_table_compares_with_what_it_was_made_from(
         assert found[name] == pytest.approx(by_hand(model, ids, 128), rel=1e-4), name
     assert len(set(found.values())) == 4
     table = run("evaluate", artifact, "--adapter", trained, "--data", text, "--window", 64).stdout.splitlines()
-    assert table[0].split() == ["perplexity", "tokens", "windows"]
+    assert table[0].split() == ["perplexity", "tokens", "windows", "window", "stride"]
+    assert table[1].split()[-2:] == ["64", "64"]
+    beyond = run("evaluate", artifact, "--data", text, "--window", 9999, "--stride", 5000).stdout.splitlines()
+    assert beyond[1].split()[-2:] == ["128", "128"]  # what the model takes
     assert table[1].split()[0] == "trained"
 
 
@@ -170,6 +189,13 @@ def test_the_final_number_is_compared(
     assert asked[3] == "Question: What is 3+1?\nAnswer:"
 
 
+def test_an_answer_without_a_number_is_no_reference(artifact: Path, tmp_path: Path, run: Run) -> None:
+    data = write_rows(tmp_path / "a.jsonl", [{"question": "What is 1+1?", "answer": "no idea"}])
+    result = run("evaluate", artifact, "--task", "gsm8k", "--data", data)
+    assert result.exit_code == 2
+    assert "column 'answer' of the data holds 'no idea'" in result.stderr
+
+
 @pytest.mark.parametrize("name", ["bart", "llama"])
 def test_summaries_are_written_and_scored(name: str, tmp_path: Path, run: Run) -> None:
     folder = save_pico(name, "seq2seq-lm" if name == "bart" else "causal-lm", tmp_path / name)
@@ -196,6 +222,7 @@ def test_scores_by_hand() -> None:
     assert found["matthews"] == pytest.approx((1 * 2 - 2 * 0) / math.sqrt(3 * 1 * 4 * 2))
     numbers = scores(torch.tensor([[1.0], [2], [4]]).numpy(), torch.tensor([1.0, 2, 3]).numpy())
     assert numbers["pearson"] == pytest.approx(0.9819805)
+    assert scores(torch.tensor([[1.0]]).numpy(), torch.tensor([1.0]).numpy()) == {}
 
 
 def test_the_harness_runs_a_task(pico: Path, artifact: Path, tmp_path: Path, run: Run) -> None:
@@ -246,6 +273,11 @@ def test_the_harness_runs_a_task(pico: Path, artifact: Path, tmp_path: Path, run
         (["--data", "TEXT", "--window", "1"], "--window 1: expected 2 or more"),
         (["--data", "TEXT", "--column", "text=body"], "no such column"),
         (["--data", "TEXT", "--column", "body"], "body"),
+        (["--data", "TEXT", "--column", "question=text"], "unknown column 'question' (known: text)"),
+        (["--data", "TEXT", "--max-new-tokens", "4"], "--max-new-tokens: --task perplexity does not use it"),
+        (["--data", "TEXT", "--task", "gsm8k", "--stride", "4"], "does not use it; perplexity would"),
+        (["--data", "TEXT", "--source", "x"], "--source x: goes with --compare"),
+        (["--data", "TEXT", "--include", "x"], "--include goes with --harness"),
         (["--harness", "x", "--data", "TEXT"], "--harness takes no --data"),
     ],
 )

@@ -67,6 +67,20 @@ def test_what_is_no_request(words: list[str], problem: str, artifact: Path, run:
     assert problem in result.stderr
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bart"])
+def test_an_answer_ends_where_the_model_does(name: str, tmp_path: Path, run: Run) -> None:
+    """Of learned positions there are 128. Oracle: how many tokens transformers writes that are not the end."""
+    folder = save_pico(name, "seq2seq-lm" if name == "bart" else "causal-lm", tmp_path / name)
+    options = ["--dtype", "float32", "--max-new-tokens", 500]
+    for prompt in ("x", "x" * 200):
+        plain = run("generate", folder, "--prompt", prompt, "--no-chat-template", *options)
+        assert plain.exit_code == 0, plain.stderr
+    if name == "gpt2":
+        templated = run("generate", folder, "--prompt", "x" * 200, *options)
+        assert templated.exit_code == 2
+        assert "lower --max-new-tokens" in templated.stderr
+
+
 def test_an_encoder_writes_no_text(tmp_path: Path, run: Run) -> None:
     folder = save_pico("bert", "masked-lm", tmp_path / "bert")
     result = run("generate", folder, "--prompt", "x")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from loftq.training.encoding import Encoder
 
+CLASSIFIER = "sequence-classification"
 _GENERATORS = ("causal-lm", "seq2seq-lm")
 
 
@@ -29,11 +30,16 @@ class TrainingTask:
 
     def require(self, name: str, model_task: str, what: str) -> None:
         """Raises OptionError for a model whose class cannot do the task."""
-        if model_task not in self.models:
-            raise OptionError(
-                f"--task {name} needs a {' or '.join(self.models)} model, and {what} is a {model_task} one: "
-                f"quantize the model with --task {self.models[0]}, or choose another task"
-            )
+        if model_task in self.models:
+            return
+        able = [task for task, row in TASKS.items() if model_task in row.models]
+        steps = [f"choose one that it can do ({', '.join(able)})"] if able else []
+        if self.models == (CLASSIFIER,):  # a head on any model; of the others each is what it was made as
+            steps.append(f"quantize the model with `loftq quantize --task {CLASSIFIER}`")
+        raise OptionError(
+            f"--task {name} needs a {' or '.join(self.models)} model, and {what} is a {model_task} one: "
+            f"{', or '.join([*steps, 'name another model'])}"
+        )
 
 
 TASKS = {
@@ -55,7 +61,7 @@ TASKS = {
     ),
     "classification": TrainingTask(
         "a label, or with --num-labels 1 a number, for a text or two",
-        ("sequence-classification",),
+        (CLASSIFIER,),
         classification.ROLES,
         classification.encode,
     ),

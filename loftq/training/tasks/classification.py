@@ -22,14 +22,18 @@ ROLES = {
 
 
 def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
-    """Examples of a text, or two, and a label: a number from 0, or with one label any number."""
+    """Examples of a text, or two, and a label: a number from 0, or with one label any number.
+
+    Token types go with them where the model tells the texts of a pair apart.
+    """
     found = find_columns(rows, ROLES, columns, optional=("pair",))
     pair = found.get("pair")
 
     def example(row: Mapping[str, Any]) -> dict[str, Any]:
         second = None if pair is None else text_of(row, pair)
-        ids = encoder.tokenizer(text_of(row, found["text"]), second, truncation=True, max_length=encoder.cutoff_len)
-        return {"input_ids": ids.input_ids, "labels": _label(row[found["label"]], found["label"], encoder.labels)}
+        read = encoder.tokenizer(text_of(row, found["text"]), second, truncation=True, max_length=encoder.cutoff_len)
+        tokens = {name: list(read[name]) for name in ("input_ids", "token_type_ids") if name in read}
+        return {**tokens, "labels": _label(row[found["label"]], found["label"], encoder.labels)}
 
     return rows.map(example, remove_columns=rows.column_names, load_from_cache_file=False, desc="tokenize")
 
@@ -46,12 +50,12 @@ def _label(value: Any, column: str, labels: int) -> float | int:
 
 
 def scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, F1 (of class 1 of two; the mean over more) and Matthews' correlation; of numbers Pearson's."""
+    """Accuracy, F1 (of class 1 of two; the mean over more), Matthews' correlation; Pearson's of two numbers or more."""
     from scipy.stats import pearsonr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     if logits.shape[-1] == 1:
-        return {"pearson": float(pearsonr(logits[:, 0], labels).statistic)}
+        return {"pearson": float(pearsonr(logits[:, 0], labels).statistic)} if len(labels) > 1 else {}
     chosen = logits.argmax(-1)
     average = "binary" if logits.shape[-1] == 2 else "macro"
     with warnings.catch_warnings():

@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from loftq.errors import OptionError
 from loftq.training import encoding
 from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Encoder
-from loftq.training.tasks.language_modelling import encoded
+from loftq.training.tasks.language_modelling import conversations, encoded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 ROLES = {"question": ("question", "prompt"), "answer": ("answer", "response")}
 MOST_TOKENS = 256  # of an answer, where nothing is said
 STOP = "Question:"  # a model that goes on asks itself the next one
+_PROMPT = "Question: {}\nAnswer:"
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
@@ -24,19 +26,19 @@ def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Datas
     """Examples of a question and its answer in steps."""
     found = find_columns(rows, ROLES, columns)
     if encoding.uses_template(encoder, default=False):
-        return encoded(rows, lambda row: encoder.conversation(encoding.turns(encoder.tokenizer, _turn(row, found))))
+        return conversations(rows, lambda row: _turn(row, found), encoder)
     asked, said = found["question"], found["answer"]
     return encoded(
         rows,
-        lambda row: encoder.pair(prompt(text_of(row, asked), encoder), f" {text_of(row, said)}", keep_end=True),
+        lambda row: encoder.pair(_PROMPT.format(text_of(row, asked)), f" {text_of(row, said)}"),
     )
 
 
-def prompt(question: str, encoder: Encoder) -> str:
-    """What a model is asked."""
+def prompt(question: str, encoder: Encoder, room: int) -> list[int]:
+    """What a model is asked, to answer in `room` tokens."""
     if encoding.uses_template(encoder, default=False):
-        return encoding.written(encoder.tokenizer, [{"role": "user", "content": question}], answer=True)
-    return f"Question: {question}\nAnswer:"
+        return encoder.templated([{"role": "user", "content": question}], room)
+    return encoder.prompt(_PROMPT.format(question), room)
 
 
 def final_number(answer: str) -> str | None:
@@ -48,6 +50,18 @@ def final_number(answer: str) -> str | None:
         return None
     digits = found[0].replace(",", "").replace("$", "")
     return f"{float(digits):.10g}" if len(digits) < 16 else digits
+
+
+def reference(row: Mapping[str, Any], column: str) -> str:
+    """The number that an answer is compared with. Raises OptionError where there is none."""
+    answer = text_of(row, column)
+    number = final_number(answer)
+    if number is None:
+        raise OptionError(
+            f"column {column!r} of the data holds {answer!r:.80} where an answer with a number was expected: name the "
+            "right one with --column answer=NAME"
+        )
+    return number
 
 
 def _turn(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[dict[str, str]]:

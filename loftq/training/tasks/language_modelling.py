@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,12 +28,16 @@ ROLES = {
 def pack(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
     """Blocks of `cutoff_len` tokens, cut from all texts in their order, each with its beginning and its end.
 
-    What is left over at the end is dropped, but where it is all there is.
+    What is left over at the end is dropped, but where it is all there is. Raises OptionError where that is less than
+    two tokens, of which nothing is learned.
     """
     from datasets import Dataset
 
     column = find_columns(rows, TEXT, columns)["text"]
-    ids = np.concatenate([np.array(encoder.document(text_of(row, column)), dtype=np.int32) for row in rows])
+    texts = [text for row in rows if (text := text_of(row, column))]
+    ids = np.array([token for text in texts for token in encoder.document(text)], dtype=np.int32)
+    if len(ids) < 2:
+        raise OptionError(f"column {column!r} of the data holds no text to learn from: expected two tokens or more")
     length = min(encoder.cutoff_len, len(ids))
     blocks = ids[: len(ids) // length * length].reshape(-1, length)
     return Dataset.from_dict({"input_ids": list(blocks), "labels": list(blocks)})
@@ -42,35 +47,66 @@ def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Datas
     """Examples of a prompt and its answer, or of conversations where the data holds those."""
     found = find_columns(rows, ROLES, columns, optional=tuple(ROLES))
     if "messages" in found and not {"prompt", "response"} <= set(columns):
-        return encoded(rows, lambda row: encoder.conversation(encoding.turns(encoder.tokenizer, _messages(row, found))))
+        return conversations(rows, lambda row: _messages(row, found), encoder)
     found = find_columns(rows, ROLES, columns, optional=("messages", "input"))
     if encoding.uses_template(encoder, default=True):
-        return encoded(rows, lambda row: encoder.conversation(encoding.turns(encoder.tokenizer, _asked(row, found))))
+        return conversations(rows, lambda row: _asked(row, found), encoder)
     return encoded(rows, lambda row: encoder.pair(*_plain(row, found)))
 
 
-def encoded(rows: Dataset, example: Any) -> Dataset:
-    """An example of each row, without those of which the limits leave nothing to learn.
+Row = Mapping[str, Any]
 
-    Raises OptionError where none is left.
+
+def conversations(rows: Dataset, messages: Callable[[Row], list[dict[str, str]]], encoder: Encoder) -> Dataset:
+    """Examples of what the chat template writes. Raises OptionError for limits of its parts: it is not taken apart."""
+    limits = {"--max-source-length": encoder.max_source_length, "--max-target-length": encoder.max_target_length}
+    for name, limit in limits.items():
+        if limit is not None:
+            raise OptionError(
+                f"{name} {limit}: what a chat template writes has one limit, --cutoff-len: leave the option out, or "
+                "add --no-chat-template to prompts and answers"
+            )
+    return encoded(rows, lambda row: encoder.conversation(encoding.turns(encoder.tokenizer, messages(row))))
+
+
+def encoded(rows: Dataset, example: Callable[[Row], dict[str, list[int]]]) -> Dataset:
+    """An example of each row, without those of which the limits leave nothing to learn, whose number it says.
+
+    Raises OptionError where none is left, and with the number of a row, from 1, that makes no example.
     """
-    examples = rows.map(example, remove_columns=rows.column_names, load_from_cache_file=False, desc="tokenize")
+
+    def numbered(row: Row, at: int) -> dict[str, list[int]]:
+        try:
+            return example(row)
+        except OptionError as error:
+            raise OptionError(f"row {at + 1}: {error}") from error
+
+    examples = rows.map(
+        numbered, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False, desc="tokenize"
+    )
     kept = [at for at, labels in enumerate(examples["labels"]) if any(label != encoding.IGNORED for label in labels)]
     if not kept:
         raise OptionError(
             "no example has anything to learn within the limits: raise --cutoff-len, or lower --max-source-length"
         )
-    return examples if len(kept) == len(examples) else examples.select(kept)
+    if len(kept) == len(examples):
+        return examples
+    left_out = f"{len(examples) - len(kept)} of {len(examples)} examples"
+    print(f"{left_out} are left out: within the limits they have nothing to learn", file=sys.stderr, flush=True)
+    return examples.select(kept)
 
 
 def _messages(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[dict[str, str]]:
     messages = row[columns["messages"]]
     try:
-        return [{"role": _ROLE.get(role, role), "content": content} for role, content in _spoken(messages)]
+        found = [{"role": _ROLE.get(role, role), "content": content} for role, content in _spoken(messages)]
+        if not all(isinstance(message["content"], str) for message in found):
+            raise TypeError
+        return found
     except (TypeError, KeyError, AttributeError) as error:
         raise OptionError(
             f"column {columns['messages']!r} of the data holds {messages!r:.80} where messages with a role and a "
-            "content were expected"
+            "content, a text, were expected"
         ) from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ def perplexity(model: Any, ids: Sequence[int], window: int, stride: int, *, quie
 
     A token is scored once, by all tokens before it in the first window that holds it and one before it: with a stride
     of the window, which costs least, the first of each window goes unscored; a smaller stride gives each token more to
-    go by. Raises OptionError for a text of one token.
+    go by. Both stand beside the figure, which means little without them. Raises OptionError for a text of one token.
     """
     if len(ids) < 2:
         raise OptionError("the text has fewer than two tokens: nothing to score")
@@ -37,4 +36,6 @@ def perplexity(model: Any, ids: Sequence[int], window: int, stride: int, *, quie
             scored += end - first
             windows += 1
             done = end
-    return {"perplexity": math.exp(total / scored), "tokens": scored, "windows": windows}
+    mean = torch.tensor(total / scored, dtype=torch.float64)  # whose exponential may be infinite
+    figures = {"tokens": scored, "windows": windows, "window": window, "stride": stride}
+    return {"perplexity": float(mean.exp()), **figures}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loftq.errors import OptionError
 from loftq.training.data import find_columns, text_of
@@ -24,15 +24,15 @@ _CUE = "\n\nSummary:"
 def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
     """Examples of a document and its summary."""
     found = find_columns(rows, ROLES, columns)
-    if encoder.seq2seq:
-        return encoded(rows, lambda row: encoder.pair(text_of(row, found["document"]), text_of(row, found["summary"])))
-    room = encoder.max_target_length or MOST_TOKENS
-    return encoded(
-        rows,
-        lambda row: encoder.pair(
-            prompt(text_of(row, found["document"]), encoder, room), f" {text_of(row, found['summary'])}"
-        ),
-    )
+
+    def example(row: Mapping[str, Any]) -> dict[str, list[int]]:
+        document, summary = (text_of(row, found[role]) for role in ROLES)
+        if encoder.seq2seq:
+            return encoder.pair(document, summary)
+        room = min(len(encoder.ids(f" {summary}")) + 1, encoder.max_target_length or encoder.cutoff_len)
+        return encoder.pair(prompt(document, encoder, room), f" {summary}")
+
+    return encoded(rows, example)
 
 
 def prompt(document: str, encoder: Encoder, room: int) -> str:
