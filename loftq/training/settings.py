@@ -36,6 +36,7 @@ MODES = {
 
 # What a model that is not quantized yet is quantized by first: `loftq quantize` has more.
 QUANTIZING = ("bits", "rank", "alpha", "dropout", "target_modules", "method", "calibration", "group_size", "num_labels")
+_PROMPTED = ("sft", "gsm8k")  # tasks whose prompts a chat template may write
 # What may be another when a run is resumed: the result does not depend on it.
 _FREE = ("report_to", "save_steps", "output", "push_to_hub")
 
@@ -95,6 +96,8 @@ class Settings:
         for name in self.columns:
             if name not in TASKS[self.task].roles:
                 raise UnknownNameError("column", name, TASKS[self.task].roles)
+        if self.chat_template and self.task not in _PROMPTED:
+            raise OptionError(f"--chat-template: goes with --task {' or '.join(_PROMPTED)}: {self.task} has no prompts")
         self._check_numbers()
         self._check_arguments()
 
@@ -189,8 +192,7 @@ _OWN = {
     "resume_from_checkpoint": "--resume",
 }
 _FIXED = {"remove_unused_columns": "what is trained on has no column that is not used"}
-
-
+# What a setting is called elsewhere: refused from Python and the command line, with the name that it has here.
 _OTHERWISE = {"lr": "learning_rate", **{name: own[2:].replace("-", "_") for name, own in _OWN.items()}, **ALIASES}
 
 

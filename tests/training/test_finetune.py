@@ -319,7 +319,8 @@ def test_two_processes_train_together(artifact: Path, data: str, tmp_path: Path)
         ({"dtype": "float16", "cpu": True}, "CPUs do not train in it: use bfloat16 or float32"),
         ({"adapter": "qalora"}, "is a qlora artifact"),
         ({"rank": 8}, r"--rank 8: .* is quantized already, with 4"),
-        ({"chat_template": True, "task": "clm"}, "no column for the text"),
+        ({"chat_template": True, "task": "clm"}, "--chat-template: goes with --task sft or gsm8k"),
+        ({"task": "clm"}, "no column for the text"),
         ({"set": {"group_by_length": True}}, "unknown TrainingArguments name"),
     ],
 )

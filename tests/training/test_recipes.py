@@ -98,6 +98,10 @@ def test_a_run_is_named_of_several(tmp_path: Path) -> None:
             '{"model": "m", "data": "d", "output": "o", "per_device_train_batch_size": 1}',
             r"'per_device_train_batch_size'; did you mean batch_size",
         ),
+        (
+            '{"model": "m", "data": "d", "output": "o", "task": "summarization", "chat_template": true}',
+            "--chat-template: goes with --task sft or gsm8k: summarization has no prompts",
+        ),
         ('{"model": "m", "output": "o"}', "no data is given"),
         ('{"model": "m", "data": 5, "output": "o"}', "data = 5: expected a text or a list of texts"),
         ('{"model": "m", "data": "d", "output": "o", "target-modules": 5}', "target_modules = 5: expected a text or"),
