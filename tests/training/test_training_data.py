@@ -16,6 +16,7 @@ from rows import sums, write_rows
 from loftq.errors import OptionError
 from loftq.training.data import find_columns, hold_out, read_rows
 from loftq.training.encoding import Encoder
+from loftq.training.tasks import language_modelling
 from loftq.training.tasks.classification import encode
 
 ROLES = {"prompt": ("prompt",), "response": ("response", "output"), "input": ("input",)}
@@ -125,6 +126,15 @@ def test_columns_are_found_by_usual_names_or_by_name(tmp_path: Path) -> None:
         find_columns(rows, ROLES, {})
     with pytest.raises(OptionError, match="--column prompt=theirs: the data has no such column"):
         find_columns(rows, ROLES, {"prompt": "theirs"})
+
+
+def test_a_column_that_is_named_goes_before_conversations(tmp_path: Path) -> None:
+    spoken = [{"role": "user", "content": "other"}, {"role": "assistant", "content": "no"}]
+    rows = [{"messages": spoken, "p": "1+1=", "response": "2"}]
+    read = read_rows([str(write_rows(tmp_path / "a.jsonl", rows))])
+    encoder = Encoder(byte_tokenizer(), "causal-lm", 64, chat_template=False)
+    found = language_modelling.encode(read, {"prompt": "p"}, encoder)["input_ids"][0]
+    assert found == encoder.pair("1+1=\n", "2")["input_ids"]
 
 
 def test_a_twentieth_is_held_out(tmp_path: Path) -> None:
