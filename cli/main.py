@@ -33,6 +33,7 @@ _COMMANDS = {
     "doctor": "Look at this machine: libraries, devices, what works.",
     "completion": "Print the lines with which a shell completes commands.",
 }
+_GO_ON = {"quantize": "--resume", "train": "--resume", "merge": "--resume", "push": "the same line"}
 _VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub", "numba")
 
 
@@ -90,8 +91,8 @@ def main(args: list[str] | None = None) -> Any:
     try:
         return cli.main(args=arguments, prog_name="loftq", standalone_mode=False)
     except click.exceptions.Abort:
-        way = "the same line" if arguments[:1] == ["push"] else "--resume"
-        click.echo(f"interrupted: what was done is kept, {way} goes on from there", err=True)
+        way = _GO_ON.get(next(iter(arguments), ""))
+        click.echo(f"interrupted: what was done is kept, {way} goes on from there" if way else "interrupted", err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()

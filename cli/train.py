@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import loftq
-from loftq.training.recipes import read_recipe
+from loftq.training.recipes import laid_over, read_recipe
 from loftq.training.settings import MODES, Settings
 from loftq.training.tasks import TASKS
 
@@ -116,7 +116,7 @@ def train(
     given |= {table: dict(given[table]) for table in ("columns", "set") if table in given}
     words = [word for word in (model, name) if word is not None]
     if recipe is not None:
-        given = {**read_recipe(recipe, *words), **given}
+        given = laid_over(read_recipe(recipe, *words), given)
     elif name is not None:
         raise click.UsageError(f"{name}: one DIR is trained; a second name is that of a run in a --recipe")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,12 +46,29 @@ def read_rows(names: Sequence[str], option: str = "--data") -> Dataset:
 
 def _check_files(paths: Sequence[Path], option: str) -> None:
     for path in paths:
+        if path.is_dir():
+            raise OptionError(f"{option} {path}: is a folder: name the files in it, each with {option}")
         if not path.is_file():
             raise OptionError(f"{option} {path}: no such file")
         if path.suffix.lower() not in _READERS:
             raise OptionError(f"{option} {path}: expected a {', '.join(_READERS)} file, or a data set on the Hub")
-    if len({_READERS[path.suffix.lower()][0] for path in paths}) > 1:
+    if any(_READERS[path.suffix.lower()] != _READERS[paths[0].suffix.lower()] for path in paths):
         raise OptionError(f"{option} {', '.join(map(str, paths))}: expected files of one kind")
+    for path in paths:
+        if path.suffix.lower() != ".parquet":
+            _check_encoding(path, option)
+
+
+def _check_encoding(path: Path, option: str) -> None:
+    """Readers pass bytes that are no text on, and rows fail later."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise OptionError(
+                    f"{option} {path}: line {number} is not UTF-8 ({error.reason}): save it as UTF-8"
+                ) from error
 
 
 def _library(names: Sequence[str], option: str) -> Any:
@@ -67,12 +85,22 @@ def _file_rows(datasets: Any, paths: Sequence[Path], option: str) -> Dataset:
     reader, settings = _READERS[paths[0].suffix.lower()]
     files = [str(path) for path in paths]
     try:
+        if reader == "from_csv":
+            settings = {**settings, **_as_text(datasets, files[0], settings.get("delimiter", ","))}
         return getattr(datasets.Dataset, reader)(files, **settings)  # `load_dataset` would count it on the network
     except Exception as error:  # of any format's reader
         cause = error.__cause__ or error
         raise OptionError(
             f"{option} {', '.join(files)}: cannot be read: {' '.join(str(cause).split())[:300]}"
         ) from error
+
+
+def _as_text(datasets: Any, file: str, delimiter: str) -> dict[str, Any]:
+    """Settings by which every cell of a table is the text that it is: 007, NA and 1.50 are answers too."""
+    import pandas as pd  # type: ignore[import-untyped]  # datasets requires it
+
+    names = pd.read_csv(file, sep=delimiter, nrows=0).columns
+    return {"features": datasets.Features(dict.fromkeys(names, datasets.Value("string"))), "keep_default_na": False}
 
 
 def _hub_rows(datasets: Any, name: str, option: str) -> Dataset:
@@ -118,6 +146,15 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
     if not isinstance(value, str):
         raise OptionError(f"column {column!r} of the data holds {value!r:.80} where a text was expected")
     return value
+
+
+def number_of(value: Any) -> Any:
+    """The number that a text says, as a cell of a table; anything else as it is."""
+    try:
+        found = float(value) if isinstance(value, str) else math.nan
+    except ValueError:
+        return value
+    return found if math.isfinite(found) else value
 
 
 def hold_out(examples: Dataset, seed: int, *, shuffle: bool) -> tuple[Dataset, Dataset | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
@@ -40,7 +41,7 @@ def generate(
     """
     if max_new_tokens < 1:
         raise OptionError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise OptionError(f"--temperature {temperature}: expected 0 (the likeliest token always) or more")
     if not 0 < top_p <= 1:
         raise OptionError(f"--top-p {top_p}: expected a number above 0, at most 1")

@@ -58,5 +58,11 @@ def run_harness(
         opened = open_to_use(model, adapter, device, compute_dtype(dtype, device))
         backend = "seq2seq" if opened.task.name == "seq2seq-lm" else "causal"
         wrapped = HFLM(opened.model, backend=backend, tokenizer=opened.tokenizer, batch_size=batch_size)
-        found = simple_evaluate(model=wrapped, tasks=list(names), task_manager=manager, limit=max_examples)
+        try:
+            found = simple_evaluate(model=wrapped, tasks=list(names), task_manager=manager, limit=max_examples)
+        except OSError as error:  # of the network, or of files
+            reason = " ".join(str(error).split())[:300]
+            raise OptionError(
+                f"--harness {', '.join(names)}: the data cannot be read ({reason}): lm-eval fetches it from the Hub"
+            ) from error
     return Harness(found)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from loftq.errors import OptionError
 from loftq.formats.adapter import open_adapter
@@ -127,15 +128,42 @@ def _kept(model: Any, batch: tuple[int, int], able: Sequence[str], *, checkpoint
             sizes[inside[-1]] += tensor.untyped_storage().nbytes()
         return tensor
 
-    ids = torch.zeros(batch, dtype=torch.int64, device="meta")
-    labels = ids[:, 0] if able == ("sequence-classification",) else ids
     model.train()
     with _entering(blocks) as inside, _fused_attention(), torch.autograd.graph.saved_tensors_hooks(keep, _same):
-        model(input_ids=ids, labels=labels)
+        _run(inner, torch.zeros(batch, dtype=torch.int64, device="meta"), able, keep)
     largest = max((tensor.untyped_storage().nbytes() for tensor in seen.values()), default=0)
     inputs = len(blocks) * batch[0] * batch[1] * _width(inner) * inner.dtype.itemsize
     block = max((sizes[name] for name in blocks), default=0)
     return int(sizes[""] + inputs + block + _GRADIENTS * largest)
+
+
+def _run(model: Any, ids: torch.Tensor, able: Sequence[str], keep: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """One forward pass. A classifier's head looks for where a text ends, and is left out: it keeps what it reads.
+
+    Raises OptionError for a model whose way depends on values, of which meta tensors have none.
+    """
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    try:
+        with _Unpadded():
+            if able == ("sequence-classification",):
+                decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+                keep(model.base_model(**inputs, **decoder)[0])
+            else:
+                model(**inputs, labels=ids)
+    except (RuntimeError, ValueError) as error:  # NotImplementedError is the former
+        reason = " ".join(str(error).split())[:200]
+        raise OptionError(
+            f"--dry-run: {type(model).__name__} does not run in {model.dtype} without its weights ({reason}): try "
+            "another --dtype, or a training of one step"
+        ) from error
+
+
+class _Unpadded(TorchFunctionMode):
+    """Says yes where a model asks whether a mask is all true, which a meta tensor cannot tell."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called for each function of torch."""
+        return True if func is torch.Tensor.__bool__ else func(*args, **(kwargs or {}))
 
 
 def _storage(tensor: torch.Tensor) -> int:

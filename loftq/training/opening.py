@@ -59,7 +59,10 @@ def find_model(name: str) -> Model:
     if (folder / MANIFEST).is_file():
         return open_artifact(folder)
     if (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
-        raise ArtifactError(f"{folder} is an adapter's folder: name its backbone, and the adapter with --adapter")
+        raise ArtifactError(
+            f"{folder} is an adapter's folder: name its backbone (`loftq evaluate` and `loftq generate` then "
+            "take this folder as --adapter)"
+        )
     if folder.is_dir() and gptq.is_gptq(folder):
         return folder
     source = find_source(name)
@@ -133,6 +136,14 @@ def check_artifact(settings: Settings, artifact: Artifact) -> None:
             )
 
 
+def _check_foreign(settings: Settings, folder: Path) -> None:
+    """Raises OptionError for what a GPTQ checkpoint that loftq did not write leaves no choice of."""
+    for name in sorted(set(settings.quantizing) - {"rank", "alpha"}):
+        raise OptionError(
+            f"{option(name)}: {folder} is quantized already, and not by loftq: --rank and --alpha alone are chosen"
+        )
+
+
 def loader_of(artifact: Artifact) -> Callable[..., PeftModel]:
     """What loads an artifact of its kind."""
     return load_qalora if artifact.manifest["kind"] == "qalora" else load_qlora
@@ -150,6 +161,7 @@ def open_to_train(settings: Settings, found: Model, device: torch.device) -> Ope
         tasks.TASKS[settings.task].require(settings.task, "causal-lm", str(found))
         if settings.adapter not in (None, "qalora"):
             raise OptionError(f"--adapter {settings.adapter}: {found} is a GPTQ checkpoint, which qalora trains on")
+        _check_foreign(settings, found)
         rank = settings.rank or Recipe.rank
         model = load_qalora(found, device_map=place, dtype=dtype, rank=rank, alpha=settings.alpha)
         return Opened(model, load_tokenizer(found, model), TASKS["causal-lm"], found)

@@ -25,6 +25,7 @@ ALIASES = {
     "num_epochs": "epochs",
     "gradient_accumulation_steps": "gradient_accumulation",
 }
+_DORA = "peft_use_dora"  # of FinLoRA's entries: false in the plain ones
 _TABLES = ("columns", "set")  # of one run
 _PATHS = ("data", "eval_data", "model")
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
@@ -55,12 +56,24 @@ def read_recipe(path: str | Path, *words: str) -> dict[str, Any]:
         )
     found: dict[str, Any] = {"output": name} if name else {}
     for key, value in {**shared, **(entries[name] if name else {})}.items():
-        plain = key.replace("-", "_")
+        plain = str(key).replace("-", "_")
         found[ALIASES.get(plain, plain)] = value
+    if found.pop(_DORA, False):
+        raise OptionError(f"--recipe {path}: {_DORA} is true: loftq trains LoRA and has no DoRA; choose a plain entry")
     for key in _PATHS:
         if key in found:
             found[key] = _located(found[key], path.parent)
     return found | ({"model": named[0]} if named else {})
+
+
+def laid_over(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's settings and those that go before them: of a table, name by name."""
+    tables = {
+        name: {**recipe[name], **given[name]}
+        for name in _TABLES
+        if name in given and isinstance(recipe.get(name), Mapping)
+    }
+    return {**recipe, **given, **tables}
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -82,7 +95,7 @@ def _parse(path: Path) -> dict[str, Any]:
         raise OptionError(f"--recipe {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise OptionError(f"--recipe {path}: expected names and values")
-    return content
+    return {str(key): value for key, value in content.items()}
 
 
 def _yaml(text: str) -> Any:

@@ -57,6 +57,9 @@ def write(output: Path, record: dict[str, Any]) -> None:
 def _read(output: Path) -> dict[str, Any] | None:
     path = output / RECORD
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if record is not None and not (isinstance(record, dict) and isinstance(record.get("settings"), dict)):
+            raise ValueError("expected the settings of a training")
+        return record
     except ValueError as error:
         raise OutputError(f"{path} is damaged ({error}): remove {output}, or name another --output") from error

@@ -11,6 +11,7 @@ from typing import Any
 
 from loftq.errors import OptionError, UnknownNameError
 from loftq.pipeline.recipe import COMPUTE_DTYPES
+from loftq.training.recipes import ALIASES
 from loftq.training.tasks import TASKS
 
 
@@ -35,6 +36,7 @@ MODES = {
 
 # What a model that is not quantized yet is quantized by first: `loftq quantize` has more.
 QUANTIZING = ("bits", "rank", "alpha", "dropout", "target_modules", "method", "calibration", "group_size", "num_labels")
+_PROMPTED = ("sft", "gsm8k")  # tasks whose prompts a chat template may write
 # What may be another when a run is resumed: the result does not depend on it.
 _FREE = ("report_to", "save_steps", "output", "push_to_hub")
 
@@ -94,6 +96,8 @@ class Settings:
         for name in self.columns:
             if name not in TASKS[self.task].roles:
                 raise UnknownNameError("column", name, TASKS[self.task].roles)
+        if self.chat_template and self.task not in _PROMPTED:
+            raise OptionError(f"--chat-template: goes with --task {' or '.join(_PROMPTED)}: {self.task} has no prompts")
         self._check_numbers()
         self._check_arguments()
 
@@ -113,9 +117,11 @@ class Settings:
         if self.cutoff_len < 8:
             raise OptionError(f"--cutoff-len {self.cutoff_len}: expected 8 tokens or more")
         if not 0 < self.epochs <= 1e6:
-            raise OptionError(f"--epochs {self.epochs}: expected a number above 0")
+            raise OptionError(f"--epochs {self.epochs}: expected a number above 0, at most a million")
         if self.learning_rate is not None and not 0 < self.learning_rate < 10:
-            raise OptionError(f"--learning-rate {self.learning_rate}: expected a number above 0, such as 2e-4")
+            raise OptionError(
+                f"--learning-rate {self.learning_rate}: expected a number above 0 and below 10, such as 2e-4"
+            )
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise OptionError(f"--warmup-steps {self.warmup_steps}: expected 0 or more")
         if not 0 <= self.warmup_ratio < 1:
@@ -131,6 +137,8 @@ class Settings:
 
         known = {entry.name for entry in dataclasses.fields(TrainingArguments)}
         for name in self.set:
+            if name in _FIXED:
+                raise OptionError(f"--set {name}: is fixed: {_FIXED[name]}")
             if name in _OWN:
                 raise OptionError(f"--set {name}: has an option of its own, {_OWN[name]}")
             if name not in known:
@@ -182,8 +190,10 @@ _OWN = {
     "push_to_hub": "--push-to-hub",
     "hub_model_id": "--push-to-hub",
     "resume_from_checkpoint": "--resume",
-    "remove_unused_columns": "--column",
 }
+_FIXED = {"remove_unused_columns": "what is trained on has no column that is not used"}
+# What a setting is called elsewhere: refused from Python and the command line, with the name that it has here.
+_OTHERWISE = {"lr": "learning_rate", **{name: own[2:].replace("-", "_") for name, own in _OWN.items()}, **ALIASES}
 
 
 def option(name: str) -> str:
@@ -193,10 +203,13 @@ def option(name: str) -> str:
 
 def settings_of(values: Mapping[str, Any]) -> Settings:
     """Settings from names and plain values. Raises OptionError for an unknown name, or one that is missing."""
-    known = {entry.name: entry for entry in dataclasses.fields(Settings)}
+    known = {entry.name for entry in dataclasses.fields(Settings)}
     for name in values:
-        if name not in known:
-            raise UnknownNameError("setting", name, known)
+        if name in known:
+            continue
+        if (own := _OTHERWISE.get(name)) in known:
+            raise OptionError(f"unknown setting {name!r}; did you mean {own}?")
+        raise UnknownNameError("setting", name, known | set(ALIASES))
     for name in ("model", "data", "output"):
         if not values.get(name):
             raise OptionError(f"no {name} is given: {_MISSING[name]}")
@@ -204,10 +217,9 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
     for name in ("data", "eval_data", "report_to", "target_modules"):
         if isinstance(given.get(name), (str, Path)):
             given[name] = (str(given[name]),)
-        elif given.get(name) is not None:
+        elif isinstance(given.get(name), (list, tuple)):
             given[name] = tuple(map(str, given[name]))
-    for name in ("model", "output"):
-        given[name] = str(given[name])
+    given |= {"model": str(given["model"]), "output": str(Path(str(given["output"])).expanduser())}
     _check_types(given)
     return Settings(**given)
 

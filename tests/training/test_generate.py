@@ -57,6 +57,7 @@ def test_a_seed_decides_a_sample(artifact: Path) -> None:
     [
         (["--prompt", " "], "--prompt is empty"),
         (["--prompt", "x", "--temperature", "-1"], "--temperature -1.0"),
+        (["--prompt", "x", "--temperature", "nan"], "--temperature nan"),
         (["--prompt", "x", "--top-p", "2"], "--top-p 2.0"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens 0"),
     ],

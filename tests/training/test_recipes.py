@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from loftq.errors import OptionError
-from loftq.training.recipes import read_recipe
+from loftq.training.recipes import laid_over, read_recipe
 from loftq.training.settings import Settings, settings_of
+from loftq_cli.main import main
 
 RUN = {"model": "base", "data": ["a.jsonl"], "output": "out"} | {
     "learning-rate": 2e-4,
@@ -32,8 +33,10 @@ FINLORA = {
         "num_epochs": 4,
         "batch_size": 8,
         "gradient_accumulation_steps": 2,
+        "peft_use_dora": False,
     },
     "headline_llama_3_1_8b_4bits_r4": {"base_model": "x", "dataset_path": "y.jsonl", "lora_r": 4, "quant_bits": 4},
+    "sentiment_llama_3_1_8b_8bits_r8_dora": {"base_model": "x", "dataset_path": "y.jsonl", "peft_use_dora": True},
 }
 
 
@@ -70,6 +73,8 @@ def test_finlora_entries_run_as_they_are(tmp_path: Path) -> None:
         batch_size=8,
         gradient_accumulation=2,
     )
+    with pytest.raises(OptionError, match="peft_use_dora is true: loftq trains LoRA and has no DoRA"):
+        read_recipe(folder / "finetune_configs.json", "sentiment_llama_3_1_8b_8bits_r8_dora")
 
 
 def test_a_run_is_named_of_several(tmp_path: Path) -> None:
@@ -87,7 +92,24 @@ def test_a_run_is_named_of_several(tmp_path: Path) -> None:
     ("text", "problem"),
     [
         ('{"model": "m", "data": "d", "output": "o", "learning_rte": 1}', "'learning_rte'; did you mean learning_rate"),
+        ('{"base_modl": "m", "data": "d", "output": "o"}', "'base_modl'; did you mean base_model"),
+        ('{"model": "m", "data": "d", "output": "o", "lr": 1}', "'lr'; did you mean learning_rate"),
+        (
+            '{"model": "m", "data": "d", "output": "o", "per_device_train_batch_size": 1}',
+            r"'per_device_train_batch_size'; did you mean batch_size",
+        ),
+        (
+            '{"model": "m", "data": "d", "output": "o", "task": "summarization", "chat_template": true}',
+            "--chat-template: goes with --task sft or gsm8k: summarization has no prompts",
+        ),
         ('{"model": "m", "output": "o"}', "no data is given"),
+        ('{"model": "m", "data": 5, "output": "o"}', "data = 5: expected a text or a list of texts"),
+        ('{"model": "m", "data": "d", "output": "o", "target-modules": 5}', "target_modules = 5: expected a text or"),
+        ('{"model": "m", "data": "d", "output": "o", "learning_rate": 20}', "expected a number above 0 and below 10"),
+        (
+            '{"model": "m", "data": "d", "output": "o", "set": {"remove_unused_columns": true}}',
+            "--set remove_unused_columns: is fixed",
+        ),
         ('{"model": "m", "data": "d", "output": "o", "epochs": "three"}', "epochs = 'three': expected a number"),
         ('{"model": "m", "data": "d", "output": "o", "rank": 1.5}', "rank = 1.5: expected a whole number"),
         ('{"model": "m", "data": "d", "output": "o", "cpu": 1}', "cpu = 1: expected true or false"),
@@ -111,6 +133,28 @@ def test_what_is_wrong_is_named(text: str, problem: str, tmp_path: Path) -> None
         settings_of(read_recipe(tmp_path / "run.json"))
 
 
+def test_the_command_line_goes_before_a_recipe_name_by_name_in_tables() -> None:
+    recipe = {"epochs": 2, "columns": {"prompt": "p", "response": "r"}, "set": {"tf32": True}}
+    given = {"epochs": 1, "columns": {"prompt": "q"}}
+    assert laid_over(recipe, given) == {
+        "epochs": 1,
+        "columns": {"prompt": "q", "response": "r"},
+        "set": {"tf32": True},
+    }
+    assert laid_over({}, given) == given
+
+
+def test_a_key_that_is_a_number_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: m\ndata: d\noutput: o\n5: x\n", encoding="utf-8")
+    with pytest.raises(OptionError, match="unknown setting '5'"):
+        settings_of(read_recipe(tmp_path / "run.yaml"))
+
+
+def test_a_home_folder_is_found_in_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert settings_of({"model": "m", "data": "d", "output": "~/out"}).output == str(tmp_path / "out")
+
+
 def test_a_file_of_another_kind_and_none_at_all(tmp_path: Path) -> None:
     (tmp_path / "run.ini").write_text("", encoding="utf-8")
     with pytest.raises(OptionError, match=r"expected a \.toml, \.yaml or \.json"):
@@ -120,3 +164,10 @@ def test_a_file_of_another_kind_and_none_at_all(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("a: [", encoding="utf-8")
     with pytest.raises(OptionError, match="while parsing"):
         read_recipe(tmp_path / "run.yaml")
+
+
+def test_a_table_of_the_recipe_stays_beside_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.toml").write_text('model = "m"\ndata = "d"\noutput = "o"\nset.nonsense = 1\n', encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["train", "--recipe", str(tmp_path / "run.toml"), "--set", "tf32=true", "--dry-run"])
+    assert "unknown TrainingArguments name 'nonsense'" in capsys.readouterr().err

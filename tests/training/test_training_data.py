@@ -9,11 +9,15 @@ import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+from conftest import byte_tokenizer
 from hub import Hub, datasets_of, serve
 from rows import sums, write_rows
 
 from loftq.errors import OptionError
 from loftq.training.data import find_columns, hold_out, read_rows
+from loftq.training.encoding import Encoder
+from loftq.training.tasks import language_modelling
+from loftq.training.tasks.classification import encode
 
 ROLES = {"prompt": ("prompt",), "response": ("response", "output"), "input": ("input",)}
 
@@ -61,6 +65,38 @@ def test_files_of_one_kind_follow_each_other(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="expected files of one kind"):
         read_rows([str(first), str(tmp_path / "c.txt")])
 
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    (tmp_path / "b.tsv").write_text("a\tb\n1\t2\n", encoding="utf-8")
+    with pytest.raises(OptionError, match="expected files of one kind"):
+        read_rows([str(tmp_path / "a.csv"), str(tmp_path / "b.tsv")])
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_a_cell_of_a_table_is_the_text_that_it_is(delimiter: str, tmp_path: Path) -> None:
+    cells = [("2+2?", "4"), ("which gas?", "NA"), ("none", ""), ("agent", "007"), ("price", "1.50")]
+    path = tmp_path / ("a.csv" if delimiter == "," else "a.tsv")
+    lines = [delimiter.join(row) for row in [("prompt", "answer"), *cells]]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8-sig")  # as Excel begins a file
+    assert read_rows([str(path)]).to_list() == [{"prompt": asked, "answer": said} for asked, said in cells]
+
+
+def test_labels_of_a_table_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\ngood,1\nbad,0\n", encoding="utf-8")
+    encoder = Encoder(byte_tokenizer(), "sequence-classification", 64)
+    assert encode(read_rows([str(tmp_path / "a.csv")]), {}, encoder)["labels"][:] == [1, 0]
+    for label in ("fine", "nan", ""):
+        (tmp_path / "b.csv").write_text(f"text,label\ngood,{label}\n", encoding="utf-8")
+        with pytest.raises(OptionError, match=f"holds '{label}' where a whole number from 0 to 1 was expected"):
+            encode(read_rows([str(tmp_path / "b.csv")]), {}, encoder)
+
+
+def test_bytes_that_are_no_text_are_found_by_their_line(tmp_path: Path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes(b'{"a": "x"}\n{"a": "caf\xe9"}\n')
+    with pytest.raises(OptionError, match=r"--eval-data .*latin\.jsonl: line 2 is not UTF-8"):
+        read_rows([str(tmp_path / "latin.jsonl")], "--eval-data")
+    with pytest.raises(OptionError, match="is a folder: name the files in it"):
+        read_rows([str(tmp_path)])
+
 
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
@@ -90,6 +126,15 @@ def test_columns_are_found_by_usual_names_or_by_name(tmp_path: Path) -> None:
         find_columns(rows, ROLES, {})
     with pytest.raises(OptionError, match="--column prompt=theirs: the data has no such column"):
         find_columns(rows, ROLES, {"prompt": "theirs"})
+
+
+def test_a_column_that_is_named_goes_before_conversations(tmp_path: Path) -> None:
+    spoken = [{"role": "user", "content": "other"}, {"role": "assistant", "content": "no"}]
+    rows = [{"messages": spoken, "p": "1+1=", "response": "2"}]
+    read = read_rows([str(write_rows(tmp_path / "a.jsonl", rows))])
+    encoder = Encoder(byte_tokenizer(), "causal-lm", 64, chat_template=False)
+    found = language_modelling.encode(read, {"prompt": "p"}, encoder)["input_ids"][0]
+    assert found == encoder.pair("1+1=\n", "2")["input_ids"]
 
 
 def test_a_twentieth_is_held_out(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from loftq.errors import OptionError
-from loftq.training.data import find_columns, text_of
+from loftq.training.data import find_columns, number_of, text_of
 from loftq.training.encoding import Encoder
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Datas
 
 
 def _label(value: Any, column: str, labels: int) -> float | int:
+    value = number_of(value)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if labels == 1 and number:
         return float(value)

@@ -44,9 +44,9 @@ def pack(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset
 
 
 def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
-    """Examples of a prompt and its answer, or of conversations where the data holds those."""
+    """Examples of a prompt and its answer, where those are named or all there is, or else of conversations."""
     found = find_columns(rows, ROLES, columns, optional=tuple(ROLES))
-    if "messages" in found and not {"prompt", "response"} <= set(columns):
+    if "messages" in found and ("messages" in columns or not {"prompt", "response"} & set(columns)):
         return conversations(rows, lambda row: _messages(row, found), encoder)
     found = find_columns(rows, ROLES, columns, optional=("messages", "input"))
     if encoding.uses_template(encoder, default=True):

@@ -1,0 +1,87 @@
+"""What is refused before anything is trained or measured, and how an interruption ends. Oracle: the message."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rows import sums, write_rows
+
+import loftq
+from loftq.errors import OptionError, OutputError
+from loftq_cli import main as program
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def foreign(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPTQ checkpoint as other programs leave it."""
+    folder = tmp_path_factory.mktemp("foreign") / "out"
+    options: dict[str, Any] = {"adapter": "qalora", "format": "gptq", "quant_type": "int", "group_size": 32, "rank": 2}
+    loftq.quantize(str(pico), output=folder, bits=4, quiet=True, **options)
+    (folder / "loftq.json").unlink()
+    shutil.rmtree(folder / "loftq_init")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"bits": 2}, {"method": "qera"}, {"dropout": 0.5}, {"target_modules": "q_proj"}, {"group_size": 64}],
+    ids=lambda option: next(iter(option)),
+)
+def test_a_foreign_checkpoint_leaves_no_choice(option: dict[str, Any], foreign: Path, tmp_path: Path) -> None:
+    data = str(write_rows(tmp_path / "data.jsonl", sums(4)))
+    name = "--" + next(iter(option)).replace("_", "-")
+    with pytest.raises(OptionError, match=f"{name}: .* is quantized already, and not by loftq"):
+        loftq.train(str(foreign), data=data, output=tmp_path / "out", quiet=True, **option)
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"settings": 5}', "{}", "{"])
+def test_a_record_that_is_damaged(text: str, pico: Path, tmp_path: Path) -> None:
+    data = str(write_rows(tmp_path / "data.jsonl", sums(4)))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "training.json").write_text(text, encoding="utf-8")
+    with pytest.raises(OutputError, match=r"training\.json is damaged"):
+        loftq.train(str(pico), data=data, output=tmp_path / "out", resume=True, quiet=True)
+
+
+def test_a_task_of_the_harness_without_its_data(pico: Path, tmp_path: Path, run: Run) -> None:
+    task = {
+        "task": "pico_nothing",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "nothing.json")}},
+        "test_split": "test",
+        "doc_to_text": "{{query}}",
+        "doc_to_target": "{{gold}}",
+    }
+    (tmp_path / "pico_nothing.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    result = run("evaluate", pico, "--harness", "pico_nothing", "--include", tmp_path)
+    assert result.exit_code == 2
+    assert "--harness pico_nothing: the data cannot be read" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("train", "interrupted: what was done is kept, --resume goes on from there"),
+        ("push", "interrupted: what was done is kept, the same line goes on from there"),
+        ("generate", "interrupted"),
+        ("evaluate", "interrupted"),
+    ],
+)
+def test_only_what_goes_on_says_so(
+    command: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program._Commands, "invoke", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        program.main([command])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.strip() == said
