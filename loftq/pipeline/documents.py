@@ -52,7 +52,7 @@ def find_text(source: str) -> Path | None:
     """The file that a text is in; None for the shipped one, and for what can only be a data set. Raises OptionError."""
     if source == DEFAULT:
         return None
-    asked = f"--calibration {shorten(source, 80, placeholder='…')}"
+    asked = f"--calibration {shorten(source, 250, placeholder='…')}"
     try:
         path = Path(source).expanduser()
         exists, is_folder = path.exists(), path.is_dir()

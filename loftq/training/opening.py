@@ -88,7 +88,7 @@ def compute_dtype(asked: str | None, device: torch.device) -> torch.dtype:
     from bitsandbytes.functional import has_avx512bf16
 
     if asked == "float16" and device.type == "cpu":
-        raise OptionError("--dtype float16: CPUs do not train in it: use bfloat16 or float32")
+        raise OptionError("--dtype float16: not on a CPU: use bfloat16 or float32")
     if asked == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise OptionError("--dtype bfloat16: this GPU does not compute in it: use float16 or float32")
     if asked is not None:

@@ -386,7 +386,7 @@ def test_two_processes_train_together(artifact: Path, data: str, tmp_path: Path)
         ({"columns": {"prompt": "ask"}}, r"--column prompt=ask: the data has no such column \(columns: prompt, resp"),
         ({"task": "classification"}, "needs a sequence-classification model"),
         ({"task": "summarization"}, r"no column for the document \(looked for: document, article"),
-        ({"dtype": "float16", "cpu": True}, "CPUs do not train in it: use bfloat16 or float32"),
+        ({"dtype": "float16", "cpu": True}, "not on a CPU: use bfloat16 or float32"),
         ({"adapter": "qalora"}, "is a qlora artifact"),
         ({"rank": 8}, r"--rank 8: .* is quantized already, with 4"),
         ({"chat_template": True, "task": "clm"}, "--chat-template: goes with --task sft or gsm8k"),

@@ -68,8 +68,8 @@ def test_a_task_of_the_harness_without_its_data(pico: Path, tmp_path: Path, run:
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("train", "interrupted: what was done is kept, --resume goes on from there"),
-        ("push", "interrupted: what was done is kept, the same line goes on from there"),
+        ("train", "interrupted: what was finished is kept, --resume goes on from there"),
+        ("push", "interrupted: what was finished is kept, the same line goes on from there"),
         ("generate", "interrupted"),
         ("evaluate", "interrupted"),
     ],
