@@ -92,7 +92,7 @@ def main(args: list[str] | None = None) -> Any:
         return cli.main(args=arguments, prog_name="loftq", standalone_mode=False)
     except click.exceptions.Abort:
         way = _GO_ON.get(next(iter(arguments), ""))
-        click.echo(f"interrupted: what was finished is kept, {way} goes on from there" if way else "interrupted", err=True)
+        click.echo("interrupted" + (f": what was finished is kept, {way} goes on from there" if way else ""), err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
