@@ -172,7 +172,8 @@ class Lab:
     def propagated(self, share: float) -> Iterator[tuple[str, torch.Tensor]]:
         """Factors for the inputs that quantized layers give, wanting `share` of the way to the exact outputs.
 
-        W Σ x x̂ᵀ (Σ x̂ x̂ᵀ)⁻¹ is the weight whose outputs on inputs x̂ are nearest to those of W on x.
+        W (Σ x x̂ᵀ + δ) (Σ x̂ x̂ᵀ + δ)⁻¹ is the weight whose outputs on inputs x̂ are nearest to those of W on x, while
+        it stays near W: with one of the sums damped alone, W would be lost where inputs are small.
         """
         names = {id(module): name for name, module in linears(self.model).items()}
         layers, state = self.model.model.layers, {}
@@ -200,8 +201,9 @@ class Lab:
                 layer(hat, **kwargs)
             crossing.end()
             for name, module in inside.items():
-                h = damped(crossing.moments[name] / self.windows.numel())
-                wanted = torch.linalg.solve(h, (crossing.cross[name] / self.windows.numel()).T).T.float()
+                moment, cross = (sums[name] / self.windows.numel() for sums in (crossing.moments, crossing.cross))
+                h = damped(moment)
+                wanted = torch.linalg.solve(h, (cross + h - moment).T).T.float()
                 target = self.weights[name] @ torch.lerp(torch.eye(len(h)), wanted, share)
                 metric = Metric.of("full", h)
                 factors = lowrank.exact(metric.whiten(target - self.rounded[name]), self.rank)
