@@ -20,6 +20,7 @@ from loftq.formats.checkpoint import Checkpoint
 
 RECORD = "training.json"
 _SAMPLE = 256  # values of each tensor: a training that touches a tensor at all touches its first rows
+_SIDES = (("in_features", "nx"), ("out_features", "nf"))  # of linears, and of transformers' Conv1D
 
 
 def sampled_hash(checkpoint: Checkpoint) -> str:
@@ -77,6 +78,3 @@ def check_shapes(model: nn.Module, adapter: Adapter, name: str) -> None:
                 f"the adapter {adapter.folder} does not fit {name}: it adapts {module!r} of {found[0]} inputs and "
                 f"{found[1]} outputs, and that has {ours[0]} and {ours[1]}"
             )
-
-
-_SIDES = (("in_features", "nx"), ("out_features", "nf"))  # of linears, and of transformers' Conv1D
