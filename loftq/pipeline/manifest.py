@@ -46,9 +46,15 @@ def write_configs(plan: Plan, staging: Staging, folder: Path, trust_remote_code:
 
 
 def write_manifest(
-    plan: Plan, staging: Staging, rows: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]
+    plan: Plan,
+    staging: Staging,
+    rows: Sequence[Mapping[str, Any]],
+    measured: Mapping[str, Any],
+    calibration: Mapping[str, Any] | None,
 ) -> None:
-    """The card, and `loftq.json`. `measured` are totals of the run beside those of its layers."""
+    """The card, and `loftq.json`. `measured` are totals of the run beside those of its layers, `calibration` is what
+    the text came to: tokens, windows and their hashes.
+    """
     sums = {**totals(plan, rows), **measured}
     staging.write_text("README.md", card_text(plan, heading(plan), sums, rows))
     names = [name for name in staging.files() if name != artifact.MANIFEST]
@@ -61,6 +67,7 @@ def write_manifest(
         "totals": sums,
         "layers": list(rows),
         "notes": list(plan.notes),
+        "calibration": calibration,
         "files": files,
     }
     manifest["source"]["sha256"] = artifact.combine_hashes(hashes)

@@ -17,7 +17,7 @@ from loftq.errors import HubError, OptionError, OutputError
 from loftq.formats import artifact
 from loftq.pipeline.allocate import allocate
 from loftq.pipeline.calibrate import gather
-from loftq.pipeline.calibration_text import prepare
+from loftq.pipeline.calibration_text import Calibration, prepare
 from loftq.pipeline.destination import find_destination
 from loftq.pipeline.distill import distill, distilled, distilled_row
 from loftq.pipeline.documents import find_text
@@ -149,7 +149,7 @@ def quantize(
     if dry_run:
         return report(plan, folder, [planned_row(plan, layer) for layer in plan.layers], {}, plan.memory(count))
     if resume and not is_begun(folder) and (folder / artifact.MANIFEST).is_file():
-        rows, measured = _finished(folder, plan)
+        rows, measured = _finished(folder, plan, trust_remote_code)
     else:
         plan, rows, measured = _make(plan, folder, statistics, chosen, count, trust_remote_code, overwrite, quiet)
     made = report(plan, folder, rows, measured, peak_memory(chosen), time.perf_counter() - started)
@@ -180,7 +180,7 @@ def _make(
             write_configs(plan, staging, folder, trust_remote_code)
             if known is not None and recipe.refinement:
                 distill(plan, staging, known, device, quiet)
-            write_manifest(plan, staging, _rows(plan, staging), distilled(staging))
+            write_manifest(plan, staging, _rows(plan, staging), distilled(staging), known.settings if known else None)
         rows, measured = _rows(plan, staging), distilled(staging)
         staging.publish()
     return plan, rows, measured
@@ -198,26 +198,30 @@ def _calibrate(
     plan: Plan, folder: Path, chosen: str | Path | None, device: torch.device, trust_remote_code: bool, quiet: bool
 ) -> Statistics | None:
     """What text says of the layers' inputs, gathered now or by an earlier run; None where no text is given."""
-    recipe = plan.recipe
-    if recipe.calibration is None:
+    if plan.recipe.calibration is None:
         return None
-    text = prepare(
+    text = _windows(plan, trust_remote_code)
+    where = Path(chosen) if chosen else folder.parent / f"{plan.source.label}-calibration-{text.key}"
+    return gather(plan, text, where, device, trust_remote_code=trust_remote_code, quiet=quiet)
+
+
+def _windows(plan: Plan, trust_remote_code: bool) -> Calibration:
+    recipe = plan.recipe
+    return prepare(
         plan,
-        recipe.calibration,
+        cast(str, recipe.calibration),
         tokens=cast(int, recipe.calibration_tokens),
         sequence_length=cast(int, recipe.sequence_length),
         seed=recipe.seed,
         trust_remote_code=trust_remote_code,
     )
-    where = Path(chosen) if chosen else folder.parent / f"{plan.source.label}-calibration-{text.key}"
-    return gather(plan, text, where, device, trust_remote_code=trust_remote_code, quiet=quiet)
 
 
 def _rows(plan: Plan, staging: Staging) -> list[dict[str, Any]]:
     return [distilled_row(staging, staging.done[layer.tensor]["row"]) for layer in plan.layers]
 
 
-def _finished(folder: Path, plan: Plan) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _finished(folder: Path, plan: Plan, trust_remote_code: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The layers and totals of a folder that is complete already, where it is the one that was asked for."""
     manifest = artifact.open_artifact(folder).manifest
     if differing := differences(manifest, plan):
@@ -229,6 +233,13 @@ def _finished(folder: Path, plan: Plan) -> tuple[list[dict[str, Any]], dict[str,
         raise OutputError(
             f"{plan.source.name} holds other weights than when {folder} was made of it: make that again "
             f"(`loftq quantize {plan.source.name} ... --output {folder} --overwrite`) or remove it"
+        )
+    text = plan.recipe.calibration
+    calibrated = manifest.get("calibration")
+    if text and calibrated and find_text(text) and _windows(plan, trust_remote_code).settings != calibrated:
+        raise OutputError(
+            f"{folder} was calibrated on another text, or with another tokenizer, than {text} by now: "
+            "add --overwrite instead of --resume to make it again, or name another --output"
         )
     return list(manifest["layers"]), dict(manifest["totals"])
 

@@ -145,15 +145,18 @@ def _batched(windows: Iterable[Window]) -> dict[str, torch.Tensor]:
 
 
 def _prepare(model: nn.Module) -> None:
-    """Factors alone train, with modules' dropout off: the answers to learn are those of the whole model.
+    """Factors alone train, without dropout: the answers to learn are those of the whole model.
 
-    Dropout that a family applies as a function (BART, OPT, T5) stays.
+    Where a family drops by a function (BART, OPT, T5), its modules hold the probability as a number.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
     base: Any = model
     base.config.use_cache = False
 

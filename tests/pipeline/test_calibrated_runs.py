@@ -19,12 +19,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import loftq
 from loftq.core.methods import METHODS
 from loftq.core.metric import damped
-from loftq.errors import ArtifactError
-from loftq.formats.adapter import Adapter
+from loftq.errors import ArtifactError, OutputError
 from loftq.formats.artifact import MANIFEST
 from loftq.pipeline import calibrate, calibration_text
 from loftq.pipeline.documents import read_text
-from loftq.pipeline.refine import _rate
 from loftq.pipeline.report import Report
 
 Run = Callable[..., Result]
@@ -162,14 +160,6 @@ def test_an_adapter_that_gets_no_better_stays(quantize: Any, monkeypatch: pytest
     assert weights[0] == weights[1]
 
 
-def test_a_step_is_a_part_of_the_way() -> None:
-    """The rate of refining, by hand: at most 2e-4, as the root of the divergence, against the rank, over √s."""
-    config = {"r": 64, "lora_alpha": 64}
-    far, near = (_rate(Adapter(Path(), config, {}), before) for before in (1.0, 0.04))
-    assert (far, near) == (pytest.approx(2e-4), pytest.approx(0.018 * 0.2 / 64))
-    assert _rate(Adapter(Path(), {"r": 16, "lora_alpha": 64}, {}), 0.04) == pytest.approx(1e-4)
-
-
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -195,6 +185,17 @@ def test_a_run_that_dies_is_resumed_to_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             quantize(refine=3, overwrite=True)
     assert files_of(quantize(refine=3, resume=True).folder) == expected
+
+
+def test_a_finished_run_is_of_its_text(quantize: Any, text: Path, tmp_path: Path) -> None:
+    """Oracle: the text under the same name; as it was, the folder is what was asked for, and changed it is not."""
+    own = tmp_path / "own.txt"
+    shutil.copyfile(text, own)
+    made = quantize(calibration=own, statistics=None)
+    assert quantize(calibration=own, statistics=None, resume=True).layers == made.layers
+    own.write_text(TEXT[::-1], encoding="utf-8")
+    with pytest.raises(OutputError, match=f"calibrated on another text.* than {own} by now: add --overwrite"):
+        quantize(calibration=own, statistics=None, resume=True)
 
 
 def test_statistics_serve_other_runs(quantize: Any, monkeypatch: pytest.MonkeyPatch) -> None:
