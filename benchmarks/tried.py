@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from loftq.core.methods import METHODS
 from loftq.core.metric import Metric, damped
 
 GRADIENT_TOKENS = 8192
+_IN_ORDER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 Weights = dict[str, torch.Tensor]
 
 
@@ -173,7 +175,8 @@ class Lab:
         """Factors for the inputs that quantized layers give, wanting `share` of the way to the exact outputs.
 
         W (Σ x x̂ᵀ + δ) (Σ x̂ x̂ᵀ + δ)⁻¹ is the weight whose outputs on inputs x̂ are nearest to those of W on x, while
-        it stays near W: with one of the sums damped alone, W would be lost where inputs are small.
+        it stays near W. Linears are taken in the order in which they run, each with x̂ as all before it leave it:
+        what one has corrected the next must not correct again.
         """
         names = {id(module): name for name, module in linears(self.model).items()}
         layers, state = self.model.model.layers, {}
@@ -185,58 +188,46 @@ class Lab:
         exact = []
         handle = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
         for part in self.windows.split(4):
-            try:
+            with suppress(StopIteration):
                 self.model.model(input_ids=part)
-            except StopIteration:
-                exact.append(state["x"])
+            exact.append(state["x"])
         handle.remove()
         kwargs, moved = state["kwargs"], [x.clone() for x in exact]
         for layer in layers:
             inside = {names[id(module)]: module for module in layer.modules() if id(module) in names}
-            crossing, following = _Crossing(inside), []
-            for x, hat in zip(exact, moved, strict=True):
-                crossing.first = True
-                following.append(layer(x, **kwargs))
-                crossing.first = False
-                layer(hat, **kwargs)
-            crossing.end()
-            for name, module in inside.items():
-                moment, cross = (sums[name] / self.windows.numel() for sums in (crossing.moments, crossing.cross))
+            groups = [[name for name in inside if name.endswith(ends)] for ends in _IN_ORDER]
+            seen = {group[0]: _inputs(layer, inside[group[0]], exact, kwargs) for group in groups}
+            exact = [layer(x, **kwargs) for x in exact]
+            for group in groups:
+                hats = _inputs(layer, inside[group[0]], moved, kwargs)
+                moment = sum((x.T @ x).double() for x in hats) / self.windows.numel()
+                cross = sum((x.T @ hat).double() for x, hat in zip(seen.pop(group[0]), hats, strict=True))
                 h = damped(moment)
-                wanted = torch.linalg.solve(h, (cross + h - moment).T).T.float()
-                target = self.weights[name] @ torch.lerp(torch.eye(len(h)), wanted, share)
+                wanted = torch.linalg.solve(h, (cross / self.windows.numel() + h - moment).T).T.float()
+                towards = torch.lerp(torch.eye(len(h)), wanted, share)
                 metric = Metric.of("full", h)
-                factors = lowrank.exact(metric.whiten(target - self.rounded[name]), self.rank)
-                module.weight.data = self.rounded[name] + factors.left @ metric.unwhiten(factors.right)
-            exact, moved = following, [layer(hat, **kwargs) for hat in moved]
+                for name in group:
+                    target = self.weights[name] @ towards
+                    factors = lowrank.exact(metric.whiten(target - self.rounded[name]), self.rank)
+                    inside[name].weight.data = self.rounded[name] + factors.left @ metric.unwhiten(factors.right)
+            moved = [layer(hat, **kwargs) for hat in moved]
             yield from ((name, module.weight.data) for name, module in inside.items())
 
 
-class _Crossing:
-    """Sums of x x̂ᵀ and of x̂ x̂ᵀ for the inputs x and x̂ that linears get in two calls, one after the other."""
+def _inputs(layer: nn.Module, module: nn.Module, batches: list[torch.Tensor], kwargs: Any) -> list[torch.Tensor]:
+    """What a module in a layer gets, for batches that the layer gets: (tokens, in) each."""
+    found: list[torch.Tensor] = []
 
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
-        self.first = True
-        self.cross: Weights = {}
-        self.moments: Weights = {}
-        self._seen: Weights = {}
-        self._handles = [module.register_forward_pre_hook(self._see(name)) for name, module in modules.items()]
+    def see(_module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        found.append(inputs[0].flatten(0, 1))
+        raise StopIteration
 
-    def _see(self, name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-            x = inputs[0].flatten(0, 1)
-            if self.first:
-                self._seen[name] = x
-                return
-            self.cross[name] = self.cross.get(name, torch.zeros(())) + (self._seen[name].T @ x).double()
-            self.moments[name] = self.moments.get(name, torch.zeros(())) + (x.T @ x).double()
-
-        return hook
-
-    def end(self) -> None:
-        """See no more."""
-        for handle in self._handles:
-            handle.remove()
+    handle = module.register_forward_pre_hook(see)
+    for batch in batches:
+        with suppress(StopIteration):
+            layer(batch, **kwargs)
+    handle.remove()
+    return found
 
 
 def power(moment: torch.Tensor, exponent: float) -> torch.Tensor:

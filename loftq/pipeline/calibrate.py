@@ -34,8 +34,8 @@ from loftq.pipeline.staging import explain_os_errors
 from loftq.pipeline.statistics import AGAIN, RECORD, TEACHER, Statistics, open_statistics, read_panels, read_record
 
 TOP = 256  # answers that are kept at each position
-_BATCH_TOKENS = 2048  # that run at once: more make the products no faster
-_VOCABULARY = ("causal-lm", "seq2seq-lm", "masked-lm")  # tasks whose models answer with a token
+BATCH_TOKENS = 2048  # that run at once: more make the products no faster
+VOCABULARY = ("causal-lm", "seq2seq-lm", "masked-lm")  # tasks whose models answer with a token
 
 
 def gather(
@@ -82,7 +82,7 @@ def _known(plan: Plan, calibration: Calibration, folder: Path) -> Statistics | N
 
 
 def _gather_into(folder: Path, plan: Plan, calibration: Calibration, weights: BlockWeights, quiet: bool) -> None:
-    size = max(1, _BATCH_TOKENS // calibration.sequence_length)
+    size = max(1, BATCH_TOKENS // calibration.sequence_length)
     batches = [_batch(plan, weights, part) for part in torch.split(calibration.windows, size)]
     steps = len(batches) * max(1, len(weights.blocks))
     bar = tqdm(total=steps, unit="block", disable=quiet, dynamic_ncols=True, desc="calibration")
@@ -206,7 +206,7 @@ class _Gathering:
             self._bar.update(1)
 
     def finish(self, index: int, output: Any) -> None:
-        self._answers[index] = _answer(output, self._plan.task.name in _VOCABULARY)
+        self._answers[index] = _answer(output, self._plan.task.name in VOCABULARY)
 
     def save(self, block: str | None) -> None:
         """Write the moments of a block's layers, or of all that are left, and forget their sums."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,17 +82,12 @@ def prepare(
     allow. Raises OptionError for a text that cannot be read or is too short, SourceError for a model that has no
     tokenizer or does not read text.
     """
-    if tokens < MIN_TOKENS:
-        raise OptionError(f"--calibration-tokens {tokens}: expected {MIN_TOKENS} or more")
-    if sequence_length < 8:
-        raise OptionError(f"--sequence-length {sequence_length}: expected 8 or more")
-    if getattr(plan.model, "main_input_name", "input_ids") != "input_ids":
-        raise SourceError(f"{plan.source.name} does not read text, which is all that it could be calibrated on")
+    check(plan, tokens)
     tokenizer = _load_tokenizer(plan, trust_remote_code)
     before, after = _special_tokens(tokenizer)
     hashed = hashlib.sha256()
     ids = _tokenize(tokenizer, read_text(text), _SURPLUS * tokens, hashed)
-    longest = _longest(plan.model, tokenizer)
+    longest = longest_window(plan.model, tokenizer.model_max_length)
     length = min(sequence_length, longest, tokens, max(len(ids) + len(before) + len(after), 1))
     inner = max(length - len(before) - len(after), 1)
     available, wanted = len(ids) // inner, tokens // length
@@ -113,6 +109,14 @@ def prepare(
     if longest < sequence_length:
         notes.append(f"calibrated on windows of {longest} tokens: the model takes no more")
     return Calibration(text, windows, plan.task.name, seed, hashed.hexdigest(), _fingerprint(tokenizer), tuple(notes))
+
+
+def check(plan: Plan, tokens: int) -> None:
+    """Raise OptionError for too few tokens, SourceError for a model that does not read text."""
+    if tokens < MIN_TOKENS:
+        raise OptionError(f"--calibration-tokens {tokens}: expected {MIN_TOKENS} or more")
+    if getattr(plan.model, "main_input_name", "input_ids") != "input_ids":
+        raise SourceError(f"{plan.source.name} does not read text, which is all that it could be calibrated on")
 
 
 def _load_tokenizer(plan: Plan, trust_remote_code: bool) -> Any:
@@ -171,10 +175,10 @@ def _pieces(document: str) -> Iterator[str]:
     yield document[start:]
 
 
-def _longest(model: nn.Module, tokenizer: Any) -> int:
-    """How many tokens a model takes at once."""
+def longest_window(model: nn.Module, limit: int | None = None) -> int:
+    """How many tokens a model takes at once, and its tokenizer, where that has a limit."""
     config: Any = model.config
-    found = [tokenizer.model_max_length, getattr(config.get_text_config(), "max_position_embeddings", None)]
+    found = [sys.maxsize, limit, getattr(config.get_text_config(), "max_position_embeddings", None)]
     for name, module in model.named_modules():
         # RoBERTa's kind counts positions from behind the padding's id
         if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:

@@ -25,9 +25,6 @@ from loftq.pipeline.notes import notes_on
 from loftq.pipeline.recipe import Recipe
 from loftq.pipeline.source import Source
 
-_SOLVER_BYTES = 13  # a weight in solution: float32 twice, its source, its codes, their packed form, a sketch
-_CALIBRATED_BYTES = 36  # the same where inputs are known: its residual, errors of columns, factors
-_MOMENT_BYTES = 44  # and an entry of the second moment: float32 once, float64 five times
 _POOLER = "pooler"  # checkpoints of masked language models often lack it, and transformers begins it anew
 
 
@@ -129,18 +126,6 @@ class Plan:
     def backbone_bytes(self) -> int:
         """Bytes of the backbone's files."""
         return sum(shard.nbytes for shard in self.backbone)
-
-    def memory(self, workers: int) -> int:
-        """An estimate of the bytes that solving needs above the program itself."""
-        largest = max(self._solving(layer) for layer in self.layers)
-        tensors = self.source.checkpoint.tensors
-        passed = max((2 * tensors[name].nbytes for name in self.passed), default=0)
-        return workers * max(largest, passed)
-
-    def _solving(self, layer: Layer) -> int:
-        if self.recipe.calibration is None:
-            return layer.weights * _SOLVER_BYTES
-        return layer.weights * _CALIBRATED_BYTES + layer.shape[1] ** 2 * _MOMENT_BYTES
 
     def bits_of(self, layer: Layer) -> float:
         """Bits a weight of one layer on disk."""

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 
+from loftq.core.full_memory import explain_full_memory
 from loftq.errors import HubError, OptionError, OutputError
 from loftq.formats import artifact
 from loftq.pipeline.allocate import allocate
@@ -23,15 +24,17 @@ from loftq.pipeline.distill import distill, distilled, distilled_row
 from loftq.pipeline.documents import find_text
 from loftq.pipeline.jobs import digest_of, solve_all
 from loftq.pipeline.manifest import write_configs, write_manifest
+from loftq.pipeline.memory import needed
 from loftq.pipeline.plan import Plan, make_plan
 from loftq.pipeline.push import push as push_folder
 from loftq.pipeline.recipe import Recipe
-from loftq.pipeline.report import Report, peak_memory, planned_row, report
+from loftq.pipeline.report import Report, peak_memory, planned, report
 from loftq.pipeline.source import find_source
 from loftq.pipeline.staging import Staging, check_output, is_begun, open_staging
 from loftq.pipeline.statistics import Statistics
 
 SAVE_DIR = "model_zoo/loftq"
+_LESS = "use fewer --workers, with text a smaller --sequence-length or --refine 0; --dry-run shows what each part needs"
 
 
 def quantize(
@@ -147,11 +150,12 @@ def quantize(
         check_output(folder, resume=resume, overwrite=overwrite)
     plan = make_plan(source, recipe, trust_remote_code=trust_remote_code)
     if dry_run:
-        return report(plan, folder, [planned_row(plan, layer) for layer in plan.layers], {}, plan.memory(count))
+        return planned(plan, folder, needed(plan, count, chosen))
     if resume and not is_begun(folder) and (folder / artifact.MANIFEST).is_file():
         rows, measured = _finished(folder, plan, trust_remote_code)
     else:
-        plan, rows, measured = _make(plan, folder, statistics, chosen, count, trust_remote_code, overwrite, quiet)
+        with explain_full_memory(_LESS):
+            plan, rows, measured = _make(plan, folder, statistics, chosen, count, trust_remote_code, overwrite, quiet)
     made = report(plan, folder, rows, measured, peak_memory(chosen), time.perf_counter() - started)
     return made if push is None else replace(made, pushed=_push(folder, push, private, token))
 

@@ -38,8 +38,8 @@ _FASTEST = 2e-4  # rate, at a scaling of one
 _REACH = 0.018  # rate times rank, over the divergence's root
 _WARMUP = 0.05  # of the steps
 _HELD_OUT = 16  # of so many windows, one
-_STEP = 1024  # tokens, or a window where that is longer
-_LARGE = 300_000_000  # weights, from which activations are computed again in the backward pass
+STEP = 1024  # tokens, or a window where that is longer
+LARGE = 300_000_000  # weights, from which activations are computed again in the backward pass
 _LEAST = 1e-6  # of a probability: what float32 leaves of one less a sum
 _ANSWERS = ("indices", "values", "hidden")
 
@@ -74,7 +74,7 @@ def refine(
     before = after = _divergence(core, held, device)
     if learned:
         adapter = open_adapter(artifact.adapter)
-        if _weights(adapter) > _LARGE:
+        if _weights(adapter) > LARGE:
             cast(Any, model).gradient_checkpointing_enable()
         _train(model, core, learned, steps, _rate(adapter, before), device, seed, quiet)
         after = _divergence(core, held, device)
@@ -186,7 +186,7 @@ def _train(
         arguments = TrainingArguments(
             output_dir=scratch,
             max_steps=steps,
-            per_device_train_batch_size=max(_STEP // length, 1),
+            per_device_train_batch_size=max(STEP // length, 1),
             learning_rate=rate,
             lr_scheduler_type="linear",
             warmup_steps=max(round(_WARMUP * steps), 1),

@@ -77,7 +77,8 @@ def summed_errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of `loftq.quantize`. For a dry run the layers have no errors, and `seconds` is None.
+    """The result of `loftq.quantize`. For a dry run the layers have no errors, `seconds` is None, and `parts` has an
+    estimate of the memory that each part of the run needs, of which `memory` is the largest.
 
     `pushed` is what `loftq.push` reports, where the folder went to the Hub.
     """
@@ -91,6 +92,7 @@ class Report:
     notes: Sequence[str]
     memory: int
     seconds: float | None = None
+    parts: Mapping[str, int] | None = None
     pushed: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,6 +106,7 @@ class Report:
             "layers": [dict(row) for row in self.layers],
             "notes": list(self.notes),
             "memory_bytes": self.memory,
+            **({} if self.parts is None else {"memory_bytes_of_parts": dict(self.parts)}),
             "seconds": self.seconds,
             **({} if self.pushed is None else {"pushed": dict(self.pushed)}),
         }
@@ -120,9 +123,10 @@ class Report:
             ("backbone", f"{size(sums['source_bytes'])} -> {size(sums['backbone_bytes'])} ({share:.0%})"),
             ("adapter", f"{size(sums['adapter_bytes'])}, rank {self.recipe['rank']}"),
         ]
-        if self.seconds is None:
+        if self.parts is not None:
             rows += [("plan", line) for line in _kinds(self.layers)]
-            rows.append(("memory", f"about {size(self.memory)} while solving (planned, nothing was written)"))
+            parts = ", ".join(f"{size(nbytes)} while {part}" for part, nbytes in self.parts.items())
+            rows.append(("memory", f"about {parts} (planned, nothing was written)"))
         else:
             before, after = sums["plain_error"], sums["error"]
             gain = f" ({1 - after / before:.1%} less)" if before > after else ""
@@ -154,12 +158,18 @@ def report(
     rows: Sequence[Mapping[str, Any]],
     measured: Mapping[str, Any],
     memory: int,
-    seconds: float | None = None,
+    seconds: float,
 ) -> Report:
-    """The report of a run, or, without `seconds`, of a plan. `measured` are totals beside those of the layers."""
-    sums = {**totals(plan, rows if seconds is not None else ()), **measured}
-    recipe = plan.recipe.to_dict()
+    """The report of a run. `measured` are totals beside those of the layers."""
+    sums, recipe = {**totals(plan, rows), **measured}, plan.recipe.to_dict()
     return Report(folder, plan.source.name, plan.task.name, recipe, sums, rows, plan.notes, memory, seconds)
+
+
+def planned(plan: Plan, folder: Path, parts: Mapping[str, int]) -> Report:
+    """The report of a plan, with the bytes of memory that the parts of a run need."""
+    rows, recipe = [planned_row(plan, layer) for layer in plan.layers], plan.recipe.to_dict()
+    memory = max(parts.values())
+    return Report(folder, plan.source.name, plan.task.name, recipe, totals(plan), rows, plan.notes, memory, parts=parts)
 
 
 def _kinds(layers: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 
-import torch
 from transformers.utils import logging
 
-from loftq.errors import LoftQError
-
-_FULL = r"can't allocate memory|not enough memory|Cannot allocate memory"
+from loftq.core.full_memory import explain_full_memory
 
 
 def hush(quiet: bool) -> None:
@@ -25,15 +20,8 @@ def hush(quiet: bool) -> None:
         datasets.disable_progress_bars()
 
 
-@contextmanager
-def explain_memory() -> Iterator[None]:
-    """Turn what says that memory is full into a LoftQError with what lowers the need."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search(_FULL, str(error)):
-            raise
-        raise LoftQError(
-            "out of memory: lower --batch-size or --cutoff-len; in training, raise --gradient-accumulation as much, "
-            "and add --gradient-checkpointing; `loftq train --dry-run` shows what a run needs"
-        ) from error
+explain_memory = partial(
+    explain_full_memory,
+    "lower --batch-size or --cutoff-len; in training, raise --gradient-accumulation as much, and add "
+    "--gradient-checkpointing; `loftq train --dry-run` shows what a run needs",
+)

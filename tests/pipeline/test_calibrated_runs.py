@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import loftq
 from loftq.core.methods import METHODS
 from loftq.core.metric import damped
-from loftq.errors import ArtifactError, OutputError
+from loftq.errors import ArtifactError, LoftQError, OutputError
 from loftq.formats.artifact import MANIFEST
 from loftq.pipeline import calibrate, calibration_text
 from loftq.pipeline.documents import read_text
@@ -185,6 +185,13 @@ def test_a_run_that_dies_is_resumed_to_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             quantize(refine=3, overwrite=True)
     assert files_of(quantize(refine=3, resume=True).folder) == expected
+
+
+def test_full_memory_says_what_lowers_the_need(quantize: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator's own error, while refining."""
+    monkeypatch.setattr("loftq.pipeline.refine._train", lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
+    with pytest.raises(LoftQError, match=r"out of memory: use fewer --workers, .* or --refine 0"):
+        quantize(refine=4)
 
 
 def test_a_finished_run_is_of_its_text(quantize: Any, text: Path, tmp_path: Path) -> None:
