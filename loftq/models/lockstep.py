@@ -27,14 +27,29 @@ class Visitor(Protocol):
     def enter(self, block: str) -> None:
         """Before the first batch runs through a block."""
 
-    def leave(self, block: str) -> None:
-        """After the last one did."""
+    def keep(self, index: int, output: Any) -> None:
+        """With what a block returned for a batch, before the batch goes on."""
+
+    def leave(self, block: str, rounds: int) -> None:
+        """After the last one did: so many times have blocks served the batches that waited at them."""
 
     def passed(self, block: str | None) -> None:
         """After one batch ran through a block, or on between blocks (None)."""
 
     def finish(self, index: int, output: Any) -> None:
         """With what the model returned for a batch."""
+
+
+class Past(Protocol):
+    """Rounds that an earlier run has served."""
+
+    rounds: int
+
+    def output(self, index: int) -> Any:
+        """What the last of them gave a batch."""
+
+    def lost(self, index: int) -> Any:
+        """What stands for the output of one before it."""
 
 
 def find_blocks(model: nn.Module, modules: Collection[str]) -> list[str]:
@@ -57,44 +72,58 @@ def find_blocks(model: nn.Module, modules: Collection[str]) -> list[str]:
     return found
 
 
-def run(model: nn.Module, batches: Sequence[Batch], blocks: Mapping[str, nn.Module], visitor: Visitor) -> None:
+def run(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    blocks: Mapping[str, nn.Module],
+    visitor: Visitor,
+    past: Past | None = None,
+) -> None:
     """Run `model(**batch)` for every batch without gradients, block by block.
 
     `blocks` are parts of the model, by name, in the order in which those are served that batches wait at. A block may
-    be called any number of times; it is left when another has its turn. Whatever is raised in a batch's forward is
+    be called any number of times; it is left when another has its turn. Rounds of the `past` are not run again: blocks
+    are neither entered nor left, and the batches get what it has for them. Whatever is raised in a batch's forward is
     raised here, after all threads have ended.
     """
     workers = torch.get_num_threads()
     walks = [_Walk(model, batch, 1 if blocks else workers, workers) for batch in batches]
     with torch.no_grad(), _stopping_at(blocks):
         try:
-            _serve(walks, blocks, visitor)
+            _serve(walks, blocks, visitor, past)
         finally:
             for walk in walks:
                 walk.stop()
             torch.set_num_threads(workers)  # what new threads begin with
 
 
-def _serve(walks: Sequence[_Walk], blocks: Mapping[str, nn.Module], visitor: Visitor) -> None:
+def _serve(walks: Sequence[_Walk], blocks: Mapping[str, nn.Module], visitor: Visitor, past: Past | None) -> None:
     order = {name: i for i, name in enumerate(blocks)}
     entered: str | None = None
+    rounds = 0
     for index, walk in enumerate(walks):
         _advance(walk, index, None, visitor)
     while waiting := [walk for walk in walks if walk.call is not None]:
         name = min((walk.call.block for walk in waiting if walk.call), key=order.__getitem__)
-        if name != entered:
+        known = past is not None and rounds < past.rounds
+        if name != entered and not known:
             if entered is not None:
-                visitor.leave(entered)
+                visitor.leave(entered, rounds)
             visitor.enter(name)
             entered = name
         for index, walk in enumerate(walks):
             if walk.call is not None and walk.call.block == name:
-                found = walk.call.run()
-                visitor.passed(name)
+                if past is not None and known:
+                    found = past.output(index) if rounds + 1 == past.rounds else past.lost(index)
+                else:
+                    found = walk.call.run()
+                    visitor.keep(index, found)
+                    visitor.passed(name)
                 _advance(walk, index, found, visitor)
                 del found  # the next batch runs without this one's
+        rounds += 1
     if entered is not None:
-        visitor.leave(entered)
+        visitor.leave(entered, rounds)
 
 
 def _advance(walk: _Walk, index: int, value: Any, visitor: Visitor) -> None:

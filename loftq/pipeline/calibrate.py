@@ -26,6 +26,7 @@ from loftq.errors import ArtifactError, SourceError
 from loftq.models.lockstep import run
 from loftq.pipeline import statistics
 from loftq.pipeline.block_weights import BlockWeights, changed
+from loftq.pipeline.calibration_progress import PROGRESS, Progress
 from loftq.pipeline.calibration_text import Calibration
 from loftq.pipeline.notes import some
 from loftq.pipeline.plan import Plan
@@ -52,17 +53,18 @@ def gather(
     The model runs in float32 on the CPU and in the compute dtype elsewhere, with a progress bar on stderr unless
     `quiet`. A folder of the same model and calibration that lacks a layer is made again. Raises what `open_statistics`
     does for one of another, SourceError for a model whose activations are not finite, and OutputError where the disk is
-    full. Another run that is gathering the same is waited for.
+    full. Another run that is gathering the same is waited for; one that was cut off is gone on with.
     """
     known = _known(plan, calibration, folder)
     if known is not None:
         return known
-    with explain_os_errors(folder, "--statistics"), scratch_beside(folder) as scratch:
+    with explain_os_errors(folder, "--statistics"), scratch_beside(folder, PROGRESS) as scratch:
         known = _known(plan, calibration, folder)  # what another run has gathered meanwhile
         if known is not None:
             return known
-        weights = BlockWeights(plan, torch.device(device), trust_remote_code=trust_remote_code)
-        _gather_into(scratch, plan, calibration, weights, quiet)
+        asked = scratch, plan, calibration, torch.device(device), trust_remote_code, quiet
+        if not _gather_into(*asked):
+            _gather_into(*asked)  # from the beginning
         move_into_place(scratch, folder)
         return open_statistics(folder, plan, calibration)
 
@@ -81,21 +83,39 @@ def _known(plan: Plan, calibration: Calibration, folder: Path) -> Statistics | N
     return None
 
 
-def _gather_into(folder: Path, plan: Plan, calibration: Calibration, weights: BlockWeights, quiet: bool) -> None:
-    size = max(1, BATCH_TOKENS // calibration.sequence_length)
-    batches = [_batch(plan, weights, part) for part in torch.split(calibration.windows, size)]
-    steps = len(batches) * max(1, len(weights.blocks))
-    bar = tqdm(total=steps, unit="block", disable=quiet, dynamic_ncols=True, desc="calibration")
-    answers: list[dict[str, torch.Tensor]] = [{} for _ in batches]
-    with bar:
-        found = _Gathering(plan, weights, folder, bar, answers)
-        with found.watching():
-            run(weights.core, batches, weights.blocks, found)
-        found.save(None)
-    ids = {name: tensor.int() for name, tensor in _joined(batches).items() if name.endswith("_ids")}
-    save_file({**ids, **_joined(answers)}, folder / TEACHER)
-    never = [layer.module for layer in plan.layers if layer.module not in found.modules]
+def _gather_into(
+    folder: Path, plan: Plan, calibration: Calibration, device: torch.device, trust_remote_code: bool, quiet: bool
+) -> bool:
+    """Whether that went well. Where a model does not go on from what an earlier run has left, that is removed."""
+    weights = BlockWeights(plan, device, trust_remote_code=trust_remote_code)
+    head = _head(plan, calibration, weights)
+    states = {name: (plan.source.folder / name).stat() for name in set(plan.source.checkpoint.files.values())}
+    files = {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+    modules = [layer.module for layer in plan.layers]
+    progress = Progress(folder, {**head, "device": device.type, "files": files, "modules": modules})
+    resumed = progress.rounds > 0
+    try:
+        found = _run(folder, plan, calibration, weights, progress, quiet)
+    except Exception as error:
+        progress.forget()
+        if resumed and not isinstance(error, (OSError, MemoryError)):
+            return False
+        raise
+    progress.finish()
+    never = [layer.module for layer in plan.layers if layer.module not in found]
     record = {
+        **head,
+        "weights": weights.digests,
+        "modules": {**found, **{name: {"file": None, "count": 0} for name in never}},
+        "notes": [*calibration.notes, *_never_reached(never)],
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return True
+
+
+def _head(plan: Plan, calibration: Calibration, weights: BlockWeights) -> dict[str, Any]:
+    """What a record says before anything is run."""
+    return {
         "version": statistics.VERSION,
         "source": {
             "name": plan.source.name,
@@ -107,11 +127,26 @@ def _gather_into(folder: Path, plan: Plan, calibration: Calibration, weights: Bl
         "settings": calibration.settings,
         "dtype": str(weights.dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("loftq", "torch", "transformers")},
-        "weights": weights.digests,
-        "modules": {**found.modules, **{name: {"file": None, "count": 0} for name in never}},
-        "notes": [*calibration.notes, *_never_reached(never)],
     }
-    (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _run(
+    folder: Path, plan: Plan, calibration: Calibration, weights: BlockWeights, progress: Progress, quiet: bool
+) -> dict[str, dict[str, Any]]:
+    """Write moments and answers: the file of each module, and how many vectors it has seen."""
+    size = max(1, BATCH_TOKENS // calibration.sequence_length)
+    batches = [_batch(plan, weights, part) for part in torch.split(calibration.windows, size)]
+    steps, done = (len(batches) * rounds for rounds in (max(1, len(weights.blocks)), progress.rounds))
+    bar = tqdm(total=steps, initial=done, unit="block", disable=quiet, dynamic_ncols=True, desc="calibration")
+    answers: list[dict[str, torch.Tensor]] = [{} for _ in batches]
+    with bar:
+        found = _Gathering(plan, weights, folder, bar, answers, progress)
+        with found.watching():
+            run(weights.core, batches, weights.blocks, found, progress)
+        found.save(None)
+    ids = {name: tensor.int() for name, tensor in _joined(batches).items() if name.endswith("_ids")}
+    save_file({**ids, **_joined(answers)}, folder / TEACHER)
+    return found.modules
 
 
 def _never_reached(modules: list[str]) -> Iterator[str]:
@@ -160,12 +195,15 @@ class _Gathering:
         folder: Path,
         bar: Any,
         answers: list[dict[str, torch.Tensor]],
+        progress: Progress,
     ) -> None:
-        self.modules: dict[str, dict[str, Any]] = {}  # the file of each, and how many vectors it has seen
+        self.modules = progress.modules  # the file of each, and how many vectors it has seen
+        weights.digests |= progress.digests
+        self._progress = progress
         self._plan, self._weights, self._folder, self._bar, self._answers = plan, weights, folder, bar, answers
         self._inputs: dict[int, _Input] = {}
         self._sums: dict[tuple[str, ...], Moment] = {}
-        self._files = 0
+        self._files = progress.files
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -190,10 +228,15 @@ class _Gathering:
 
     def enter(self, block: str) -> None:
         self._weights.load(block)
+        self._progress.begin()
 
-    def leave(self, block: str) -> None:
+    def keep(self, index: int, output: Any) -> None:
+        self._progress.keep(index, output)
+
+    def leave(self, block: str, rounds: int) -> None:
         self._weights.drop(block)
         self.save(block)
+        self._progress.end(rounds, len(self._answers), self.modules, self._weights.digests, self._files)
 
     def passed(self, block: str | None) -> None:
         for found in self._inputs.values():
@@ -206,7 +249,10 @@ class _Gathering:
             self._bar.update(1)
 
     def finish(self, index: int, output: Any) -> None:
-        self._answers[index] = _answer(output, self._plan.task.name in VOCABULARY)
+        answer = _answer(output, self._plan.task.name in VOCABULARY)
+        if any(bool(torch.isnan(tensor).any()) for tensor in answer.values()):
+            raise SourceError(f"calibration: answers of {self._plan.source.name} are not numbers {self._cure()}")
+        self._answers[index] = answer
 
     def save(self, block: str | None) -> None:
         """Write the moments of a block's layers, or of all that are left, and forget their sums."""
@@ -231,14 +277,17 @@ class _Gathering:
     def _write(self, total: Moment, modules: list[str]) -> None:
         panels = total.mean()
         if not all(bool(torch.isfinite(panel).all()) for panel in panels):
-            dtype = str(self._weights.dtype).removeprefix("torch.")
-            cure = "damaged weights" if dtype == "float32" else "use --compute-dtype bfloat16, or --device cpu"
-            raise SourceError(f"calibration: the inputs of {modules[0]} are not finite in {dtype}: {cure}")
+            raise SourceError(f"calibration: the inputs of {modules[0]} are not finite {self._cure()}")
         self._files += 1
         file = f"moment-{self._files:05d}.safetensors"
         save_file({str(i): panel for i, panel in enumerate(panels)}, self._folder / file)
         for module in modules:
             self.modules[module] = {"file": file, "count": total.count}
+
+    def _cure(self) -> str:
+        dtype = str(self._weights.dtype).removeprefix("torch.")
+        cure = "damaged weights" if dtype == "float32" else "use --compute-dtype bfloat16, or --device cpu"
+        return f"in {dtype}: {cure}"
 
     def _check_unchanged(self, found: _Input) -> None:
         if found.tensor._version != found.version:

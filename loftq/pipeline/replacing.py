@@ -11,19 +11,23 @@ from pathlib import Path
 
 
 @contextmanager
-def scratch_beside(folder: Path) -> Iterator[Path]:
-    """An empty folder, `.NAME-partial`, that no other run has: one that has it is waited for.
+def scratch_beside(folder: Path, keep: str) -> Iterator[Path]:
+    """A folder, `.NAME-partial`, that no other run has: one that has it is waited for.
 
-    It is gone afterwards. What a run that was killed left there is removed by the next.
+    It is gone afterwards, unless it holds a file `keep` then: that is for the next run to go on with. Anything else
+    that a run left there is removed by the next.
     """
     scratch = folder.parent / f".{folder.name}-partial"
     held = _hold(scratch)
     try:
-        for left in scratch.iterdir():
-            left.unlink()
+        if not (scratch / keep).exists():
+            for left in scratch.iterdir():
+                left.unlink()
         yield scratch
     finally:
-        if _is_at(held, scratch):  # not moved away: another run may have begun its own there
+        if (
+            _is_at(held, scratch) and not (scratch / keep).exists()
+        ):  # not moved away: another run may have begun its own there
             shutil.rmtree(scratch, ignore_errors=True)
         os.close(held)
 

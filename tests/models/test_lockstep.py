@@ -59,6 +59,8 @@ class Log:
     def __init__(self, fail_at: str = "") -> None:
         self.events: list[str] = []
         self.outputs: dict[int, Any] = {}
+        self.kept: dict[int, Any] = {}
+        self.rounds = 0
         self.fail_at = fail_at
 
     def enter(self, block: str) -> None:
@@ -66,8 +68,12 @@ class Log:
         if block == self.fail_at:
             raise OSError("cannot read")
 
-    def leave(self, block: str) -> None:
+    def keep(self, index: int, output: Any) -> None:
+        self.kept[index] = output
+
+    def leave(self, block: str, rounds: int) -> None:
         self.events.append(f"leave {block}")
+        self.rounds = rounds
 
     def passed(self, block: str | None) -> None:
         if block is not None:

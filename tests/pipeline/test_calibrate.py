@@ -49,7 +49,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration_text, "MIN_TOKENS", 256)
-    monkeypatch.setattr(calibrate, "_BATCH_TOKENS", 192)  # three windows, and one batch of the rest
+    monkeypatch.setattr(calibrate, "BATCH_TOKENS", 192)  # three windows, and one batch of the rest
 
 
 def plan_of(folder: Path, **options: Any) -> Plan:
@@ -385,4 +385,4 @@ def test_a_model_that_does_not_read_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_tasks_of_the_table_are_known() -> None:
-    assert set(calibrate._VOCABULARY) < set(TASKS)
+    assert set(calibrate.VOCABULARY) < set(TASKS)

@@ -36,7 +36,7 @@ def names(folder: Path) -> list[str]:
 
 
 def _be_killed(folder: Path) -> None:
-    with scratch_beside(folder) as scratch:
+    with scratch_beside(folder, "progress") as scratch:
         (scratch / "moment").write_text("half")
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -47,11 +47,22 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert names(tmp_path) == [".known-partial"]
-    with scratch_beside(tmp_path / "known") as scratch:
+    with scratch_beside(tmp_path / "known", "progress") as scratch:
         assert names(scratch) == []
         (scratch / "moment").write_text("whole")
         move_into_place(scratch, tmp_path / "known")
     assert names(tmp_path) == ["known"]
+
+
+def test_what_can_be_gone_on_with_stays(tmp_path: Path) -> None:
+    for found in ([], ["moment", "progress"]):
+        with scratch_beside(tmp_path / "known", "progress") as scratch:
+            assert names(scratch) == found
+            (scratch / "moment").write_text("half")
+            (scratch / "progress").write_text("so far")
+    with scratch_beside(tmp_path / "known", "progress") as scratch:
+        (scratch / "progress").unlink()
+    assert names(tmp_path) == []
 
 
 def test_an_interrupted_run_leaves_nothing(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
