@@ -145,7 +145,10 @@ def _run(
             run(weights.core, batches, weights.blocks, found, progress)
         found.save(None)
     ids = {name: tensor.int() for name, tensor in _joined(batches).items() if name.endswith("_ids")}
-    save_file({**ids, **_joined(answers)}, folder / TEACHER)
+    answered = _joined(answers)
+    if any(bool(tensor.isnan().any()) for tensor in answered.values()):
+        raise SourceError(f"calibration: answers of {plan.source.name} are not numbers {_cure(weights)}")
+    save_file({**ids, **answered}, folder / TEACHER)
     return found.modules
 
 
@@ -249,10 +252,7 @@ class _Gathering:
             self._bar.update(1)
 
     def finish(self, index: int, output: Any) -> None:
-        answer = _answer(output, self._plan.task.name in VOCABULARY)
-        if any(bool(torch.isnan(tensor).any()) for tensor in answer.values()):
-            raise SourceError(f"calibration: answers of {self._plan.source.name} are not numbers {self._cure()}")
-        self._answers[index] = answer
+        self._answers[index] = _answer(output, self._plan.task.name in VOCABULARY)
 
     def save(self, block: str | None) -> None:
         """Write the moments of a block's layers, or of all that are left, and forget their sums."""
@@ -277,17 +277,12 @@ class _Gathering:
     def _write(self, total: Moment, modules: list[str]) -> None:
         panels = total.mean()
         if not all(bool(torch.isfinite(panel).all()) for panel in panels):
-            raise SourceError(f"calibration: the inputs of {modules[0]} are not finite {self._cure()}")
+            raise SourceError(f"calibration: the inputs of {modules[0]} are not finite {_cure(self._weights)}")
         self._files += 1
         file = f"moment-{self._files:05d}.safetensors"
         save_file({str(i): panel for i, panel in enumerate(panels)}, self._folder / file)
         for module in modules:
             self.modules[module] = {"file": file, "count": total.count}
-
-    def _cure(self) -> str:
-        dtype = str(self._weights.dtype).removeprefix("torch.")
-        cure = "damaged weights" if dtype == "float32" else "use --compute-dtype bfloat16, or --device cpu"
-        return f"in {dtype}: {cure}"
 
     def _check_unchanged(self, found: _Input) -> None:
         if found.tensor._version != found.version:
@@ -295,6 +290,12 @@ class _Gathering:
                 f"{found.modules[0]} computes on an input that is overwritten later in its block: "
                 f"add --exclude-modules {found.modules[0].rpartition('.')[2]}"
             )
+
+
+def _cure(weights: BlockWeights) -> str:
+    dtype = str(weights.dtype).removeprefix("torch.")
+    cure = "damaged weights" if dtype == "float32" else "use --compute-dtype bfloat16, or --device cpu"
+    return f"in {dtype}: {cure}"
 
 
 def _answer(output: Any, vocabulary: bool) -> dict[str, torch.Tensor]:

@@ -358,6 +358,15 @@ def test_activations_that_overflow_are_refused_and_nothing_is_left(tmp_path: Pat
     assert not [thread for thread in threading.enumerate() if thread.name == "loftq-lockstep"]
 
 
+def test_answers_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+    model = pico_llama()
+    model.model.norm.weight.data[:] = 3e38
+    plan = plan_of(save_model(model, tmp_path / "model"))
+    with pytest.raises(SourceError, match="answers of .*model are not numbers in float32: damaged weights"):
+        gather(plan, small(plan), tmp_path / "cache", quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_damaged_weight_is_named(tmp_path: Path) -> None:
     model = pico_llama()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
