@@ -8,6 +8,7 @@ model that passes anything on from them gives answers that are not numbers, and 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,9 +55,14 @@ class Progress:
 
     def keep(self, index: int, output: Any) -> None:
         """Write what the block returned for a batch, where it is time to."""
-        if self._due and _is_plain(output):
+        if not self._due or not _is_plain(output):
+            return
+        try:
             torch.save(_mapped(output, torch.clone), self._state(1 - self._turn, index))
             self._kept.add(index)
+        except (OSError, RuntimeError):  # no room: the run goes on without
+            self._due, self._last = False, math.inf
+            self._remove(f"state-{1 - self._turn}-*")
 
     def end(
         self, rounds: int, batches: int, modules: Mapping[str, Any], digests: Mapping[str, str], files: int
@@ -65,7 +71,7 @@ class Progress:
         if not self._due or len(self._kept) < batches:
             return
         self._turn = 1 - self._turn
-        record = {"identity": self._identity, "rounds": rounds, "turn": self._turn}
+        record = {"identity": self._identity, "rounds": rounds, "turn": self._turn, "batches": batches}
         record |= {"modules": dict(modules), "digests": dict(digests), "files": files}
         scratch = self._folder / f"{PROGRESS}.new"
         scratch.write_text(json.dumps(record), encoding="utf-8")
@@ -74,14 +80,17 @@ class Progress:
 
     def finish(self) -> None:
         """Leave nothing of it."""
-        for path in [self._folder / PROGRESS, *self._folder.glob("state-*")]:
-            path.unlink(missing_ok=True)
+        self._remove(f"{PROGRESS}*")
+        self._remove("state-*")
 
     def forget(self) -> None:
         """Leave nothing at all."""
-        for path in self._folder.iterdir():
-            path.unlink()
+        self._remove("*")
         self.__dict__.update(rounds=0, modules={}, digests={}, files=0)
+
+    def _remove(self, names: str) -> None:
+        for path in self._folder.glob(names):
+            path.unlink()
 
     def _state(self, turn: int, index: int) -> Path:
         return self._folder / f"state-{turn}-{index:05d}.pt"
@@ -90,8 +99,9 @@ class Progress:
         """The record, where it is of the same calibration and all its files are there."""
         try:
             found = dict(json.loads((self._folder / PROGRESS).read_text(encoding="utf-8")))
-            wanted = {row["file"] for row in found["modules"].values()}
-            known = found["identity"] == self._identity and all((self._folder / name).is_file() for name in wanted)
+            wanted = {self._folder / row["file"] for row in found["modules"].values()}
+            wanted |= {self._state(found["turn"], index) for index in range(found["batches"])}
+            known = found["identity"] == self._identity and all(path.is_file() for path in wanted)
         except (OSError, ValueError, KeyError, TypeError):
             return {}
         return found if known else {}

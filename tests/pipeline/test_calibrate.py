@@ -362,7 +362,7 @@ def test_answers_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
     model = pico_llama()
     model.model.norm.weight.data[:] = 3e38
     plan = plan_of(save_model(model, tmp_path / "model"))
-    with pytest.raises(SourceError, match="answers of .*model are not numbers in float32: damaged weights"):
+    with pytest.raises(SourceError, match=r"answers of .*model are not numbers in float32: damaged weights"):
         gather(plan, small(plan), tmp_path / "cache", quiet=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

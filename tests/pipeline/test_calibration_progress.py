@@ -150,7 +150,7 @@ def _be_killed(model: Path, folder: Path) -> None:
         gather(plan, small(plan), folder, quiet=True)
 
 
-@pytest.mark.parametrize("change", ["text", "weights", "moment", "record"])
+@pytest.mark.parametrize("change", ["text", "weights", "moment", "state", "torn state", "record"])
 def test_another_calibration_begins_anew(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was left is of another text, of weights that were written since, or damaged."""
     model = save_pico("llama", "causal-lm", tmp_path / "model")
@@ -161,12 +161,35 @@ def test_another_calibration_begins_anew(change: str, tmp_path: Path, monkeypatc
         os.utime(model / "model.safetensors", ns=(1, 1))
     elif change == "moment":
         next(partial.glob("moment-*")).unlink()
+    elif change == "state":
+        next(partial.glob("state-*")).unlink()
+    elif change == "torn state":
+        next(partial.glob("state-*")).write_bytes(b"PK")
     elif change == "record":
         (partial / PROGRESS).write_text("{")
     every = loads(monkeypatch)
     found = gather(plan, small(plan), tmp_path / "known", quiet=True)
     assert every == ["model.layers.0", "model.layers.1"]
     assert files_of(found.folder) == files_of(gather(plan, small(plan), tmp_path / "whole", quiet=True).folder)
+
+
+def test_a_run_that_has_no_room_for_it_goes_on_without(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch says that a disk is full; after the first of a block's batches."""
+    plan = plan_of(pico)
+    expected = files_of(gather(plan, small(plan), tmp_path / "whole", quiet=True).folder)
+    own, saved = torch.save, []
+
+    def save(value: Any, path: Path) -> None:
+        if saved:
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+        saved.append(path)
+        own(value, path)
+
+    monkeypatch.setattr(torch, "save", save)
+    assert files_of(gather(plan, small(plan), tmp_path / "known", quiet=True).folder) == expected
+    assert len(saved) == 1
 
 
 def _looking_back(self: Any, input_ids: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
