@@ -116,8 +116,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """(batch, heads, length, width) of the values."""
-        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        """(batch, heads, length, width) of the values; a token's heads lie side by side."""
+        batch, heads, length, _ = query.shape
+        output = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
         ctx.save_for_backward(query, key, value, output)
         return output
 

@@ -45,8 +45,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration_progress, "_EVERY", 0.0)
 
 
-def plan_of(folder: Path) -> Plan:
-    return make_plan(find_source(str(folder)), Recipe(rank=4))
+def plan_of(folder: Path, **options: Any) -> Plan:
+    return make_plan(find_source(str(folder)), Recipe(rank=4, **options))
 
 
 def small(plan: Plan, **options: Any) -> Calibration:
@@ -150,12 +150,13 @@ def _be_killed(model: Path, folder: Path) -> None:
         gather(plan, small(plan), folder, quiet=True)
 
 
-@pytest.mark.parametrize("change", ["text", "weights", "moment", "state", "torn state", "record"])
+@pytest.mark.parametrize("change", ["text", "layers", "weights", "moment", "state", "torn state", "record"])
 def test_another_calibration_begins_anew(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was left is of another text, of weights that were written since, or damaged."""
     model = save_pico("llama", "causal-lm", tmp_path / "model")
     plan = plan_of(model)
-    cut_off(plan, small(plan, seed=1 if change == "text" else 0), tmp_path / "known", 1)
+    before = plan_of(model, exclude_modules=("up_proj",)) if change == "layers" else plan
+    cut_off(before, small(before, seed=1 if change == "text" else 0), tmp_path / "known", 1)
     partial = tmp_path / ".known-partial"
     if change == "weights":
         os.utime(model / "model.safetensors", ns=(1, 1))
