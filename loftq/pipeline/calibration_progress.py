@@ -31,14 +31,17 @@ class Progress:
         self._folder, self._identity = folder, json.loads(json.dumps(identity))
         self._kept: set[int] = set()  # batches of the present round
         self._due, self._last = False, time.monotonic()
+        self._lost: dict[int, Any] = {}
+        self._turn = 0  # which of two sets of states counts
+        self.rounds, self.files = 0, 0
+        self.modules: dict[str, dict[str, Any]] = {}
+        self.digests: dict[str, str] = {}
         found = self._read()
-        self.rounds: int = found.get("rounds", 0)
-        self.modules: dict[str, dict[str, Any]] = found.get("modules", {})
-        self.digests: dict[str, str] = found.get("digests", {})
-        self.files: int = found.get("files", 0)
-        self._turn: int = found.get("turn", 0)
-        if not self.rounds:
-            self.forget()
+        if found:
+            self._turn, self.rounds, self.files = (found[key] for key in ("turn", "rounds", "files"))
+            self.modules, self.digests = found["modules"], found["digests"]
+        else:
+            self._remove("*")
 
     def output(self, index: int) -> Any:
         """What the last round's block returned for a batch."""
@@ -46,7 +49,9 @@ class Progress:
 
     def lost(self, index: int) -> Any:
         """The like of it, of NaN: what an earlier block returned is known no more."""
-        return _mapped(self.output(index), _nothing)
+        if index not in self._lost:
+            self._lost[index] = _mapped(self.output(index), _nothing)
+        return self._lost[index]
 
     def begin(self) -> None:
         """A block has its turn."""
@@ -84,9 +89,8 @@ class Progress:
         self._remove("state-*")
 
     def forget(self) -> None:
-        """Leave nothing at all."""
+        """Leave nothing at all: another begins anew."""
         self._remove("*")
-        self.__dict__.update(rounds=0, modules={}, digests={}, files=0)
 
     def _remove(self, names: str) -> None:
         for path in self._folder.glob(names):
@@ -102,7 +106,7 @@ class Progress:
             wanted = {self._folder / row["file"] for row in found["modules"].values()}
             wanted |= {self._state(found["turn"], index) for index in range(found["batches"])}
             known = found["identity"] == self._identity and all(path.is_file() for path in wanted)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
         return found if known else {}
 
