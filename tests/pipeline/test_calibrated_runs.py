@@ -273,7 +273,7 @@ def test_other_kinds_of_models(family: str, task: str, text: Path, tmp_path: Pat
         bits=2,
         rank=4,
         calibration=text,
-        calibration_tokens=TOKENS,
+        calibration_tokens=4 * TOKENS,
         sequence_length=LENGTH,
         refine=12,
         quiet=True,
