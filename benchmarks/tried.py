@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from loftq.core import calibrated, lowrank
 from loftq.core.grid import Grid, Quantizer
-from loftq.core.methods import METHODS
+from loftq.core.methods import METHODS, Method
 from loftq.core.metric import Metric, damped
 
 GRADIENT_TOKENS = 8192
@@ -150,9 +150,12 @@ class Lab:
         """A method of the table, with parts of it changed."""
         preset = replace(METHODS[method], **changes)
         for name, weight in self.weights.items():
-            quantizer = self.quantizers[name]
-            found = calibrated.solve(weight, quantizer, preset, self.moments[name], self.rank, preset.iterations, 1.0)
-            yield name, quantizer.decode(found.codes, found.scales, weight.shape) + found.b @ found.a
+            yield name, self._solved(name, weight, preset, self.moments[name])
+
+    def _solved(self, name: str, weight: torch.Tensor, preset: Method, moment: torch.Tensor) -> torch.Tensor:
+        quantizer = self.quantizers[name]
+        found = calibrated.solve(weight, quantizer, preset, moment, self.rank, preset.iterations, 1.0)
+        return quantizer.decode(found.codes, found.scales, weight.shape) + found.b @ found.a
 
     def ranks(self) -> dict[str, int]:
         """Ranks by what another one takes off a layer's relative output error, for as many numbers in all."""
@@ -171,8 +174,9 @@ class Lab:
         return ranks
 
     @torch.no_grad()
-    def propagated(self, share: float) -> Iterator[tuple[str, torch.Tensor]]:
-        """Factors for the inputs that quantized layers give, wanting `share` of the way to the exact outputs.
+    def propagated(self, share: float, method: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Factors for the inputs that quantized layers give, wanting `share` of the way to the exact outputs: of
+        plain rounding, or with codes and scales by a method of the table too.
 
         W (Σ x x̂ᵀ + δ) (Σ x̂ x̂ᵀ + δ)⁻¹ is the weight whose outputs on inputs x̂ are nearest to those of W on x, while
         it stays near W. Linears are taken in the order in which they run, each with x̂ as all before it leave it:
@@ -208,8 +212,12 @@ class Lab:
                 metric = Metric.of("full", h)
                 for name in group:
                     target = self.weights[name] @ towards
-                    factors = lowrank.exact(metric.whiten(target - self.rounded[name]), self.rank)
-                    inside[name].weight.data = self.rounded[name] + factors.left @ metric.unwhiten(factors.right)
+                    if method is None:
+                        factors = lowrank.exact(metric.whiten(target - self.rounded[name]), self.rank)
+                        found = self.rounded[name] + factors.left @ metric.unwhiten(factors.right)
+                    else:
+                        found = self._solved(name, target, METHODS[method], moment)
+                    inside[name].weight.data = found
             moved = [layer(hat, **kwargs) for hat in moved]
             yield from ((name, module.weight.data) for name, module in inside.items())
 
@@ -280,6 +288,8 @@ def variants(lab: Lab) -> dict[str, Callable[[], Iterator[tuple[str, torch.Tenso
         "quantized inputs": lambda: lab.propagated(0.0),
         "quantized inputs, half way": lambda: lab.propagated(0.5),
         "quantized inputs, exact outputs": lambda: lab.propagated(1.0),
+        "3 turns on quantized inputs, half way": lambda: lab.propagated(0.5, "calibrated"),
+        "3 turns on quantized inputs, exact outputs": lambda: lab.propagated(1.0, "calibrated"),
     }
 
 
