@@ -59,7 +59,7 @@ def _live_bytes(model: Any, batch: tuple[int, int], able: Sequence[str], checkpo
     with _entering(blocks) as inside, _fused_attention(), torch.autograd.graph.saved_tensors_hooks(keep, _same):
         _run(inner, torch.zeros(batch, dtype=torch.int64, device="meta"), able, keep)
     largest = max((tensor.untyped_storage().nbytes() for tensor in seen.values()), default=0)
-    inputs = len(blocks) * batch[0] * batch[1] * _width(inner) * inner.dtype.itemsize
+    inputs = len(blocks) * batch[0] * batch[1] * embedding_width(inner) * inner.dtype.itemsize
     block = max((sizes[name] for name in blocks), default=0)
     return int(sizes[""] + inputs + block + _GRADIENTS * largest)
 
@@ -92,7 +92,8 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _width(model: Any) -> int:
+def embedding_width(model: Any) -> int:
+    """The size of what a model's first block gets of a token."""
     return int(model.get_input_embeddings().weight.shape[1])
 
 

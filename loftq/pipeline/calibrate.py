@@ -89,10 +89,8 @@ def _gather_into(
     """Whether that went well. Where a model does not go on from what an earlier run has left, that is removed."""
     weights = BlockWeights(plan, device, trust_remote_code=trust_remote_code)
     head = _head(plan, calibration, weights)
-    states = {name: (plan.source.folder / name).stat() for name in set(plan.source.checkpoint.files.values())}
-    files = {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
-    modules = [layer.module for layer in plan.layers]
-    progress = Progress(folder, {**head, "device": device.type, "files": files, "modules": modules})
+    seen = {"files": plan.source.file_states(), "modules": [layer.module for layer in plan.layers]}
+    progress = Progress(folder, {**head, **seen, "device": device.type})
     resumed = progress.rounds > 0
     try:
         found = _run(folder, plan, calibration, weights, progress, quiet)

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 
+from loftq.models.activations import embedding_width, kept_bytes
 from loftq.models.lockstep import find_blocks
 from loftq.pipeline.calibrate import BATCH_TOKENS, TOP, VOCABULARY
 from loftq.pipeline.calibration_text import check, longest_window
@@ -62,7 +63,7 @@ def _calibrating(plan: Plan, dtype: torch.dtype) -> int:
         block = next((name for name in blocks if layer.module.startswith(f"{name}.")), None)
         if block is not None:
             sizes[block] += layer.shape[1] ** 2 * _SUM_BYTES
-    passing = _tokens(plan) * _width(plan) * dtype.itemsize
+    passing = _tokens(plan) * embedding_width(plan.model) * dtype.itemsize
     logits = BATCH_TOKENS * _vocabulary(plan) * (dtype.itemsize + 4) if plan.task.name in VOCABULARY else 0
     return outside + passing + max(max(sizes.values(), default=0), logits) + _answers(plan)
 
@@ -70,7 +71,6 @@ def _calibrating(plan: Plan, dtype: torch.dtype) -> int:
 def _refining(plan: Plan, dtype: torch.dtype, device: torch.device) -> int | None:
     from peft import LoraConfig, get_peft_model  # takes seconds
 
-    from loftq.models.activations import kept_bytes
     from loftq.pipeline.refine import LARGE, STEP
 
     length = min(cast(int, plan.recipe.sequence_length), longest_window(plan.model), _tokens(plan))
@@ -92,17 +92,13 @@ def _refining(plan: Plan, dtype: torch.dtype, device: torch.device) -> int | Non
 
 
 def _answers(plan: Plan) -> int:
-    a_token = min(TOP, _vocabulary(plan)) * _ANSWER_BYTES if plan.task.name in VOCABULARY else _width(plan) * 2
-    return _tokens(plan) * a_token
+    if plan.task.name in VOCABULARY:
+        return _tokens(plan) * min(TOP, _vocabulary(plan)) * _ANSWER_BYTES
+    return _tokens(plan) * embedding_width(plan.model) * 2
 
 
 def _tokens(plan: Plan) -> int:
     return cast(int, plan.recipe.calibration_tokens)
-
-
-def _width(plan: Plan) -> int:
-    model: Any = plan.model
-    return int(model.get_input_embeddings().weight.shape[1])
 
 
 def _vocabulary(plan: Plan) -> int:

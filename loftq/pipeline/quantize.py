@@ -286,14 +286,11 @@ def _workers(workers: int | None, device: torch.device) -> int:
 
 def _fingerprint(plan: Plan, known: Statistics | None, device: torch.device) -> dict[str, Any]:
     """All that the bytes of the result depend on: an unfinished run is resumed only where it is the same."""
-    checkpoint = plan.source.checkpoint
-    names = ["config.json", *sorted(set(checkpoint.files.values()))]
-    states = {name: (checkpoint.folder / name).stat() for name in names}
     return {
         "source": {
             "name": plan.source.name,
             "revision": plan.source.revision,
-            "files": {file: [state.st_size, state.st_mtime_ns] for file, state in states.items()},
+            "files": plan.source.file_states(),
         },
         "recipe": plan.recipe.to_dict(),
         "calibration": known.settings if known is not None else None,

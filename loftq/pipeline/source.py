@@ -60,6 +60,12 @@ class Source:
         """The last part of the name, which names the output."""
         return self.name.rstrip("/").rpartition("/")[2]
 
+    def file_states(self) -> dict[str, list[int]]:
+        """Sizes and times of change of the files that are read: others where a model was written anew."""
+        names = ["config.json", *sorted(set(self.checkpoint.files.values()))]
+        states = {name: (self.checkpoint.folder / name).stat() for name in names}
+        return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+
 
 def side_files(folder: Path, code: bool = False) -> list[Path]:
     """Tokenizer, generation config, chat template, licence of a model, and its own code where it was trusted."""
