@@ -63,7 +63,7 @@ def _calibrating(plan: Plan, dtype: torch.dtype) -> int:
         block = next((name for name in blocks if layer.module.startswith(f"{name}.")), None)
         if block is not None:
             sizes[block] += layer.shape[1] ** 2 * _SUM_BYTES
-    passing = _tokens(plan) * embedding_width(plan.model) * dtype.itemsize
+    passing = _tokens(plan) * embedding_width(model) * dtype.itemsize
     logits = BATCH_TOKENS * _vocabulary(plan) * (dtype.itemsize + 4) if plan.task.name in VOCABULARY else 0
     return outside + passing + max(max(sizes.values(), default=0), logits) + _answers(plan)
 
@@ -71,14 +71,14 @@ def _calibrating(plan: Plan, dtype: torch.dtype) -> int:
 def _refining(plan: Plan, dtype: torch.dtype, device: torch.device) -> int | None:
     from peft import LoraConfig, get_peft_model  # takes seconds
 
-    from loftq.pipeline.refine import LARGE, STEP
+    from loftq.pipeline.refine import LARGE, windows_a_step
 
     length = min(cast(int, plan.recipe.sequence_length), longest_window(plan.model), _tokens(plan))
     with torch.device("meta"):
         model = copy.deepcopy(cast(Any, plan.model)).to(dtype)
         with warnings.catch_warnings(action="ignore"):  # of GPT-2's transposed weights
             model = get_peft_model(model, LoraConfig(r=plan.recipe.rank, target_modules=list(plan.target_modules)))
-    batch = max(STEP // length, 1), length
+    batch = windows_a_step(length), length
     try:
         kept = kept_bytes(model, batch, (plan.task.name,), device, checkpointing=plan.weights > LARGE)
     except (RuntimeError, ValueError):  # its way depends on values

@@ -38,7 +38,7 @@ _FASTEST = 2e-4  # rate, at a scaling of one
 _REACH = 0.018  # rate times rank, over the divergence's root
 _WARMUP = 0.05  # of the steps
 _HELD_OUT = 16  # of so many windows, one
-STEP = 1024  # tokens, or a window where that is longer
+_STEP = 1024  # tokens, or a window where that is longer
 LARGE = 300_000_000  # weights, from which activations are computed again in the backward pass
 _LEAST = 1e-6  # of a probability: what float32 leaves of one less a sum
 _ANSWERS = ("indices", "values", "hidden")
@@ -100,6 +100,11 @@ def divergence(answer: Any, window: Window) -> torch.Tensor:
     rest_p, rest_q = ((1 - log.exp().sum(-1)).clamp_min(_LEAST) for log in (log_p, log_q))
     found: torch.Tensor = (known + rest_p * (rest_p / rest_q).log()).mean()
     return found
+
+
+def windows_a_step(length: int) -> int:
+    """How many windows of so many tokens are learned at once."""
+    return max(_STEP // length, 1)
 
 
 def _weights(adapter: Adapter) -> int:
@@ -186,7 +191,7 @@ def _train(
         arguments = TrainingArguments(
             output_dir=scratch,
             max_steps=steps,
-            per_device_train_batch_size=max(STEP // length, 1),
+            per_device_train_batch_size=windows_a_step(length),
             learning_rate=rate,
             lr_scheduler_type="linear",
             warmup_steps=max(round(_WARMUP * steps), 1),
