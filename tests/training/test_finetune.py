@@ -258,11 +258,12 @@ def test_when_to_evaluate_can_be_set(artifact: Path, data: str, tmp_path: Path) 
     adapter_after(artifact, data, tmp_path / "epoch", set={"eval_strategy": "epoch"}, max_steps=20)
     assert len(losses(tmp_path / "epoch", "eval_loss")) == 2  # of ten steps each
     adapter_after(artifact, data, tmp_path / "plateau", lr_scheduler="reduce_lr_on_plateau")
-    best = {"set": {"load_best_model_at_end": True}, "learning_rate": 0.5, "max_steps": 10}
-    adapter_after(artifact, data, tmp_path / "best", **best)
+    # The best is what has the greatest loss here, for the last checkpoint surely has not.
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    adapter_after(artifact, data, tmp_path / "best", set=best, max_steps=10)
     found = losses(tmp_path / "best", "eval_loss")
-    assert found[-1] == pytest.approx(min(found[:-1]), abs=1e-4)
-    assert found[-1] < found[-2]
+    assert found[-1] == pytest.approx(max(found[:-1]), abs=1e-4)
+    assert found[-1] > found[-2]
 
 
 def test_no_repository_for_what_is_no_artifact(pico: Path, data: str, tmp_path: Path, run: Run) -> None:
