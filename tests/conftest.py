@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,9 @@ from transformers import (
 
 from loftq.core import chunks
 from loftq_cli.main import main
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # a GPU's kernels run on the CPU, however slowly
 
 SIZES = {
     "vocab_size": 320,
@@ -105,6 +109,29 @@ def torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run what runs on devices other than the CPU, several chunks of it."""
     monkeypatch.setattr(chunks, "on_cpu", lambda _: False)
     monkeypatch.setattr(chunks, "CHUNK", 1 << 11)
+
+
+@pytest.fixture
+def triton_path(torch_path: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+    """The same with Triton's kernels, interpreted on the CPU."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("with a GPU kernels are compiled for it: test_cuda_*.py run them")
+    monkeypatch.setattr(chunks, "on_gpu", lambda _: True)
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """A GPU, or the test is skipped."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU that CUDA knows")
+    return torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws without a seed of its own is the same in every run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

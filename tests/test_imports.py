@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = {"errors": 0, "core": 1, "formats": 2, "models": 3, "pipeline": 4, "training": 4, "cli": 5}
-CORE_MAY_IMPORT = {"torch", "numpy", "scipy", "numba", "loftq"}
+CORE_MAY_IMPORT = {"torch", "numpy", "scipy", "numba", "triton", "loftq"}
 FILES = sorted([*(ROOT / "loftq").glob("*/**/*.py"), *(ROOT / "cli").glob("*.py")])
 
 

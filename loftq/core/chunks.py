@@ -1,17 +1,27 @@
-"""Where torch's own operators do what compiled loops do on the CPU: a part of the weight at a time, in whole blocks."""
+"""What runs where: compiled loops on the CPU, Triton's kernels on a GPU, and elsewhere, or where there is no kernel,
+torch's own operators, a part of the weight at a time, in whole blocks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 import torch
 
 CHUNK = 1 << 22  # values at a time, so that temporaries stay small beside the weight
+_TRITON = ("cuda", "xpu")  # devices for which torch brings it
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def on_cpu(tensor: torch.Tensor) -> bool:
     """Whether the compiled loops can take a tensor."""
     return tensor.device.type == "cpu"
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether the Triton kernels can take a tensor."""
+    return _HAS_TRITON and tensor.device.type in _TRITON
 
 
 def step(block: int) -> int:

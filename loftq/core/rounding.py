@@ -19,10 +19,12 @@ Directions V (in, r) that an adapter will correct: for the best B, E − B Vᵀ 
 so feedback under S is feedback under [[H, HV], [VᵀH, VᵀHV + λI]] with r last columns that are never rounded.
 
 Columns go in panels: what a panel owes to columns outside is one product, what lies within goes column by column, on
-the CPU in a compiled loop (`rounding_kernels`). Rows do not meet.
+the CPU in a compiled loop (`rounding_kernels`), on a GPU in a kernel (`gpu_rounding_kernels`). Rows do not meet.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -120,7 +122,7 @@ def _round(
     columns = errors.shape[0]
     levels = Levels.of(quantizer.levels)
     codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
-    loop = rounding_kernels.sweep if chunks.on_cpu(target) else sweep
+    loop = _sweep_for(target)
     for start in range(0, columns, _PANEL):
         panel = slice(start, min(start + _PANEL, columns))
         goal = target[:, panel].T.contiguous()  # (width, out)
@@ -132,6 +134,16 @@ def _round(
         )
         codes[:, panel] = found.T
     return paired(codes.view(-1), levels.bits)
+
+
+def _sweep_for(target: torch.Tensor) -> Callable[..., torch.Tensor]:
+    if chunks.on_cpu(target):
+        return rounding_kernels.sweep
+    if chunks.on_gpu(target):
+        from loftq.core import gpu_rounding_kernels
+
+        return gpu_rounding_kernels.sweep
+    return sweep
 
 
 def sweep(

@@ -8,14 +8,16 @@ from typing import cast
 
 import torch
 
+from loftq.core import chunks
 from loftq.core.codebooks import CODEBOOKS
 from loftq.core.packing import unpack
 from loftq.formats import gptq
 from loftq.models import packed_linear
+from loftq.models.operators import Operator
 from loftq.models.packed_linear import Layout, PackedLinear, Part, dequantize
 
 
-@torch.library.custom_op("loftq::gptq_stream", mutates_args=())
+@Operator
 def _gptq_stream(qweight: torch.Tensor) -> torch.Tensor:
     """The codes of some outputs as one dense stream: uint8."""
     return gptq.read_stream(qweight)
@@ -26,7 +28,7 @@ def _(qweight: torch.Tensor) -> torch.Tensor:
     return qweight.new_empty(qweight.numel() * 4, dtype=torch.uint8)
 
 
-@torch.library.custom_op("loftq::gptq_scales", mutates_args=())
+@Operator
 def _gptq_scales(scales: torch.Tensor, qzeros: torch.Tensor, bits: int, less: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and shift of each group: float32 (groups,) each."""
     return gptq.read_scales(scales, qzeros, bits, less)
@@ -43,7 +45,7 @@ def _(
     return found, torch.empty_like(found)
 
 
-@torch.library.custom_op("loftq::gptq_scattered", mutates_args=())
+@Operator
 def _gptq_scattered(
     codes: torch.Tensor, scales: torch.Tensor, shifts: torch.Tensor, g_idx: torch.Tensor, bits: int, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -64,9 +66,43 @@ def _(
     return scales.new_empty(scales.shape[0], g_idx.shape[0], dtype=dtype)
 
 
+@Operator
+def _gptq_transposed(
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor,
+    bits: int,
+    less: int,
+    first: int,
+    last: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The weights of the outputs from `first` to `last`, transposed, on a GPU: (in, rows)."""
+    from loftq.core.gpu_kernels import unpack_words
+
+    out = torch.empty(len(g_idx), last - first, dtype=dtype, device=qweight.device)
+    return unpack_words(qweight, qzeros, scales, g_idx, bits, less, first, out)
+
+
+@_gptq_transposed.register_fake
+def _(
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,  # noqa: ARG001
+    scales: torch.Tensor,  # noqa: ARG001
+    g_idx: torch.Tensor,
+    bits: int,  # noqa: ARG001
+    less: int,  # noqa: ARG001
+    first: int,
+    last: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return qweight.new_empty(g_idx.shape[0], last - first, dtype=dtype)
+
+
 @dataclass(frozen=True)
 class _Gptq:
-    """Codes in columns: a part is turned into a stream of rows on the way."""
+    """Codes in columns: on the CPU a part is turned into a stream of rows on the way."""
 
     name: str
     block: int
@@ -78,12 +114,16 @@ class _Gptq:
     def parts(self, dtype: torch.dtype, *stored: torch.Tensor | None) -> Iterator[Part]:
         """The weight in parts of whole rows, with the rows that each holds."""
         qweight, qzeros, scales, g_idx = (cast(torch.Tensor, tensor) for tensor in stored)
-        bits = CODEBOOKS[self.name]
+        bits, step = CODEBOOKS[self.name], max(packed_linear.PART // self.columns, 1)
+        parts = [(first, min(first + step, self.rows)) for first in range(0, self.rows, step)]
+        if chunks.on_gpu(qweight):
+            for part in parts:
+                found = _gptq_transposed(qweight, qzeros, scales, g_idx, bits, self.less, *part, dtype)
+                yield slice(*part), found.t()
+            return
         values, shifts = _gptq_scales(scales, qzeros, bits, self.less)
         per_row = self.columns // self.block
-        step = max(packed_linear.PART // self.columns, 1)
-        for first in range(0, self.rows, step):
-            last = min(first + step, self.rows)
+        for first, last in parts:
             codes, blocks = _gptq_stream(qweight[:, first:last]), slice(first * per_row, last * per_row)
             scale, shift = values[blocks], shifts[blocks]
             if self.ordered:

@@ -14,14 +14,20 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
-from loftq.core import kernels
+from loftq.core import chunks, kernels
 from loftq.core.codebooks import CODEBOOKS, codebook
 from loftq.core.grid import Grid
 from loftq.core.packing import unpack
 from loftq.formats import native
+from loftq.models.operators import Operator
 
 PART = 1 << 24  # weights unpacked at a time
 Part = tuple[slice, torch.Tensor]
+
+
+@cache
+def _levels(name: str, device: torch.device) -> torch.Tensor:
+    return codebook(name).to(device)
 
 
 @cache
@@ -34,7 +40,7 @@ def _table(name: str, device: torch.device) -> torch.Tensor:
     return torch.stack([codebook(name)[digit] for digit in digits], dim=1).contiguous().to(device)
 
 
-@torch.library.custom_op("loftq::dequantize", mutates_args=())
+@Operator
 def dequantize(
     packed: torch.Tensor,
     scales: torch.Tensor,
@@ -44,25 +50,24 @@ def dequantize(
     columns: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Levels times scales, plus shifts: (rows, columns) of `dtype`, from a stream of codes and float32 (blocks,)."""
-    rows = len(scales) * block // columns
-    if packed.device.type == "cpu":
-        kept = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
-        out = torch.empty(rows, columns, dtype=kept)
-        return kernels.dequantize(packed, scales, shifts, _table(name, packed.device), block, out).to(dtype)
-    return _dequantize_in_torch(packed, scales, shifts, name, block).to(dtype).view(rows, columns)
+    """Levels times scales, plus shifts: (rows, columns) of `dtype`, from a stream of codes and (blocks,) of each."""
+    shape, device = (len(scales) * block // columns, columns), packed.device
+    if chunks.on_gpu(packed):
+        from loftq.core.gpu_kernels import unpack_stream
 
-
-def _dequantize_in_torch(
-    packed: torch.Tensor, scales: torch.Tensor, shifts: torch.Tensor | None, name: str, block: int
-) -> torch.Tensor:
-    """The same by torch's own operators, for every device: float32 (blocks, block)."""
+        out = torch.empty(shape, dtype=dtype, device=device)
+        return unpack_stream(packed, scales, shifts, _levels(name, device), block, out)
+    scales, shifts = scales.float(), None if shifts is None else shifts.float()
+    if chunks.on_cpu(packed):
+        out = torch.empty(shape, dtype=dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32)
+        return kernels.dequantize(packed, scales, shifts, _table(name, device), block, out).to(dtype)
     if CODEBOOKS[name] == 3:
-        levels = codebook(name).to(packed.device)[unpack(packed, 3, len(scales) * block).int()]
+        levels = _levels(name, device)[unpack(packed, 3, len(scales) * block).int()]
     else:
-        levels = _table(name, packed.device)[packed.int()]
+        levels = _table(name, device)[packed.int()]
     values = levels.view(-1, block) * scales.unsqueeze(1)
-    return values if shifts is None else values + shifts.unsqueeze(1)
+    values = values if shifts is None else values + shifts.unsqueeze(1)
+    return values.to(dtype).view(shape)
 
 
 @dequantize.register_fake
@@ -78,7 +83,7 @@ def _(
     return packed.new_empty(scales.shape[0] * block // columns, columns, dtype=dtype)
 
 
-@torch.library.custom_op("loftq::decode_scales", mutates_args=())
+@Operator
 def _decode_scales(codes: torch.Tensor, absmax: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """Doubly quantized scales: float32 (blocks,)."""
     return native.read_scales(codes, absmax, offset)
@@ -89,7 +94,7 @@ def _(codes: torch.Tensor, absmax: torch.Tensor, offset: torch.Tensor) -> torch.
     return codes.new_empty(codes.shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("loftq::decode_zeros", mutates_args=())
+@Operator
 def _decode_zeros(zeros: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
     """The shifts of packed zero-points: float32 (blocks,)."""
     return native.read_zeros(zeros, scales, bits)
@@ -121,12 +126,14 @@ class _Native:
         packed, scales = (cast(torch.Tensor, tensor) for tensor in stored[:2])
         absmax, offset, zeros, shifts = stored[2:]
         bits, per_row = CODEBOOKS[self.name], self.columns // self.block
-        values = scales.float() if absmax is None else _decode_scales(scales, absmax, offset)
+        values = scales if absmax is None else _decode_scales(scales, absmax, cast(torch.Tensor, offset))
         if zeros is not None:
-            shifts = _decode_zeros(zeros, values, bits)
-        elif shifts is not None:
-            shifts = shifts.float()
+            shifts = _decode_zeros(zeros, values.float(), bits)
         step = max(PART // self.columns // 8 * 8, 8)  # so that parts begin at whole bytes
+        if step >= self.rows:
+            whole = dequantize(packed, values, shifts, self.name, self.block, self.columns, dtype)
+            yield slice(0, self.rows), whole
+            return
         for first in range(0, self.rows, step):
             last = min(first + step, self.rows)
             codes = packed[first * self.columns * bits // 8 : last * self.columns * bits // 8]

@@ -249,6 +249,27 @@ def test_torch_path_equals_compiled_path(
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize(("name", "zero"), [("nf2", None), ("nf3", None), ("int2", "integer"), ("int4", "float")])
+@pytest.mark.parametrize("rows", [5, 17])
+def test_the_kernel_equals_the_compiled_path(
+    rows: int, name: str, zero: str | None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the compiled loop, bit for bit; three panels, the last a narrow one, and rows that fill no program."""
+    monkeypatch.setattr(rounding, "_PANEL", 10)
+    weight, moment = weight_of(rows, 24), moment_of(24)
+    quantizer = Grid(name, 8 if zero else 24, zero_point=zero).quantizer(24)
+    codes, scales = quantizer.quantize(weight)
+
+    def all_ways() -> list[torch.Tensor]:
+        fed = rounding.feedback(weight, quantizer, scales, moment)
+        return [fed, rounding.descend(weight, quantizer, scales, codes, moment)]
+
+    compiled = all_ways()
+    request.getfixturevalue("triton_path")
+    for found, expected in zip(all_ways(), compiled, strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("name", ["nf4", "int4"])
 def test_results_do_not_depend_on_the_number_of_threads(name: str, set_threads: Callable[[int], None]) -> None:
     """Oracle: one thread. As many rows as make three threads share a panel, unevenly."""
