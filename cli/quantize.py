@@ -76,7 +76,7 @@ Examples:
 @click.option("--svd", default=Recipe.svd, show_default=True, help="krylov, or exact as in the paper (slow).")
 @click.option("--save-dir", default=SAVE_DIR, show_default=True, help="Where {name}-{bits}bit-{rank}rank goes.")
 @click.option("--output", type=click.Path(), help="The exact folder to write.")
-@click.option("--device", default="cpu", show_default=True, help="Where to solve: cpu, cuda, cuda:1, ...")
+@click.option("--device", help="Where to solve: cpu, cuda, cuda:1, ...  [default: a GPU where there is one]")
 @click.option("--workers", type=int, help="Layers at a time.  [default: the cores, at most 8; 1 on a GPU]")
 @click.option("--seed", type=int, default=Recipe.seed, show_default=True)
 @click.option("--max-shard-size", default=Recipe.max_shard_size, show_default=True)

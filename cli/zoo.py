@@ -27,7 +27,7 @@ _EPILOG = """\b
 Examples:
   loftq zoo list
   loftq zoo show llama-2-7b
-  loftq zoo build qwen3-8b --device cuda --calibration default
+  loftq zoo build qwen3-8b --calibration default
 """
 
 

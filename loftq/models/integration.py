@@ -26,6 +26,7 @@ from loftq.errors import ArtifactError
 from loftq.formats import gptq
 from loftq.formats.checkpoint import TensorSpec, read_header
 from loftq.formats.native import METHOD, VERSION, check_config
+from loftq.models.devices import find_gpu
 from loftq.models.gptq_linear import GptqLinear
 from loftq.models.linears import Dense, converted, find_linears, kept_in_float32
 from loftq.models.packed_linear import PackedLinear
@@ -91,6 +92,11 @@ class _PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         model.quantization_method = METHOD  # whatever the layout: peft refuses to merge where this says "gptq"
         return model
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """As transformers has it for bitsandbytes' folders: unless it is said where, a model goes to the GPU."""
+        gpu = find_gpu()
+        return device_map if gpu is None or device_map is not None else {"": gpu}
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the tensors as they were loaded."""

@@ -16,6 +16,7 @@ import torch
 from loftq.core.full_memory import explain_full_memory
 from loftq.errors import HubError, OptionError, OutputError
 from loftq.formats import artifact
+from loftq.models.devices import find_gpu
 from loftq.pipeline.allocate import allocate
 from loftq.pipeline.calibrate import gather
 from loftq.pipeline.calibration_text import Calibration, prepare
@@ -34,7 +35,10 @@ from loftq.pipeline.staging import Staging, check_output, is_begun, open_staging
 from loftq.pipeline.statistics import Statistics
 
 SAVE_DIR = "model_zoo/loftq"
-_LESS = "use fewer --workers, with text a smaller --sequence-length or --refine 0; --dry-run shows what each part needs"
+_LESS = (
+    "use fewer --workers, on a GPU --device cpu, with text a smaller --sequence-length or --refine 0; --dry-run shows "
+    "what each part needs"
+)
 
 
 def quantize(
@@ -73,7 +77,7 @@ def quantize(
     max_shard_size: str = "5GB",
     save_dir: str | Path = SAVE_DIR,
     output: str | Path | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     workers: int | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -90,8 +94,9 @@ def quantize(
     `model` is a folder or a Hub id; without one, the default model of the zoo. The result is the folder
     `output`, by default `save_dir/{name}-{bits}bit-{rank}rank`. `task` is one of `loftq.models.tasks.TASKS`, by
     default that of the checkpoint's own architecture. `calibration` is a file of text, a data set on the Hub, or
-    `default`; what it finds is kept in the folder `statistics`, beside the output by default, for other runs. `push`
-    is the id of a repository to which the folder then goes, as `loftq.push` sends it; a new one is `private` if asked.
+    `default`; what it finds is kept in the folder `statistics`, beside the output by default, for other runs. Layers
+    are solved on `device`, a GPU by default where torch finds one. `push` is the id of a repository to which the folder
+    then goes, as `loftq.push` sends it; a new one is `private` if asked.
     The settings are those of `loftq quantize --help`. On one machine the same source and settings give the same bytes,
     on any number of workers, resumed or not. Returns the report; raises LoftQError.
     """
@@ -266,9 +271,9 @@ def _is_changed(plan: Plan, made_of: Mapping[str, Any]) -> bool:
     return artifact.combine_hashes(hashes) != str(made_of["sha256"])
 
 
-def _device(device: str | torch.device) -> torch.device:
+def _device(device: str | torch.device | None) -> torch.device:
     try:
-        chosen = torch.device(device)
+        chosen = find_gpu() or torch.device("cpu") if device is None else torch.device(device)
         torch.zeros(1, device=chosen).tolist()
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
