@@ -2,6 +2,7 @@
 
     python benchmarks/calibrated.py --data FILE [MODEL] [--starts nf4:16 nf4:64 nf3:64 nf2:64] [--seeds 0 1 2]
                                     [--runs qlora loftq qera calibrated "calibrated --refine 0"] [--work DIR]
+                                    [--device cuda]
 
 The first half of FILE is calibrated on, its second half evaluated: 24 windows of 512 tokens, in float32. A start is a
 type and a rank, a run a method with options of `loftq quantize`; a seed draws another sample of 65,536 tokens to
@@ -51,8 +52,8 @@ def asked(run: str) -> dict[str, Any]:
 class Bench:
     """Measures what is not in its log yet."""
 
-    def __init__(self, model: str | None, data: Path, work: Path) -> None:
-        self.model, self.work, self.log = model, work, work / "log.jsonl"
+    def __init__(self, model: str | None, data: Path, work: Path, device: str = "cpu") -> None:
+        self.model, self.work, self.log, self.device = model, work, work / "log.jsonl", device
         work.mkdir(parents=True, exist_ok=True)
         self.source = find_source(model).folder
         text = data.read_text(encoding="utf-8")
@@ -69,7 +70,7 @@ class Bench:
         return answers(self._full(), self.tokens, WINDOWS, LENGTH)
 
     def _full(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32, device_map=self.device)
 
     def exact(self) -> float:
         """The perplexity of full precision."""
@@ -88,8 +89,9 @@ class Bench:
                 )
                 options["statistics"] = self.work / f"statistics-{name}-{seed}"
             with tempfile.TemporaryDirectory(dir=self.work) as folder:
-                report = loftq.quantize(self.model, output=f"{folder}/out", quiet=True, **options)
-                model = loftq.load_qlora(f"{folder}/out", is_trainable=False, dtype=torch.float32)
+                report = loftq.quantize(self.model, output=f"{folder}/out", device=self.device, quiet=True, **options)
+                placed = {"device_map": self.device, "dtype": torch.float32}
+                model = loftq.load_qlora(f"{folder}/out", is_trainable=False, **placed)
                 found = self.measure(model)
             return {**report.totals, **found, "seconds": report.seconds}
 
@@ -124,11 +126,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", nargs="+", default=["loftq", "qera", "calibrated --refine 0", "calibrated"])
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(options.model, options.data, options.work or Path(scratch))
+        bench = Bench(options.model, options.data, options.work or Path(scratch), options.device)
         exact = bench.exact()
         rows: list[tuple[str, ...]] = [("start", "method", "perplexity", "of full precision", "of QLoRA's gap", "KL")]
         for asked_for in options.starts:
@@ -147,7 +150,8 @@ def main() -> None:
                 gaps = spread([100 * (value - exact) / (plain - exact) for value in found], 1)
                 distances = spread([float(start["kl"]) for start in starts], 4)
                 rows.append(("", run, spread(found, 2), multiples, f"{gaps} %", distances))
-        print(f"\n{bench.source.name}, {options.data.name}, {WINDOWS} windows of {LENGTH} tokens; {describe()}")
+        print(f"\n{bench.source.name}, {options.data.name}, {WINDOWS} windows of {LENGTH} tokens")
+        print(describe(options.device))
         print(f"full precision {exact:.3f}; seeds {options.seeds}\n\n{table(rows)}")
 
 

@@ -1,6 +1,7 @@
 """What calibration costs: time and peak memory of whole runs, beside the data-free one.
 
     python benchmarks/calibration_cost.py [MODEL] [--bits 4] [--rank 16] [--data TEXT] [--tokens 65536] [--length 2048]
+                                          [--device cuda]
 
 Runs `loftq quantize` four times, each in a process of its own: LoftQ without text; calibrated, statistics and all;
 calibrated again, with the statistics that are there; and that with the distillation.
@@ -40,9 +41,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--refine", type=int, help="steps  [default: the method's]")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        shared = [*options.model[:1], "--bits", options.bits, "--rank", options.rank]
+        shared = [*options.model[:1], "--bits", options.bits, "--rank", options.rank, "--device", options.device]
         text = ["--calibration", options.data, "--calibration-tokens", options.tokens]
         text += ["--sequence-length", options.length, "--statistics", f"{scratch}/statistics"]
         steps = [] if options.refine is None else ["--refine", options.refine]
@@ -63,7 +65,7 @@ def main() -> None:
             rows.append((name, seconds, f"{found['seconds'] / base:.1f}x", size(found["memory_bytes"]), shown))
             print(*rows[-1], sep="  ", flush=True)
     print(f"\n{options.tokens} tokens in windows of {options.length}, {options.bits} bits, rank {options.rank}")
-    print(f"{describe()}\n\n{table(rows)}")
+    print(f"{describe(options.device)}\n\n{table(rows)}")
 
 
 if __name__ == "__main__":

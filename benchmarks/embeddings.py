@@ -49,9 +49,9 @@ def embed(model: torch.nn.Module, tokenizer: object, sentences: list[str]) -> to
     rows = []
     for at in range(0, len(sentences), 50):
         batch = tokenizer(sentences[at : at + 50], padding=True, truncation=True, max_length=128, return_tensors="pt")
-        hidden = model(**batch).last_hidden_state.float()
+        hidden = model(**batch.to(model.device)).last_hidden_state.float()
         mask = batch["attention_mask"][..., None].float()
-        rows.append((hidden * mask).sum(1) / mask.sum(1))
+        rows.append(((hidden * mask).sum(1) / mask.sum(1)).cpu())
     return torch.nn.functional.normalize(torch.cat(rows), dim=1)
 
 

@@ -3,8 +3,8 @@
     python benchmarks/footprint.py [MODEL] [--tokens 512] [--rank 16]
 
 Quantizes MODEL (the zoo's default) to 4, 3 and 2 bits, and loads each, and the 16-bit model with a LoRA adapter,
-in a process of its own: bytes of the linears on disk and in memory, bits a weight, and by how much a training step
-of one sequence raises the peak of resident memory above the loaded model.
+in a process of its own: bytes of the linears on disk and in memory, bits a weight, and resident memory, of the GPU
+where there is one, with the model loaded and at the peak of a training step of one sequence.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ if (Path(folder) / "loftq.json").is_file():
 else:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=place)
     model = get_peft_model(base, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
 held = 0
 for name, module in base.named_modules():
@@ -49,13 +50,17 @@ for name, module in base.named_modules():
         tensors = list(module.base_layer.state_dict().values())
         held += sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 before = resident()["VmRSS"]
-inputs = torch.randint(100, (1, tokens))
+gpu = model.device.type != "cpu"
+if gpu:
+    before = torch.cuda.memory_allocated()
+inputs = torch.randint(100, (1, tokens)).to(model.device)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 model.train()
 model.gradient_checkpointing_enable()
 model(input_ids=inputs, labels=inputs).loss.backward()
 optimizer.step()
-print(json.dumps({"held": held, "loaded": before, "peak": resident()["VmHWM"]}))
+peak = torch.cuda.max_memory_allocated() if gpu else resident()["VmHWM"]
+print(json.dumps({"held": held, "loaded": before, "peak": peak}))
 """
 
 

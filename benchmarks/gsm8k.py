@@ -2,11 +2,13 @@
 
     python benchmarks/gsm8k.py --data gsm8k_train.jsonl --calibration TEXT [MODEL] [--starts 4:16 2:64] [--steps 200]
                                [--batch-size 4] [--rates 2e-4 5e-4 1e-3] [--seeds 0 1 2] [--work DIR]
+                               [--device cuda]
 
 `loftq train --task gsm8k` from QLoRA's, LoftQ's and a calibrated start (bits:rank), calibrated on 65,536 tokens of TEXT
 in windows of 512. Prints the mean loss a token on 128 held-out answers before and after, with its spread over seeds,
-which decide the order of examples. The rate is that of those tried that serves each start best on the first seed. What
-is done is kept in DIR, where a later call finds it.
+which decide the order of examples. The rate is that of those tried that serves each start best on the first seed.
+Starts are made on `--device`; training takes the GPU where there is one. What is done is kept in DIR, where a later
+call finds it.
 """
 
 from __future__ import annotations
@@ -45,8 +47,9 @@ class Bench:
         folder = self.work / f"{method}-{bits}-{rank}"
         if not (folder / "loftq.json").is_file():
             text: dict[str, Any] = {"calibration": self.options.calibration, "sequence_length": 512}
-            known = text if method == "calibrated" else {}
-            loftq.quantize(self.options.model, bits=bits, rank=rank, method=method, output=folder, quiet=True, **known)
+            known = dict(text) if method == "calibrated" else {}
+            known |= {"device": self.options.device, "quiet": True}
+            loftq.quantize(self.options.model, bits=bits, rank=rank, method=method, output=folder, **known)
         return folder
 
     def losses(self, bits: int, rank: int, method: str, rate: float, seed: int) -> dict[str, float]:
@@ -95,6 +98,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--held-out", type=int, default=HELD_OUT, help=f"examples, at most {HELD_OUT}")
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     logging.set_verbosity_error()
     lines: list[tuple[str, ...]] = [("start", "method", "rate", "before", "after")]

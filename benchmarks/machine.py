@@ -1,4 +1,7 @@
-"""What every figure is printed with: the machine, the versions, the seed; and how times are taken."""
+"""What every figure is printed with: the machine, the versions, the seed; and how times are taken.
+
+With a GPU, what has been asked of it is waited for.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
+import torch
+
 SEED = 0
 _PACKAGES = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "numba")
 
 
-def describe() -> str:
-    """One line on the machine and one on the versions."""
+def describe(device: str | None = None) -> str:
+    """One line on the machine, with its GPU unless `device` is another, and one on the versions."""
     cpuinfo = Path("/proc/cpuinfo")
     names = [
         line.partition(":")[2].strip()
@@ -24,7 +29,8 @@ def describe() -> str:
     ]
     cpu = names[0] if names else platform.processor() or platform.machine()
     versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
-    return f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}; seed {SEED}\n{versions}"
+    gpu = f"{torch.cuda.get_device_name()}; " if torch.cuda.is_available() and device != "cpu" else ""
+    return f"{gpu}{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}; seed {SEED}\n{versions}"
 
 
 def seconds(work: Callable[[], object], runs: int = 5) -> float:
@@ -35,9 +41,17 @@ def seconds(work: Callable[[], object], runs: int = 5) -> float:
 
 def once(work: Callable[[], object]) -> float:
     """The wall time of one call."""
+    settle()
     started = time.perf_counter()
     work()
+    settle()
     return time.perf_counter() - started
+
+
+def settle() -> None:
+    """Wait for what a GPU was asked."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

@@ -1,10 +1,11 @@
 """Peak memory on a checkpoint of Llama-2-7B's shapes, and whether it grows with the number of layers.
 
-    python benchmarks/memory.py [--layers 2] [--all] [--workers N]
+    python benchmarks/memory.py [--layers 2] [--all] [--workers N] [--device cuda]
 
 Writes a synthetic checkpoint in bfloat16 (random values in Llama-2-7B's shapes, `--all` makes the full
 13.5 GB), quantizes it in a process of its own, and prints that process's peak resident memory beside the
-same process's after its imports. The default run does 1 layer and 2 layers, and prints both.
+same process's after its imports; on a GPU the peak of its memory too. The default run does 1 layer and 2 layers, and
+prints both.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from loftq.pipeline.quantize import quantize
 from loftq.pipeline.report import peak_memory
 before = peak_memory(torch.device("cpu"))
 workers = int(sys.argv[3]) or None
-report = quantize(sys.argv[1], output=sys.argv[2], workers=workers, quiet=True)
-print(json.dumps([before, report.memory, report.seconds, report.totals["weights"]]))
+device = torch.device(sys.argv[4])
+report = quantize(sys.argv[1], output=sys.argv[2], workers=workers, device=device, quiet=True)
+peak = peak_memory(torch.device("cpu"))
+print(json.dumps([before, peak, peak_memory(device), report.seconds, report.totals["weights"]]))
 """
 
 
@@ -51,16 +54,16 @@ def specs(layers: int) -> list[list[TensorSpec]]:
     return [*groups, [spec("model.norm.weight", _HIDDEN)], [spec("lm_head.weight", _VOCABULARY, _HIDDEN)]]
 
 
-def make_checkpoint(folder: Path, layers: int) -> Path:
-    """Write the synthetic checkpoint, a tensor at a time."""
+def make_checkpoint(folder: Path, layers: int, device: str) -> Path:
+    """Write the synthetic checkpoint, a tensor at a time; it is drawn on a device."""
     folder.mkdir()
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator(device).manual_seed(SEED)
     shards = lay_out(specs(layers), 5 * 10**9)
     with ShardWriter(folder, shards) as writer:
         for shard in shards:
             for name, (_, spec) in shard.offsets.items():
-                values = torch.randn(spec.shape, generator=generator) * 0.02
-                writer.write(name, values.to(spec.dtype))
+                values = torch.randn(spec.shape, generator=generator, device=device) * 0.02
+                writer.write(name, values.to("cpu", spec.dtype))
     if len(shards) > 1:
         (folder / "model.safetensors.index.json").write_text(index_text(shards))
     config = LlamaConfig(
@@ -81,16 +84,18 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--all", action="store_true", help="32 layers: 13.5 GB of checkpoint")
     parser.add_argument("--workers", type=int, default=0, help="0: as `loftq quantize` chooses")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     counts = [1, 32 if options.all else options.layers]
-    print(describe(), end="\n\n", flush=True)
-    rows: list[tuple[str, ...]] = [("layers of Llama-2-7B", "weights", "imports", "peak", "above imports", "time")]
+    print(describe(options.device), end="\n\n", flush=True)
+    heads = ("weights", "imports", "peak", "above imports", "GPU", "time")
+    rows: list[tuple[str, ...]] = [("layers of Llama-2-7B", *heads)]
     for layers in counts:
         with tempfile.TemporaryDirectory() as scratch:
-            source = make_checkpoint(Path(scratch) / "llama-2-7b-shapes", layers)
-            command = [sys.executable, "-c", _RUN, str(source), f"{scratch}/out", str(options.workers)]
+            source = make_checkpoint(Path(scratch) / "llama-2-7b-shapes", layers, options.device)
+            command = [sys.executable, "-c", _RUN, str(source), f"{scratch}/out", str(options.workers), options.device]
             printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        before, peak, taken, weights = json.loads(printed.splitlines()[-1])
+        before, peak, gpu, taken, weights = json.loads(printed.splitlines()[-1])
         rows.append(
             (
                 str(layers),
@@ -98,6 +103,7 @@ def main() -> None:
                 f"{before / 1e9:.2f} GB",
                 f"{peak / 1e9:.2f} GB",
                 f"{(peak - before) / 1e9:.2f} GB",
+                "" if options.device == "cpu" else f"{gpu / 1e9:.2f} GB",
                 f"{taken:.0f} s",
             )
         )

@@ -1,6 +1,6 @@
 """A whole model from the start of the process to the finished folder, against the same with exact SVD.
 
-    python benchmarks/model.py [MODEL] [--runs 3]
+    python benchmarks/model.py [MODEL] [--runs 3] [--device cuda]
 
 Runs `loftq quantize MODEL --rank 16 --iter 5` and a program that does the published procedure on the same
 model with transformers, bitsandbytes and torch.linalg.svd, each in a process of its own, and prints the
@@ -30,7 +30,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 sys.path.insert(0, sys.argv[3])
 from published import published
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+device = torch.device(sys.argv[4])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16, device_map=device)
 adapter = {{}}
 for name, module in model.named_modules():
     if type(module) is torch.nn.Linear and name != "lm_head":
@@ -40,7 +41,7 @@ for name, module in model.named_modules():
         adapter[f"base_model.model.{{name}}.lora_B.weight"] = b.contiguous()
 model.save_pretrained(sys.argv[2])
 save_file(adapter, sys.argv[2] + "/adapter_model.safetensors")
-print(json.dumps({{"memory_bytes": peak_memory(torch.device("cpu"))}}))
+print(json.dumps({{"memory_bytes": peak_memory(device)}}))
 """
 
 
@@ -58,17 +59,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     source = str(find_source(options.model).folder)
     here = str(Path(__file__).parent)
-    print(describe(), end="\n\n", flush=True)
+    print(describe(options.device), end="\n\n", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         ours = [
             sys.executable,
             *("-m", "loftq_cli.main", "quantize", source, "--output", f"{scratch}/ours", "--overwrite"),
-            *("--rank", str(RANK), "--iter", str(ITERATIONS), "--json", "--quiet"),
+            *("--rank", str(RANK), "--iter", str(ITERATIONS), "--json", "--quiet", "--device", options.device),
         ]
-        theirs = [sys.executable, "-c", _PUBLISHED, source, f"{scratch}/theirs", here]
+        theirs = [sys.executable, "-c", _PUBLISHED, source, f"{scratch}/theirs", here, options.device]
         fast, memory = zip(*(measure(ours) for _ in range(options.runs)), strict=True)
         slow, more = measure(theirs)
     rows = [

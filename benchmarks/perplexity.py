@@ -40,4 +40,5 @@ def answers(model: Any, tokens: torch.Tensor, windows: int, length: int) -> list
 def _answers(model: Any, tokens: torch.Tensor, windows: int, length: int) -> Iterator[torch.Tensor]:
     model.eval()
     for start in range(0, windows * length, length):
-        yield model(input_ids=tokens[:, start : start + length]).logits[0, :-1].float().log_softmax(-1)
+        window = tokens[:, start : start + length].to(model.device)
+        yield model(input_ids=window).logits[0, :-1].float().log_softmax(-1).cpu()

@@ -54,7 +54,7 @@ losses, times = [], []
 for step in range(steps):
     started = time.perf_counter()
     first = step % (ids.shape[1] // tokens) * tokens  # around again where the text ends
-    window = ids[:, first : first + tokens]
+    window = ids[:, first : first + tokens].to(model.device)
     loss = model(input_ids=window, labels=window).loss
     loss.backward()
     optimizer.step()

@@ -1,6 +1,6 @@
-"""Rounding that knows its inputs, on the CPU: ours against GPTQ written plainly in torch.
+"""Rounding that knows its inputs: ours against GPTQ written plainly in torch.
 
-    python benchmarks/rounding.py [--shapes 4096x4096 4096x11008] [--runs 3]
+    python benchmarks/rounding.py [--shapes 4096x4096 4096x11008] [--runs 3] [--device cuda]
 
 Prints, for NF4 and INT4 at each shape, the time of error feedback in both, their ratio, the rates in weights a second
 of feedback and of a round of descent, and the output error of each beside plain rounding's; then the search for scales.
@@ -27,13 +27,13 @@ def plain_gptq(weight: torch.Tensor, quantizer: Quantizer, scales: Scales, momen
     """GPTQ (arXiv 2210.17323, algorithm 1) with the levels and scales of a quantizer: the rounded weight."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
-    levels = quantizer.levels
+    levels = quantizer.levels.to(weight.device)
     midpoints = (levels[1:] + levels[:-1]) / 2
     grid = scales.values.view(len(weight), -1)  # (out, blocks)
     work, rounded = weight.clone(), torch.empty_like(weight)
     for start in range(0, work.shape[1], _BLOCK):
         end = min(start + _BLOCK, work.shape[1])
-        errors = torch.empty(len(work), end - start)
+        errors = work.new_empty(len(work), end - start)
         for j in range(start, end):
             scale = grid[:, j // quantizer.block_size]
             rounded[:, j] = levels[torch.bucketize(work[:, j] / scale, midpoints)] * scale
@@ -44,7 +44,7 @@ def plain_gptq(weight: torch.Tensor, quantizer: Quantizer, scales: Scales, momen
     return rounded
 
 
-def compare(shapes: list[tuple[int, int]], runs: int) -> list[tuple[str, ...]]:
+def compare(shapes: list[tuple[int, int]], runs: int, device: str) -> list[tuple[str, ...]]:
     """A row for each shape and type. Errors are tr(E H Eᵀ) relative to plain rounding's."""
     heading = ("layer", "type", "plain GPTQ", "feedback", "ratio", "feedback Mw/s", "descent Mw/s", "search Mw/s")
     rows: list[tuple[str, ...]] = [(*heading, "error plain GPTQ", "feedback", "+ descent")]
@@ -55,6 +55,7 @@ def compare(shapes: list[tuple[int, int]], runs: int) -> list[tuple[str, ...]]:
         inputs += inputs.roll(1, dims=1) + inputs.mean(dim=1, keepdim=True)
         moment = (inputs.T @ inputs / len(inputs)).double()
         moment.diagonal().add_(0.01 * moment.diagonal().mean())
+        weight, moment = weight.to(device), moment.to(device)
         for name in ("nf4", "int4"):
             quantizer = Grid(name).quantizer(shape[1])
             codes, scales = quantizer.quantize(weight)
@@ -78,10 +79,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["1024x1024", "1024x2752"], help="outputs x inputs of layers")
     parser.add_argument("--runs", type=int, default=3, help="of which the median is taken")
+    parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     shapes = [tuple(map(int, each.split("x"))) for each in given.shapes]
-    print(describe(), end="\n\n")
-    print(table(compare([(rows, columns) for rows, columns in shapes], given.runs)))
+    print(describe(given.device), end="\n\n")
+    print(table(compare([(rows, columns) for rows, columns in shapes], given.runs, given.device)))
 
 
 if __name__ == "__main__":
