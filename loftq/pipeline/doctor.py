@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from packaging.requirements import Requirement
 
+from loftq.core import chunks
 from loftq.errors import OptionError
 from loftq.models.loading import guard_cpu
 from loftq.pipeline.quantize import SAVE_DIR
@@ -105,6 +106,10 @@ def _devices() -> Iterator[Finding]:
         about = device.get_device_properties(index) if hasattr(device, "get_device_properties") else None
         text = f"{about.name}, {size(about.total_memory)} of memory" if about else "there"
         yield Finding(FINE, f"{accelerator.type}:{index}", text)
+    if accelerator.type in chunks.TRITON and not chunks.HAS_TRITON:
+        yield Finding(
+            WORSE, "triton", "not installed: our kernels for GPUs are done without, slower: pip install triton"
+        )
 
 
 def _repacking() -> Finding:

@@ -78,7 +78,9 @@ def test_loftq_is_the_cpus(grid: Grid, iterations: int, cuda: torch.device) -> N
     solution = solve(WEIGHT.to(cuda), quantizer, 16, iterations, 1.0)
     assert solution.codes.device == solution.a.device == solution.b.device
     assert solution.trace.final == pytest.approx(float(left_over(solution, quantizer).norm()), rel=1e-4)
-    assert solution.trace.final == pytest.approx(solve(WEIGHT, quantizer, 16, iterations, 1.0).trace.final, rel=5e-3)
+    apart = 5e-2 if grid.codebook == "int2" else 5e-3  # its largest values are ties
+    theirs = solve(WEIGHT, quantizer, 16, iterations, 1.0).trace.final
+    assert solution.trace.final == pytest.approx(theirs, rel=apart)
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.needs_moment])

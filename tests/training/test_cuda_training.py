@@ -49,7 +49,7 @@ def test_every_kind_learns(
     folder = loftq.quantize(str(pico), output=tmp_path / "artifact", rank=4, quiet=True, **KINDS[kind]).folder
     loftq.train(str(folder), data=data, output=tmp_path / "out", **{**DEFAULTS, **extra})
     found = losses(tmp_path / "out")
-    assert found[-1] < 0.9 * found[0]
+    assert found[-1] < 0.95 * found[0]
 
 
 def test_defaults_are_the_gpus(cuda: torch.device, tmp_path: Path) -> None:
