@@ -1,6 +1,6 @@
 """The packed linear against bitsandbytes' NF4: forward and backward on this machine.
 
-    python benchmarks/packed.py [--side 4096] [--device cuda]
+    python benchmarks/packed.py [--side 4096] [--device cuda] [--without-triton]
 
 Prints, for 1, 128 and 1024 tokens in bfloat16, the time of a forward and backward pass through one frozen linear of
 bitsandbytes, and of ours as multiples of it: codebooks, integers with floating zero-points in groups of 64, and GPTQ's
@@ -16,6 +16,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from machine import SEED, describe, once, table
 
+from loftq.core import chunks
 from loftq.core.codebooks import CODEBOOKS, INTEGERS, NORMAL_FLOATS
 from loftq.core.grid import Grid
 from loftq.models.gptq_linear import GptqLinear
@@ -60,7 +61,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--side", type=int, default=4096)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--without-triton", action="store_true", help="on a GPU, by torch's own operators")
     options = parser.parse_args()
+    chunks.HAS_TRITON = chunks.HAS_TRITON and not options.without_triton
     side, device = options.side, options.device
     count = 1 if device == "cpu" else 20
     torch.manual_seed(SEED)
