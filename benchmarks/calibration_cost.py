@@ -1,10 +1,11 @@
 """What calibration costs: time and peak memory of whole runs, beside the data-free one.
 
     python benchmarks/calibration_cost.py [MODEL] [--bits 4] [--rank 16] [--data TEXT] [--tokens 65536] [--length 2048]
-                                          [--device cuda]
+                                          [--layers N] [--device cuda]
 
 Runs `loftq quantize` four times, each in a process of its own: LoftQ without text; calibrated, statistics and all;
-calibrated again, with the statistics that are there; and that with the distillation.
+calibrated again, with the statistics that are there; and that with the distillation. `--layers` takes random weights of
+so many layers of Llama-2-7B's shapes, and bytes for tokens.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import json
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from machine import describe, table
+from memory import make_checkpoint
 
 from loftq.pipeline.report import size
 
@@ -41,10 +44,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--refine", type=int, help="steps  [default: the method's]")
+    parser.add_argument("--layers", type=int, help="of Llama-2-7B, instead of a model")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        shared = [*options.model[:1], "--bits", options.bits, "--rank", options.rank, "--device", options.device]
+        if options.layers is None:
+            model = options.model[:1]
+        else:
+            model = [make_checkpoint(Path(scratch) / "llama-2-7b-shapes", options.layers, options.device)]
+        shared = [*model, "--bits", options.bits, "--rank", options.rank, "--device", options.device]
         text = ["--calibration", options.data, "--calibration-tokens", options.tokens]
         text += ["--sequence-length", options.length, "--statistics", f"{scratch}/statistics"]
         steps = [] if options.refine is None else ["--refine", options.refine]

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 from machine import SEED, describe, table
-from transformers import LlamaConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from loftq.formats.checkpoint import ShardWriter, TensorSpec, index_text, lay_out
 
@@ -55,7 +56,7 @@ def specs(layers: int) -> list[list[TensorSpec]]:
 
 
 def make_checkpoint(folder: Path, layers: int, device: str) -> Path:
-    """Write the synthetic checkpoint, a tensor at a time; it is drawn on a device."""
+    """Write the synthetic checkpoint, a tensor at a time, drawn on a device, and a tokenizer that reads bytes."""
     folder.mkdir()
     generator = torch.Generator(device).manual_seed(SEED)
     shards = lay_out(specs(layers), 5 * 10**9)
@@ -75,6 +76,10 @@ def make_checkpoint(folder: Path, layers: int, device: str) -> Path:
         architectures=["LlamaForCausalLM"],
     )
     config.save_pretrained(folder)
+    alphabet = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder
 
 
