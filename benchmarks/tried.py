@@ -1,11 +1,12 @@
 """What was tried for a calibrated start, one variant at a time: perplexity before any training, losers too.
 
-    python benchmarks/tried.py --data FILE [MODEL] [--variants ...] [--kind nf4] [--rank 16]
+    python benchmarks/tried.py --data FILE [MODEL] [--variants ...] [--kind nf4] [--rank 16] [--refine STEPS]
 
 Everything is in memory and in float32, on the texts of `benchmarks/calibrated.py`: 65,536 tokens of FILE's first half
 to calibrate on (8,192 for gradients), 24 windows of 512 tokens of its second half to evaluate. Each variant changes one
 thing of QERA's start: plain rounding, and factors in the metric of the layers' inputs. Prints perplexity and the part
-of the gap that plain rounding leaves.
+of the gap that plain rounding leaves; with `--refine`, of the variants with a rounding of their own, also after so many
+steps of distillation.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from calibrated import LENGTH, TOKENS, WINDOWS, Bench
 from machine import describe, table
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -29,6 +31,8 @@ from loftq.core import calibrated, lowrank
 from loftq.core.grid import Grid, Quantizer
 from loftq.core.methods import METHODS, Method
 from loftq.core.metric import Metric, damped
+from loftq.pipeline.calibrate import answer_of
+from loftq.pipeline.refine import learn
 
 GRADIENT_TOKENS = 8192
 _IN_ORDER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -51,6 +55,7 @@ class Lab:
         }
         self.rounded = {name: self._rounded(name) for name in self.weights}
         self.moments = self.gather()
+        self.parts: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}  # backbone, B and A
         self._fisher: Weights = {}
         self._weighted: Weights = {}
 
@@ -155,7 +160,32 @@ class Lab:
     def _solved(self, name: str, weight: torch.Tensor, preset: Method, moment: torch.Tensor) -> torch.Tensor:
         quantizer = self.quantizers[name]
         found = calibrated.solve(weight, quantizer, preset, moment, self.rank, preset.iterations, 1.0)
-        return quantizer.decode(found.codes, found.scales, weight.shape) + found.b @ found.a
+        backbone = quantizer.decode(found.codes, found.scales, weight.shape)
+        self.parts[name] = backbone, found.b, found.a
+        return backbone + found.b @ found.a
+
+    @torch.no_grad()
+    def answers(self) -> Weights:
+        """What full precision answers on the text."""
+        found = [answer_of(self.model(input_ids=part), True) for part in self.windows.split(4)]
+        return {"input_ids": self.windows, **{key: torch.cat([part[key] for part in found]) for key in found[0]}}
+
+    def distilled(self, answers: Weights, steps: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """What `loftq quantize` ends with, of the parts that there are."""
+        for name, module in linears(self.model).items():
+            module.weight.data = self.parts[name][0]
+        model = get_peft_model(self.model, LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules="all-linear"))
+        layers = {name: model.get_submodule(f"base_model.model.model.{name}") for name in self.parts}
+        factors = {name: (at.lora_B["default"].weight, at.lora_A["default"].weight) for name, at in layers.items()}
+        for name, (_, *solved) in self.parts.items():
+            for factor, value in zip(factors[name], solved, strict=True):
+                factor.data = value.clone()
+        found = learn(model, self.model, answers, steps, self.rank, 1.0, torch.device("cpu"), seed=0, quiet=True)
+        print(f"distilled: {found}", flush=True)
+        if found.steps:
+            self.parts = {name: (self.parts[name][0], b.data, a.data) for name, (b, a) in factors.items()}
+        model.unload().eval()
+        yield from ((name, backbone + b @ a) for name, (backbone, b, a) in self.parts.items())
 
     def ranks(self) -> dict[str, int]:
         """Ranks by what another one takes off a layer's relative output error, for as many numbers in all."""
@@ -301,6 +331,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", help="parts of their names; all by default")
     parser.add_argument("--kind", default="nf4")
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--refine", type=int, default=0, help="steps")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -314,14 +345,13 @@ def main() -> None:
         model.config.use_cache = False
         exact = bench.exact()
         lab = Lab(model, windows, options.kind, options.rank)
+        answers = lab.answers() if options.refine else {}
         plain = 0.0
         rows: list[tuple[str, ...]] = [("variant", "perplexity", "of the gap", "KL")]
-        for name, make in variants(lab).items():
-            if plain and options.variants and not any(part in name for part in options.variants):
-                continue
-            for key, module in linears(model).items():
-                module.weight.data = lab.weights[key]
-            found = dict(make())
+
+        def measure(name: str, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+            nonlocal plain
+            found = dict(weights)
             for key, module in linears(model).items():
                 module.weight.data = found[key]
             measured = bench.measure(model)
@@ -330,6 +360,16 @@ def main() -> None:
             gap = 100 * (perplexity - exact) / (plain - exact)
             rows.append((name, f"{perplexity:.3f}", f"{gap:.1f} %", f"{measured['kl']:.4f}"))
             print(*rows[-1], sep="  ", flush=True)
+
+        for name, make in variants(lab).items():
+            if plain and options.variants and not any(part in name for part in options.variants):
+                continue
+            lab.parts.clear()
+            for key, module in linears(model).items():
+                module.weight.data = lab.weights[key]
+            measure(name, make())
+            if options.refine and lab.parts:
+                measure(f"{name}, refined", lab.distilled(answers, options.refine))
     print(f"\n{bench.source.name}, {options.kind}, rank {options.rank}; {options.data.name}, {WINDOWS} windows")
     print(f"{describe()}\nfull precision {exact:.3f}\n\n{table(rows)}")
 

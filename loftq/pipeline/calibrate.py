@@ -250,7 +250,7 @@ class _Gathering:
             self._bar.update(1)
 
     def finish(self, index: int, output: Any) -> None:
-        self._answers[index] = _answer(output, self._plan.task.name in VOCABULARY)
+        self._answers[index] = answer_of(output, self._plan.task.name in VOCABULARY)
 
     def save(self, block: str | None) -> None:
         """Write the moments of a block's layers, or of all that are left, and forget their sums."""
@@ -296,7 +296,7 @@ def _cure(weights: BlockWeights) -> str:
     return f"in {dtype}: {cure}"
 
 
-def _answer(output: Any, vocabulary: bool) -> dict[str, torch.Tensor]:
+def answer_of(output: Any, vocabulary: bool) -> dict[str, torch.Tensor]:
     """The greatest log-probabilities at each position, or the last hidden states, on the CPU."""
     if not vocabulary:
         return {"hidden": output[0].to("cpu", torch.bfloat16)}

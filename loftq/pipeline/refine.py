@@ -66,22 +66,43 @@ def refine(
     # On a CPU products are faster in float32.
     base = load_base(artifact, True, {"": device}, torch.float32 if device.type == "cpu" else None)
     model = PeftModel.from_pretrained(base, artifact.adapter, is_trainable=True)
-    _prepare(model)
+    adapter = open_adapter(artifact.adapter)
+    if _weights(adapter) > LARGE:
+        cast(Any, model).gradient_checkpointing_enable()
     core = part_before_head(base, TASKS[artifact.manifest["source"]["task"]])
+    rank, scaling = int(adapter.config["r"]), adapter.scaling
+    found = learn(model, core, teacher, steps, rank, scaling, device, seed=seed, quiet=quiet)
+    if not found.steps:
+        return found, {}
+    factors = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+    return found, {name.replace(".default", ""): p for name, p in factors.items()}
+
+
+def learn(
+    model: PeftModel,
+    core: nn.Module,
+    teacher: Window,
+    steps: int,
+    rank: int,
+    scaling: float,
+    device: torch.device,
+    *,
+    seed: int,
+    quiet: bool,
+) -> Refinement:
+    """Train the factors of a model on the answers that `core`, the part of it that gives them, should give.
+
+    The factors have changed where no steps are said to be done, too: they are of no use then.
+    """
+    _prepare(model)
     windows = [{name: rows[at] for name, rows in teacher.items()} for at in range(len(teacher["input_ids"]))]
     held = windows[-max(len(windows) // _HELD_OUT, 1) :]
     learned = windows[: -len(held)]
     before = after = _divergence(core, held, device)
     if learned:
-        adapter = open_adapter(artifact.adapter)
-        if _weights(adapter) > LARGE:
-            cast(Any, model).gradient_checkpointing_enable()
-        _train(model, core, learned, steps, _rate(adapter, before), device, seed, quiet)
+        _train(model, core, learned, steps, _rate(rank, scaling, before), device, seed, quiet)
         after = _divergence(core, held, device)
-    if not after < before:
-        return Refinement(before, before, 0), {}
-    factors = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-    return Refinement(before, after, steps), {name.replace(".default", ""): p for name, p in factors.items()}
+    return Refinement(before, after, steps) if after < before else Refinement(before, before, 0)
 
 
 def divergence(answer: Any, window: Window) -> torch.Tensor:
@@ -113,10 +134,9 @@ def _weights(adapter: Adapter) -> int:
     return sum(a[1] * (adapter.pool_size or 1) * b[0] for a, b in pairs)
 
 
-def _rate(adapter: Adapter, before: float) -> float:
+def _rate(rank: int, scaling: float, before: float) -> float:
     """AdamW's first. Steps of B·A are the same under any scaling."""
-    way = math.sqrt(max(before, 0.0))
-    return min(_FASTEST, _REACH * way / int(adapter.config["r"])) / math.sqrt(adapter.scaling)
+    return min(_FASTEST, _REACH * math.sqrt(max(before, 0.0)) / rank) / math.sqrt(scaling)
 
 
 class _Distiller(Trainer):
