@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
 from loftq.formats.artifact import MANIFEST, open_artifact
-from loftq.pipeline.quantize import SAVE_DIR
-from loftq.pipeline.report import size
-from loftq.pipeline.source import find_source
+from loftq.hub.source import find_source
+from loftq.solving.report import size
+from loftq.verbs.quantize import SAVE_DIR
 
 COMMAND = ["quantize", "--bits", "4", "--rank", "16", "--iter", "5"]
 LENGTH = 512

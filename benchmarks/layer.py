@@ -18,7 +18,7 @@ from machine import SEED, describe, once, seconds, table
 from published import published
 
 from loftq.core.blockwise import BlockQuantizer
-from loftq.core.solver import solve
+from loftq.core.solvers.loftq import solve
 
 RANK, ITERATIONS = 16, 5
 

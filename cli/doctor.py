@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from loftq.pipeline.doctor import doctor as run
+from loftq.verbs.doctor import doctor as run
 
 
 @click.command()

@@ -12,7 +12,7 @@ from loftq.training.evaluate import MEASURES
 from loftq.training.evaluate import evaluate as run
 from loftq.training.harness import run_harness
 
-from .params import column, cpu, data, dtype, names
+from .options import column, cpu, data, dtype, names
 
 _MEASURES = "\n".join(f"  {name:<15} {measure.text}" for name, measure in MEASURES.items())
 _EPILOG = f"""\b

@@ -10,7 +10,7 @@ import click
 from loftq.training.generate import generate as run
 from loftq.training.generate import read_prompt
 
-from .params import cpu, dtype
+from .options import cpu, dtype
 
 _EPILOG = """\b
 Examples:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from loftq.pipeline.inspect import inspect as run
+from loftq.verbs.inspect import inspect as run
 
 _EPILOG = """\b
 Examples:

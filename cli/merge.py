@@ -8,8 +8,8 @@ from typing import Any
 import click
 from transformers.utils.logging import disable_progress_bar
 
-from loftq.pipeline.merge import TARGETS
-from loftq.pipeline.merge import merge as run
+from loftq.verbs.merge import TARGETS
+from loftq.verbs.merge import merge as run
 
 _TARGETS = "\n".join(f"  {name:<9} {text}" for name, text in TARGETS.items())
 _EPILOG = f"""\b

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from loftq.core.methods import METHODS
+from loftq.core.solvers.methods import METHODS
 
 _NEEDS = {False: "the weights", True: "text"}
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from loftq.pipeline.push import push as run
+from loftq.verbs.push import push as run
 
 _EPILOG = """\b
 Examples:

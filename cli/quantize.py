@@ -7,12 +7,12 @@ from typing import Any
 import click
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from loftq.pipeline.quantize import SAVE_DIR
-from loftq.pipeline.quantize import quantize as run
-from loftq.pipeline.recipe import COMPUTE_DTYPES, SEQUENCE_LENGTH, TOKENS, Recipe
+from loftq.planning.recipe import COMPUTE_DTYPES, SEQUENCE_LENGTH, TOKENS, Recipe
+from loftq.verbs.quantize import SAVE_DIR
+from loftq.verbs.quantize import quantize as run
 
-from .params import names
-from .reports import show
+from .options import names
+from .output import show
 
 _EPILOG = """\b
 Examples:

@@ -9,11 +9,11 @@ from typing import Any
 import click
 
 import loftq
-from loftq.training.recipes import laid_over, read_recipe
+from loftq.training.recipe_files import laid_over, read_recipe
 from loftq.training.settings import MODES, Settings
 from loftq.training.tasks import TASKS
 
-from .params import column, cpu, data, dtype, names, setting
+from .options import column, cpu, data, dtype, names, setting
 
 _TASKS = "\n".join(f"  {name:<15} {task.text}" for name, task in TASKS.items())
 _MODES = "\n".join(f"  {name:<7} {mode.text}: {mode.learning_rate:g}, {mode.reason}" for name, mode in MODES.items())
@@ -122,7 +122,7 @@ def train(
     else:
         given["model"] = model
     if dry_run:
-        from loftq.training.memory import estimate  # imports peft, which takes seconds
+        from loftq.training.estimate import estimate  # imports peft, which takes seconds
 
         result: Any = estimate(**given)
     else:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from loftq.pipeline.verify import verify as run
+from loftq.verbs.verify import verify as run
 
 _EPILOG = """\b
 Examples:

@@ -9,13 +9,13 @@ from typing import Any
 import click
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from loftq.pipeline import zoo as recipes
-from loftq.pipeline.command import command_line
-from loftq.pipeline.recipe import Recipe
-from loftq.pipeline.report import size
+from loftq.planning.command_line import command_line
+from loftq.planning.recipe import Recipe
+from loftq.solving.report import size
+from loftq.verbs import zoo as recipes
 
+from .output import show as show_report
 from .quantize import quantize
-from .reports import show as show_report
 
 _COLUMNS = {"name": "recipe", "model": "model", "bits": "bits", "rank": "rank"}
 _SIZES = {"disk": "on disk", "load": "to load", "train": "to train"}

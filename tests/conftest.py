@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from loftq.core import chunks
+from loftq.core.kernels import dispatch
 from loftq_cli.main import main
 
 if not torch.cuda.is_available():
@@ -107,8 +107,8 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 @pytest.fixture
 def torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run what runs on devices other than the CPU, several chunks of it."""
-    monkeypatch.setattr(chunks, "on_cpu", lambda _: False)
-    monkeypatch.setattr(chunks, "CHUNK", 1 << 11)
+    monkeypatch.setattr(dispatch, "on_cpu", lambda _: False)
+    monkeypatch.setattr(dispatch, "CHUNK", 1 << 11)
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def triton_path(torch_path: None, monkeypatch: pytest.MonkeyPatch) -> None:  # n
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("with a GPU kernels are compiled for it: test_cuda_*.py run them")
-    monkeypatch.setattr(chunks, "on_gpu", lambda _: True)
+    monkeypatch.setattr(dispatch, "on_gpu", lambda _: True)
 
 
 @pytest.fixture

@@ -26,9 +26,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from loftq.core import affine_kernels as kernels
-from loftq.core import chunks
 from loftq.core.codebooks import INTEGERS, codebook
+from loftq.core.kernels import affine as kernels
+from loftq.core.kernels import dispatch
 from loftq.core.packing import paired, single
 from loftq.core.scales import Scales, stored_scales
 from loftq.errors import OptionError, UnknownNameError
@@ -85,7 +85,7 @@ class AffineQuantizer:
 
     def extent(self, weight: torch.Tensor, correction: torch.Tensor | None = None) -> torch.Tensor:
         """The least and the largest value in each group of `weight - correction`: float32 (2, groups)."""
-        if chunks.on_cpu(weight):
+        if dispatch.on_cpu(weight):
             return torch.stack(kernels.ranges(weight, correction, self.block_size))
         target = weight if correction is None else weight - correction
         return torch.stack(target.view(-1, self.block_size).aminmax(dim=1))
@@ -147,7 +147,7 @@ class AffineQuantizer:
 
     def _moments(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Sums over each group of levels, their squares, values, and levels times values: float32 (4, groups)."""
-        if chunks.on_cpu(weight):
+        if dispatch.on_cpu(weight):
             return kernels.moments(weight, scales.values, scales.offsets, self.bits, self.block_size)
         parts = []
         for values, scale, shift in self._chunks(weight, scales):
@@ -159,7 +159,7 @@ class AffineQuantizer:
 
     def encode(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Codes under given scales: uint8 (numel,), or (numel / 2,) where two share a byte."""
-        if chunks.on_cpu(weight):
+        if dispatch.on_cpu(weight):
             return kernels.encode(weight, scales.values, scales.offsets, self.bits, self.block_size)
         half = 2 ** (self.bits - 1)
         parts = []
@@ -195,14 +195,14 @@ class AffineQuantizer:
         Scales are those of `W − correction` unless given.
         """
         scales = scales or self.scales(weight, correction)
-        if chunks.on_cpu(weight):
+        if dispatch.on_cpu(weight):
             return kernels.residual(weight, correction, out, scales.values, scales.offsets, self.bits, self.block_size)
         target = weight if correction is None else weight - correction
         rounded = (
             self._round(values, scale, shift) * scale.unsqueeze(1) + shift.unsqueeze(1)
             for values, scale, shift in self._chunks(target, scales)
         )
-        return chunks.subtract(weight, rounded, self.block_size, out)
+        return dispatch.subtract(weight, rounded, self.block_size, out)
 
     def _shift(self, exact: torch.Tensor) -> torch.Tensor:
         """Shifts float32 as they are read back."""
@@ -215,7 +215,7 @@ class AffineQuantizer:
 
     @property
     def _step(self) -> int:
-        return chunks.step(self.block_size)
+        return dispatch.step(self.block_size)
 
     def _chunks(self, weight: torch.Tensor, scales: Scales) -> zip[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         groups = self._step // self.block_size

@@ -18,8 +18,8 @@ from functools import cached_property
 
 import torch
 
-from loftq.core import chunks, kernels
 from loftq.core.codebooks import NORMAL_FLOATS, codebook
+from loftq.core.kernels import blocks, dispatch
 from loftq.core.packing import paired
 from loftq.core.scales import Scales, stored_scales
 from loftq.errors import OptionError, UnknownNameError
@@ -69,8 +69,8 @@ class BlockQuantizer:
 
     def extent(self, weight: torch.Tensor, correction: torch.Tensor | None = None) -> torch.Tensor:
         """The largest magnitude in each block of `weight - correction`: float32 (blocks,)."""
-        if chunks.on_cpu(weight):
-            return kernels.absmax(weight, correction, self.block_size)
+        if dispatch.on_cpu(weight):
+            return blocks.absmax(weight, correction, self.block_size)
         target = weight if correction is None else weight - correction
         return target.view(-1, self.block_size).abs().amax(dim=1)
 
@@ -80,8 +80,8 @@ class BlockQuantizer:
 
     def encode(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Codes under given scales, two a byte: uint8 (numel / 2,)."""
-        if chunks.on_cpu(weight):
-            codes, _ = kernels.encode(weight, self._boundaries, self.block_size, scales.values)
+        if dispatch.on_cpu(weight):
+            codes, _ = blocks.encode(weight, self._boundaries, self.block_size, scales.values)
             return codes
         parts = []
         for values, scale in self._chunks(weight, scales.values):
@@ -90,8 +90,8 @@ class BlockQuantizer:
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, Scales]:
         """Codes and scales of a weight, in one pass where nothing stands between the two."""
-        if chunks.on_cpu(weight) and not self._rounds_scales:
-            codes, absmax = kernels.encode(weight, self._boundaries, self.block_size)
+        if dispatch.on_cpu(weight) and not self._rounds_scales:
+            codes, absmax = blocks.encode(weight, self._boundaries, self.block_size)
             return codes, Scales(absmax)
         scales = self.scales(weight)
         return self.encode(weight, scales), scales
@@ -117,23 +117,23 @@ class BlockQuantizer:
 
         Scales are those of `W − correction` unless given.
         """
-        if chunks.on_cpu(weight):
+        if dispatch.on_cpu(weight):
             if scales is None and self._rounds_scales:
                 scales = self.scales(weight, correction)
             given = None if scales is None else scales.values
             table = self._padded_levels
-            return kernels.residual(weight, correction, out, self._boundaries, table, self.block_size, given)
+            return blocks.residual(weight, correction, out, self._boundaries, table, self.block_size, given)
         target = weight if correction is None else weight - correction
         levels = self.levels.to(weight.device)
         parts = self._chunks(target, (scales or self.scales(target)).values)
         rounded = (
             levels[self._codes(values, scale)].view(-1, self.block_size) * scale.unsqueeze(1) for values, scale in parts
         )
-        return chunks.subtract(weight, rounded, self.block_size, out)
+        return dispatch.subtract(weight, rounded, self.block_size, out)
 
     @property
     def _step(self) -> int:
-        return chunks.step(self.block_size)
+        return dispatch.step(self.block_size)
 
     def _chunks(self, weight: torch.Tensor, scales: torch.Tensor) -> zip[tuple[torch.Tensor, torch.Tensor]]:
         blocks = self._step // self.block_size

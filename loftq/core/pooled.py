@@ -29,7 +29,7 @@ import torch
 from loftq.core import lowrank
 from loftq.core.affine import FLOATING, AffineQuantizer, AffineWeight
 from loftq.core.scales import Scales
-from loftq.core.solver import Solution, Trace, lora_start, norm
+from loftq.core.solvers.loftq import Solution, Trace, lora_start, norm
 from loftq.errors import OptionError
 
 _ENOUGH = 1 - 1e-6  # a round that leaves more of the error than this is the last

@@ -28,9 +28,9 @@ from collections.abc import Callable
 
 import torch
 
-from loftq.core import chunks, rounding_kernels
 from loftq.core.grid import Quantizer
-from loftq.core.nearest import Levels
+from loftq.core.kernels import dispatch, rounding
+from loftq.core.kernels.nearest import Levels
 from loftq.core.packing import paired
 from loftq.core.scales import Scales
 from loftq.errors import OptionError
@@ -79,7 +79,7 @@ def descend(
 def squared_norm(error: torch.Tensor, moment: torch.Tensor) -> float:
     """tr(E H Eᵀ) of E (out, in), with products in H's dtype, summed in float64."""
     total = 0.0
-    for rows in torch.split(error, max(chunks.CHUNK // error.shape[1], 1)):
+    for rows in torch.split(error, max(dispatch.CHUNK // error.shape[1], 1)):
         rows = rows.to(moment.dtype)
         total += float((rows @ moment).mul_(rows).sum(dtype=torch.float64))
     return total
@@ -137,12 +137,12 @@ def _round(
 
 
 def _sweep_for(target: torch.Tensor) -> Callable[..., torch.Tensor]:
-    if chunks.on_cpu(target):
-        return rounding_kernels.sweep
-    if chunks.on_gpu(target):
-        from loftq.core import gpu_rounding_kernels
+    if dispatch.on_cpu(target):
+        return rounding.sweep
+    if dispatch.on_gpu(target):
+        from loftq.core.kernels import gpu_rounding
 
-        return gpu_rounding_kernels.sweep
+        return gpu_rounding.sweep
     return sweep
 
 

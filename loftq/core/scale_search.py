@@ -15,10 +15,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from loftq.core import chunks
-from loftq.core.compiled import TILE, TINY, flat, for_block, over_blocks
 from loftq.core.grid import Quantizer
-from loftq.core.nearest import Levels, nearest
+from loftq.core.kernels import dispatch
+from loftq.core.kernels.compiled import TILE, TINY, flat, for_block, over_blocks
+from loftq.core.kernels.nearest import Levels, nearest
 from loftq.core.scales import Scales
 
 FACTORS = tuple(n / 40 for n in sorted(range(16, 43), key=lambda n: abs(n - 40)))  # of equals the nearest to 1 wins
@@ -28,12 +28,12 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 def search(weight: torch.Tensor, quantizer: Quantizer, importance: torch.Tensor | None = None) -> Scales:
     """Scales of `weight` (out, in), float32, as they will be read back; `importance` is h (in,), 0 or above."""
     extent = quantizer.extent(weight)
-    measure = _compiled if chunks.on_cpu(weight) else _torch
+    measure = _compiled if dispatch.on_cpu(weight) else _torch
     levels = Levels.of(quantizer.levels)
     if importance is None:
         importance = weight.new_ones(weight.shape[1])
     block = quantizer.block_size
-    step = chunks.step(block)
+    step = dispatch.step(block)
     factors = torch.tensor(FACTORS, device=weight.device)
     found = []
     for part in range(0, weight.numel(), step):

@@ -8,12 +8,12 @@ from typing import cast
 
 import torch
 
-from loftq.core import chunks
 from loftq.core.codebooks import CODEBOOKS
+from loftq.core.kernels import dispatch
 from loftq.core.packing import unpack
 from loftq.formats import gptq
 from loftq.models import packed_linear
-from loftq.models.operators import Operator
+from loftq.models.custom_ops import Operator
 from loftq.models.packed_linear import Layout, PackedLinear, Part, dequantize
 
 
@@ -79,7 +79,7 @@ def _gptq_transposed(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The weights of the outputs from `first` to `last`, transposed, on a GPU: (in, rows)."""
-    from loftq.core.gpu_kernels import unpack_words
+    from loftq.core.kernels.gpu_unpack import unpack_words
 
     out = torch.empty(len(g_idx), last - first, dtype=dtype, device=qweight.device)
     return unpack_words(qweight, qzeros, scales, g_idx, bits, less, first, out)
@@ -116,7 +116,7 @@ class _Gptq:
         qweight, qzeros, scales, g_idx = (cast(torch.Tensor, tensor) for tensor in stored)
         bits, step = CODEBOOKS[self.name], max(packed_linear.PART // self.columns, 1)
         parts = [(first, min(first + step, self.rows)) for first in range(0, self.rows, step)]
-        if chunks.on_gpu(qweight):
+        if dispatch.on_gpu(qweight):
             for part in parts:
                 found = _gptq_transposed(qweight, qzeros, scales, g_idx, bits, self.less, *part, dtype)
                 yield slice(*part), found.t()

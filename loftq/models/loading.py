@@ -19,7 +19,7 @@ from loftq.formats import gptq
 from loftq.formats.adapter import Adapter, keys, open_adapter, target_names
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.formats.checkpoint import dtype_of, read_checkpoint
-from loftq.models.belonging import check_shapes, foreign_adapter, trained_on
+from loftq.models.adapters import check_shapes, foreign_adapter, trained_on
 from loftq.models.tasks import TASKS, auto_class
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def load_qalora(
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    from loftq.models.integration import has_gptqmodel, read_gptq_by
+    from loftq.models.quantizer_plugin import has_gptqmodel, read_gptq_by
 
     if backend not in BACKENDS:
         raise UnknownNameError("backend", backend, BACKENDS)

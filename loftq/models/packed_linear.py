@@ -14,12 +14,12 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
-from loftq.core import chunks, kernels
 from loftq.core.codebooks import CODEBOOKS, codebook
 from loftq.core.grid import Grid
+from loftq.core.kernels import blocks, dispatch
 from loftq.core.packing import unpack
 from loftq.formats import native
-from loftq.models.operators import Operator
+from loftq.models.custom_ops import Operator
 
 PART = 1 << 24  # weights unpacked at a time
 Part = tuple[slice, torch.Tensor]
@@ -52,15 +52,15 @@ def dequantize(
 ) -> torch.Tensor:
     """Levels times scales, plus shifts: (rows, columns) of `dtype`, from a stream of codes and (blocks,) of each."""
     shape, device = (len(scales) * block // columns, columns), packed.device
-    if chunks.on_gpu(packed):
-        from loftq.core.gpu_kernels import unpack_stream
+    if dispatch.on_gpu(packed):
+        from loftq.core.kernels.gpu_unpack import unpack_stream
 
         out = torch.empty(shape, dtype=dtype, device=device)
         return unpack_stream(packed, scales, shifts, _levels(name, device), block, out)
     scales, shifts = scales.float(), None if shifts is None else shifts.float()
-    if chunks.on_cpu(packed):
+    if dispatch.on_cpu(packed):
         out = torch.empty(shape, dtype=dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32)
-        return kernels.dequantize(packed, scales, shifts, _table(name, device), block, out).to(dtype)
+        return blocks.dequantize(packed, scales, shifts, _table(name, device), block, out).to(dtype)
     if CODEBOOKS[name] == 3:
         levels = _levels(name, device)[unpack(packed, 3, len(scales) * block).int()]
     else:

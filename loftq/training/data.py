@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq.errors import OptionError
-from loftq.pipeline.hub_data import explain_data
+from loftq.hub.errors import explain_data
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -13,16 +13,16 @@ import torch
 
 from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.artifact import CARD, MANIFEST, Artifact
-from loftq.pipeline.quantize import quantize
-from loftq.pipeline.recipe import Recipe
+from loftq.planning.recipe import Recipe
 from loftq.training.data import find_columns, read_rows, text_of
 from loftq.training.encoding import Collator, Encoder
 from loftq.training.generate import answers
 from loftq.training.opening import Opened, compute_dtype, device_of, find_model, load_source, open_to_use
-from loftq.training.running import explain_memory, hush
+from loftq.training.process import explain_memory, hush
 from loftq.training.settings import option
 from loftq.training.tasks import TASKS, classification, gsm8k, summarization
 from loftq.training.tasks.perplexity import perplexity
+from loftq.verbs.quantize import quantize
 
 _WINDOW = 1024  # tokens, or what the model takes
 _PLAIN = {"method": "qlora", "scales": None, "rounding": None, "iters": None, "refine": None}

@@ -15,7 +15,7 @@ from loftq.errors import OptionError
 from loftq.training import encoding
 from loftq.training.encoding import Encoder
 from loftq.training.opening import Opened, compute_dtype, device_of, open_to_use
-from loftq.training.running import explain_memory, hush
+from loftq.training.process import explain_memory, hush
 
 
 def generate(

@@ -9,7 +9,7 @@ from typing import Any
 
 from loftq.errors import OptionError
 from loftq.training.opening import compute_dtype, device_of, open_to_use
-from loftq.training.running import explain_memory, hush
+from loftq.training.process import explain_memory, hush
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from loftq.formats import gptq
 from loftq.formats.adapter import CONFIG
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.formats.checkpoint import read_checkpoint
-from loftq.models.belonging import check_shapes, foreign_adapter, sampled_hash
+from loftq.hub.source import Source, fetch_all, find_source, zoo_default
+from loftq.models.adapters import check_shapes, foreign_adapter, sampled_hash
 from loftq.models.loading import guard_cpu, load_base, load_qalora, load_qlora
 from loftq.models.tasks import TASKS, Task, auto_class, build_meta
-from loftq.pipeline.plan import Plan, make_plan
-from loftq.pipeline.recipe import COMPUTE_DTYPES, Recipe
-from loftq.pipeline.source import Source, fetch_all, find_source, zoo_default
+from loftq.planning.plan import Plan, make_plan
+from loftq.planning.recipe import COMPUTE_DTYPES, Recipe
 from loftq.training import tasks
 from loftq.training.encoding import load_tokenizer
 from loftq.training.settings import Settings, option

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from loftq.errors import OptionError, UnknownNameError
-from loftq.pipeline.recipe import COMPUTE_DTYPES
-from loftq.training.recipes import ALIASES
+from loftq.planning.recipe import COMPUTE_DTYPES
+from loftq.training.recipe_files import ALIASES
 from loftq.training.tasks import TASKS
 
 

@@ -6,9 +6,9 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from loftq.core import chunks, kernels
 from loftq.core.blockwise import BlockQuantizer
 from loftq.core.codebooks import NORMAL_FLOATS
+from loftq.core.kernels import blocks, dispatch
 from loftq.core.scales import NestedScales, Scales
 from loftq.errors import OptionError
 
@@ -184,7 +184,7 @@ def everything(quantizer: BlockQuantizer, weight: torch.Tensor) -> dict[str, tor
         "decoded": quantizer.decode(codes, scales, weight.shape),
         "residual": residual,
         "squared": torch.tensor(squared),
-        "norm": torch.tensor(kernels.squared_norm(weight, quantizer.block_size)),
+        "norm": torch.tensor(blocks.squared_norm(weight, quantizer.block_size)),
     }
 
 
@@ -271,7 +271,7 @@ def test_blocks_that_do_not_divide_the_chunk(monkeypatch: pytest.MonkeyPatch) ->
     weight = gaussian(96, 96)
     codes, scales = quantizer.quantize(weight)
     whole = quantizer.decode(codes, scales, weight.shape)
-    monkeypatch.setattr(chunks, "CHUNK", 1000)
+    monkeypatch.setattr(dispatch, "CHUNK", 1000)
     assert torch.equal(quantizer.decode(codes, scales, weight.shape), whole)
 
 

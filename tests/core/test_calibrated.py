@@ -6,11 +6,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from loftq.core import calibrated
 from loftq.core.grid import Grid, Quantizer
-from loftq.core.methods import METHODS, Method
 from loftq.core.metric import damped
-from loftq.core.solver import Solution, solve
+from loftq.core.solvers import calibrated
+from loftq.core.solvers.loftq import Solution, solve
+from loftq.core.solvers.methods import METHODS, Method
 from loftq.errors import OptionError
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from numba.core.caching import CacheImpl
 
-from loftq.core import kernels
-from loftq.core.compiled import compiled
+from loftq.core.kernels import blocks
+from loftq.core.kernels.compiled import compiled
 
 
 def _double(x, out):  # type: ignore[no-untyped-def]
@@ -34,11 +34,11 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     torch.set_num_threads(2)
     try:
         x = torch.ones(1 << 18)
-        assert kernels.squared_norm(x, 64) == len(x)
+        assert blocks.squared_norm(x, 64) == len(x)
         child = os.fork()
         if child == 0:
             signal.alarm(30)
-            os._exit(0 if kernels.squared_norm(x, 64) == len(x) else 1)
+            os._exit(0 if blocks.squared_norm(x, 64) == len(x) else 1)
         assert os.waitpid(child, 0)[1] == 0
     finally:
         torch.set_num_threads(threads)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loftq.core import calibrated, pooled, pooled_calibrated
+from loftq.core import pooled
 from loftq.core.affine import AffineQuantizer
 from loftq.core.grid import Grid, Quantizer
-from loftq.core.methods import METHODS
 from loftq.core.metric import damped
 from loftq.core.moments import Moment, assemble
 from loftq.core.packing import single
 from loftq.core.rounding import descend, feedback
 from loftq.core.scale_search import search
 from loftq.core.scales import NestedScales, Scales
-from loftq.core.solver import Solution, solve
+from loftq.core.solvers import calibrated, pooled_calibrated
+from loftq.core.solvers.loftq import Solution, solve
+from loftq.core.solvers.methods import METHODS
 
 GENERATOR = torch.Generator().manual_seed(0)
 WEIGHT = 0.02 * torch.randn(384, 320, generator=GENERATOR)

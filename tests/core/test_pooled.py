@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loftq.core import chunks, pooled
+from loftq.core import pooled
 from loftq.core.affine import AffineQuantizer, AffineWeight
+from loftq.core.kernels import dispatch
 from loftq.core.packing import single
 from loftq.core.scales import Scales
 from loftq.errors import OptionError
@@ -128,8 +129,8 @@ def test_torch_path_equals_compiled_path(bits: int, zero: str, monkeypatch: pyte
     weight, quantizer = weight_of(), AffineQuantizer(f"int{bits}", 32, zero)
     scales = quantizer.scales(weight)
     compiled = quantizer.refit(weight, scales)
-    monkeypatch.setattr(chunks, "on_cpu", lambda _: False)
-    monkeypatch.setattr(chunks, "CHUNK", 1 << 11)
+    monkeypatch.setattr(dispatch, "on_cpu", lambda _: False)
+    monkeypatch.setattr(dispatch, "CHUNK", 1 << 11)
     found = quantizer.refit(weight, scales)
     torch.testing.assert_close(found.values, compiled.values, rtol=1e-5, atol=0)
     if zero == "float":

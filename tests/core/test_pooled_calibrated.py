@@ -5,11 +5,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from loftq.core import pooled, pooled_calibrated
+from loftq.core import pooled
 from loftq.core.affine import AffineQuantizer
-from loftq.core.methods import METHODS
 from loftq.core.metric import damped
-from loftq.core.solver import Solution
+from loftq.core.solvers import pooled_calibrated
+from loftq.core.solvers.loftq import Solution
+from loftq.core.solvers.methods import METHODS
 
 GENERATOR = torch.Generator().manual_seed(1)
 WEIGHT = 0.02 * torch.randn(48, 64, generator=GENERATOR)

@@ -6,10 +6,11 @@ from functools import cache
 import pytest
 import torch
 
-from loftq.core import chunks, rounding
+from loftq.core import rounding
 from loftq.core.affine import ZERO_POINTS
 from loftq.core.codebooks import INTEGERS, NORMAL_FLOATS
 from loftq.core.grid import Grid, Quantizer
+from loftq.core.kernels import dispatch
 from loftq.core.packing import single
 from loftq.core.scales import Scales
 from loftq.errors import OptionError
@@ -288,7 +289,7 @@ def test_squared_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     error, moment = weight_of(30, 40), moment_of(40)
     expected = float(torch.trace(error.double() @ moment @ error.double().T))
     assert rounding.squared_norm(error, moment) == pytest.approx(expected, rel=1e-12)
-    monkeypatch.setattr(chunks, "CHUNK", 400)
+    monkeypatch.setattr(dispatch, "CHUNK", 400)
     assert rounding.squared_norm(error, moment) == pytest.approx(expected, rel=1e-12)
     assert rounding.squared_norm(error, moment.float()) == pytest.approx(expected, rel=1e-5)
 

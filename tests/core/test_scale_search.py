@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from loftq.core import chunks
 from loftq.core.affine import ZERO_POINTS
 from loftq.core.codebooks import INTEGERS, NORMAL_FLOATS
 from loftq.core.grid import Grid, Quantizer
+from loftq.core.kernels import dispatch
 from loftq.core.scale_search import FACTORS, search
 from loftq.core.scales import Scales, encode_scales
 
@@ -140,7 +140,7 @@ def test_parts_and_threads_do_not_matter(
     for count in (2, 3):
         set_threads(count)
         assert torch.equal(search(weight, quantizer, importance).values, expected)
-    monkeypatch.setattr(chunks, "CHUNK", 3000)
+    monkeypatch.setattr(dispatch, "CHUNK", 3000)
     assert torch.equal(search(weight, quantizer, importance).values, expected)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loftq.core.blockwise import BlockQuantizer
-from loftq.core.solver import SVD, Solution, solve
+from loftq.core.solvers.loftq import SVD, Solution, solve
 from loftq.errors import OptionError, UnknownNameError
 
 NF4 = BlockQuantizer("nf4")

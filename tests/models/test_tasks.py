@@ -38,7 +38,7 @@ HEADS = {
 }
 
 
-def quantize(source: Path, out: Path, **options: Any) -> loftq.pipeline.report.Report:  # type: ignore[name-defined]
+def quantize(source: Path, out: Path, **options: Any) -> loftq.solving.report.Report:  # type: ignore[name-defined]
     return loftq.quantize(str(source), output=out, **{"rank": 4, "iters": 1, "quiet": True, **options})
 
 

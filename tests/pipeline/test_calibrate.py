@@ -15,17 +15,18 @@ from picos import save_pico
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from loftq.calibration import block_weights, windows
+from loftq.calibration import gather as gathering
+from loftq.calibration.gather import gather
+from loftq.calibration.statistics import Statistics, open_statistics
+from loftq.calibration.windows import Calibration, prepare
 from loftq.errors import ArtifactError, CheckpointError, OptionError, SourceError
+from loftq.hub.source import find_source
 from loftq.models import lockstep
 from loftq.models.tasks import TASKS, auto_class
-from loftq.pipeline import block_weights, calibrate, calibration_text
-from loftq.pipeline.calibrate import gather
-from loftq.pipeline.calibration_text import Calibration, prepare
-from loftq.pipeline.jobs import read_weight
-from loftq.pipeline.plan import Plan, make_plan
-from loftq.pipeline.recipe import Recipe
-from loftq.pipeline.source import find_source
-from loftq.pipeline.statistics import Statistics, open_statistics
+from loftq.planning.plan import Plan, make_plan
+from loftq.planning.recipe import Recipe
+from loftq.solving.layers import read_weight
 
 CASES = [
     ("llama", "causal-lm"),
@@ -48,8 +49,8 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_text, "MIN_TOKENS", 256)
-    monkeypatch.setattr(calibrate, "BATCH_TOKENS", 192)  # three windows, and one batch of the rest
+    monkeypatch.setattr(windows, "MIN_TOKENS", 256)
+    monkeypatch.setattr(gathering, "BATCH_TOKENS", 192)  # three windows, and one batch of the rest
 
 
 def plan_of(folder: Path, **options: Any) -> Plan:
@@ -69,7 +70,7 @@ def plan(pico: Path) -> Plan:
 def gathered(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
     """Of the pico llama. Do not write to it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration_text, "MIN_TOKENS", 256)
+        patch.setattr(windows, "MIN_TOKENS", 256)
         return gather(plan, small(plan), tmp_path_factory.mktemp("gathered") / "cache", quiet=True)
 
 
@@ -200,7 +201,7 @@ def test_one_block_at_a_time_has_its_weights(family: str, tmp_path: Path, monkey
     blocks = built.blocks
     assert len(blocks) == (7 if family == "t5" else 5)
     assert all(p.is_meta for block in blocks.values() for p in block.parameters())
-    monkeypatch.setattr(calibrate, "BlockWeights", lambda *_, **__: built)
+    monkeypatch.setattr(gathering, "BlockWeights", lambda *_, **__: built)
     monkeypatch.setattr(lockstep._Call, "run", spy)
     gather(plan, small(plan), tmp_path / "cache", quiet=True)
     assert {len(names) for names in held} == {1}
@@ -228,7 +229,7 @@ def no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the model runs")
 
-    monkeypatch.setattr(calibrate, "run", refuse)
+    monkeypatch.setattr(gathering, "run", refuse)
 
 
 @pytest.mark.usefixtures("no_run")
@@ -394,4 +395,4 @@ def test_a_model_that_does_not_read_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_tasks_of_the_table_are_known() -> None:
-    assert set(calibrate.VOCABULARY) < set(TASKS)
+    assert set(gathering.VOCABULARY) < set(TASKS)

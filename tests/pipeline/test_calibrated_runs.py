@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import loftq
-from loftq.core.methods import METHODS
+from loftq.calibration import gather, windows
 from loftq.core.metric import damped
+from loftq.core.solvers.methods import METHODS
 from loftq.errors import ArtifactError, LoftQError, OutputError
 from loftq.formats.artifact import MANIFEST
-from loftq.pipeline import calibrate, calibration_text
-from loftq.pipeline.documents import read_text
-from loftq.pipeline.report import Report
+from loftq.hub.text import read_text
+from loftq.solving.report import Report
 
 Run = Callable[..., Result]
 NEED = [name for name, method in METHODS.items() if method.calibrated]
@@ -33,7 +33,7 @@ TOKENS, LENGTH = 2048, 64
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_text, "MIN_TOKENS", 512)
+    monkeypatch.setattr(windows, "MIN_TOKENS", 512)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_errors_after_refining_are_those_of_the_files(quantize: Any, model: Path
 
 def test_an_adapter_that_gets_no_better_stays(quantize: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the bytes of a run that does not refine."""
-    monkeypatch.setattr("loftq.pipeline.refine._rate", lambda *_: 10.0)
+    monkeypatch.setattr("loftq.solving.refine._rate", lambda *_: 10.0)
     kept, plain = quantize("kept", refine=4), quantize("plain", refine=0)
     assert kept.totals["refine_steps"] == 0
     assert kept.totals["divergence"] == kept.totals["divergence_before"]
@@ -175,10 +175,10 @@ def test_a_run_that_dies_is_resumed_to_the_same_bytes(
         raise KeyboardInterrupt
 
     where = {
-        "solve": "loftq.pipeline.quantize.write_configs",
-        "train": "loftq.pipeline.distill.load_file",
-        "replace": "loftq.pipeline.distill.open_adapter",
-        "note": "loftq.pipeline.quantize.write_manifest",
+        "solve": "loftq.verbs.quantize.write_configs",
+        "train": "loftq.solving.distill.load_file",
+        "replace": "loftq.solving.distill.open_adapter",
+        "note": "loftq.verbs.quantize.write_manifest",
     }[place]
     with monkeypatch.context() as patch:
         patch.setattr(where, die)
@@ -189,7 +189,7 @@ def test_a_run_that_dies_is_resumed_to_the_same_bytes(
 
 def test_full_memory_says_what_lowers_the_need(quantize: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The allocator's own error, while refining."""
-    monkeypatch.setattr("loftq.pipeline.refine._train", lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
+    monkeypatch.setattr("loftq.solving.refine._train", lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
     with pytest.raises(LoftQError, match=r"out of memory: use fewer --workers, .* or --refine 0"):
         quantize(refine=4)
 
@@ -212,7 +212,7 @@ def test_statistics_serve_other_runs(quantize: Any, monkeypatch: pytest.MonkeyPa
     def die(*_: Any, **__: Any) -> Any:
         raise AssertionError("the model was run again")
 
-    monkeypatch.setattr(calibrate, "run", die)
+    monkeypatch.setattr(gather, "run", die)
     second = quantize("second", bits=3, rank=8)
     assert second.totals["bits_per_weight"] < first.totals["bits_per_weight"]
 

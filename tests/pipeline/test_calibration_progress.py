@@ -16,14 +16,15 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from loftq.pipeline import calibrate, calibration_progress, calibration_text
-from loftq.pipeline.block_weights import BlockWeights
-from loftq.pipeline.calibrate import gather
-from loftq.pipeline.calibration_progress import PROGRESS, Progress
-from loftq.pipeline.calibration_text import Calibration, prepare
-from loftq.pipeline.plan import Plan, make_plan
-from loftq.pipeline.recipe import Recipe
-from loftq.pipeline.source import find_source
+from loftq.calibration import gather as gathering
+from loftq.calibration import progress, windows
+from loftq.calibration.block_weights import BlockWeights
+from loftq.calibration.gather import gather
+from loftq.calibration.progress import PROGRESS, Progress
+from loftq.calibration.windows import Calibration, prepare
+from loftq.hub.source import find_source
+from loftq.planning.plan import Plan, make_plan
+from loftq.planning.recipe import Recipe
 
 CASES = [
     ("llama", "causal-lm"),
@@ -40,9 +41,9 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_text, "MIN_TOKENS", 256)
-    monkeypatch.setattr(calibrate, "BATCH_TOKENS", 192)
-    monkeypatch.setattr(calibration_progress, "_EVERY", 0.0)
+    monkeypatch.setattr(windows, "MIN_TOKENS", 256)
+    monkeypatch.setattr(gathering, "BATCH_TOKENS", 192)
+    monkeypatch.setattr(progress, "_EVERY", 0.0)
 
 
 def plan_of(folder: Path, **options: Any) -> Plan:
@@ -143,7 +144,7 @@ def test_a_killed_run_goes_on(pico: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 def _be_killed(model: Path, folder: Path) -> None:
     """In a process of its own, which has none of the fixtures."""
-    calibration_text.MIN_TOKENS, calibrate.BATCH_TOKENS, calibration_progress._EVERY = 256, 192, 0.0
+    windows.MIN_TOKENS, gathering.BATCH_TOKENS, progress._EVERY = 256, 192, 0.0
     plan = plan_of(model)
     with pytest.MonkeyPatch.context() as patch:
         loads(patch, lambda: os.kill(os.getpid(), signal.SIGKILL), 1)

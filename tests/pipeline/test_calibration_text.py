@@ -15,13 +15,13 @@ from hub import Hub, datasets_of, serve
 from picos import save_pico
 from transformers import PreTrainedTokenizerFast
 
+from loftq.calibration import windows
+from loftq.calibration.windows import prepare
 from loftq.errors import OptionError, SourceError
-from loftq.pipeline import calibration_text
-from loftq.pipeline.calibration_text import prepare
-from loftq.pipeline.documents import DEFAULT, read_text
-from loftq.pipeline.plan import Plan, make_plan
-from loftq.pipeline.recipe import Recipe
-from loftq.pipeline.source import find_source
+from loftq.hub.source import find_source
+from loftq.hub.text import DEFAULT, read_text
+from loftq.planning.plan import Plan, make_plan
+from loftq.planning.recipe import Recipe
 
 END = 257  # of the byte tokenizer
 DOCUMENTS = [f"Document {i}: " + " ".join(str(i * j) for j in range(1, 20 * i)) for i in range(30)]
@@ -29,7 +29,7 @@ DOCUMENTS = [f"Document {i}: " + " ".join(str(i * j) for j in range(1, 20 * i)) 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_text, "MIN_TOKENS", 256)
+    monkeypatch.setattr(windows, "MIN_TOKENS", 256)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_the_shipped_text_is_enough_and_its_origin_is_told() -> None:
     assert len(documents) > 20
     assert 350_000 < sum(map(len, documents)) < 450_000
     assert not [text for text in documents if "gutenberg" in text.lower() or not text.strip()]
-    notice = resources.files("loftq.pipeline").joinpath("data/NOTICE").read_text(encoding="utf-8")
+    notice = resources.files("loftq.hub").joinpath("data/NOTICE").read_text(encoding="utf-8")
     assert all(word in notice for word in ("Austen", "public domain", "Python Software Foundation", "Jargon"))
 
 
@@ -162,7 +162,7 @@ def test_windows_are_pieces_of_the_joined_text(plan: Plan, tmp_path: Path) -> No
 def test_long_documents_are_tokenized_in_pieces(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t.txt").write_text("\n".join(DOCUMENTS))
     whole = prepare(plan, str(tmp_path / "t.txt"), tokens=4000, sequence_length=100)
-    monkeypatch.setattr(calibration_text, "_PIECE", 500)  # shorter than some lines
+    monkeypatch.setattr(windows, "_PIECE", 500)  # shorter than some lines
     pieces = prepare(plan, str(tmp_path / "t.txt"), tokens=4000, sequence_length=100)
     assert torch.equal(whole.windows, pieces.windows)
     assert whole.text_sha256 == pieces.text_sha256

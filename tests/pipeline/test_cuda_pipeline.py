@@ -12,8 +12,8 @@ from test_calibrated_runs import LENGTH, TEXT, TOKENS, louder
 from torch import nn
 
 import loftq
-from loftq.core.methods import METHODS
-from loftq.pipeline import calibration_text
+from loftq.calibration import windows
+from loftq.core.solvers.methods import METHODS
 
 RUNS: dict[str, dict[str, Any]] = {
     "nf4": {},
@@ -43,7 +43,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_text, "MIN_TOKENS", 512)
+    monkeypatch.setattr(windows, "MIN_TOKENS", 512)
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -17,8 +17,8 @@ from bitsandbytes.functional import has_avx512bf16
 from conftest import Result
 from hub import Answer, Hub, Request, client_of, serve
 
-from loftq.pipeline import doctor as doctors
-from loftq.pipeline.doctor import Finding, doctor
+from loftq.verbs import doctor as doctors
+from loftq.verbs.doctor import Finding, doctor
 
 Run = Callable[..., Result]
 

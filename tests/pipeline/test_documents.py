@@ -9,7 +9,7 @@ import pytest
 from conftest import Result
 
 from loftq.errors import OptionError
-from loftq.pipeline.documents import read_text
+from loftq.hub.text import read_text
 
 Run = Callable[..., Result]
 

@@ -17,7 +17,7 @@ import pytest
 from hub import Hub, datasets_of, serve
 
 from loftq.errors import OptionError
-from loftq.pipeline.documents import read_text
+from loftq.hub.text import read_text
 from loftq.training.data import read_rows
 
 TOKEN = "hf_TheTokenThatOpensIt"

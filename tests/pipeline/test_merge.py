@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM
 import loftq
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats.artifact import open_artifact
+from loftq.merging import logits
 from loftq.models.packed_linear import PackedLinear
 from loftq.models.tasks import TASKS, auto_class
-from loftq.pipeline import compare
 
 TOKENS = torch.tensor([[11, 42, 7, 99, 3, 250, 17, 5]])
 QALORA: dict[str, Any] = {"adapter": "qalora", "group_size": 16, "rank": 2, "iters": 2, "alpha": 4, "quiet": True}
@@ -311,7 +311,7 @@ def test_a_merge_that_answers_otherwise_is_not_kept(
     pooled: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Break it: shifts without the adapter."""
-    from loftq.pipeline.targets import Pair
+    from loftq.merging.targets import Pair
 
     monkeypatch.setattr(Pair, "correction", lambda *_: None)
     with pytest.raises(ArtifactError, match=r"answers otherwise .* Nothing was written"):
@@ -323,7 +323,7 @@ def test_a_merge_that_was_cut_off_is_finished(
     pooled: tuple[Path, Path], run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the bytes of an undisturbed merge."""
-    from loftq.pipeline.targets import Integers
+    from loftq.merging.targets import Integers
 
     merge(*pooled, tmp_path / "whole", to="int")
     done = Integers.tensors
@@ -347,7 +347,7 @@ def test_a_merge_that_was_cut_off_is_finished(
 
 
 def test_the_check_can_be_left_out(pooled: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(logits, "load_base", lambda *_: pytest.fail("a model was loaded"))
     assert merge(*pooled, tmp_path / "out", to="int", check=False).difference is None
 
 

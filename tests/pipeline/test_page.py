@@ -19,10 +19,11 @@ from picos import save_pico
 from safetensors.torch import load_file
 
 import loftq
+from loftq.calibration import windows
 from loftq.errors import ArtifactError, LoftQError, OptionError, OutputError
-from loftq.pipeline import calibration_text, page
-from loftq.pipeline.documents import read_text
-from loftq.pipeline.measured import OUTPUTS, WEIGHTS, Place, measure, places
+from loftq.hub.text import read_text
+from loftq.reporting import page
+from loftq.reporting.measured import OUTPUTS, WEIGHTS, Place, measure, places
 
 Run = Callable[..., Result]
 VOID = {"meta", "br", "link", "img"}
@@ -43,7 +44,7 @@ def made(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
         "qalora": {"adapter": "qalora", "group_size": 16, "rank": 2, "format": "gptq", "alpha": 1},
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration_text, "MIN_TOKENS", 512)
+        patch.setattr(windows, "MIN_TOKENS", 512)
         return {
             name: loftq.quantize(str(pico), output=scratch / name, quiet=True, **{"rank": 4, **options}).folder
             for name, options in kinds.items()

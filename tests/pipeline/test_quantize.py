@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loftq
 from loftq.core.blockwise import BlockQuantizer
-from loftq.core.solver import solve
+from loftq.core.solvers.loftq import solve
 from loftq.errors import OutputError
 from loftq.formats.artifact import open_artifact
 from loftq.models.loading import guard_cpu
-from loftq.pipeline.recipe import layer_seed
+from loftq.planning.recipe import layer_seed
 
 
 def make(source: Path, output: Path, **options: Any) -> Path:

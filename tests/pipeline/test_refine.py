@@ -6,7 +6,7 @@ import pytest
 import torch
 from picos import inputs_for, pico_model
 
-from loftq.pipeline.refine import _prepare, _rate
+from loftq.solving.refine import _prepare, _rate
 
 
 def test_a_step_is_a_part_of_the_way() -> None:

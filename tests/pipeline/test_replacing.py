@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from loftq.pipeline import calibrate, calibration_text
-from loftq.pipeline.calibrate import gather
-from loftq.pipeline.calibration_text import prepare
-from loftq.pipeline.plan import Plan, make_plan
-from loftq.pipeline.recipe import Recipe
-from loftq.pipeline.replacing import move_into_place, scratch_beside
-from loftq.pipeline.source import find_source
+from loftq.calibration import gather as gathering
+from loftq.calibration import windows
+from loftq.calibration.gather import gather
+from loftq.calibration.windows import prepare
+from loftq.formats.disk import move_into_place, scratch_beside
+from loftq.hub.source import find_source
+from loftq.planning.plan import Plan, make_plan
+from loftq.planning.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def plan(pico: Path) -> Plan:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_text, "MIN_TOKENS", 256)
+    monkeypatch.setattr(windows, "MIN_TOKENS", 256)
 
 
 def names(folder: Path) -> list[str]:
@@ -70,7 +71,7 @@ def test_an_interrupted_run_leaves_nothing(plan: Plan, tmp_path: Path, monkeypat
         assert names(tmp_path) == [".known-partial"]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibrate, "save_file", interrupt)
+    monkeypatch.setattr(gathering, "save_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         gather(plan, prepare(plan, tokens=512, sequence_length=64), tmp_path / "known", quiet=True)
     assert names(tmp_path) == []
@@ -79,7 +80,7 @@ def test_an_interrupted_run_leaves_nothing(plan: Plan, tmp_path: Path, monkeypat
 def test_of_runs_side_by_side_one_gathers(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: how often the model runs; both have its statistics."""
     calibration = prepare(plan, tokens=512, sequence_length=64)
-    both, seen, runs, known, run = Barrier(2), local(), [], calibrate._known, calibrate.run
+    both, seen, runs, known, run = Barrier(2), local(), [], gathering._known, gathering.run
 
     def look(*arguments: Any) -> Any:
         """Neither begins until both have found nothing."""
@@ -92,8 +93,8 @@ def test_of_runs_side_by_side_one_gathers(plan: Plan, tmp_path: Path, monkeypatc
         runs.append(1)
         return run(*arguments)
 
-    monkeypatch.setattr(calibrate, "_known", look)
-    monkeypatch.setattr(calibrate, "run", count)
+    monkeypatch.setattr(gathering, "_known", look)
+    monkeypatch.setattr(gathering, "run", count)
     with ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(gather, plan, calibration, tmp_path / "known", quiet=True) for _ in range(2)]
         found = [future.result() for future in asked]

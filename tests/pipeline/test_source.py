@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 import loftq
 from loftq.errors import SourceError
-from loftq.pipeline.source import find_source, side_files, zoo_default
+from loftq.hub.source import find_source, side_files, zoo_default
 
 FAST = ("--rank", "4", "--iter", "1", "--quiet")
 TOKEN = "hf_TheTokenThatOpensIt"

@@ -13,19 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loftq
+from loftq.calibration import windows
+from loftq.calibration.gather import gather
+from loftq.calibration.statistics import VERSION, Statistics
+from loftq.calibration.windows import Calibration, prepare
 from loftq.errors import ArtifactError, OptionError
-from loftq.pipeline import calibration_text
-from loftq.pipeline.calibrate import gather
-from loftq.pipeline.calibration_text import Calibration, prepare
-from loftq.pipeline.plan import Plan, make_plan
-from loftq.pipeline.recipe import Recipe
-from loftq.pipeline.source import find_source
-from loftq.pipeline.statistics import VERSION, Statistics
+from loftq.hub.source import find_source
+from loftq.planning.plan import Plan, make_plan
+from loftq.planning.recipe import Recipe
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_text, "MIN_TOKENS", 256)
+    monkeypatch.setattr(windows, "MIN_TOKENS", 256)
 
 
 def plan_of(folder: Path, **options: Any) -> Plan:
@@ -40,7 +40,7 @@ def small(plan: Plan, **options: Any) -> Calibration:
 def gathered(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
     """Of the pico llama. Do not write to it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration_text, "MIN_TOKENS", 256)
+        patch.setattr(windows, "MIN_TOKENS", 256)
         plan = plan_of(pico)
         return gather(plan, small(plan), tmp_path_factory.mktemp("gathered") / "cache", quiet=True)
 

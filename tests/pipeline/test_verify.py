@@ -17,10 +17,10 @@ from picos import save_pico
 from safetensors.torch import load_file, save_file
 
 import loftq
+from loftq.calibration import windows
 from loftq.errors import ArtifactError, OptionError, SourceError
 from loftq.formats.artifact import combine_hashes, describe_files
-from loftq.pipeline import calibration_text
-from loftq.pipeline.documents import read_text
+from loftq.hub.text import read_text
 
 Run = Callable[..., Result]
 ADAPTER = "loftq_init/adapter_model.safetensors"
@@ -118,7 +118,7 @@ def test_other_families_are_sound(name: str, task: str, options: dict[str, Any],
 
 
 def test_a_distilled_adapter_is_sound(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_text, "MIN_TOKENS", 512)
+    monkeypatch.setattr(windows, "MIN_TOKENS", 512)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(read_text("default"))[:40_000], encoding="utf-8")
     options: dict[str, Any] = {"calibration": text, "calibration_tokens": 1024, "sequence_length": 64, "refine": 2}

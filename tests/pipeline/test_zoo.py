@@ -20,11 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import loftq
 from loftq.errors import OptionError
-from loftq.pipeline.footprint import footprint
-from loftq.pipeline.plan import make_plan
-from loftq.pipeline.recipe import Recipe
-from loftq.pipeline.source import find_source
-from loftq.pipeline.zoo import config_source, markdown, read_recipe, zoo
+from loftq.hub.source import find_source
+from loftq.planning.footprint import footprint
+from loftq.planning.plan import make_plan
+from loftq.planning.recipe import Recipe
+from loftq.verbs.zoo import config_source, markdown, read_recipe, zoo
 
 Run = Callable[..., Result]
 PAGE = Path(__file__).parents[2] / "model_zoo" / "README.md"

@@ -13,7 +13,7 @@ from test_finetune import FAST, killed_after, losses
 
 import loftq
 from loftq.training.arguments import arguments_of
-from loftq.training.memory import estimate
+from loftq.training.estimate import estimate
 from loftq.training.settings import Settings
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 import loftq
 from loftq.errors import ArtifactError, LoftQError, OptionError, OutputError
 from loftq.models import loading
-from loftq.models.belonging import RECORD
-from loftq.training import finetune
+from loftq.models.adapters import RECORD
+from loftq.training import train
 from loftq.training.arguments import arguments_of
 from loftq.training.opening import find_model, mode_of
 from loftq.training.settings import Settings
@@ -100,8 +100,8 @@ def gradients(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         def on_pre_optimizer_step(self, _args: Any, _state: Any, _control: Any, model: Any = None, **_: Any) -> None:
             found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone())
 
-    made = finetune._trainer
-    monkeypatch.setattr(finetune, "_trainer", lambda *a, **k: [t := made(*a, **k), t.add_callback(Recorder())][0])
+    made = train._trainer
+    monkeypatch.setattr(train, "_trainer", lambda *a, **k: [t := made(*a, **k), t.add_callback(Recorder())][0])
     return found
 
 
@@ -138,9 +138,9 @@ def killed_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             if state.global_step == step:
                 raise KeyboardInterrupt
 
-    made = finetune._trainer
+    made = train._trainer
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "_trainer", lambda *a, **k: [t := made(*a, **k), t.add_callback(Killer())][0])
+        patch.setattr(train, "_trainer", lambda *a, **k: [t := made(*a, **k), t.add_callback(Killer())][0])
         yield
 
 

@@ -9,7 +9,7 @@ import pytest
 from picos import CHANGES, dtype_of, save_pico
 
 from loftq.errors import OptionError
-from loftq.training.memory import Estimate, estimate
+from loftq.training.estimate import Estimate, estimate
 
 _SEQ2SEQ = {"bart", "mbart", "pegasus", "marian", "t5", "t5/gated", "mt5"}
 _ENCODERS = {"bert", "roberta", "xlm-roberta", "electra", "deberta", "deberta-v2", "deberta-v2/unshared"}

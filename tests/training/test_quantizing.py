@@ -13,7 +13,7 @@ from rows import sums, write_rows
 
 import loftq
 from loftq.errors import OutputError
-from loftq.pipeline import jobs
+from loftq.solving import layers
 
 ZOO = Path("model_zoo") / "loftq"
 
@@ -80,7 +80,7 @@ def test_a_model_that_changed_is_not_trained_on_its_old_quantization(pico: Path,
 def test_a_quantization_that_was_cut_off_goes_on(pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the layers that are solved, each once."""
     solved: list[str] = []
-    real = jobs._solve_layer
+    real = layers._solve_layer
 
     def solve(plan: Any, layer: Any, *rest: Any) -> Any:
         if len(solved) == 5:
@@ -89,12 +89,12 @@ def test_a_quantization_that_was_cut_off_goes_on(pico: Path, monkeypatch: pytest
         solved.append(layer.module)
         return record
 
-    monkeypatch.setattr(jobs, "_solve_layer", solve)
+    monkeypatch.setattr(layers, "_solve_layer", solve)
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     with pytest.raises(KeyboardInterrupt):
         train(pico)
     assert not folders()
-    monkeypatch.setattr(jobs, "_solve_layer", lambda *args: [solved.append(args[1].module), real(*args)][1])
+    monkeypatch.setattr(layers, "_solve_layer", lambda *args: [solved.append(args[1].module), real(*args)][1])
     train(pico)
     assert sorted(solved) == sorted(set(solved))
     assert len(solved) == 14

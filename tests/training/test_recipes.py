@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loftq.errors import OptionError
-from loftq.training.recipes import laid_over, read_recipe
+from loftq.training.recipe_files import laid_over, read_recipe
 from loftq.training.settings import Settings, settings_of
 from loftq_cli.main import main
 

@@ -14,7 +14,7 @@ from picos import pico_model, save_pico
 from rows import articles, reviews, sums, write_rows
 from tokenizers.processors import TemplateProcessing
 
-from loftq.pipeline.source import find_source
+from loftq.hub.source import find_source
 from loftq.training.encoding import Collator, Encoder, load_tokenizer
 from loftq.training.opening import open_to_use, quantizing_of
 from loftq.training.settings import Settings

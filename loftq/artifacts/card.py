@@ -1,0 +1,181 @@
+"""The model card of an artifact: what it is, how to load it, what was measured."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from loftq.artifacts.card_metadata import metadata
+from loftq.artifacts.loading_snippet import loading_section
+from loftq.core.grid import ROW
+from loftq.core.solvers.methods import METHODS
+from loftq.hub.text import public_name
+from loftq.planning.command_line import command_line
+from loftq.planning.plan import Plan
+from loftq.planning.recipe import Recipe
+from loftq.solving.report import size
+
+_WORST = 5
+_OUTPUTS = {
+    "error of outputs, rounded alone": "output_plain_error",
+    "error of outputs, with the adapter": "output_error",
+    "divergence from full precision on held-out text, nats a token": "divergence_before",
+    "divergence, refined": "divergence",
+}
+TITLES = {
+    "loftq": "LoftQ",
+    "qlora": "QLoRA",
+    "qera": "QERA",
+    "qera-approx": "QERA, approximate",
+    "cloq": "CLoQ",
+    "calibrated": "calibrated on outputs",
+}
+_INTRODUCTIONS = {
+    "lora": """A quantized backbone and the LoRA adapter that repairs it, made from `{label}` by loftq
+({how}): a start for fine-tuning that is nearer to the full-precision model than rounding alone.""",
+    "qalora": """A backbone of integers in groups, and a QA-LoRA adapter on pooled inputs, made from `{label}` by loftq
+(QA-LoRA, arXiv 2309.14717): once trained, the adapter folds into the zero-points, with nothing lost:
+`loftq merge MODEL_DIR --adapter TRAINED --to int`.""",
+}
+
+
+def card_text(plan: Plan, made: Mapping[str, Any], totals: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """README.md, with metadata that the Hub understands. Holds no date, time or path: the same run, the same card.
+
+    `made` is the manifest's heading.
+    """
+    recipe, label = plan.recipe, plan.source.label
+    notes = "".join(f"\n- {note}" for note in plan.notes)
+    return f"""---
+{metadata(plan)}
+---
+
+# {label}, {recipe.bits} bits, rank {recipe.rank}
+
+{_INTRODUCTIONS[recipe.adapter].format(label=label, how=_how(recipe))}
+
+## Load
+
+{loading_section(made)}
+
+- The adapter belongs to this backbone, and so does every adapter that is trained from it. On any other, and on the
+  original weights, it repairs errors that are not there.
+{_repacking(plan)}{_head(plan)}{notes}
+
+## Settings
+
+{_table(_settings(plan))}
+
+With loftq {version("loftq")}, this makes it again, to the same bytes on the same kind of machine (`loftq.json` has all
+versions and hashes):
+
+```
+{command_line(recipe, plan.source)}
+```
+
+## Measured
+
+Errors are Frobenius norms over all quantized weights, relative to the weights' own{_output_errors(plan)}.
+
+{_table(_measured(totals))}
+
+The layers with the largest error:
+
+{_worst_layers(rows)}
+"""
+
+
+def _repacking(plan: Plan) -> str:
+    if plan.format == "gptq":
+        return """- The layout is GPTQ's, version 2. Stock transformers load it where gptqmodel and optimum are
+  installed; where they are not, `import loftq` does."""
+    if plan.recipe.bits == 8:
+        return "- bitsandbytes rounds activations to 8 bits too (LLM.int8): outputs are those of the weights, nearly."
+    if not plan.stock:
+        return "- The weights stay packed in memory. `merge_and_unload` gives a dense model with the adapter in it."
+    return """- On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward in evaluation mode,
+  and training after that is wrong. `loftq.load_qlora` prevents it; with the lines above, set
+  `module.support_avx512bf16_for_cpu = False` on every `Linear4bit` right after loading."""
+
+
+def _head(plan: Plan) -> str:
+    if not plan.modules_to_save:
+        return ""
+    names = ", ".join(f"`{name}`" for name in plan.modules_to_save)
+    return (
+        f"\n- The head ({names}) is in the adapter, which trains and saves it: transformers says that it begins "
+        "anew, and peft then fills it."
+    )
+
+
+def _settings(plan: Plan) -> dict[str, str]:
+    recipe = plan.recipe
+    counts = Counter(plan.codebooks.values())
+    kinds = "".join(counts) if len(counts) == 1 else ", ".join(f"{n} x {name}" for name, n in sorted(counts.items()))
+    grid = recipe.grids[0]
+    what = "groups" if grid.zero_point else "blocks"
+    rounding = f"{kinds}, " + ("one scale a row" if grid.block_size == ROW else f"{what} of {grid.block_size}")
+    rounding += f", {grid.zero_point} zero-points" if grid.zero_point else ""
+    left = [name for name in plan.skip_modules if not any(name.startswith(saved) for saved in plan.modules_to_save)]
+    rounds = f"{recipe.iterations} iteration{'s' if recipe.iterations > 1 else ''}"
+    method = f"{TITLES[str(recipe.method)]}, {rounds}"
+    if not recipe.iterations:
+        method = "QLoRA's start (plain rounding, B = 0)"
+    if recipe.adapter == "qalora":
+        method = f"QA-LoRA, pools of {recipe.pool_size}, scales and zero-points fitted in up to {rounds}"
+    text = {}
+    if recipe.calibration is not None:
+        windows = f"{recipe.calibration_tokens} tokens of {public_name(recipe.calibration)}"
+        text = {"calibration": f"{windows}, in windows of up to {recipe.sequence_length}"}
+    return {
+        "task": plan.task.name,
+        "method": method,
+        **text,
+        "rounding": rounding + (", double quantization" if recipe.double_quant else ""),
+        "rank, alpha": f"{recipe.rank}, {recipe.lora_alpha:g}" + (" (rank-stabilized)" if recipe.rslora else ""),
+        "adapted modules": ", ".join(_collapsed(plan.target_modules)),
+        f"in {recipe.compute_dtype}": ", ".join(["embeddings", "norms", *_collapsed(left)]),
+        "seed": str(recipe.seed),
+    }
+
+
+def _collapsed(names: Sequence[str]) -> list[str]:
+    """Names that differ in a layer's number alone, once."""
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+
+
+def _measured(totals: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "bits per weight of the linears": f"{totals['bits_per_weight']:.3f}",
+        "backbone": f"{size(totals['source_bytes'])} -> {size(totals['backbone_bytes'])}",
+        "adapter": size(totals["adapter_bytes"]),
+        "weight error, rounded alone": f"{totals['plain_error']:.5f}",
+        **({"weight error, before the adapter": f"{totals['refit_error']:.5f}"} if "refit_error" in totals else {}),
+        "weight error, with the adapter": f"{totals['error']:.5f}",
+        **{name: f"{totals[key]:.5f}" for name, key in _OUTPUTS.items() if key in totals},
+    }
+
+
+def _worst_layers(rows: Sequence[Mapping[str, Any]]) -> str:
+    worst = sorted(rows, key=lambda row: -row["error"])[:_WORST]
+    lines = [f"| {row['name']} | {row['plain_error']:.5f} | {row['error']:.5f} |" for row in worst]
+    return "\n".join(["| layer | rounded alone | with the adapter |", "| --- | --- | --- |", *lines])
+
+
+def _how(recipe: Recipe) -> str:
+    source = METHODS[str(recipe.method)].source
+    name = TITLES[str(recipe.method)]
+    return f"{name}, {source}" if source.startswith("arXiv") else name
+
+
+def _output_errors(plan: Plan) -> str:
+    if plan.recipe.calibration is None:
+        return ""
+    return "; those of outputs are\nroot mean squares over layers, on the calibration text"
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])

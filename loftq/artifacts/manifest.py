@@ -1,0 +1,105 @@
+"""The small files of an artifact: configs, tokenizer, card, and the manifest, which hashes all the others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from loftq.artifacts.card import card_text
+from loftq.artifacts.staging import Staging
+from loftq.formats import artifact
+from loftq.formats.adapter import CONFIG, FOLDER, config_text
+from loftq.formats.checkpoint import INDEX, index_text
+from loftq.hub.source import side_files
+from loftq.planning.plan import Plan
+from loftq.solving.report import totals
+
+VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numba", "scipy")
+
+
+def write_configs(plan: Plan, staging: Staging, folder: Path, trust_remote_code: bool) -> None:
+    """What loaders of the backbone and the adapter read beside the weights."""
+    recipe = plan.recipe
+    for path in side_files(plan.source.folder, trust_remote_code):
+        shutil.copyfile(path, staging.folder / path.name)
+    staging.write_text("config.json", _config_text(plan))
+    if len(plan.backbone) > 1:
+        staging.write_text(INDEX, index_text(plan.backbone))
+    staging.write_text(
+        f"{FOLDER}/{CONFIG}",
+        config_text(
+            str(folder.resolve()),
+            plan.target_modules,
+            rank=recipe.rank,
+            alpha=recipe.lora_alpha,
+            rslora=recipe.rslora,
+            dropout=recipe.dropout,
+            task_type=plan.task.peft_type,
+            modules_to_save=plan.modules_to_save,
+            pool_size=recipe.pool_size,
+        ),
+    )
+
+
+def write_manifest(
+    plan: Plan,
+    staging: Staging,
+    rows: Sequence[Mapping[str, Any]],
+    measured: Mapping[str, Any],
+    calibration: Mapping[str, Any] | None,
+) -> None:
+    """The card, and `loftq.json`. `measured` are totals of the run beside those of its layers, `calibration` is what
+    the text came to: tokens, windows and their hashes.
+    """
+    sums = {**totals(plan, rows), **measured}
+    staging.write_text("README.md", card_text(plan, heading(plan), sums, rows))
+    names = [name for name in staging.files() if name != artifact.MANIFEST]
+    files = artifact.describe_files(staging.folder, names)
+    hashes = {name: record["sha256"] for name, record in staging.done.items() if "sha256" in record}
+    manifest = {
+        **heading(plan),
+        "versions": {name: version(name) for name in VERSIONS},
+        "backbone_sha256": artifact.combine_hashes({s.file: files[s.file]["sha256"] for s in plan.backbone}),
+        "totals": sums,
+        "layers": list(rows),
+        "notes": list(plan.notes),
+        "calibration": calibration,
+        "files": files,
+    }
+    manifest["source"]["sha256"] = artifact.combine_hashes(hashes)
+    staging.write_text(artifact.MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def heading(plan: Plan) -> dict[str, Any]:
+    """What the manifest says of the plan alone: enough to load the folder by."""
+    return {
+        "format_version": artifact.VERSION,
+        "kind": "qalora" if plan.recipe.adapter == "qalora" else "qlora",
+        "format": plan.format,
+        "source": {
+            "model": plan.source.name,
+            "model_type": plan.model_type,
+            "task": plan.task.name,
+            "revision": plan.source.revision,
+        },
+        "recipe": plan.recipe.to_dict(),
+    }
+
+
+def _config_text(plan: Plan) -> str:
+    """The source's `config.json` with the class that was built, its labels, the dtype, and the quantization."""
+    recipe = plan.recipe
+    config = json.loads((plan.source.folder / "config.json").read_text(encoding="utf-8"))
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = recipe.compute_dtype
+    config["architectures"] = [type(plan.model).__name__]
+    if recipe.num_labels is not None:
+        built: Any = plan.model.config
+        config |= {"id2label": built.id2label, "label2id": built.label2id}
+    config["quantization_config"] = plan.layout.quantization_config(
+        recipe.grids[0], recipe.dtype, plan.skip_modules, plan.codebooks, plan.quantized_names
+    )
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"

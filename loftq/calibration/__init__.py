@@ -1,0 +1,1 @@
+"""Text becomes statistics of the inputs of each layer."""

@@ -1,0 +1,1 @@
+"""The solvers of a single weight, and the table of methods."""

@@ -1,0 +1,51 @@
+"""A repository on the Hub without its weights: its small files, and the headers of its large ones by range requests."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loftq.errors import SourceError
+from loftq.formats.checkpoint import TensorSpec, spec_of
+from loftq.hub.source import checked_token, explain_refusals, one_line
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A commit of a repository: the names of its files, and where the small ones lie."""
+
+    name: str
+    commit: str
+    folder: Path
+    files: Collection[str]
+    api: Any
+
+    def header(self, file: str) -> list[TensorSpec]:
+        """The tensors of a safetensors file. Raises SourceError."""
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+        try:
+            with explain_refusals(self.name, self.commit):
+                found = self.api.parse_safetensors_file_metadata(self.name, file, revision=self.commit)
+        except (HTTPError, OSError) as error:
+            raise SourceError(f"cannot read the header of {file} of {self.name}: {one_line(error)}") from error
+        where = f"{self.name}/{file}"
+        return [spec_of(name, info.dtype, info.shape, where) for name, info in found.tensors.items()]
+
+
+def open_repository(name: str, revision: str | None, token: str | None, small: Collection[str]) -> Repository:
+    """Find a repository and get its `small` files. Raises SourceError where that fails."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    token = checked_token(token)
+    api = HfApi(token=token)
+    try:
+        with explain_refusals(name, revision):
+            listed = [file.rfilename for file in api.model_info(name, revision=revision).siblings or ()]
+            folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(small)))
+    except (HTTPError, OSError) as error:
+        raise SourceError(f"cannot get {name!r} from the Hub: {one_line(error)}") from error
+    return Repository(name, folder.name, folder, listed, api)

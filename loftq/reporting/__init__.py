@@ -1,0 +1,1 @@
+"""Artifacts side by side: what was measured, the charts, the page."""

@@ -1,0 +1,98 @@
+"""The distillation as a step of a run: what it changes in the partial folder, and what is measured after it.
+
+The factors that the solver left are kept aside until the distilled ones are in place and noted, so that a run that dies
+in between begins the step again from the same start.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from loftq.artifacts.manifest import heading
+from loftq.artifacts.staging import Staging
+from loftq.calibration.statistics import Statistics
+from loftq.core import pooled
+from loftq.core.metric import Metric, damped, squared
+from loftq.formats.adapter import FOLDER, WEIGHTS, Adapter, open_adapter
+from loftq.formats.artifact import Artifact
+from loftq.formats.checkpoint import Checkpoint, read_checkpoint
+from loftq.planning.plan import Layer, Plan
+from loftq.solving.layers import read_weight
+
+_NOTE = "(distilled)"  # in the journal, where tensors have their names
+_START = "start.safetensors"
+
+
+def distill(plan: Plan, staging: Staging, statistics: Statistics, device: torch.device, quiet: bool) -> None:
+    """Refine the adapter in the partial folder, once, and note the errors that it leaves in each layer."""
+    start = staging.folder / _START
+    if _NOTE not in staging.done:
+        weights = staging.folder / FOLDER / WEIGHTS
+        if not start.is_file():
+            _copy(weights, start)
+        else:
+            _copy(start, weights)
+        staging.note(_NOTE, _distill(plan, staging, start, statistics, device, quiet))
+    start.unlink(missing_ok=True)
+
+
+def distilled(staging: Staging) -> dict[str, Any]:
+    """Totals of a run that the distillation adds."""
+    record = staging.done.get(_NOTE, {})
+    return {key: record[key] for key in ("refine_steps", "divergence_before", "divergence") if key in record}
+
+
+def distilled_row(staging: Staging, row: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer's row with the errors that the distilled factors leave."""
+    errors: Mapping[str, Mapping[str, float]] = staging.done.get(_NOTE, {}).get("errors", {})
+    return {**row, **errors.get(row["name"], {})}
+
+
+def _distill(
+    plan: Plan, staging: Staging, start: Path, statistics: Statistics, device: torch.device, quiet: bool
+) -> dict[str, Any]:
+    from loftq.solving.refine import refine  # imports transformers' trainer, which takes seconds
+
+    artifact = Artifact(staging.folder, heading(plan))
+    found, factors = refine(
+        artifact, statistics.teacher(), plan.recipe.refinement, device, seed=plan.recipe.seed, quiet=quiet
+    )
+    record = {"refine_steps": found.steps, "divergence_before": found.before, "divergence": found.after}
+    if not factors:
+        return record
+    scratch = start.with_suffix(".new")
+    save_file({**load_file(start), **factors}, scratch, {"format": "pt"})
+    scratch.replace(staging.folder / FOLDER / WEIGHTS)
+    adapter, checkpoint = open_adapter(artifact.adapter), read_checkpoint(staging.folder)
+    return record | {
+        "errors": {layer.module: _errors(plan, layer, adapter, checkpoint, statistics, device) for layer in plan.layers}
+    }
+
+
+def _errors(
+    plan: Plan, layer: Layer, adapter: Adapter, checkpoint: Checkpoint, statistics: Statistics, device: torch.device
+) -> dict[str, float]:
+    """What a layer's codes and factors leave of its weight and of its outputs, as they are read back."""
+    weight, _ = read_weight(plan, layer, device)
+    codes, scales = plan.layout.read(layer.module, layer.shape, plan.grid(layer), checkpoint.read)
+    backbone = plan.quantizer(layer).decode(codes, scales, weight.shape).to(device)
+    a, b = (factor.to(device) for factor in adapter.factors(layer.module))
+    left = weight - backbone - pooled.delta(a, b, adapter.scaling, adapter.pool_size)
+    found = {"error": (squared(left) / (squared(weight) or 1.0)) ** 0.5}
+    moment = statistics.moment(layer.module)
+    if moment is not None:
+        outputs = Metric.of("full", damped(moment.to(device)))
+        found["output_error"] = outputs.norm(left) / (outputs.norm(weight) or 1.0)
+    return found
+
+
+def _copy(source: Path, target: Path) -> None:
+    scratch = target.with_suffix(".new")
+    shutil.copyfile(source, scratch)
+    scratch.replace(target)

@@ -1,0 +1,178 @@
+"""The jobs of a run: each takes one tensor of the source to its place in the output.
+
+They are independent and idempotent: any number of workers may run them, in any order, and a job that was cut
+off is simply run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from loftq.artifacts.staging import Staging
+from loftq.calibration.statistics import Statistics
+from loftq.core import pooled
+from loftq.core.affine import AffineQuantizer
+from loftq.core.grid import Quantizer
+from loftq.core.solvers import calibrated, pooled_calibrated
+from loftq.core.solvers.loftq import Solution, solve
+from loftq.core.solvers.methods import METHODS
+from loftq.errors import CheckpointError, OptionError
+from loftq.formats import adapter
+from loftq.formats.checkpoint import ShardWriter
+from loftq.hub.source import Source
+from loftq.models import naming
+from loftq.planning.plan import Layer, Plan
+from loftq.planning.recipe import Recipe, layer_seed
+from loftq.solving.report import layer_row
+
+
+def solve_all(
+    plan: Plan, staging: Staging, known: Statistics | None, device: torch.device, workers: int, quiet: bool
+) -> None:
+    """Run a job for each tensor that is not in place yet, with a progress bar on stderr.
+
+    `known` is what calibration found of the layers' inputs.
+    """
+    layers = {layer.tensor: layer for layer in plan.layers}
+    # Embeddings first: at the end they would be one worker's, the others idle.
+    kept = {name: spec.numel for name, spec in {**plan.created, **plan.passed}.items()}
+    sizes = {**kept, **{name: layer.weights for name, layer in layers.items()}}
+    left = [name for name in sizes if name not in staging.done]
+    everything = sum(sizes.values())
+    begun = everything - sum(sizes[name] for name in left)
+    bar = tqdm(total=everything, initial=begun, unit="w", unit_scale=True, disable=quiet, dynamic_ncols=True)
+    shards = [*plan.backbone, plan.adapter]
+    with bar, one_thread_each(), ShardWriter(staging.folder, shards) as writer:
+
+        def work(name: str) -> None:
+            layer = layers.get(name)
+            if layer is not None:
+                record = _solve_layer(plan, layer, known, writer, device)
+            elif name in plan.passed:
+                record = _pass_through(plan, name, writer)
+            else:
+                record = _create(plan, name, writer)
+            staging.note(name, record)
+            bar.set_postfix_str(layer.module if layer else name, refresh=False)
+            bar.update(sizes[name])
+
+        # In this thread: they are drawn from torch's own generator, which threads share.
+        for name in [name for name in left if name in plan.created]:
+            work(name)
+        run_jobs(work, [name for name in left if name not in plan.created], workers)
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """One torch thread a job: a matrix product's last bits depend on how many threads share it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_jobs(work: Callable[[str], None], names: Sequence[str], workers: int) -> None:
+    """Run independent, idempotent jobs; the first failure stops those not yet begun and is raised."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="loftq-solver")
+    futures: list[Future[None]] = []
+    try:
+        futures = [pool.submit(work, name) for name in names]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _solve_layer(
+    plan: Plan, layer: Layer, known: Statistics | None, writer: ShardWriter, device: torch.device
+) -> dict[str, Any]:
+    recipe = plan.recipe
+    weight, digest = read_weight(plan, layer, device)
+    if known is not None:
+        known.check_weight(layer, digest)
+    moment = None if known is None else known.moment(layer.module)
+    seed = layer_seed(recipe.seed, layer.module)
+    solution = solve_by(recipe, weight, moment, plan.quantizer(layer), recipe.iterations, seed)
+    grid = plan.grid(layer)
+    packed = plan.layout.tensors(layer.module, layer.shape, grid, recipe.dtype, solution.codes, solution.scales)
+    factors = dict(zip(adapter.keys(layer.module), (solution.a, solution.b), strict=True))
+    for name, tensor in {**packed, **factors}.items():
+        writer.write(name, tensor)
+    return {"sha256": digest, "row": layer_row(plan, layer, solution.trace)}
+
+
+def solve_by(
+    recipe: Recipe, weight: torch.Tensor, moment: torch.Tensor | None, quantizer: Quantizer, iters: int, seed: int
+) -> Solution:
+    """One weight by a recipe's method; without data where nothing is known of its inputs (`moment`)."""
+    method, rank, scaling = recipe.solving, recipe.rank, recipe.scaling
+    if moment is None and method.needs_moment:
+        method = METHODS["loftq"]
+    if isinstance(quantizer, AffineQuantizer) and recipe.pool_size is not None:
+        if moment is None or method.metric == "identity":
+            return pooled.solve(weight, quantizer, rank, iters, scaling, recipe.pool_size, seed=seed)
+        pool = recipe.pool_size
+        return pooled_calibrated.solve(weight, quantizer, method, moment, rank, iters, scaling, pool, seed=seed)
+    if moment is None and method.plain:
+        return solve(weight, quantizer, rank, iters, scaling, svd=recipe.svd, seed=seed)
+    return calibrated.solve(weight, quantizer, method, moment, rank, iters, scaling, seed=seed)
+
+
+def read_weight(plan: Plan, layer: Layer, device: torch.device) -> tuple[torch.Tensor, str]:
+    """A layer's weight (out, in) in float32, and the hash of what is stored."""
+    stored = plan.source.checkpoint.read(layer.tensor)
+    weight = (stored.t() if layer.transposed else stored).to(device, torch.float32).contiguous()
+    check_finite(weight, layer.tensor, plan.source)
+    return weight, digest_of(stored)
+
+
+def _pass_through(plan: Plan, name: str, writer: ShardWriter) -> dict[str, Any]:
+    stored = plan.source.checkpoint.read(name)
+    spec = plan.passed[name]
+    if stored.is_floating_point():
+        check_finite(stored, name, plan.source)
+    cast = stored.to(spec.dtype)
+    if cast.is_floating_point() and stored.dtype != cast.dtype and not _is_finite(cast):
+        raise OptionError(f"tensor {name!r} does not fit --compute-dtype {plan.recipe.compute_dtype}: use bfloat16")
+    writer.write(spec.name, cast)
+    return {"sha256": digest_of(stored)}
+
+
+def _create(plan: Plan, key: str, writer: ShardWriter) -> dict[str, Any]:
+    """Begin a parameter anew that the checkpoint lacks: a new task's head, a pooler."""
+    seed = layer_seed(plan.recipe.seed, key)
+    spec = plan.created[key]
+    writer.write(spec.name, naming.initial_tensor(plan.model, key, seed).to(spec.dtype))
+    return {}
+
+
+def digest_of(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def check_finite(tensor: torch.Tensor, name: str, source: Source) -> None:
+    """Raise CheckpointError where a tensor of the source holds NaN or Inf."""
+    if not _is_finite(tensor):
+        where = source.checkpoint.folder / source.checkpoint.files[name]
+        count = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(
+            f"tensor {name!r} in {where} holds {count} NaN or Inf: the checkpoint is damaged, download it again"
+        )

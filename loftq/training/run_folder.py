@@ -1,0 +1,65 @@
+"""The folder of a training: `training.json` says what was asked for and, when it is done, what was measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loftq.errors import OptionError, OutputError
+from loftq.formats.adapter import CONFIG, WEIGHTS
+from loftq.models.adapters import RECORD
+from loftq.training.settings import Settings
+
+
+def check_output(output: Path, settings: Settings, *, resume: bool, overwrite: bool) -> None:
+    """Raises OutputError for a folder that is in the way, OptionError for options that contradict each other."""
+    if resume and overwrite:
+        raise OptionError("--resume and --overwrite exclude each other: finish the run, or start again")
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file: name a folder with --output")
+    record = _read(output)
+    if record is None:
+        if output.is_dir() and any(output.iterdir()):
+            raise OutputError(f"{output} holds other files: name an empty folder or a new one with --output")
+    elif overwrite:
+        return
+    elif "result" in record:
+        raise OutputError(f"{output} holds a finished training: add --overwrite, or name another --output")
+    elif not resume:
+        raise OutputError(f"{output} holds an unfinished training: add --resume, or --overwrite to start again")
+    elif differing := settings.differences(record.get("settings", {})):
+        raise OutputError(
+            f"{output} was begun with another {', '.join(differing)}: run it again as it was, or add --overwrite "
+            "instead of --resume"
+        )
+
+
+def begin(output: Path, settings: Settings, backbone: Mapping[str, str]) -> None:
+    """Note what was asked for. What an earlier training left there goes."""
+    for folder in output.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    for name in (WEIGHTS, CONFIG):
+        (output / name).unlink(missing_ok=True)
+    write(output, {"settings": settings.to_dict(), "backbone": backbone})
+
+
+def write(output: Path, record: dict[str, Any]) -> None:
+    """The record, whole or not at all."""
+    output.mkdir(parents=True, exist_ok=True)
+    scratch = output / f"{RECORD}.partial"
+    scratch.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+    scratch.replace(output / RECORD)
+
+
+def _read(output: Path) -> dict[str, Any] | None:
+    path = output / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if record is not None and not (isinstance(record, dict) and isinstance(record.get("settings"), dict)):
+            raise ValueError("expected the settings of a training")
+        return record
+    except ValueError as error:
+        raise OutputError(f"{path} is damaged ({error}): remove {output}, or name another --output") from error

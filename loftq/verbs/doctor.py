@@ -1,0 +1,180 @@
+"""`loftq doctor`: what this machine has, and what would go wrong on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from packaging.requirements import Requirement
+
+from loftq.core.kernels import dispatch
+from loftq.errors import OptionError
+from loftq.hub.source import checked_token, one_line
+from loftq.models.loading import guard_cpu
+from loftq.solving.report import size
+from loftq.verbs.quantize import SAVE_DIR
+
+FINE, WORSE, WRONG = "ok", "note", "FAIL"
+_EXTRAS = {"data": "data sets of the Hub", "gguf": "`loftq merge --to gguf-q4_1`", "report": "`loftq report`"}
+_LITTLE = 10 * 10**9  # bytes of a disk, that a 7B model's result and download do not fit
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at: how it is, and what to do."""
+
+    state: str
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that was looked at."""
+
+    findings: Sequence[Finding]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing is wrong."""
+        return all(finding.state != WRONG for finding in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain JSON values."""
+        return {"healthy": self.healthy, "findings": [finding._asdict() for finding in self.findings]}
+
+    def table(self) -> str:
+        """For a person."""
+        width = max(len(finding.name) for finding in self.findings)
+        return "\n".join(f"{state:<4}  {name:<{width}}  {text}" for state, name, text in self.findings)
+
+
+def doctor() -> Diagnosis:
+    """Look at the libraries, the devices, bitsandbytes on this CPU, the disks, and the login to the Hub.
+
+    Nothing is changed. The Hub is asked whose token it is, where there is one; the token itself is in no finding.
+    """
+    return Diagnosis([*_libraries(), *_devices(), _repacking(), *_disks(), _login()])
+
+
+def _libraries() -> Iterator[Finding]:
+    yield Finding(FINE, "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    needed = [Requirement(text) for text in requires("loftq") or ()]
+    for requirement in needed:
+        if _is_wanted(requirement, ""):
+            yield _library(requirement)
+    for extra, use in _EXTRAS.items():
+        for requirement in needed:
+            if _is_wanted(requirement, extra) and not _is_wanted(requirement, ""):
+                yield _library(requirement, f"for {use}: pip install loftq[{extra}]")
+
+
+def _is_wanted(requirement: Requirement, extra: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+
+
+def _library(requirement: Requirement, use: str | None = None) -> Finding:
+    """A library by the requirement of it; with a `use`, one that may be missing."""
+    name = requirement.name
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        return Finding(WORSE if use else WRONG, name, f"not installed, {use or f'pip install {requirement}'}")
+    if not requirement.specifier.contains(found, prereleases=True):
+        return Finding(WRONG, name, f"{found}, expected {requirement.specifier}: pip install -U {name!r}")
+    return Finding(FINE, name, found)
+
+
+def _devices() -> Iterator[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    kind, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    yield Finding(FINE, "cpu", f"{cores} cores, {kind}, {size(memory)} of memory; torch uses {threads} threads")
+    known = hasattr(torch, "accelerator") and torch.accelerator.is_available()  # since torch 2.6
+    accelerator = torch.accelerator.current_accelerator() if known else None
+    if accelerator is None:
+        yield Finding(FINE, "accelerators", "none that this torch can use: everything runs on the CPU")
+        return
+    device: Any = torch.get_device_module(accelerator)
+    for index in range(torch.accelerator.device_count()):
+        about = device.get_device_properties(index) if hasattr(device, "get_device_properties") else None
+        text = f"{about.name}, {size(about.total_memory)} of memory" if about else "there"
+        yield Finding(FINE, f"{accelerator.type}:{index}", text)
+    if accelerator.type in dispatch.TRITON and not dispatch.HAS_TRITON:
+        yield Finding(
+            WORSE, "triton", "not installed: our kernels for GPUs are done without, slower: pip install triton"
+        )
+
+
+def _repacking() -> Finding:
+    """Tries bitsandbytes' 4-bit linear in evaluation mode: on some CPUs its weight is another one after that."""
+    name = "bitsandbytes on this CPU"
+    try:
+        if not _is_repacked(guarded=False):
+            return Finding(FINE, name, "4-bit weights stay as they are")
+        kept = not _is_repacked(guarded=True)
+    except (ImportError, RuntimeError, AttributeError) as error:
+        return Finding(WRONG, name, f"does not run: {one_line(error)}: install it again")
+    if not kept:
+        return Finding(WRONG, name, "repacks 4-bit weights in evaluation, unguardedly: train and merge elsewhere")
+    return Finding(
+        WORSE,
+        name,
+        "repacks 4-bit weights at the first evaluation, and gradients and merges are wrong after it (its issue 2078): "
+        "loftq's loaders prevent that; elsewhere set support_avx512bf16_for_cpu = False on every Linear4bit",
+    )
+
+
+@torch.no_grad()
+def _is_repacked(*, guarded: bool) -> bool:
+    """Whether a forward pass in evaluation mode changes the stored weight of a 4-bit linear."""
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu").eval()
+    if guarded:
+        guard_cpu(layer)
+    before = layer.weight.data.clone()
+    layer(torch.ones(1, 64, dtype=torch.bfloat16))
+    return not torch.equal(layer.weight.data, before)
+
+
+def _disks() -> Iterator[Finding]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    for name, folder in (("disk of results", Path(SAVE_DIR)), ("disk of downloads", Path(HF_HUB_CACHE))):
+        place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+        free = shutil.disk_usage(place).free
+        if not os.access(place, os.W_OK):
+            yield Finding(WORSE, name, f"{folder}: {place} cannot be written")
+        elif free < _LITTLE:
+            yield Finding(WORSE, name, f"{folder}: {size(free)} free, which is little")
+        else:
+            yield Finding(FINE, name, f"{folder}: {size(free)} free")
+
+
+def _login() -> Finding:
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
+
+    name = "Hub login"
+    try:
+        checked_token(None)
+        if get_token() is None:
+            return Finding(WORSE, name, "none: public models alone can be read, nothing pushed (`hf auth login`)")
+        found = HfApi().whoami()
+    except OptionError as error:
+        return Finding(WRONG, name, str(error))
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            return Finding(WRONG, name, "the token is refused: log in again with `hf auth login`")
+        return Finding(WORSE, name, f"{constants.ENDPOINT} answers {error.response.status_code}: try again later")
+    except (HTTPError, OSError) as error:
+        return Finding(WORSE, name, f"{constants.ENDPOINT} cannot be reached: {one_line(error)}")
+    role = ((found.get("auth") or {}).get("accessToken") or {}).get("role", "unknown")
+    return Finding(FINE, name, f"{found['name']}, with a token to {role}")

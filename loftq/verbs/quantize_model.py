@@ -1,0 +1,239 @@
+"""`quantize_model`: LoftQ on any module in memory, with no checkpoint and no transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from loftq.core import allocation as budgets
+from loftq.core.grid import Grid
+from loftq.core.solvers.loftq import Solution, solve
+from loftq.errors import OptionError
+from loftq.formats import bitsandbytes, native
+from loftq.formats.layouts import LAYOUTS, choose, misfit
+from loftq.models.linears import Dense, Linears, select
+from loftq.models.loading import guard_cpu
+from loftq.planning.recipe import Recipe, layer_seed
+
+if TYPE_CHECKING:
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    from loftq.models.packed_linear import PackedLinear
+
+_FORMATS = ("bitsandbytes", "loftq")  # that have a linear to put in a network
+
+
+def quantize_model(
+    model: nn.Module,
+    target_modules: Sequence[str] | None = None,
+    *,
+    exclude_modules: Sequence[str] = (),
+    bits: float = 4,
+    allocation: str | None = None,
+    rank: int = 16,
+    iters: int = 5,
+    alpha: float | None = None,
+    rslora: bool = False,
+    dropout: float = 0.0,
+    quant_type: str | None = None,
+    block_size: int | None = None,
+    group_size: int | None = None,
+    zero_point: str | None = None,
+    double_quant: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    svd: str = "krylov",
+    seed: int = 0,
+    lora: bool = True,
+    quantize: bool = True,
+) -> nn.Module:
+    """Quantize the linears of `model` in place and give them LoRA adapters that repair the error.
+
+    `target_modules` are names or patterns; by default every `nn.Linear`. Weights become bitsandbytes' `Linear4bit` or
+    `Linear8bitLt` where those hold such codes, or else our `PackedLinear`; biases stay, and the adapters are peft's:
+    the return value is a `PeftModel` around `model`. Types and budgets are those of `loftq.quantize`.
+    `quantize=False` leaves the weights and starts plain LoRA (B = 0); `lora=False` quantizes alone and
+    returns `model` itself. A linear that is quantized already is not quantized again: it gets a plain LoRA.
+    `compute_dtype` defaults to each weight's own. Raises OptionError.
+    """
+    if not lora and not quantize:
+        raise OptionError("lora=False and quantize=False leave nothing to do")
+    recipe = Recipe(
+        bits=bits,
+        allocation=allocation,
+        rank=rank,
+        iters=iters,
+        alpha=alpha,
+        rslora=rslora,
+        dropout=dropout,
+        quant_type=quant_type,
+        block_size=block_size,
+        group_size=group_size,
+        zero_point=zero_point,
+        double_quant=double_quant,
+        svd=svd,
+        seed=seed,
+    )
+    targets = _find_targets(model, target_modules, exclude_modules)
+    format = choose(recipe.grids, None, loadable=_FORMATS)
+    for name, module in targets.items():
+        _check_fits(name, module, recipe, format, quantize=quantize, lora=lora)
+    solutions: dict[str, Solution] = {}
+    dense = {name: module for name, module in targets.items() if quantize and type(module) is nn.Linear}
+    for (name, module), width in zip(dense.items(), _widths(dense, recipe, format, rank if lora else 0), strict=True):
+        grid = recipe.grid(width)
+        solutions[name] = _solve(name, module, recipe, grid, format, rank if lora else 0)
+        _replace(model, module, _quantized(format, module, grid, solutions[name], compute_dtype))
+    guard_cpu(model)
+    return _attach(model, list(targets), recipe, solutions) if lora else model
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, under every name that it goes by."""
+    for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
+        model.set_submodule(name, new)
+
+
+def _find_targets(model: nn.Module, wanted: Sequence[str] | None, excluded: Sequence[str]) -> dict[str, nn.Linear]:
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    from loftq.models.packed_linear import PackedLinear
+
+    quantized = (Linear4bit, Linear8bitLt, PackedLinear)
+    found = {name: m for name, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, quantized)}
+    if not found:
+        raise OptionError(f"{type(model).__name__} holds no nn.Linear: there is nothing to quantize")
+    if any(hasattr(module, "lora_A") for module in model.modules()):
+        raise OptionError("the model has LoRA adapters already: merge or unload them first")
+    shapes = {name: Dense((module.out_features, module.in_features)) for name, module in found.items()}
+    return {name: found[name] for name in select(model, Linears(shapes), wanted, excluded)}
+
+
+def _widths(targets: dict[str, nn.Linear], recipe: Recipe, format: str, rank: int) -> list[int]:
+    """The bits of each target."""
+    weights = [module.weight.numel() for module in targets.values()]
+    widths = recipe.widths
+    if len(widths) == 1 or not targets:
+        return [widths[0]] * len(targets)
+    if recipe.allocation == "first":
+        return budgets.first(weights, widths[0], widths[-1], recipe.bits)
+    once = replace(recipe, iters=min(recipe.iterations, 1))
+    errors = {
+        width: [
+            _solve(name, module, once, recipe.grid(width), format, rank).trace.final ** 2
+            for name, module in targets.items()
+        ]
+        for width in widths
+    }
+    return budgets.least_error(weights, errors, recipe.bits)
+
+
+def _check_fits(name: str, module: nn.Linear, recipe: Recipe, format: str, *, quantize: bool, lora: bool) -> None:
+    rows, columns = module.out_features, module.in_features
+    if lora and recipe.rank > min(rows, columns):
+        raise OptionError(f"rank {recipe.rank} is larger than the smaller side of {name!r} ({rows} x {columns})")
+    if quantize and type(module) is nn.Linear:
+        problem = misfit(format, recipe.grids[0], rows, columns)
+        if problem is not None:
+            raise OptionError(f"{name!r} ({rows} x {columns}): {problem}, or leave it out with exclude_modules")
+        if not bool(torch.isfinite(module.weight).all()):
+            raise OptionError(f"the weight of {name!r} holds NaN or Inf: leave it out with exclude_modules")
+
+
+def _solve(name: str, module: nn.Linear, recipe: Recipe, grid: Grid, format: str, rank: int) -> Solution:
+    quantizer = grid.quantizer(module.in_features, LAYOUTS[format].SCALE_DTYPE)
+    weight = module.weight.detach().float().contiguous()
+    seed = layer_seed(recipe.seed, name)
+    return solve(weight, quantizer, rank, recipe.iterations, recipe.scaling, svd=recipe.svd, seed=seed)
+
+
+def _quantized(
+    format: str, linear: nn.Linear, grid: Grid, solution: Solution, compute_dtype: torch.dtype | None
+) -> Linear4bit | Linear8bitLt | PackedLinear:
+    """The linear that takes the place of a dense one."""
+    if format != "bitsandbytes":
+        return _packed_linear(linear, grid, solution, compute_dtype)
+    if grid.bits == 8:
+        return _linear8bit(linear, grid, solution)
+    return _linear4bit(linear, grid, solution, compute_dtype)
+
+
+def _linear8bit(linear: nn.Linear, grid: Grid, solution: Solution) -> Linear8bitLt:
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    shape = tuple(linear.weight.shape)
+    packed = bitsandbytes.tensors("", shape, grid, linear.weight.dtype, solution.codes, solution.scales)
+    with torch.device("meta"):
+        quantized = Linear8bitLt(
+            linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False, threshold=6.0
+        )
+    device = linear.weight.device
+    quantized.weight = Int8Params(packed[".weight"], requires_grad=False, SCB=packed[".SCB"]).to(device)
+    quantized.bias = linear.bias
+    return quantized.train(linear.training)
+
+
+def _linear4bit(linear: nn.Linear, grid: Grid, solution: Solution, compute_dtype: torch.dtype | None) -> Linear4bit:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    dtype = compute_dtype or linear.weight.dtype
+    shape = tuple(linear.weight.shape)
+    packed = bitsandbytes.tensors("", shape, grid, dtype, solution.codes, solution.scales)
+    stored = {name.removeprefix(".weight").lstrip("."): tensor for name, tensor in packed.items()}
+    with torch.device("meta"):
+        quantized = Linear4bit(
+            linear.in_features, linear.out_features, linear.bias is not None, dtype, quant_type="nf4"
+        )
+    weight = stored.pop("")
+    quantized.weight = Params4bit.from_prequantized(weight, stored, device=linear.weight.device, module=quantized)
+    quantized.bias = linear.bias
+    return quantized.train(linear.training)
+
+
+def _packed_linear(
+    linear: nn.Linear, grid: Grid, solution: Solution, compute_dtype: torch.dtype | None
+) -> PackedLinear:
+    from loftq.models.packed_linear import PackedLinear
+
+    packed = PackedLinear(
+        linear.in_features,
+        linear.out_features,
+        linear.bias is not None,
+        grid=grid,
+        dtype=compute_dtype or linear.weight.dtype,
+        device=linear.weight.device,
+    )
+    shape = tuple(linear.weight.shape)
+    stored = native.tensors("", shape, grid, linear.weight.dtype, solution.codes, solution.scales)
+    for name, tensor in stored.items():
+        getattr(packed, name.lstrip(".")).data.copy_(tensor)
+    packed.bias = linear.bias
+    return packed.train(linear.training)
+
+
+def _attach(model: nn.Module, names: list[str], recipe: Recipe, solutions: dict[str, Solution]) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.dropout,
+        use_rslora=recipe.rslora,
+        target_modules=names,
+    )
+    plain = {name: model.get_submodule(name) for name in names}
+    adapted = cast(nn.Module, get_peft_model(model, config))
+    for name, module in plain.items():  # peft wraps a shared layer under one of its names
+        wrapped = model.get_submodule(name)
+        for alias in [a for a, m in model.named_modules(remove_duplicate=False) if m is module]:
+            if not alias.endswith(".base_layer"):
+                model.set_submodule(alias, wrapped)
+    for name, solution in solutions.items():
+        layer: Any = model.get_submodule(name)
+        with torch.no_grad():
+            layer.lora_A["default"].weight.copy_(solution.a)
+            layer.lora_B["default"].weight.copy_(solution.b)
+    return adapted

@@ -1,0 +1,195 @@
+"""`loftq verify`: whether an artifact is what its `loftq.json` says and, given its source, as near to that."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from loftq.artifacts.backbone import backbone_of
+from loftq.artifacts.checks import UNREADABLE, Problem, check_adapter, check_backbone, check_model, collected, explained
+from loftq.artifacts.recompute import compare_with_source, plan_again
+from loftq.errors import OptionError
+from loftq.formats.adapter import FOLDER, open_adapter
+from loftq.formats.artifact import CARD, MANIFEST, Artifact, combine_hashes, read_artifact
+from loftq.formats.checkpoint import INDEX
+from loftq.formats.layouts import LAYOUTS
+from loftq.hub.source import Source, find_source
+from loftq.merging.targets import Pair
+from loftq.solving.report import size, summed_errors
+
+_NEAR = 1e-9  # of a total: it was summed from the same rows
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared with `loftq.json`, and what differs."""
+
+    folder: Path
+    kind: str
+    files: int
+    bytes: int
+    layers: int
+    source: str | None  # from which errors were computed again
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing differs."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain JSON values."""
+        problems = [problem._asdict() for problem in self.problems]
+        return {**asdict(self), "folder": str(self.folder), "problems": problems, "sound": self.sound}
+
+    def table(self) -> str:
+        """For a person: what was compared, and a line for each problem."""
+        rows = [
+            ("folder", f"{self.folder}, {self.kind}"),
+            ("files", f"{self.files}, {size(self.bytes)}: sizes and hashes"),
+        ]
+        if self.layers:
+            rows.append(("layers", f"{self.layers}: names, dtypes and shapes"))
+        if self.source:
+            rows.append(("errors", f"computed again from {self.source}"))
+        rows += [("note", note) for note in self.notes]
+        rows += [("differs", f"{problem.where}: {problem.what}") for problem in self.problems]
+        found = len(self.problems)
+        rows.append(("result", "sound" if self.sound else f"{found} problem{'s' if found > 1 else ''}"))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def verify(
+    folder: str | Path,
+    source: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+) -> Verification:
+    """Compare a folder of ours with its `loftq.json`: hashes, names, dtypes, shapes, completeness.
+
+    With `source`, the folder or Hub id of the model that it was made of, every layer's error is computed again from
+    what bitsandbytes, or the format's own linear, reads in the files, and compared with the one that was reported; the
+    other tensors are compared with the source's. `revision` is by default the one that `loftq.json` names. One tensor
+    is in memory at a time. The card may have been edited. Raises ArtifactError for what is no folder of ours,
+    SourceError for a source that cannot be read, and OptionError where there are no errors to compute again.
+    """
+    artifact = read_artifact(folder)
+    made = artifact.manifest.get("source", {})
+    if source is not None and "sha256" not in made:
+        kind = artifact.manifest["kind"]
+        raise OptionError(f"--source {source}: {folder} is a {kind} folder, without errors of layers")
+    if source is not None and str(source) == made.get("model"):
+        revision = revision or made.get("revision")
+    found = None
+    if source is not None:
+        found = find_source(str(source), revision=revision, token=token, trust_remote_code=trust_remote_code)
+    problems = dict.fromkeys(_check(artifact, found, trust_remote_code, quiet))
+    return Verification(
+        folder=artifact.folder,
+        kind=str(artifact.manifest["kind"]),
+        files=len(artifact.files),
+        bytes=sum(int(entry["bytes"]) for entry in artifact.files.values()),
+        layers=len(artifact.manifest["layers"]) if _is_quantized(artifact) else 0,
+        source=found.name if found else None,
+        problems=tuple(problems),
+        notes=tuple(_notes(artifact)),
+    )
+
+
+def _check(artifact: Artifact, source: Source | None, trust_remote_code: bool, quiet: bool) -> Iterator[Problem]:
+    """Files, then what is in them, then what is in the source."""
+    yield from _check_files(artifact, quiet)
+    if not _is_quantized(artifact):
+        return
+    manifest = artifact.manifest
+    try:
+        backbone = backbone_of(artifact)
+        adapter = open_adapter(artifact.adapter) if "rank" in manifest["recipe"] else None
+    except UNREADABLE as error:
+        yield Problem("headers", f"cannot be read: {explained(error)}")
+        return
+    yield from collected(check_backbone(backbone, manifest), "the backbone")
+    if adapter is not None:
+        yield from collected(check_adapter(backbone, adapter, manifest["recipe"]), "the adapter")
+    yield from collected(_check_totals(artifact), MANIFEST)
+    yield from collected(check_model(backbone, adapter, trust_remote_code), "config.json")
+    if source is not None and adapter is not None:
+        pair = Pair(backbone, adapter)
+        yield from collected(_check_source(pair, source, manifest, trust_remote_code, quiet), source.name)
+
+
+def _is_quantized(artifact: Artifact) -> bool:
+    return artifact.manifest.get("format") in LAYOUTS and bool(artifact.manifest.get("layers"))
+
+
+def _check_files(artifact: Artifact, quiet: bool) -> Iterator[Problem]:
+    """Every file that is listed, and weights that are not."""
+    total = sum(int(entry["bytes"]) for entry in artifact.files.values())
+    with tqdm(total=total, unit="B", unit_scale=True, disable=quiet, dynamic_ncols=True, desc="files") as bar:
+        for name, entry in sorted(artifact.files.items()):
+            bar.set_postfix_str(name, refresh=False)
+            what = _difference(artifact.folder, name, entry)
+            if what is not None:
+                yield Problem(name, what)
+            bar.update(int(entry["bytes"]))
+    for folder in (artifact.folder, artifact.adapter):
+        for path in sorted([*folder.glob("*.safetensors"), *folder.glob(INDEX)]):
+            name = path.relative_to(artifact.folder).as_posix()
+            if name not in artifact.files:
+                yield Problem(name, f"is not listed in {MANIFEST}, but loaders may read it")
+
+
+def _difference(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return f"lies outside the folder: {MANIFEST} must not list it"
+    path = folder / name
+    if not path.is_file():
+        return "is missing"
+    if name == CARD:
+        return None
+    found, expected = path.stat().st_size, int(entry["bytes"])
+    if found != expected:
+        return f"has {found} bytes, expected {expected}"
+    with path.open("rb") as file:
+        changed = "sha256" in entry and hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]
+    return "has changed: its SHA-256 is another" if changed else None
+
+
+def _check_totals(artifact: Artifact) -> Iterator[Problem]:
+    """What the manifest says twice."""
+    manifest = artifact.manifest
+    shards = [name for name in artifact.files if name.endswith(".safetensors") and not name.startswith(f"{FOLDER}/")]
+    hashes = {name: str(artifact.files[name]["sha256"]) for name in shards if "sha256" in artifact.files[name]}
+    if len(hashes) == len(shards) and combine_hashes(hashes) != manifest["backbone_sha256"]:
+        yield Problem(MANIFEST, "has another hash of the backbone than its files' hashes make")
+    if "totals" in manifest:
+        for name, value in summed_errors(manifest["layers"]).items():
+            said = manifest["totals"].get(name)
+            if said is None or abs(value - said) > _NEAR:
+                yield Problem(MANIFEST, f"has the total {name} {said}, its layers make {value:.6g}")
+
+
+def _check_source(
+    pair: Pair, source: Source, manifest: Mapping[str, Any], trust: bool, quiet: bool
+) -> Iterator[Problem]:
+    plan = plan_again(source, manifest, trust)
+    total = plan.weights + sum(spec.numel for spec in plan.passed.values())
+    with tqdm(total=total, unit="w", unit_scale=True, disable=quiet, dynamic_ncols=True, desc="errors") as bar:
+        yield from compare_with_source(pair, plan, manifest, bar.update)
+
+
+def _notes(artifact: Artifact) -> Iterator[str]:
+    """What was not compared."""
+    bare = [name for name, entry in artifact.files.items() if "sha256" not in entry]
+    if bare:
+        yield f"{MANIFEST} has no hashes of {len(bare)} files, whose contents were not compared"
