@@ -22,9 +22,9 @@ from perplexity import perplexity
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
+from loftq.display import size
 from loftq.formats.artifact import MANIFEST, open_artifact
 from loftq.hub.source import find_source
-from loftq.solving.report import size
 from loftq.verbs.quantize import SAVE_DIR
 
 COMMAND = ["quantize", "--bits", "4", "--rank", "16", "--iter", "5"]

@@ -20,8 +20,8 @@ import torch
 from machine import SEED, describe, table
 
 import loftq
+from loftq.display import size
 from loftq.hub.source import find_source
-from loftq.solving.report import size
 
 _CHILD = """
 import json, resource, sys

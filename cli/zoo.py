@@ -9,9 +9,9 @@ from typing import Any
 import click
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
+from loftq.display import size
 from loftq.planning.command_line import command_line
 from loftq.planning.recipe import Recipe
-from loftq.solving.report import size
 from loftq.verbs import zoo as recipes
 
 from .output import show as show_report

@@ -12,11 +12,11 @@ from loftq.artifacts.card_metadata import metadata
 from loftq.artifacts.loading_snippet import loading_section
 from loftq.core.grid import ROW
 from loftq.core.solvers.methods import METHODS
+from loftq.display import size
 from loftq.hub.text import public_name
 from loftq.planning.command_line import command_line
 from loftq.planning.plan import Plan
 from loftq.planning.recipe import Recipe
-from loftq.solving.report import size
 
 _WORST = 5
 _OUTPUTS = {

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loftq.solving.report import size
+from loftq.display import size
 
 _ERRORS = {
     "error": ("error of weights", "plain_error", "rounded"),

@@ -9,11 +9,9 @@ loads is complete. The journal alone tells how far a run has come, so it is the 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
-import re
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
@@ -21,25 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from loftq.errors import OutputError
 from loftq.formats.artifact import MANIFEST
 from loftq.formats.checkpoint import INDEX
+from loftq.formats.disk import PARTIAL, explain_os_errors
 
-PARTIAL = ".loftq-partial"
 _JOURNAL = "journal.jsonl"
 _LAST = (INDEX, "config.json", MANIFEST)
-_FAULTS = {  # what is wrong, and what mends it; None where nothing does at this place
-    errno.ENOSPC: ("the disk is full", "free some space"),
-    errno.EDQUOT: ("the disk quota is used up", "free some space"),
-    errno.EROFS: ("the file system is read-only", "make it writable"),
-    errno.EACCES: ("permission denied", "make it writable"),
-    errno.EPERM: ("permission denied", "make it writable"),
-    errno.EFBIG: ("a file would be larger than allowed (--overwrite with a smaller --max-shard-size may do)", None),
-    errno.ENOTDIR: ("a part of the path is a file", None),
-    errno.ENAMETOOLONG: ("the name is too long", None),
-}
 
 
 def is_begun(output: Path) -> bool:
@@ -141,36 +127,6 @@ def open_staging(output: Path, fingerprint: Mapping[str, Any], *, overwrite: boo
             yield Staging(output, journal, done, ready)
         finally:
             os.close(journal)
-
-
-@contextmanager
-def explain_os_errors(output: Path, option: str = "--output") -> Iterator[None]:
-    """Turn what the system says of a full or read-only disk into an OutputError with the next step.
-
-    `option` is the one that named the folder.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number = _errno(error)
-        if number not in _FAULTS:
-            raise
-        what, cure = _FAULTS[number]
-        if cure is None:
-            advice = f"name another {option}"
-        elif os.access(output / PARTIAL, os.F_OK):
-            advice = f"{cure}, then run again with --resume"
-        else:
-            advice = f"{cure}, or name another {option}"
-        raise OutputError(f"cannot write {output}: {what}: {advice}") from error
-
-
-def _errno(error: OSError | SafetensorError) -> int | None:
-    """The number of what the system said; safetensors writes it into its message."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"os error (\d+)", str(error))
-    return int(found[1]) if found else None
 
 
 def _lock(journal: int, output: Path) -> None:

@@ -21,17 +21,16 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from loftq.artifacts.staging import explain_os_errors
 from loftq.calibration import statistics
 from loftq.calibration.block_weights import BlockWeights, changed
 from loftq.calibration.progress import PROGRESS, Progress
 from loftq.calibration.statistics import AGAIN, RECORD, TEACHER, Statistics, open_statistics, read_panels, read_record
 from loftq.calibration.windows import Calibration
 from loftq.core.moments import Moment
+from loftq.display import few_of
 from loftq.errors import ArtifactError, SourceError
-from loftq.formats.disk import move_into_place, scratch_beside
+from loftq.formats.disk import explain_os_errors, move_into_place, scratch_beside
 from loftq.models.lockstep import run
-from loftq.planning.notes import some
 from loftq.planning.plan import Plan
 
 TOP = 256  # answers that are kept at each position
@@ -152,7 +151,7 @@ def _run(
 
 def _never_reached(modules: list[str]) -> Iterator[str]:
     if modules:
-        yield f"calibration never reached {some(modules)}"
+        yield f"calibration never reached {few_of(modules)}"
 
 
 def _batch(plan: Plan, weights: BlockWeights, windows: torch.Tensor) -> dict[str, torch.Tensor]:

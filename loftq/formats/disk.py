@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from loftq.errors import OutputError
 
 
 @contextmanager
@@ -62,3 +68,46 @@ def _is_at(held: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(held), path.stat())
     except FileNotFoundError:
         return False
+
+
+PARTIAL = ".loftq-partial"
+_FAULTS = {  # what is wrong, and what mends it; None where nothing does at this place
+    errno.ENOSPC: ("the disk is full", "free some space"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space"),
+    errno.EROFS: ("the file system is read-only", "make it writable"),
+    errno.EACCES: ("permission denied", "make it writable"),
+    errno.EPERM: ("permission denied", "make it writable"),
+    errno.EFBIG: ("a file would be larger than allowed (--overwrite with a smaller --max-shard-size may do)", None),
+    errno.ENOTDIR: ("a part of the path is a file", None),
+    errno.ENAMETOOLONG: ("the name is too long", None),
+}
+
+
+@contextmanager
+def explain_os_errors(output: Path, option: str = "--output") -> Iterator[None]:
+    """Turn what the system says of a full or read-only disk into an OutputError with the next step.
+
+    `option` is the one that named the folder.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = _errno(error)
+        if number not in _FAULTS:
+            raise
+        what, cure = _FAULTS[number]
+        if cure is None:
+            advice = f"name another {option}"
+        elif os.access(output / PARTIAL, os.F_OK):
+            advice = f"{cure}, then run again with --resume"
+        else:
+            advice = f"{cure}, or name another {option}"
+        raise OutputError(f"cannot write {output}: {what}: {advice}") from error
+
+
+def _errno(error: OSError | SafetensorError) -> int | None:
+    """The number of what the system said; safetensors writes it into its message."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None

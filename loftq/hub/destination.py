@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loftq.display import few_of, one_line
 from loftq.errors import HubError, OptionError
 from loftq.formats.artifact import MANIFEST
-from loftq.hub.source import checked_token, one_line
-from loftq.planning.notes import some
+from loftq.hub.errors import checked_token, explain_push_refusals
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
 
 _NO_MODEL = {".gitattributes", "README.md", "LICENSE", ".gitignore"}  # what a new repository may begin with
-_AGAIN = "The same line again goes on from there: what has arrived is not sent twice"
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Destination:
         held = self.files - _NO_MODEL
         if held and MANIFEST not in held and self.head is not None and not self.create_pr:
             raise HubError(
-                f"{self._place} holds another model ({some(sorted(held))}): name another repository, "
+                f"{self._place} holds another model ({few_of(sorted(held))}): name another repository, "
                 "a new branch of this one with --revision, or ask its owner with --create-pr"
             )
 
@@ -81,7 +79,7 @@ class Destination:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         additions = {name: CommitOperationAdd(name, content) for name, content in files.items()}
-        with explain_refusals(self.repo_id):
+        with explain_push_refusals(self.repo_id):
             if not self.exists:
                 self.api.create_repo(self.repo_id, private=self.private or None)
             for name, addition in additions.items():
@@ -121,7 +119,7 @@ class Destination:
         return self.repo_id if self.revision is None else f"{self.repo_id}, revision {self.revision},"
 
     def _manifest(self) -> dict[str, Any]:
-        with explain_refusals(self.repo_id):
+        with explain_push_refusals(self.repo_id):
             path = self.api.hf_hub_download(self.repo_id, MANIFEST, revision=self.head)
         try:
             return dict(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -151,7 +149,7 @@ def find_destination(
             "(https://huggingface.co/settings/tokens makes one that may write)"
         )
     api = HfApi(token=token)
-    with explain_refusals(repo_id):
+    with explain_push_refusals(repo_id):
         who = api.whoami()
         info, head = _look_up(api, repo_id, revision)
         tags = api.list_repo_refs(repo_id).tags if info is not None and tag is not None else []
@@ -233,40 +231,3 @@ def _role(who: Mapping[str, Any]) -> str | None:
     token = (who.get("auth") or {}).get("accessToken") or {}
     found: str | None = token.get("role")
     return found
-
-
-@contextmanager
-def explain_refusals(repo_id: str) -> Iterator[None]:
-    """Turn what the Hub or the way to it refuses into a HubError with the next step."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
-
-    try:
-        yield
-    except HfHubHTTPError as error:
-        raise HubError(_refusal(repo_id, error)) from error
-    except (HTTPError, OSError, RuntimeError) as error:  # the client's ways of sending have errors of each
-        cause = error.__cause__
-        if isinstance(cause, HfHubHTTPError):
-            raise HubError(_refusal(repo_id, cause)) from error
-        raise HubError(f"cannot reach {repo_id} on the Hub: {_said(cause or error)}. {_AGAIN}") from error
-    except ValueError as error:  # metadata of a card, or an object, that it does not take
-        raise HubError(f"the Hub refuses what is sent to {repo_id}: {_said(error)}") from error
-
-
-def _refusal(repo_id: str, error: Any) -> str:
-    said, status = _said(error), error.response.status_code
-    if status == 401:
-        return "the Hub refuses the token: log in again with `hf auth login`, or pass another --token"
-    if status == 403:
-        return f"the token may not do this to {repo_id}: {said}: pass --token with one that may write there"
-    if status == 409:
-        return f"{repo_id} cannot be made or changed as it is: {said}: name another, or try again"
-    if status >= 500 or status == 429:
-        return f"the Hub does not answer for {repo_id}: {said}. {_AGAIN}"
-    return f"the Hub refuses {repo_id}: {said}"
-
-
-def _said(error: BaseException) -> str:
-    """An error in a line, without the queries of addresses, which may be signed."""
-    text = getattr(error, "server_message", None) or one_line(error)
-    return re.sub(r"\?[^\s'\"]+", "", " ".join(text.split()))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loftq.display import one_line
 from loftq.errors import SourceError
 from loftq.formats.checkpoint import TensorSpec, spec_of
-from loftq.hub.source import checked_token, explain_refusals, one_line
+from loftq.hub.errors import checked_token, explain_source_refusals
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Repository:
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
         try:
-            with explain_refusals(self.name, self.commit):
+            with explain_source_refusals(self.name, self.commit):
                 found = self.api.parse_safetensors_file_metadata(self.name, file, revision=self.commit)
         except (HTTPError, OSError) as error:
             raise SourceError(f"cannot read the header of {file} of {self.name}: {one_line(error)}") from error
@@ -43,7 +44,7 @@ def open_repository(name: str, revision: str | None, token: str | None, small: C
     token = checked_token(token)
     api = HfApi(token=token)
     try:
-        with explain_refusals(name, revision):
+        with explain_source_refusals(name, revision):
             listed = [file.rfilename for file in api.model_info(name, revision=revision).siblings or ()]
             folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(small)))
     except (HTTPError, OSError) as error:

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from loftq.display import one_line
 from loftq.errors import CheckpointError, OptionError, SourceError
 from loftq.formats.artifact import CARD
 from loftq.formats.checkpoint import (
@@ -30,6 +29,7 @@ from loftq.formats.checkpoint import (
     read_index,
     spec_of,
 )
+from loftq.hub.errors import checked_token, explain_source_refusals
 
 _SIDE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "*.tiktoken", "LICENSE*", "NOTICE*"]
 _NEVER_COPIED = (
@@ -117,7 +117,7 @@ def fetch_all(source: Source) -> Path:
     if source.local:
         return source.folder
     try:
-        with explain_refusals(source.name, source.revision):
+        with explain_source_refusals(source.name, source.revision):
             return Path(snapshot_download(source.name, revision=source.revision))
     except (HTTPError, OSError) as error:
         raise SourceError(f"cannot get all of {source.name!r} from the Hub: {one_line(error)}") from error
@@ -132,22 +132,10 @@ def _hub_source(
     small = [*_SIDE_FILES, CARD, *(["*.py"] if trust_remote_code else [])]
     token = checked_token(token)
     try:
-        with explain_refusals(repo, revision):
+        with explain_source_refusals(repo, revision):
             return _download(repo, revision, token, small, headers_only)
     except (HTTPError, OSError) as error:
         return _cached_source(repo, revision, small, error)
-
-
-def checked_token(token: str | None) -> str | None:
-    """The token, or none for the login's. Raises OptionError for one that no header can hold: the client's own error
-    would show it.
-    """
-    from huggingface_hub import get_token
-
-    token = (token or "").strip() or None
-    if not re.fullmatch(r"[!-~]*", token or get_token() or ""):
-        raise OptionError("the Hub token holds characters that no token has: copy it again")
-    return token
 
 
 def _download(repo: str, revision: str | None, token: str | None, small: Sequence[str], headers_only: bool) -> Source:
@@ -167,44 +155,6 @@ def _download(repo: str, revision: str | None, token: str | None, small: Sequenc
         return Source(repo, folder, _remote_headers(api, repo, commit, folder), commit)
     snapshot_download(repo, revision=commit, token=token, allow_patterns=weights)
     return Source(repo, folder, read_checkpoint(folder), commit)
-
-
-@contextmanager
-def explain_refusals(repo: str, revision: str | None) -> Iterator[None]:
-    """Turn what the Hub answers, but not that it cannot be reached, into a SourceError with the next step."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-        SafetensorsParsingError,
-    )
-
-    try:
-        yield
-    except GatedRepoError as error:
-        raise SourceError(
-            f"{repo} is gated: accept its terms on its page, then log in with `hf auth login` or pass --token"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise SourceError(f"{repo} has no revision {revision!r}: name a branch, a tag or a commit") from error
-    except RepositoryNotFoundError as error:
-        raise SourceError(
-            f"no model {repo!r} here or on the Hub: check the name; if it is private, "
-            "log in with `hf auth login` or pass --token"
-        ) from error
-    except HFValidationError as error:
-        raise SourceError(f"{repo!r} is no folder and no valid model id: {error}") from error
-    except SafetensorsParsingError as error:
-        raise CheckpointError(f"{repo} holds a damaged safetensors file: {one_line(error)}") from error
-    except HfHubHTTPError as error:
-        if error.response.status_code != 401:
-            raise
-        raise SourceError(
-            f"the Hub refuses the token with which {repo!r} was asked for: "
-            "log in again with `hf auth login`, or pass another --token"
-        ) from error
 
 
 def _remote_headers(api: Any, repo: str, revision: str, folder: Path) -> Checkpoint:
@@ -233,11 +183,6 @@ def _cached_source(repo: str, revision: str | None, small: Sequence[str], error:
         raise SourceError(
             f"cannot get {repo!r} from the Hub, and the cache does not hold all of it: {one_line(error)}"
         ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, whatever it is, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def zoo_default() -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq.solving.report import size
+from loftq.display import size
 
 
 @dataclass(frozen=True)

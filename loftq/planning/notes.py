@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from loftq.display import few_of
 from loftq.models.families import family_of
 from loftq.models.linears import Linears
 from loftq.models.naming import NameMap
@@ -34,12 +35,6 @@ def notes_on(plan: Plan, found: Linears, names: NameMap) -> Iterator[str]:
             kinds = {type(plan.model.get_submodule(name)).__name__ for name in left}
             yield f"{len(left)} dense layers of class {', '.join(sorted(kinds))}{what} stay in {dtype}"
     if plan.created:
-        yield f"not in the checkpoint, begun anew: {some(list(plan.created))}"
+        yield f"not in the checkpoint, begun anew: {few_of(list(plan.created))}"
     if names.left_out:
-        yield f"not part of the model, left out: {some(names.left_out)}"
-
-
-def some(names: Sequence[str]) -> str:
-    """A few of many names, for a note."""
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+        yield f"not part of the model, left out: {few_of(names.left_out)}"

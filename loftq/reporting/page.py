@@ -11,9 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+from loftq.display import size
 from loftq.errors import OptionError, OutputError
 from loftq.reporting.measured import OUTPUTS, Measured, measure
-from loftq.solving.report import size
 
 _TEMPLATE = "data/report.html"
 _MOST = 8  # artifacts that colors tell apart

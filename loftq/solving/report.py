@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from loftq.core.solvers.loftq import Trace
+from loftq.display import size
 from loftq.planning.plan import Layer, Plan
 
 
@@ -180,15 +181,6 @@ def _kinds(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         f"{count} x {kind[0]} ({kind[1]} x {kind[2]}), {kind[3]}, {kind[4]:.3f} bits" for kind, count in kinds.items()
     ]
-
-
-def size(nbytes: float) -> str:
-    """Bytes for a person, in decimal units as the Hub shows them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
 
 
 def peak_memory(device: torch.device) -> int:

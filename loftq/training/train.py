@@ -18,9 +18,9 @@ from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from loftq.artifacts.staging import explain_os_errors
 from loftq.errors import OptionError
 from loftq.formats.artifact import Artifact
+from loftq.formats.disk import explain_os_errors
 from loftq.hub.destination import find_destination
 from loftq.models.adapters import RECORD
 from loftq.training.arguments import arguments_of, explain_settings

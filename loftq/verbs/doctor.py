@@ -15,10 +15,10 @@ import torch
 from packaging.requirements import Requirement
 
 from loftq.core.kernels import dispatch
+from loftq.display import one_line, size
 from loftq.errors import OptionError
-from loftq.hub.source import checked_token, one_line
+from loftq.hub.errors import checked_token
 from loftq.models.loading import guard_cpu
-from loftq.solving.report import size
 from loftq.verbs.quantize import SAVE_DIR
 
 FINE, WORSE, WRONG = "ok", "note", "FAIL"

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from loftq.artifacts.loading_snippet import loading_lines, loading_section
+from loftq.display import size
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats.adapter import CONFIG, FOLDER, WEIGHTS
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, open_artifact
 from loftq.hub.destination import find_destination
 from loftq.hub.text import public_name
 from loftq.models.loading import check_adapter
-from loftq.solving.report import size
 from loftq.verbs.verify import verify
 
 

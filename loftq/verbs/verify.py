@@ -13,6 +13,7 @@ from tqdm import tqdm
 from loftq.artifacts.backbone import backbone_of
 from loftq.artifacts.checks import UNREADABLE, Problem, check_adapter, check_backbone, check_model, collected, explained
 from loftq.artifacts.recompute import compare_with_source, plan_again
+from loftq.display import size
 from loftq.errors import OptionError
 from loftq.formats.adapter import FOLDER, open_adapter
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, combine_hashes, read_artifact
@@ -20,7 +21,7 @@ from loftq.formats.checkpoint import INDEX
 from loftq.formats.layouts import LAYOUTS
 from loftq.hub.source import Source, find_source
 from loftq.merging.targets import Pair
-from loftq.solving.report import size, summed_errors
+from loftq.solving.report import summed_errors
 
 _NEAR = 1e-9  # of a total: it was summed from the same rows
 

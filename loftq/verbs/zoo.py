@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from loftq.display import size
 from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.checkpoint import SINGLE, Checkpoint, TensorSpec, dtype_of
 from loftq.hub.source import Source
@@ -23,7 +24,7 @@ from loftq.models.tasks import build_meta
 from loftq.planning.footprint import TOKENS, Footprint, footprint
 from loftq.planning.plan import Plan, make_plan
 from loftq.planning.recipe import Recipe
-from loftq.solving.report import Report, size
+from loftq.solving.report import Report
 from loftq.verbs.quantize import quantize
 
 _README = """# The zoo
