@@ -8,9 +8,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from loftq.training.evaluate import MEASURES
 from loftq.training.evaluate import evaluate as run
 from loftq.training.harness import run_harness
+from loftq.training.measures import MEASURES
 
 from .options import column, cpu, data, dtype, names
 

@@ -7,7 +7,8 @@ from typing import Any
 import click
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from loftq.planning.recipe import COMPUTE_DTYPES, SEQUENCE_LENGTH, TOKENS, Recipe
+from loftq.models.devices import COMPUTE_DTYPES
+from loftq.planning.recipe import SEQUENCE_LENGTH, TOKENS, Recipe
 from loftq.verbs.quantize import SAVE_DIR
 from loftq.verbs.quantize import quantize as run
 

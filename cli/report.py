@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from loftq.reporting.page import report as run
+from loftq.verbs.report import report as run
 
 _EPILOG = """\b
 Examples:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from loftq.errors import LoftQError as LoftQError
     from loftq.models.loading import load_qalora as load_qalora
     from loftq.models.loading import load_qlora as load_qlora
-    from loftq.reporting.page import report as report
     from loftq.training.evaluate import evaluate as evaluate
     from loftq.training.generate import generate as generate
     from loftq.training.train import train as train
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from loftq.verbs.push import push as push
     from loftq.verbs.quantize import quantize as quantize
     from loftq.verbs.quantize_model import quantize_model as quantize_model
+    from loftq.verbs.report import report as report
     from loftq.verbs.verify import verify as verify
 
 __version__ = version("loftq")

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from loftq.artifacts.card import card_text
+from loftq.artifacts.rows import totals_of
 from loftq.artifacts.staging import Staging
 from loftq.formats import artifact
 from loftq.formats.adapter import CONFIG, FOLDER, config_text
 from loftq.formats.checkpoint import INDEX, index_text
 from loftq.hub.source import side_files
 from loftq.planning.plan import Plan
-from loftq.solving.report import totals
 
 VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numba", "scipy")
 
@@ -55,7 +55,7 @@ def write_manifest(
     """The card, and `loftq.json`. `measured` are totals of the run beside those of its layers, `calibration` is what
     the text came to: tokens, windows and their hashes.
     """
-    sums = {**totals(plan, rows), **measured}
+    sums = {**totals_of(plan, rows), **measured}
     staging.write_text("README.md", card_text(plan, heading(plan), sums, rows))
     names = [name for name in staging.files() if name != artifact.MANIFEST]
     files = artifact.describe_files(staging.folder, names)

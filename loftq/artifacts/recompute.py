@@ -9,16 +9,17 @@ from typing import Any
 import torch
 
 from loftq.artifacts.checks import Problem
+from loftq.artifacts.pair import BackboneAndAdapter
 from loftq.core.metric import squared
 from loftq.errors import ArtifactError, LoftQError
 from loftq.formats.artifact import MANIFEST, combine_hashes
 from loftq.hub.source import Source
-from loftq.merging.targets import Pair
 from loftq.models.dequantize import read_weight
-from loftq.planning.plan import Layer, Plan, make_plan
+from loftq.planning.plan import Layer, Plan
+from loftq.planning.planner import make_plan
 from loftq.planning.recipe import Recipe
-from loftq.solving.layers import digest_of
-from loftq.solving.layers import read_weight as read_source
+from loftq.planning.weights import digest_of
+from loftq.planning.weights import read_source_weight as read_source
 
 _TOLERANCE = 1e-4  # of an error: sums in another order, and the last bits of a processor, move it less
 _LEAST = 1e-6  # of the weight's norm, below which float32 shows no error
@@ -40,7 +41,7 @@ def plan_again(source: Source, manifest: Mapping[str, Any], trust_remote_code: b
 
 
 def compare_with_source(
-    pair: Pair, plan: Plan, manifest: Mapping[str, Any], advance: Callable[[int], object]
+    pair: BackboneAndAdapter, plan: Plan, manifest: Mapping[str, Any], advance: Callable[[int], object]
 ) -> Iterator[Problem]:
     """Every layer's error against the manifest's, and every other tensor against the source's.
 
@@ -70,7 +71,9 @@ def compare_with_source(
         yield Problem(plan.source.name, f"{_another(plan.source, manifest)}: its weights have another hash")
 
 
-def _compare_layer(pair: Pair, layer: Layer, weight: torch.Tensor, row: Mapping[str, Any]) -> Iterator[Problem]:
+def _compare_layer(
+    pair: BackboneAndAdapter, layer: Layer, weight: torch.Tensor, row: Mapping[str, Any]
+) -> Iterator[Problem]:
     backbone, module = pair.backbone, layer.module
     try:
         read = backbone.checkpoint.read

@@ -16,7 +16,7 @@ from loftq.models.naming import NameMap
 from loftq.models.tasks import build_meta, part_before_head
 from loftq.planning.plan import Plan
 from loftq.planning.recipe import layer_seed
-from loftq.solving.layers import check_finite, digest_of
+from loftq.planning.weights import check_finite, digest_of
 
 
 class BlockWeights:

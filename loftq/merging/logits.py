@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from loftq.merging.targets import Pair
+from loftq.artifacts.pair import BackboneAndAdapter
 from loftq.models.loading import load_base
 from loftq.models.tasks import TASKS, auto_class
 
 
-def logit_difference(pair: Pair, merged: Path) -> float | None:
+def logit_difference(pair: BackboneAndAdapter, merged: Path) -> float | None:
     """How far the logits of a few tokens have moved, relative to their norm; None for models of other inputs."""
     from peft import PeftModel
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+
+from loftq.errors import LoftQError, OptionError
 
 
 def find_gpu() -> torch.device | None:
@@ -11,3 +17,41 @@ def find_gpu() -> torch.device | None:
     if found is None or found.type == "mps":
         return None
     return torch.device(found.type, torch.accelerator.current_device_index())
+
+
+def device_of(cpu: bool | None) -> torch.device:
+    """The accelerator that torch finds, or the CPU."""
+    found = None if cpu or not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
+    return found or torch.device("cpu")
+
+
+def compute_dtype(asked: str | None, device: torch.device) -> torch.dtype:
+    """The one asked for, or bfloat16 where the device computes in it. Raises OptionError where it cannot train."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    if asked == "float16" and device.type == "cpu":
+        raise OptionError("--dtype float16: not on a CPU: use bfloat16 or float32")
+    if asked == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise OptionError("--dtype bfloat16: this GPU does not compute in it: use float16 or float32")
+    if asked is not None:
+        return COMPUTE_DTYPES[asked]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and has_avx512bf16() else torch.float32
+
+
+COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+_FULL = r"can't allocate memory|not enough memory|Cannot allocate memory"
+
+
+@contextmanager
+def explain_full_memory(cure: str) -> Iterator[None]:
+    """Turn what says that memory is full into a LoftQError with what lowers the need."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search(_FULL, str(error)):
+            raise
+        raise LoftQError(f"out of memory: {cure}") from error

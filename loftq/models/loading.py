@@ -16,10 +16,10 @@ from torch import nn
 from loftq.core.grid import ROW
 from loftq.errors import ArtifactError, OptionError, UnknownNameError
 from loftq.formats import gptq
-from loftq.formats.adapter import Adapter, keys, open_adapter, target_names
+from loftq.formats.adapter import open_adapter, target_names
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.formats.checkpoint import dtype_of, read_checkpoint
-from loftq.models.adapters import check_shapes, foreign_adapter, trained_on
+from loftq.models.adapters import check_adapter, check_shapes, foreign_adapter
 from loftq.models.tasks import TASKS, auto_class
 
 if TYPE_CHECKING:
@@ -160,52 +160,6 @@ def guard_cpu(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def check_adapter(artifact: Artifact, folder: Path) -> Adapter:
-    """Open an adapter. Raises ArtifactError unless it was made for, or trained on, this backbone."""
-    adapter = fitting_adapter(artifact, folder)
-    other = other_backbone(artifact, adapter)
-    if other is not None:
-        raise ArtifactError(
-            f"the adapter {folder} was trained on {other}, another backbone than {artifact.folder}: "
-            "name that one, or train an adapter on this one"
-        )
-    return adapter
-
-
-def other_backbone(artifact: Artifact, adapter: Adapter) -> str | None:
-    """The backbone that an adapter was made for, where that can be told and is another one."""
-    if adapter.folder.resolve() == artifact.adapter.resolve():
-        return None
-    made_for = adapter.config.get("base_model_name_or_path")
-    known = trained_on(adapter.folder)
-    if known is None and made_for and (Path(made_for) / MANIFEST).is_file():
-        known = str(made_for), open_artifact(made_for).backbone_hash
-    return None if known is None or known[1] == artifact.backbone_hash else known[0]
-
-
-def fitting_adapter(artifact: Artifact, folder: Path) -> Adapter:
-    """Open an adapter. Raises ArtifactError unless it is of the kind and of the shapes that an artifact takes."""
-    adapter, expected = open_adapter(folder), open_adapter(artifact.adapter)
-    if adapter.kind != expected.kind:
-        raise ArtifactError(
-            f"the adapter {folder} is a {adapter.kind} adapter: {artifact.folder} takes a {expected.kind} one"
-        )
-    unknown = sorted(set(adapter.modules) - set(expected.modules))
-    if unknown:
-        raise ArtifactError(
-            f"the adapter {folder} adapts {unknown[0]!r}, which {artifact.folder} does not have adapted"
-        )
-    for module in adapter.modules:
-        for key, side in zip(keys(module), (1, 0), strict=True):
-            found, ours = adapter.shapes[key], expected.shapes[key]
-            if found[side] != ours[side]:
-                raise ArtifactError(
-                    f"the adapter {folder} does not fit {artifact.folder}: {key} is {found[0]} x {found[1]}, "
-                    f"expected {ours[0]} x {ours[1]}"
-                )
-    return adapter
 
 
 def _change_dtype(model: nn.Module, dtype: torch.dtype) -> None:

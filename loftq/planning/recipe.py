@@ -17,6 +17,7 @@ from loftq.core.solvers.methods import METHODS, ROUNDINGS, SCALES, Method
 from loftq.errors import OptionError, UnknownNameError
 from loftq.formats import layouts
 from loftq.formats.adapter import scaling
+from loftq.models.devices import COMPUTE_DTYPES
 
 QUANT_TYPES = {"nf": tuple(NORMAL_FLOATS.values()), "int": tuple(INTEGERS.values())}  # with their widths
 BLOCK_SIZE = 64  # weights a scale, where nothing is said
@@ -30,7 +31,6 @@ ALLOCATIONS = {
     "first": "4 bits for the first layers, 2 for the rest, as in the paper",
     "auto": "the widths with which the summed error is least",
 }
-COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def layer_seed(seed: int, module: str) -> int:

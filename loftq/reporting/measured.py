@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from loftq.artifacts.card import TITLES
+from loftq.artifacts.rows import summed_errors
 from loftq.errors import ArtifactError
 from loftq.formats.adapter import Adapter, open_adapter
 from loftq.formats.artifact import Artifact, open_artifact
-from loftq.solving.report import summed_errors
 
 Row = Mapping[str, Any]
 WEIGHTS, OUTPUTS = "", "output_"  # prefixes of the errors in a row

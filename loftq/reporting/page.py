@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib import import_module, resources
+from collections.abc import Iterator, Sequence
+from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 from loftq.display import size
-from loftq.errors import OptionError, OutputError
-from loftq.reporting.measured import OUTPUTS, Measured, measure
+from loftq.reporting.measured import OUTPUTS, Measured
 
 _TEMPLATE = "data/report.html"
-_MOST = 8  # artifacts that colors tell apart
 
 
 class _Column(NamedTuple):
@@ -25,72 +20,6 @@ class _Column(NamedTuple):
     name: str
     cells: Sequence[str]
     best: int | None
-
-
-def report(
-    folders: Sequence[str | Path],
-    *,
-    html: str | Path | None = None,
-    png: str | Path | None = None,
-    overwrite: bool = False,
-) -> list[Path]:
-    """Compare artifacts: write a page `html`, a picture `png`, or both. Returns what was written.
-
-    Of each folder the manifest and the adapter's factors are read. Raises ArtifactError for folders that are none of
-    ours, OptionError where there is nothing to do or matplotlib and jinja2 are not installed, and OutputError where a
-    file is in the way.
-    """
-    folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
-    if html is None and png is None:
-        raise OptionError("nothing to write: name a page with --html, a picture with --png, or both")
-    if not 1 <= len(folders) <= _MOST:
-        raise OptionError(f"{len(folders)} folders: a report is of 1 to {_MOST}")
-    _require("matplotlib", "jinja2")
-    makers: tuple[Callable[[list[Measured], Path], None], ...] = (_write_page, _write_picture)
-    wanted = [(Path(path), make) for path, make in zip((html, png), makers, strict=True) if path is not None]
-    for path, _ in wanted:
-        _check_target(path, overwrite)
-    found = measure(folders)
-    for path, make in wanted:
-        with _replacing(path) as scratch:
-            make(found, scratch)
-    return [path for path, _ in wanted]
-
-
-def _require(*names: str) -> None:
-    for name in names:
-        try:
-            import_module(name)
-        except ImportError as error:
-            raise OptionError(f"a report needs {name}: pip install loftq[report]") from error
-
-
-def _check_target(path: Path, overwrite: bool) -> None:
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder: name a file")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} is there already: add --overwrite, or name another file")
-    if not path.absolute().parent.is_dir():
-        raise OutputError(f"{path.absolute().parent} is not there: make it first, or name another file")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside another, whose place it takes if nothing goes wrong."""
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.absolute().parent)
-        os.close(descriptor)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}: name another file") from error
-    scratch = Path(name)
-    try:
-        yield scratch
-        scratch.chmod(0o644)
-        scratch.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}: name another file") from error
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _write_page(found: list[Measured], path: Path) -> None:

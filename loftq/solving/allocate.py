@@ -9,7 +9,8 @@ from loftq.calibration.statistics import Statistics
 from loftq.core.allocation import least_error
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.recipe import layer_seed
-from loftq.solving.layers import one_thread_each, read_weight, run_jobs, solve_by
+from loftq.planning.weights import read_source_weight
+from loftq.solving.layers import one_thread_each, run_jobs, solve_by
 
 
 def allocate(plan: Plan, known: Statistics | None, device: torch.device, workers: int, quiet: bool) -> dict[str, int]:
@@ -40,7 +41,7 @@ def allocate(plan: Plan, known: Statistics | None, device: torch.device, workers
 def _errors(plan: Plan, layer: Layer, known: Statistics | None, device: torch.device) -> list[float]:
     """Squared errors of a layer, a width each."""
     recipe = plan.recipe
-    weight, _ = read_weight(plan, layer, device)
+    weight, _ = read_source_weight(plan, layer, device)
     moment = None if known is None else known.moment(layer.module)
     found = []
     for width in recipe.widths:

@@ -23,7 +23,7 @@ from loftq.formats.adapter import FOLDER, WEIGHTS, Adapter, open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.formats.checkpoint import Checkpoint, read_checkpoint
 from loftq.planning.plan import Layer, Plan
-from loftq.solving.layers import read_weight
+from loftq.planning.weights import read_source_weight
 
 _NOTE = "(distilled)"  # in the journal, where tensors have their names
 _START = "start.safetensors"
@@ -79,7 +79,7 @@ def _errors(
     plan: Plan, layer: Layer, adapter: Adapter, checkpoint: Checkpoint, statistics: Statistics, device: torch.device
 ) -> dict[str, float]:
     """What a layer's codes and factors leave of its weight and of its outputs, as they are read back."""
-    weight, _ = read_weight(plan, layer, device)
+    weight, _ = read_source_weight(plan, layer, device)
     codes, scales = plan.layout.read(layer.module, layer.shape, plan.grid(layer), checkpoint.read)
     backbone = plan.quantizer(layer).decode(codes, scales, weight.shape).to(device)
     a, b = (factor.to(device) for factor in adapter.factors(layer.module))

@@ -6,7 +6,6 @@ off is simply run again.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -15,22 +14,23 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from loftq.artifacts.rows import layer_row
 from loftq.artifacts.staging import Staging
 from loftq.calibration.statistics import Statistics
-from loftq.core import pooled
 from loftq.core.affine import AffineQuantizer
 from loftq.core.grid import Quantizer
-from loftq.core.solvers import calibrated, pooled_calibrated
-from loftq.core.solvers.loftq import Solution, solve
+from loftq.core.solvers.calibrated import solve_calibrated
+from loftq.core.solvers.loftq import Solution, solve_loftq
 from loftq.core.solvers.methods import METHODS
-from loftq.errors import CheckpointError, OptionError
+from loftq.core.solvers.pooled import solve_pooled
+from loftq.core.solvers.pooled_calibrated import solve_pooled_calibrated
+from loftq.errors import OptionError
 from loftq.formats import adapter
 from loftq.formats.checkpoint import ShardWriter
-from loftq.hub.source import Source
 from loftq.models import naming
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.recipe import Recipe, layer_seed
-from loftq.solving.report import layer_row
+from loftq.planning.weights import check_finite, digest_of, is_finite, read_source_weight
 
 
 def solve_all(
@@ -97,7 +97,7 @@ def _solve_layer(
     plan: Plan, layer: Layer, known: Statistics | None, writer: ShardWriter, device: torch.device
 ) -> dict[str, Any]:
     recipe = plan.recipe
-    weight, digest = read_weight(plan, layer, device)
+    weight, digest = read_source_weight(plan, layer, device)
     if known is not None:
         known.check_weight(layer, digest)
     moment = None if known is None else known.moment(layer.module)
@@ -120,20 +120,12 @@ def solve_by(
         method = METHODS["loftq"]
     if isinstance(quantizer, AffineQuantizer) and recipe.pool_size is not None:
         if moment is None or method.metric == "identity":
-            return pooled.solve(weight, quantizer, rank, iters, scaling, recipe.pool_size, seed=seed)
+            return solve_pooled(weight, quantizer, rank, iters, scaling, recipe.pool_size, seed=seed)
         pool = recipe.pool_size
-        return pooled_calibrated.solve(weight, quantizer, method, moment, rank, iters, scaling, pool, seed=seed)
+        return solve_pooled_calibrated(weight, quantizer, method, moment, rank, iters, scaling, pool, seed=seed)
     if moment is None and method.plain:
-        return solve(weight, quantizer, rank, iters, scaling, svd=recipe.svd, seed=seed)
-    return calibrated.solve(weight, quantizer, method, moment, rank, iters, scaling, seed=seed)
-
-
-def read_weight(plan: Plan, layer: Layer, device: torch.device) -> tuple[torch.Tensor, str]:
-    """A layer's weight (out, in) in float32, and the hash of what is stored."""
-    stored = plan.source.checkpoint.read(layer.tensor)
-    weight = (stored.t() if layer.transposed else stored).to(device, torch.float32).contiguous()
-    check_finite(weight, layer.tensor, plan.source)
-    return weight, digest_of(stored)
+        return solve_loftq(weight, quantizer, rank, iters, scaling, svd=recipe.svd, seed=seed)
+    return solve_calibrated(weight, quantizer, method, moment, rank, iters, scaling, seed=seed)
 
 
 def _pass_through(plan: Plan, name: str, writer: ShardWriter) -> dict[str, Any]:
@@ -142,7 +134,7 @@ def _pass_through(plan: Plan, name: str, writer: ShardWriter) -> dict[str, Any]:
     if stored.is_floating_point():
         check_finite(stored, name, plan.source)
     cast = stored.to(spec.dtype)
-    if cast.is_floating_point() and stored.dtype != cast.dtype and not _is_finite(cast):
+    if cast.is_floating_point() and stored.dtype != cast.dtype and not is_finite(cast):
         raise OptionError(f"tensor {name!r} does not fit --compute-dtype {plan.recipe.compute_dtype}: use bfloat16")
     writer.write(spec.name, cast)
     return {"sha256": digest_of(stored)}
@@ -154,25 +146,3 @@ def _create(plan: Plan, key: str, writer: ShardWriter) -> dict[str, Any]:
     spec = plan.created[key]
     writer.write(spec.name, naming.initial_tensor(plan.model, key, seed).to(spec.dtype))
     return {}
-
-
-def digest_of(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's bytes."""
-    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    if tensor.numel() == 0:
-        return True
-    low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) and torch.isfinite(high))
-
-
-def check_finite(tensor: torch.Tensor, name: str, source: Source) -> None:
-    """Raise CheckpointError where a tensor of the source holds NaN or Inf."""
-    if not _is_finite(tensor):
-        where = source.checkpoint.folder / source.checkpoint.files[name]
-        count = int((~torch.isfinite(tensor)).sum())
-        raise CheckpointError(
-            f"tensor {name!r} in {where} holds {count} NaN or Inf: the checkpoint is damaged, download it again"
-        )

@@ -13,7 +13,8 @@ from typing import Any, cast
 
 import torch
 
-from loftq.calibration.gather import BATCH_TOKENS, TOP, VOCABULARY
+from loftq.calibration.gather import BATCH_TOKENS
+from loftq.calibration.observer import TOP, VOCABULARY
 from loftq.calibration.windows import check, longest_window
 from loftq.models.activation_memory import embedding_width, kept_bytes
 from loftq.models.lockstep import find_blocks

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from loftq.errors import OptionError
-from loftq.training.opening import compute_dtype, device_of
+from loftq.models.devices import compute_dtype, device_of
 from loftq.training.settings import MODES, Settings
 
 _EVALUATIONS = 0.1  # of the run, between two of them

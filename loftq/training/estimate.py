@@ -14,10 +14,12 @@ from loftq.errors import OptionError
 from loftq.formats.adapter import open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.models.activation_memory import kept_bytes
+from loftq.models.devices import compute_dtype, device_of
 from loftq.models.tasks import build_meta
-from loftq.planning.plan import make_plan
+from loftq.planning.planner import make_plan
 from loftq.planning.recipe import Recipe
-from loftq.training.opening import check_artifact, compute_dtype, device_of, find_model, lora_config, quantizing_of
+from loftq.training.model import find_model
+from loftq.training.opening import check_artifact, lora_config, quantizing_of
 from loftq.training.settings import Settings, settings_of
 from loftq.training.tasks import TASKS
 

@@ -13,40 +13,19 @@ import torch
 
 from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.artifact import CARD, MANIFEST, Artifact
+from loftq.models.devices import compute_dtype, device_of
 from loftq.planning.recipe import Recipe
-from loftq.training.data import find_columns, read_rows, text_of
-from loftq.training.encoding import Collator, Encoder
-from loftq.training.generate import answers
-from loftq.training.opening import Opened, compute_dtype, device_of, find_model, load_source, open_to_use
+from loftq.training.data import read_rows
+from loftq.training.measures import MEASURES, Options
+from loftq.training.model import find_model
+from loftq.training.opening import Opened, load_source, open_to_use
 from loftq.training.process import explain_memory, hush
 from loftq.training.settings import option
-from loftq.training.tasks import TASKS, classification, gsm8k, summarization
-from loftq.training.tasks.perplexity import perplexity
+from loftq.training.tasks import TASKS
 from loftq.verbs.quantize import quantize
 
-_WINDOW = 1024  # tokens, or what the model takes
 _PLAIN = {"method": "qlora", "scales": None, "rounding": None, "iters": None, "refine": None}
 _TEXT = ("calibration", "calibration_tokens", "sequence_length")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to measure."""
-
-    columns: Mapping[str, str]
-    chat_template: bool | None
-    window: int | None
-    stride: int | None
-    max_new_tokens: int | None
-    cutoff_len: int
-    batch_size: int
-    quiet: bool
-
-    def encoder(self, opened: Opened, most_tokens: int | None = None) -> Encoder:
-        """The tokenizer of a model, and the limits."""
-        limit, config = min(self.cutoff_len, opened.longest), opened.model.config
-        labels = int(config.num_labels)
-        return Encoder(opened.tokenizer, opened.task.name, limit, None, most_tokens, self.chat_template, labels)
 
 
 @dataclass(frozen=True)
@@ -222,80 +201,6 @@ def _plain(
 
 
 # Measures
-
-
-def _perplexity(opened: Opened, rows: Any, options: Options) -> dict[str, float]:
-    column = find_columns(rows, TASKS["clm"].roles, options.columns)["text"]
-    encoder = options.encoder(opened)
-    ids = [token for row in rows for token in encoder.ids(text_of(row, column))]
-    window = min(options.window or _WINDOW, opened.longest)
-    return perplexity(opened.model, ids, window, min(options.stride or window, window), quiet=options.quiet)
-
-
-def _gsm8k(opened: Opened, rows: Any, options: Options) -> dict[str, float]:
-    found = find_columns(rows, gsm8k.ROLES, options.columns)
-    expected = [gsm8k.reference(row, found["answer"]) for row in rows]
-    most = options.max_new_tokens or gsm8k.MOST_TOKENS
-    encoder = options.encoder(opened)
-    prompts = [gsm8k.prompt(text_of(row, found["question"]), encoder, most) for row in rows]
-    said = answers(
-        opened, prompts, most, batch_size=options.batch_size, stop=gsm8k.STOP, quiet=options.quiet, desc="gsm8k"
-    )
-    right = [gsm8k.final_number(answer) == number for answer, number in zip(said, expected, strict=True)]
-    return {"exact match": sum(right) / len(right), "questions": len(right)}
-
-
-def _summarization(opened: Opened, rows: Any, options: Options) -> dict[str, float]:
-    found = find_columns(rows, summarization.ROLES, options.columns)
-    most = options.max_new_tokens or summarization.MOST_TOKENS
-    encoder = options.encoder(opened, most)
-    prompts = [
-        encoder.prompt(summarization.prompt(text_of(row, found["document"]), encoder, most), most) for row in rows
-    ]
-    said = answers(opened, prompts, most, batch_size=options.batch_size, quiet=options.quiet, desc="summarization")
-    return summarization.rouge(said, [text_of(row, found["summary"]) for row in rows]) | {"documents": len(rows)}
-
-
-def _classification(opened: Opened, rows: Any, options: Options) -> dict[str, float]:
-    encoded = classification.encode(rows, options.columns, options.encoder(opened))
-    collator, examples = Collator(opened.tokenizer.pad_token_id), list(encoded)
-    logits = []
-    with torch.no_grad():
-        for start in range(0, len(examples), options.batch_size):
-            batch = {
-                name: tensor.to(opened.model.device)
-                for name, tensor in collator(examples[start : start + options.batch_size]).items()
-            }
-            batch.pop("labels")
-            logits.append(opened.model(**batch).logits.float().cpu())
-    labels = torch.tensor([example["labels"] for example in examples])
-    return classification.scores(torch.cat(logits).numpy(), labels.numpy()) | {"examples": len(examples)}
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A row: what it says, the task whose models can do it, the figures, and the options that it alone reads."""
-
-    text: str
-    like: str  # of TASKS
-    measure: Callable[[Opened, Any, Options], dict[str, float]]
-    options: tuple[str, ...] = ()
-
-
-MEASURES = {
-    "perplexity": Measure(
-        "of a causal model on text, over --window tokens, --stride apart", "clm", _perplexity, ("window", "stride")
-    ),
-    "gsm8k": Measure(
-        "greedy answers, exact match of the final number", "gsm8k", _gsm8k, ("max_new_tokens", "chat_template")
-    ),
-    "classification": Measure(
-        "accuracy, F1, Matthews' correlation; of numbers Pearson's", "classification", _classification
-    ),
-    "summarization": Measure(
-        "ROUGE-1, -2 and -L of greedy summaries", "summarization", _summarization, ("max_new_tokens",)
-    ),
-}
 
 
 def _notes(task: str, found: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -12,9 +12,10 @@ from tqdm import tqdm
 from transformers import GenerationConfig, TextStreamer, set_seed
 
 from loftq.errors import OptionError
+from loftq.models.devices import compute_dtype, device_of
 from loftq.training import encoding
 from loftq.training.encoding import Encoder
-from loftq.training.opening import Opened, compute_dtype, device_of, open_to_use
+from loftq.training.opening import Opened, open_to_use
 from loftq.training.process import explain_memory, hush
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from loftq.errors import OptionError
-from loftq.training.opening import compute_dtype, device_of, open_to_use
+from loftq.models.devices import compute_dtype, device_of
+from loftq.training.opening import open_to_use
 from loftq.training.process import explain_memory, hush
 
 

@@ -10,23 +10,24 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
-from loftq.errors import ArtifactError, OptionError
-from loftq.formats import gptq
-from loftq.formats.adapter import CONFIG
-from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
-from loftq.formats.checkpoint import read_checkpoint
-from loftq.hub.source import Source, fetch_all, find_source, zoo_default
-from loftq.models.adapters import check_shapes, foreign_adapter, sampled_hash
+from loftq.errors import OptionError
+from loftq.formats.artifact import Artifact
+from loftq.hub.default_model import default_model
+from loftq.hub.source import Source, find_source
+from loftq.models.adapters import check_shapes, foreign_adapter
+from loftq.models.devices import compute_dtype
 from loftq.models.loading import guard_cpu, load_base, load_qalora, load_qlora
 from loftq.models.tasks import TASKS, Task, auto_class, build_meta
-from loftq.planning.plan import Plan, make_plan
-from loftq.planning.recipe import COMPUTE_DTYPES, Recipe
+from loftq.planning.plan import Plan
+from loftq.planning.planner import make_plan
+from loftq.planning.recipe import Recipe
 from loftq.training import tasks
 from loftq.training.encoding import load_tokenizer
+from loftq.training.model import Model, find_model
 from loftq.training.settings import Settings, option
 
-Model = Artifact | Source | Path  # ours, full precision, or a folder of GPTQ
 _LONGEST = 1_000_000  # tokens, where neither model nor tokenizer say
 
 
@@ -53,49 +54,10 @@ class Opened:
         return min(int(limit) for limit in (found, self.tokenizer.model_max_length, _LONGEST) if limit)
 
 
-def find_model(name: str) -> Model:
-    """A folder of ours, here or on the Hub, a folder of GPTQ, or a full-precision model. Raises LoftQError."""
-    folder = Path(name).expanduser()
-    if (folder / MANIFEST).is_file():
-        return open_artifact(folder)
-    if (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
-        raise ArtifactError(
-            f"{folder} is an adapter's folder: name its backbone (`loftq evaluate` and `loftq generate` then "
-            "take this folder as --adapter)"
-        )
-    if folder.is_dir() and gptq.is_gptq(folder):
-        return folder
-    source = find_source(name)
-    if not (source.folder / MANIFEST).is_file():
-        return source
-    return open_artifact(fetch_all(source))
-
-
 def mode_of(settings: Settings, found: Model) -> str:
     """How the adapter trains, of MODES: as was said, or as the model is; a full-precision one as QLoRA."""
     own = found.manifest["kind"] if isinstance(found, Artifact) else "qalora" if isinstance(found, Path) else "qlora"
     return settings.adapter or str(own)
-
-
-def device_of(cpu: bool | None) -> torch.device:
-    """The accelerator that torch finds, or the CPU."""
-    found = None if cpu or not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
-    return found or torch.device("cpu")
-
-
-def compute_dtype(asked: str | None, device: torch.device) -> torch.dtype:
-    """The one asked for, or bfloat16 where the device computes in it. Raises OptionError where it cannot train."""
-    from bitsandbytes.functional import has_avx512bf16
-
-    if asked == "float16" and device.type == "cpu":
-        raise OptionError("--dtype float16: not on a CPU: use bfloat16 or float32")
-    if asked == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise OptionError("--dtype bfloat16: this GPU does not compute in it: use float16 or float32")
-    if asked is not None:
-        return COMPUTE_DTYPES[asked]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and has_avx512bf16() else torch.float32
 
 
 def quantizing_of(settings: Settings, source: Source) -> dict[str, Any]:
@@ -194,15 +156,6 @@ def load_dense(
     return model
 
 
-def backbone_of(found: Model) -> dict[str, str]:
-    """What `training.json` says of the model under an adapter: its name, and the hash by which it is known again."""
-    if isinstance(found, Artifact):
-        return {"model": str(found.folder.resolve()), "sha256": found.backbone_hash}
-    if isinstance(found, Path):
-        return {"model": str(found.resolve()), "sha256": sampled_hash(read_checkpoint(found))}
-    return {"model": found.name, "sha256": sampled_hash(found.checkpoint)}
-
-
 def open_to_use(name: str, adapter: str | None, device: torch.device, dtype: torch.dtype) -> Opened:
     """A model with a trained adapter, or with the artifact's own start; without one, where it has none.
 
@@ -243,9 +196,24 @@ def _dense_to_use(source: Source, adapter: Path | None, dtype: torch.dtype, devi
 def load_source(name: str, artifact: Artifact, device: torch.device, dtype: torch.dtype) -> Opened:
     """The full-precision model that an artifact was made from, as the same task. Raises SourceError."""
     recipe = artifact.manifest["recipe"]
-    shipped = zoo_default()["model"] == name and not Path(name).is_dir()
+    shipped = default_model()["model"] == name and not Path(name).is_dir()
     source = find_source(None if shipped else name, revision=artifact.manifest["source"]["revision"])
     task = TASKS[artifact.manifest["source"]["task"]]
     model = load_dense(source.folder, task, dtype, device, num_labels=recipe["num_labels"])
     model.eval()
     return Opened(model, load_tokenizer(source.folder, model), task, source.folder)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Those that train, and all: of quantized linears the weights that their codes stand for."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for module in model.modules():
+        rows, columns = getattr(module, "out_features", None), getattr(module, "in_features", None)
+        own = dict(module.named_parameters(recurse=False))
+        if not isinstance(rows, int) or not isinstance(columns, int) or list(module.children()):
+            continue
+        weight = own.get("weight")
+        if weight is None or weight.shape != (rows, columns):
+            total += rows * columns - (0 if weight is None else weight.numel())
+    return trainable, total

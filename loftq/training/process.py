@@ -6,7 +6,7 @@ from functools import partial
 
 from transformers.utils import logging
 
-from loftq.core.full_memory import explain_full_memory
+from loftq.models.devices import explain_full_memory
 
 
 def hush(quiet: bool) -> None:

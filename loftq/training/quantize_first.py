@@ -12,11 +12,13 @@ from loftq.artifacts.staging import is_begun
 from loftq.errors import OutputError
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact, read_artifact
 from loftq.hub.source import Source
-from loftq.planning.plan import make_plan
+from loftq.planning.planner import make_plan
 from loftq.planning.recipe import Recipe
-from loftq.training.opening import Model, check_artifact, quantizing_of
+from loftq.solving.finished import differences
+from loftq.training.model import Model
+from loftq.training.opening import check_artifact, quantizing_of
 from loftq.training.settings import QUANTIZING, Settings
-from loftq.verbs.quantize import SAVE_DIR, differences, quantize
+from loftq.verbs.quantize import SAVE_DIR, quantize
 
 _NAMED = ("bits", "rank", "adapter", "num_labels", "task")  # by the folder's name, the task by its labels
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq.errors import OptionError, UnknownNameError
-from loftq.planning.recipe import COMPUTE_DTYPES
+from loftq.models.devices import COMPUTE_DTYPES
 from loftq.training.recipe_files import ALIASES
 from loftq.training.tasks import TASKS
 

@@ -24,21 +24,13 @@ from loftq.formats.disk import explain_os_errors
 from loftq.hub.destination import find_destination
 from loftq.models.adapters import RECORD
 from loftq.training.arguments import arguments_of, explain_settings
-from loftq.training.checkpoints import give_up_after, last_checkpoint
 from loftq.training.data import hold_out, read_rows
 from loftq.training.encoding import Collator, Encoder
-from loftq.training.opening import (
-    Model,
-    Opened,
-    backbone_of,
-    find_model,
-    mode_of,
-    open_to_train,
-)
-from loftq.training.parameters import count_parameters
+from loftq.training.model import Model, find_model, identity_of
+from loftq.training.opening import Opened, count_parameters, mode_of, open_to_train
 from loftq.training.process import explain_memory, hush
 from loftq.training.quantize_first import quantized
-from loftq.training.run_folder import begin, check_output, write
+from loftq.training.run_folder import begin, check_output, give_up_after, last_checkpoint, write
 from loftq.training.settings import Settings, settings_of
 from loftq.training.tasks import TASKS
 from loftq.training.tasks.classification import scores
@@ -111,7 +103,7 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
     with explain_memory(), explain_os_errors(output):
         with arguments.main_process_first():
             ready, found = quantized(settings, found, quiet=quiet)
-        backbone = backbone_of(found)
+        backbone = identity_of(found)
         opened = _opened(ready, found, arguments, quiet=quiet)
         learned, held = examples(settings, opened, rows, evaluation)
         trainer = _trainer(settings, opened, arguments, learned, held, quiet=quiet)

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from loftq.artifacts.backbone import Backbone, open_backbone
+from loftq.artifacts.pair import BackboneAndAdapter
 from loftq.artifacts.staging import Staging, check_output, open_staging
 from loftq.errors import ArtifactError, OptionError, UnknownNameError
 from loftq.formats import artifact, mlx
@@ -21,8 +22,8 @@ from loftq.hub.source import side_files
 from loftq.merging.exports import fingerprint, kept_tensors, write_gguf, write_plain_lora
 from loftq.merging.logits import logit_difference
 from loftq.merging.report import MergeReport, loss_text
-from loftq.merging.targets import Dense, Integers, Mlx, Pair, Rounded, Target
-from loftq.models.loading import fitting_adapter, other_backbone
+from loftq.merging.targets import Dense, Integers, Mlx, Rounded, Target
+from loftq.models.adapters import fitting_adapter, other_backbone
 from loftq.models.tasks import TASKS
 
 TARGETS = {
@@ -87,7 +88,7 @@ def merge(
     return MergeReport(out, to, nbytes, layers, difference, lost, notes, seconds)
 
 
-def _open_pair(folder: Path, adapter: str | Path | None, to: str) -> tuple[Pair, tuple[str, ...]]:
+def _open_pair(folder: Path, adapter: str | Path | None, to: str) -> tuple[BackboneAndAdapter, tuple[str, ...]]:
     backbone = open_backbone(folder)
     ours = backbone.artifact
     if adapter is None:
@@ -116,10 +117,10 @@ def _open_pair(folder: Path, adapter: str | Path | None, to: str) -> tuple[Pair,
             raise OptionError(
                 f"{chosen} has {key} {found.config[key]!r}, which is not merged here: use peft's own merge"
             )
-    return Pair(backbone, found), notes
+    return BackboneAndAdapter(backbone, found), notes
 
 
-def _target(pair: Pair, to: str, allow_rounding: bool) -> tuple[Target, float | None]:
+def _target(pair: BackboneAndAdapter, to: str, allow_rounding: bool) -> tuple[Target, float | None]:
     if to == "bf16":
         return Dense(pair), None
     pair.require_pools()
@@ -156,7 +157,7 @@ def _lay_out(
 
 
 def _write(
-    pair: Pair,
+    pair: BackboneAndAdapter,
     target: Target,
     kept: Mapping[str, TensorSpec],
     shards: list[Shard],
@@ -175,7 +176,7 @@ def _write(
             staging.note(name, {})
 
 
-def _finish(pair: Pair, target: Target, shards: list[Shard], staging: Staging, to: str) -> None:
+def _finish(pair: BackboneAndAdapter, target: Target, shards: list[Shard], staging: Staging, to: str) -> None:
     """Configuration, tokenizer, card, and the manifest, which hashes all the others."""
     backbone = pair.backbone
     for path in side_files(backbone.folder):
@@ -210,7 +211,7 @@ def _finish(pair: Pair, target: Target, shards: list[Shard], staging: Staging, t
     staging.write_text(artifact.MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
-def _card(pair: Pair, to: str) -> str:
+def _card(pair: BackboneAndAdapter, to: str) -> str:
     loading = {
         "int": "import loftq  # teaches transformers this folder's format\n",
         "gptq": "import loftq  # not needed where gptqmodel and optimum are installed\n",
@@ -234,7 +235,7 @@ A quantized backbone and its trained {pair.adapter.kind} adapter in one model, b
 """
 
 
-def _limit(pair: Pair, to: str) -> float | None:
+def _limit(pair: BackboneAndAdapter, to: str) -> float | None:
     """How far logits may move, of their norm; None where they are known to."""
     limit = _TOLERANCE.get(to)
     return limit if limit is None or not pair.adapter.saved else max(limit, _HEAD_TOLERANCE)

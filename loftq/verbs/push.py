@@ -21,7 +21,7 @@ from loftq.formats.adapter import CONFIG, FOLDER, WEIGHTS
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, open_artifact
 from loftq.hub.destination import find_destination
 from loftq.hub.text import public_name
-from loftq.models.loading import check_adapter
+from loftq.models.adapters import check_adapter
 from loftq.verbs.verify import verify
 
 

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from loftq.artifacts.manifest import write_configs, write_manifest
 from loftq.artifacts.staging import Staging, check_output, is_begun, open_staging
-from loftq.calibration.gather import gather
-from loftq.calibration.statistics import Statistics
-from loftq.calibration.windows import Calibration, prepare
-from loftq.core.full_memory import explain_full_memory
-from loftq.errors import HubError, OptionError, OutputError
+from loftq.calibration.gather import calibrate
+from loftq.errors import HubError, OptionError
 from loftq.formats import artifact
 from loftq.hub.destination import find_destination
 from loftq.hub.source import find_source
 from loftq.hub.text import find_text
-from loftq.models.devices import find_gpu
-from loftq.planning.plan import Plan, make_plan
+from loftq.models.devices import explain_full_memory, find_gpu
+from loftq.planning.plan import Plan
+from loftq.planning.planner import make_plan
 from loftq.planning.recipe import Recipe
 from loftq.solving.allocate import allocate
 from loftq.solving.distill import distill, distilled, distilled_row
-from loftq.solving.layers import digest_of, solve_all
+from loftq.solving.finished import fingerprint_of, finished_layers
+from loftq.solving.layers import solve_all
 from loftq.solving.memory import needed
 from loftq.solving.report import Report, peak_memory, planned, report
 from loftq.verbs.push import push as push_folder
@@ -157,7 +154,7 @@ def quantize(
     if dry_run:
         return planned(plan, folder, needed(plan, count, chosen))
     if resume and not is_begun(folder) and (folder / artifact.MANIFEST).is_file():
-        rows, measured = _finished(folder, plan, trust_remote_code)
+        rows, measured = finished_layers(folder, plan, trust_remote_code)
     else:
         with explain_full_memory(_LESS):
             plan, rows, measured = _make(plan, folder, statistics, chosen, count, trust_remote_code, overwrite, quiet)
@@ -177,13 +174,13 @@ def _make(
 ) -> tuple[Plan, list[dict[str, Any]], dict[str, Any]]:
     """Write the folder, or what is left of it: the plan as calibration and allocation left it, layers and totals."""
     recipe = plan.recipe
-    known = _calibrate(plan, folder, statistics, device, trust_remote_code, quiet)
+    known = calibrate(plan, folder, statistics, device, trust_remote_code, quiet)
     if recipe.allocation == "auto":
         widths = allocate(plan, known, device, workers, quiet)
         plan = make_plan(plan.source, recipe, trust_remote_code=trust_remote_code, widths=widths)
     if known is not None:
         plan = replace(plan, notes=(*plan.notes, *known.notes))
-    with open_staging(folder, _fingerprint(plan, known, device), overwrite=overwrite) as staging:
+    with open_staging(folder, fingerprint_of(plan, known, device), overwrite=overwrite) as staging:
         if not staging.ready:
             solve_all(plan, staging, known, device, workers, quiet)
             write_configs(plan, staging, folder, trust_remote_code)
@@ -203,72 +200,8 @@ def _push(folder: Path, repo_id: str, private: bool, token: str | None) -> dict[
         raise HubError(f"{folder} is complete, but not pushed: {error} (`loftq push {folder} {repo_id}`)") from error
 
 
-def _calibrate(
-    plan: Plan, folder: Path, chosen: str | Path | None, device: torch.device, trust_remote_code: bool, quiet: bool
-) -> Statistics | None:
-    """What text says of the layers' inputs, gathered now or by an earlier run; None where no text is given."""
-    if plan.recipe.calibration is None:
-        return None
-    text = _windows(plan, trust_remote_code)
-    where = Path(chosen) if chosen else folder.parent / f"{plan.source.label}-calibration-{text.key}"
-    return gather(plan, text, where, device, trust_remote_code=trust_remote_code, quiet=quiet)
-
-
-def _windows(plan: Plan, trust_remote_code: bool) -> Calibration:
-    recipe = plan.recipe
-    return prepare(
-        plan,
-        cast(str, recipe.calibration),
-        tokens=cast(int, recipe.calibration_tokens),
-        sequence_length=cast(int, recipe.sequence_length),
-        seed=recipe.seed,
-        trust_remote_code=trust_remote_code,
-    )
-
-
 def _rows(plan: Plan, staging: Staging) -> list[dict[str, Any]]:
     return [distilled_row(staging, staging.done[layer.tensor]["row"]) for layer in plan.layers]
-
-
-def _finished(folder: Path, plan: Plan, trust_remote_code: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The layers and totals of a folder that is complete already, where it is the one that was asked for."""
-    manifest = artifact.open_artifact(folder).manifest
-    if differing := differences(manifest, plan):
-        raise OutputError(
-            f"{folder} is finished, with another {', '.join(differing)}: "
-            "add --overwrite instead of --resume to make it again, or name another --output"
-        )
-    if _is_changed(plan, manifest["source"]):
-        raise OutputError(
-            f"{plan.source.name} holds other weights than when {folder} was made of it: make that again "
-            f"(`loftq quantize {plan.source.name} ... --output {folder} --overwrite`) or remove it"
-        )
-    text = plan.recipe.calibration
-    calibrated = manifest.get("calibration")
-    if text and calibrated and find_text(text) and _windows(plan, trust_remote_code).settings != calibrated:
-        raise OutputError(
-            f"{folder} was calibrated on another text, or with another tokenizer, than {text} by now: "
-            "add --overwrite instead of --resume to make it again, or name another --output"
-        )
-    return list(manifest["layers"]), dict(manifest["totals"])
-
-
-def differences(manifest: Mapping[str, Any], plan: Plan) -> list[str]:
-    """Settings, or `source`, that were others when an artifact was made than a plan has them."""
-    found, asked = manifest["recipe"], plan.recipe.to_dict()
-    differing = [key for key in asked if found.get(key) != json.loads(json.dumps(asked[key]))]
-    if (manifest["source"]["model"], manifest["source"]["revision"]) != (plan.source.name, plan.source.revision):
-        differing.append("source")
-    return differing
-
-
-def _is_changed(plan: Plan, made_of: Mapping[str, Any]) -> bool:
-    """Whether a folder's weights are others by now, which reads them all; those of a commit never are."""
-    if plan.source.revision is not None or "sha256" not in made_of:
-        return False
-    names = [*(layer.tensor for layer in plan.layers), *plan.passed]
-    hashes = {name: digest_of(plan.source.checkpoint.read(name)) for name in names}
-    return artifact.combine_hashes(hashes) != str(made_of["sha256"])
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -287,18 +220,3 @@ def _workers(workers: int | None, device: torch.device) -> int:
     if workers is None:
         return min(os.cpu_count() or 1, 8) if device.type == "cpu" else 1
     return workers
-
-
-def _fingerprint(plan: Plan, known: Statistics | None, device: torch.device) -> dict[str, Any]:
-    """All that the bytes of the result depend on: an unfinished run is resumed only where it is the same."""
-    return {
-        "source": {
-            "name": plan.source.name,
-            "revision": plan.source.revision,
-            "files": plan.source.file_states(),
-        },
-        "recipe": plan.recipe.to_dict(),
-        "calibration": known.settings if known is not None else None,
-        "device": device.type,
-        "versions": {name: version(name) for name in ("loftq", "torch", "transformers")},
-    }

@@ -11,18 +11,16 @@ from torch import nn
 
 from loftq.core import allocation as budgets
 from loftq.core.grid import Grid
-from loftq.core.solvers.loftq import Solution, solve
+from loftq.core.solvers.loftq import Solution, solve_loftq
 from loftq.errors import OptionError
-from loftq.formats import bitsandbytes, native
 from loftq.formats.layouts import LAYOUTS, choose, misfit
 from loftq.models.linears import Dense, Linears, select
 from loftq.models.loading import guard_cpu
+from loftq.models.replace_linears import quantized_linear, replace_module
 from loftq.planning.recipe import Recipe, layer_seed
 
 if TYPE_CHECKING:
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-
-    from loftq.models.packed_linear import PackedLinear
+    pass
 
 _FORMATS = ("bitsandbytes", "loftq")  # that have a linear to put in a network
 
@@ -86,15 +84,9 @@ def quantize_model(
     for (name, module), width in zip(dense.items(), _widths(dense, recipe, format, rank if lora else 0), strict=True):
         grid = recipe.grid(width)
         solutions[name] = _solve(name, module, recipe, grid, format, rank if lora else 0)
-        _replace(model, module, _quantized(format, module, grid, solutions[name], compute_dtype))
+        replace_module(model, module, quantized_linear(format, module, grid, solutions[name], compute_dtype))
     guard_cpu(model)
     return _attach(model, list(targets), recipe, solutions) if lora else model
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another, under every name that it goes by."""
-    for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
-        model.set_submodule(name, new)
 
 
 def _find_targets(model: nn.Module, wanted: Sequence[str] | None, excluded: Sequence[str]) -> dict[str, nn.Linear]:
@@ -147,71 +139,7 @@ def _solve(name: str, module: nn.Linear, recipe: Recipe, grid: Grid, format: str
     quantizer = grid.quantizer(module.in_features, LAYOUTS[format].SCALE_DTYPE)
     weight = module.weight.detach().float().contiguous()
     seed = layer_seed(recipe.seed, name)
-    return solve(weight, quantizer, rank, recipe.iterations, recipe.scaling, svd=recipe.svd, seed=seed)
-
-
-def _quantized(
-    format: str, linear: nn.Linear, grid: Grid, solution: Solution, compute_dtype: torch.dtype | None
-) -> Linear4bit | Linear8bitLt | PackedLinear:
-    """The linear that takes the place of a dense one."""
-    if format != "bitsandbytes":
-        return _packed_linear(linear, grid, solution, compute_dtype)
-    if grid.bits == 8:
-        return _linear8bit(linear, grid, solution)
-    return _linear4bit(linear, grid, solution, compute_dtype)
-
-
-def _linear8bit(linear: nn.Linear, grid: Grid, solution: Solution) -> Linear8bitLt:
-    from bitsandbytes.nn import Int8Params, Linear8bitLt
-
-    shape = tuple(linear.weight.shape)
-    packed = bitsandbytes.tensors("", shape, grid, linear.weight.dtype, solution.codes, solution.scales)
-    with torch.device("meta"):
-        quantized = Linear8bitLt(
-            linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False, threshold=6.0
-        )
-    device = linear.weight.device
-    quantized.weight = Int8Params(packed[".weight"], requires_grad=False, SCB=packed[".SCB"]).to(device)
-    quantized.bias = linear.bias
-    return quantized.train(linear.training)
-
-
-def _linear4bit(linear: nn.Linear, grid: Grid, solution: Solution, compute_dtype: torch.dtype | None) -> Linear4bit:
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    dtype = compute_dtype or linear.weight.dtype
-    shape = tuple(linear.weight.shape)
-    packed = bitsandbytes.tensors("", shape, grid, dtype, solution.codes, solution.scales)
-    stored = {name.removeprefix(".weight").lstrip("."): tensor for name, tensor in packed.items()}
-    with torch.device("meta"):
-        quantized = Linear4bit(
-            linear.in_features, linear.out_features, linear.bias is not None, dtype, quant_type="nf4"
-        )
-    weight = stored.pop("")
-    quantized.weight = Params4bit.from_prequantized(weight, stored, device=linear.weight.device, module=quantized)
-    quantized.bias = linear.bias
-    return quantized.train(linear.training)
-
-
-def _packed_linear(
-    linear: nn.Linear, grid: Grid, solution: Solution, compute_dtype: torch.dtype | None
-) -> PackedLinear:
-    from loftq.models.packed_linear import PackedLinear
-
-    packed = PackedLinear(
-        linear.in_features,
-        linear.out_features,
-        linear.bias is not None,
-        grid=grid,
-        dtype=compute_dtype or linear.weight.dtype,
-        device=linear.weight.device,
-    )
-    shape = tuple(linear.weight.shape)
-    stored = native.tensors("", shape, grid, linear.weight.dtype, solution.codes, solution.scales)
-    for name, tensor in stored.items():
-        getattr(packed, name.lstrip(".")).data.copy_(tensor)
-    packed.bias = linear.bias
-    return packed.train(linear.training)
+    return solve_loftq(weight, quantizer, rank, recipe.iterations, recipe.scaling, svd=recipe.svd, seed=seed)
 
 
 def _attach(model: nn.Module, names: list[str], recipe: Recipe, solutions: dict[str, Solution]) -> nn.Module:

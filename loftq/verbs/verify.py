@@ -12,7 +12,9 @@ from tqdm import tqdm
 
 from loftq.artifacts.backbone import backbone_of
 from loftq.artifacts.checks import UNREADABLE, Problem, check_adapter, check_backbone, check_model, collected, explained
+from loftq.artifacts.pair import BackboneAndAdapter
 from loftq.artifacts.recompute import compare_with_source, plan_again
+from loftq.artifacts.rows import summed_errors
 from loftq.display import size
 from loftq.errors import OptionError
 from loftq.formats.adapter import FOLDER, open_adapter
@@ -20,8 +22,6 @@ from loftq.formats.artifact import CARD, MANIFEST, Artifact, combine_hashes, rea
 from loftq.formats.checkpoint import INDEX
 from loftq.formats.layouts import LAYOUTS
 from loftq.hub.source import Source, find_source
-from loftq.merging.targets import Pair
-from loftq.solving.report import summed_errors
 
 _NEAR = 1e-9  # of a total: it was summed from the same rows
 
@@ -125,7 +125,7 @@ def _check(artifact: Artifact, source: Source | None, trust_remote_code: bool, q
     yield from collected(_check_totals(artifact), MANIFEST)
     yield from collected(check_model(backbone, adapter, trust_remote_code), "config.json")
     if source is not None and adapter is not None:
-        pair = Pair(backbone, adapter)
+        pair = BackboneAndAdapter(backbone, adapter)
         yield from collected(_check_source(pair, source, manifest, trust_remote_code, quiet), source.name)
 
 
@@ -181,7 +181,7 @@ def _check_totals(artifact: Artifact) -> Iterator[Problem]:
 
 
 def _check_source(
-    pair: Pair, source: Source, manifest: Mapping[str, Any], trust: bool, quiet: bool
+    pair: BackboneAndAdapter, source: Source, manifest: Mapping[str, Any], trust: bool, quiet: bool
 ) -> Iterator[Problem]:
     plan = plan_again(source, manifest, trust)
     total = plan.weights + sum(spec.numel for spec in plan.passed.values())

@@ -22,7 +22,8 @@ from loftq.formats.checkpoint import SINGLE, Checkpoint, TensorSpec, dtype_of
 from loftq.hub.source import Source
 from loftq.models.tasks import build_meta
 from loftq.planning.footprint import TOKENS, Footprint, footprint
-from loftq.planning.plan import Plan, make_plan
+from loftq.planning.plan import Plan
+from loftq.planning.planner import make_plan
 from loftq.planning.recipe import Recipe
 from loftq.solving.report import Report
 from loftq.verbs.quantize import quantize

@@ -8,8 +8,8 @@ import torch
 
 from loftq.core.grid import Grid, Quantizer
 from loftq.core.metric import damped
-from loftq.core.solvers import calibrated
-from loftq.core.solvers.loftq import Solution, solve
+from loftq.core.solvers.calibrated import solve_calibrated
+from loftq.core.solvers.loftq import Solution, solve_loftq
 from loftq.core.solvers.methods import METHODS, Method
 from loftq.errors import OptionError
 
@@ -34,7 +34,7 @@ def left_over(solution: Solution, quantizer: Quantizer, scaling: float = 1.0) ->
 
 
 def run(method: Method, quantizer: Quantizer, iterations: int, scaling: float = 1.0, rank: int = 8) -> Solution:
-    return calibrated.solve(WEIGHT, quantizer, method, MOMENT, rank, iterations, scaling)
+    return solve_calibrated(WEIGHT, quantizer, method, MOMENT, rank, iterations, scaling)
 
 
 @pytest.mark.parametrize("scaling", [1.0, 0.25])
@@ -93,16 +93,16 @@ def test_without_inputs_the_search_alone_helps_loftq(grid: Grid) -> None:
     """Oracle: LoftQ under each block's own range."""
     method = replace(METHODS["loftq"], scales="search")
     quantizer = grid.quantizer(64)
-    searched = calibrated.solve(WEIGHT, quantizer, method, None, 8, 5, 1.0)
+    searched = solve_calibrated(WEIGHT, quantizer, method, None, 8, 5, 1.0)
     assert searched.trace.outputs is None
-    assert searched.trace.final < solve(WEIGHT, quantizer, 8, 5, 1.0).trace.final
+    assert searched.trace.final < solve_loftq(WEIGHT, quantizer, 8, 5, 1.0).trace.final
     assert searched.trace.final == pytest.approx(float(left_over(searched, quantizer).norm()), rel=1e-4)
 
 
 def test_loftq_is_loftq_where_inputs_are_known() -> None:
     """Oracle: the solver that knows none; the outputs are measured beside."""
     quantizer = Grid("nf4", 64).quantizer(64)
-    expected = solve(WEIGHT, quantizer, 8, 5, 1.0, svd="exact").trace
+    expected = solve_loftq(WEIGHT, quantizer, 8, 5, 1.0, svd="exact").trace
     assert run(METHODS["loftq"], quantizer, 5).trace.iterations == pytest.approx(expected.iterations, rel=1e-3)
 
 
@@ -113,7 +113,7 @@ def test_inputs_that_span_little_are_enough(name: str, kept: int) -> None:
     inputs = INPUTS[:kept]
     moment = inputs.T @ inputs / max(kept, 1)
     quantizer = Grid("nf3", 32).quantizer(64)
-    solution = calibrated.solve(WEIGHT, quantizer, METHODS[name], moment, 8, 2, 1.0)
+    solution = solve_calibrated(WEIGHT, quantizer, METHODS[name], moment, 8, 2, 1.0)
     assert torch.isfinite(solution.a).all()
     assert torch.isfinite(solution.b).all()
     outputs = solution.trace.outputs
@@ -134,4 +134,4 @@ def test_no_iterations_leave_an_adapter_that_adds_nothing() -> None:
 def test_methods_that_need_inputs_say_so(name: str) -> None:
     """Oracle: the message."""
     with pytest.raises(OptionError, match="calibrate"):
-        calibrated.solve(WEIGHT, Grid("nf4", 32).quantizer(64), METHODS[name], None, 8, 1, 1.0)
+        solve_calibrated(WEIGHT, Grid("nf4", 32).quantizer(64), METHODS[name], None, 8, 1, 1.0)

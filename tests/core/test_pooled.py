@@ -10,6 +10,7 @@ from loftq.core.affine import AffineQuantizer, AffineWeight
 from loftq.core.kernels import dispatch
 from loftq.core.packing import single
 from loftq.core.scales import Scales
+from loftq.core.solvers.pooled import solve_pooled
 from loftq.errors import OptionError
 
 KINDS = [(bits, zero) for bits in (2, 3, 4, 8) for zero in ("symmetric", "integer", "float")]
@@ -84,7 +85,7 @@ def test_the_trace_is_what_the_returned_tensors_leave(bits: int, zero: str, scal
     """Oracle: decoded weight plus ΔW, in float64. Each step leaves no more than the one before."""
     weight, scaling, pool = weight_of(), 2.0, 64
     quantizer = AffineQuantizer(f"int{bits}", 32, zero, scale_dtype=scale_dtype)
-    solution = pooled.solve(weight, quantizer, 3, 5, scaling, pool)
+    solution = solve_pooled(weight, quantizer, 3, 5, scaling, pool)
     trace = solution.trace
     rounded = quantizer.decode(solution.codes, solution.scales, weight.shape).double()
     delta = pooled.spread(pooled.correction(solution.a.double(), solution.b.double(), scaling, pool), pool)
@@ -106,7 +107,7 @@ def test_the_first_adapter_is_the_closed_form() -> None:
     """Oracle: the SVD of the pooled means of what the fitted rounding leaves, by numpy in float64."""
     weight, pool = weight_of(), 32
     quantizer = AffineQuantizer("int3", 32, "integer")
-    solution = pooled.solve(weight, quantizer, 2, 1, 1.0, pool)
+    solution = solve_pooled(weight, quantizer, 2, 1, 1.0, pool)
     rounded = quantizer.decode(solution.codes, solution.scales, weight.shape).double()
     means = (weight - rounded).view(96, -1, pool).mean(dim=2)
     u, s, v = torch.linalg.svd(means)
@@ -117,7 +118,7 @@ def test_the_first_adapter_is_the_closed_form() -> None:
 
 def test_no_iterations_is_plain_rounding() -> None:
     weight, quantizer = weight_of(), AffineQuantizer("int4", 32, "integer")
-    solution = pooled.solve(weight, quantizer, 2, 0, 1.0, 32)
+    solution = solve_pooled(weight, quantizer, 2, 0, 1.0, 32)
     assert torch.equal(solution.codes, quantizer.quantize(weight)[0])
     assert not solution.b.any()
     assert solution.trace.final == solution.trace.plain == solution.trace.refit
@@ -140,4 +141,4 @@ def test_torch_path_equals_compiled_path(bits: int, zero: str, monkeypatch: pyte
 @pytest.mark.parametrize("rank", [0, 9])
 def test_a_rank_that_does_not_fit(rank: int) -> None:
     with pytest.raises(OptionError, match="smaller side of 96 x 8 pools"):
-        pooled.solve(weight_of(), AffineQuantizer("int4", 32), rank, 1, 1.0, 32)
+        solve_pooled(weight_of(), AffineQuantizer("int4", 32), rank, 1, 1.0, 32)

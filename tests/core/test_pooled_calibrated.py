@@ -8,9 +8,10 @@ import torch
 from loftq.core import pooled
 from loftq.core.affine import AffineQuantizer
 from loftq.core.metric import damped
-from loftq.core.solvers import pooled_calibrated
 from loftq.core.solvers.loftq import Solution
 from loftq.core.solvers.methods import METHODS
+from loftq.core.solvers.pooled import solve_pooled
+from loftq.core.solvers.pooled_calibrated import solve_pooled_calibrated
 
 GENERATOR = torch.Generator().manual_seed(1)
 WEIGHT = 0.02 * torch.randn(48, 64, generator=GENERATOR)
@@ -39,7 +40,7 @@ def output_norm(error: torch.Tensor) -> float:
 
 
 def run(quantizer: AffineQuantizer, iterations: int) -> Solution:
-    return pooled_calibrated.solve(WEIGHT, quantizer, METHOD, MOMENT, RANK, iterations, SCALING, POOL)
+    return solve_pooled_calibrated(WEIGHT, quantizer, METHOD, MOMENT, RANK, iterations, SCALING, POOL)
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 4])
@@ -58,7 +59,7 @@ def test_the_trace_says_what_was_returned(codebook: str, zero_point: str, iterat
 def test_outputs_err_less_than_by_the_weights_alone(codebook: str, zero_point: str) -> None:
     """Oracle: the least squares of the weights, which know no inputs."""
     quantizer = quantizer_of(codebook, zero_point)
-    data_free = pooled.solve(WEIGHT, quantizer, RANK, 5, SCALING, POOL)
+    data_free = solve_pooled(WEIGHT, quantizer, RANK, 5, SCALING, POOL)
     assert output_norm(left_over(run(quantizer, 4), quantizer)) < 0.8 * output_norm(left_over(data_free, quantizer))
 
 

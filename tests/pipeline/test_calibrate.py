@@ -24,9 +24,10 @@ from loftq.errors import ArtifactError, CheckpointError, OptionError, SourceErro
 from loftq.hub.source import find_source
 from loftq.models import lockstep
 from loftq.models.tasks import TASKS, auto_class
-from loftq.planning.plan import Plan, make_plan
+from loftq.planning.plan import Plan
+from loftq.planning.planner import make_plan
 from loftq.planning.recipe import Recipe
-from loftq.solving.layers import read_weight
+from loftq.planning.weights import read_source_weight
 
 CASES = [
     ("llama", "causal-lm"),
@@ -293,7 +294,7 @@ def test_a_folder_of_another_model_or_tokenizer_is_refused(plan: Plan, cached: P
 
 def test_a_weight_that_has_changed_is_refused(plan: Plan, gathered: Statistics, tmp_path: Path) -> None:
     for layer in plan.layers:
-        gathered.check_weight(layer, read_weight(plan, layer, torch.device("cpu"))[1])
+        gathered.check_weight(layer, read_source_weight(plan, layer, torch.device("cpu"))[1])
     folder = Path(shutil.copytree(plan.source.folder, tmp_path / "tuned"))
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
@@ -303,7 +304,7 @@ def test_a_weight_that_has_changed_is_refused(plan: Plan, gathered: Statistics, 
     refused = []
     for layer in tuned.layers:
         try:
-            statistics.check_weight(layer, read_weight(tuned, layer, torch.device("cpu"))[1])
+            statistics.check_weight(layer, read_source_weight(tuned, layer, torch.device("cpu"))[1])
         except ArtifactError as error:
             refused.append(str(error))
     assert [error.split(": ")[0] for error in refused] == [

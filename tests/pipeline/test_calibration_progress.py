@@ -23,7 +23,8 @@ from loftq.calibration.gather import gather
 from loftq.calibration.progress import PROGRESS, Progress
 from loftq.calibration.windows import Calibration, prepare
 from loftq.hub.source import find_source
-from loftq.planning.plan import Plan, make_plan
+from loftq.planning.plan import Plan
+from loftq.planning.planner import make_plan
 from loftq.planning.recipe import Recipe
 
 CASES = [

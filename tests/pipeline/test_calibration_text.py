@@ -20,7 +20,8 @@ from loftq.calibration.windows import prepare
 from loftq.errors import OptionError, SourceError
 from loftq.hub.source import find_source
 from loftq.hub.text import DEFAULT, read_text
-from loftq.planning.plan import Plan, make_plan
+from loftq.planning.plan import Plan
+from loftq.planning.planner import make_plan
 from loftq.planning.recipe import Recipe
 
 END = 257  # of the byte tokenizer

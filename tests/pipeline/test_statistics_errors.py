@@ -19,7 +19,8 @@ from loftq.calibration.statistics import VERSION, Statistics
 from loftq.calibration.windows import Calibration, prepare
 from loftq.errors import ArtifactError, OptionError
 from loftq.hub.source import find_source
-from loftq.planning.plan import Plan, make_plan
+from loftq.planning.plan import Plan
+from loftq.planning.planner import make_plan
 from loftq.planning.recipe import Recipe
 
 

@@ -22,7 +22,7 @@ import loftq
 from loftq.errors import OptionError
 from loftq.hub.source import find_source
 from loftq.planning.footprint import footprint
-from loftq.planning.plan import make_plan
+from loftq.planning.planner import make_plan
 from loftq.planning.recipe import Recipe
 from loftq.verbs.zoo import config_source, markdown, read_recipe, zoo
 

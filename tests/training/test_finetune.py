@@ -28,7 +28,8 @@ from loftq.models import loading
 from loftq.models.adapters import RECORD
 from loftq.training import train
 from loftq.training.arguments import arguments_of
-from loftq.training.opening import find_model, mode_of
+from loftq.training.model import find_model
+from loftq.training.opening import mode_of
 from loftq.training.settings import Settings
 
 Run = Callable[..., Any]

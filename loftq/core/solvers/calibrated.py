@@ -33,7 +33,7 @@ _DEPTH = 10  # Krylov steps of a factorization; the steep spectrum of a whitened
 ROUNDS = 2  # of coordinate descent an iteration
 
 
-def solve(
+def solve_calibrated(
     weight: torch.Tensor,
     quantizer: Quantizer,
     method: Method,

@@ -70,7 +70,7 @@ class Solution:
     trace: Trace
 
 
-def solve(
+def solve_loftq(
     weight: torch.Tensor,
     quantizer: Quantizer,
     rank: int,

@@ -19,18 +19,19 @@ import torch
 from loftq.core import lowrank
 from loftq.core.affine import FLOATING, AffineQuantizer, AffineWeight
 from loftq.core.metric import Metric, damped
-from loftq.core.pooled import check_rank, factor, spread
+from loftq.core.pooled import factor, spread
 from loftq.core.regression import fit, pooled_fit
 from loftq.core.rounding import descend, squared_norm
 from loftq.core.scales import Solved
 from loftq.core.solvers.calibrated import ROUNDS, Pair, first_rounding, left_by, norms, trace_of
 from loftq.core.solvers.loftq import Solution, lora_start
 from loftq.core.solvers.methods import Method
+from loftq.core.solvers.pooled import check_rank
 
 _ENOUGH = 1 - 1e-4  # a round that leaves more of the error than this is the last
 
 
-def solve(
+def solve_pooled_calibrated(
     weight: torch.Tensor,
     quantizer: AffineQuantizer,
     method: Method,

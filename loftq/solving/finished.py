@@ -1,0 +1,75 @@
+"""Folders that are complete already: are they what was asked for?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loftq.calibration.gather import windows_of
+from loftq.calibration.statistics import Statistics
+from loftq.errors import OutputError
+from loftq.formats import artifact
+from loftq.hub.text import find_text
+from loftq.planning.plan import Plan
+from loftq.planning.weights import digest_of
+
+
+def finished_layers(folder: Path, plan: Plan, trust_remote_code: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The layers and totals of a folder that is complete already, where it is the one that was asked for."""
+    manifest = artifact.open_artifact(folder).manifest
+    if differing := differences(manifest, plan):
+        raise OutputError(
+            f"{folder} is finished, with another {', '.join(differing)}: "
+            "add --overwrite instead of --resume to make it again, or name another --output"
+        )
+    if _is_changed(plan, manifest["source"]):
+        raise OutputError(
+            f"{plan.source.name} holds other weights than when {folder} was made of it: make that again "
+            f"(`loftq quantize {plan.source.name} ... --output {folder} --overwrite`) or remove it"
+        )
+    text = plan.recipe.calibration
+    calibrated = manifest.get("calibration")
+    if text and calibrated and find_text(text) and windows_of(plan, trust_remote_code).settings != calibrated:
+        raise OutputError(
+            f"{folder} was calibrated on another text, or with another tokenizer, than {text} by now: "
+            "add --overwrite instead of --resume to make it again, or name another --output"
+        )
+    return list(manifest["layers"]), dict(manifest["totals"])
+
+
+def differences(manifest: Mapping[str, Any], plan: Plan) -> list[str]:
+    """Settings, or `source`, that were others when an artifact was made than a plan has them."""
+    found, asked = manifest["recipe"], plan.recipe.to_dict()
+    differing = [key for key in asked if found.get(key) != json.loads(json.dumps(asked[key]))]
+    if (manifest["source"]["model"], manifest["source"]["revision"]) != (plan.source.name, plan.source.revision):
+        differing.append("source")
+    return differing
+
+
+def _is_changed(plan: Plan, made_of: Mapping[str, Any]) -> bool:
+    """Whether a folder's weights are others by now, which reads them all; those of a commit never are."""
+    if plan.source.revision is not None or "sha256" not in made_of:
+        return False
+    names = [*(layer.tensor for layer in plan.layers), *plan.passed]
+    hashes = {name: digest_of(plan.source.checkpoint.read(name)) for name in names}
+    return artifact.combine_hashes(hashes) != str(made_of["sha256"])
+
+
+def fingerprint_of(plan: Plan, known: Statistics | None, device: torch.device) -> dict[str, Any]:
+    """All that the bytes of the result depend on: an unfinished run is resumed only where it is the same."""
+    return {
+        "source": {
+            "name": plan.source.name,
+            "revision": plan.source.revision,
+            "files": plan.source.file_states(),
+        },
+        "recipe": plan.recipe.to_dict(),
+        "calibration": known.settings if known is not None else None,
+        "device": device.type,
+        "versions": {name: version(name) for name in ("loftq", "torch", "transformers")},
+    }
