@@ -11,11 +11,11 @@ import click
 import loftq
 from loftq.training.recipe_files import laid_over, read_recipe
 from loftq.training.settings import MODES, Settings
-from loftq.training.tasks import TASKS
+from loftq.training.tasks import TRAINING_TASKS
 
 from .options import column, cpu, data, dtype, names, setting
 
-_TASKS = "\n".join(f"  {name:<15} {task.text}" for name, task in TASKS.items())
+_TASKS = "\n".join(f"  {name:<15} {task.text}" for name, task in TRAINING_TASKS.items())
 _MODES = "\n".join(f"  {name:<7} {mode.text}: {mode.learning_rate:g}, {mode.reason}" for name, mode in MODES.items())
 _EPILOG = f"""\b
 Tasks:

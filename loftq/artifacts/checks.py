@@ -28,7 +28,7 @@ class Problem(NamedTuple):
     what: str
 
 
-def check_backbone(backbone: Backbone, manifest: Mapping[str, Any]) -> Iterator[Problem]:
+def backbone_problems(backbone: Backbone, manifest: Mapping[str, Any]) -> Iterator[Problem]:
     """The quantized linears, what is stored beside them, and the entry of `config.json` that says how."""
     dtype = getattr(torch, manifest["recipe"]["compute_dtype"])
     entry = backbone.config.get("quantization_config") or {}
@@ -43,7 +43,7 @@ def check_backbone(backbone: Backbone, manifest: Mapping[str, Any]) -> Iterator[
             yield Problem(name, f"is stored as {_kind(spec)}, {MANIFEST} says {manifest['recipe']['compute_dtype']}")
 
 
-def check_adapter(backbone: Backbone, adapter: Adapter, recipe: Mapping[str, Any]) -> Iterator[Problem]:
+def adapter_problems(backbone: Backbone, adapter: Adapter, recipe: Mapping[str, Any]) -> Iterator[Problem]:
     """The factors of every quantized linear, and the configuration with which peft runs them."""
     expected = {
         "r": recipe["rank"],
@@ -64,7 +64,7 @@ def check_adapter(backbone: Backbone, adapter: Adapter, recipe: Mapping[str, Any
             yield Problem(module, f"has factors in the adapter, {MANIFEST} does not list it")
 
 
-def check_model(backbone: Backbone, adapter: Adapter | None, trust_remote_code: bool) -> Iterator[Problem]:
+def model_problems(backbone: Backbone, adapter: Adapter | None, trust_remote_code: bool) -> Iterator[Problem]:
     """All that the model's class asks for, as transformers builds it from `config.json`.
 
     Raises SourceError where it cannot build it.

@@ -49,7 +49,7 @@ class BackboneAndAdapter:
     def affine(self, module: str) -> AffineWeight:
         """A module's integers with the adapter in their shifts."""
         weight, added = self.backbone.affine(module), self.correction(module)
-        return weight if added is None else pooled.merge(weight, added)
+        return weight if added is None else pooled.merge_correction(weight, added)
 
     def require_pools(self) -> None:
         """Raise OptionError unless the adapter folds into the backbone's zero-points."""

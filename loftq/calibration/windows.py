@@ -82,7 +82,7 @@ def prepare(
     allow. Raises OptionError for a text that cannot be read or is too short, SourceError for a model that has no
     tokenizer or does not read text.
     """
-    check(plan, tokens)
+    check_calibratable(plan, tokens)
     tokenizer = _load_tokenizer(plan, trust_remote_code)
     before, after = _special_tokens(tokenizer)
     hashed = hashlib.sha256()
@@ -111,7 +111,7 @@ def prepare(
     return Calibration(text, windows, plan.task.name, seed, hashed.hexdigest(), _fingerprint(tokenizer), tuple(notes))
 
 
-def check(plan: Plan, tokens: int) -> None:
+def check_calibratable(plan: Plan, tokens: int) -> None:
     """Raise OptionError for too few tokens, SourceError for a model that does not read text."""
     if tokens < MIN_TOKENS:
         raise OptionError(f"--calibration-tokens {tokens}: expected {MIN_TOKENS} or more")

@@ -160,7 +160,7 @@ class AffineQuantizer:
     def encode(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Codes under given scales: uint8 (numel,), or (numel / 2,) where two share a byte."""
         if dispatch.on_cpu(weight):
-            return kernels.encode(weight, scales.values, scales.offsets, self.bits, self.block_size)
+            return kernels.encode_groups(weight, scales.values, scales.offsets, self.bits, self.block_size)
         half = 2 ** (self.bits - 1)
         parts = []
         for values, scale, shift in self._chunks(weight, scales):

@@ -81,7 +81,7 @@ class BlockQuantizer:
     def encode(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Codes under given scales, two a byte: uint8 (numel / 2,)."""
         if dispatch.on_cpu(weight):
-            codes, _ = blocks.encode(weight, self._boundaries, self.block_size, scales.values)
+            codes, _ = blocks.encode_blocks(weight, self._boundaries, self.block_size, scales.values)
             return codes
         parts = []
         for values, scale in self._chunks(weight, scales.values):
@@ -91,7 +91,7 @@ class BlockQuantizer:
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, Scales]:
         """Codes and scales of a weight, in one pass where nothing stands between the two."""
         if dispatch.on_cpu(weight) and not self._rounds_scales:
-            codes, absmax = blocks.encode(weight, self._boundaries, self.block_size)
+            codes, absmax = blocks.encode_blocks(weight, self._boundaries, self.block_size)
             return codes, Scales(absmax)
         scales = self.scales(weight)
         return self.encode(weight, scales), scales

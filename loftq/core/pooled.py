@@ -48,7 +48,7 @@ def plain_lora(a: torch.Tensor, pool: int) -> torch.Tensor:
     return spread(a * factor(a.shape[1] * pool, pool), pool)
 
 
-def merge(weight: AffineWeight, pooled: torch.Tensor) -> AffineWeight:
+def merge_correction(weight: AffineWeight, pooled: torch.Tensor) -> AffineWeight:
     """The weight with C (out, L) in its shifts, codes and scales as they are. A pool must be whole groups."""
     return replace(weight, shifts=merge_shifts(weight.shifts, pooled))
 

@@ -76,7 +76,7 @@ def descend(
     return codes
 
 
-def squared_norm(error: torch.Tensor, moment: torch.Tensor) -> float:
+def output_squared_norm(error: torch.Tensor, moment: torch.Tensor) -> float:
     """tr(E H Eᵀ) of E (out, in), with products in H's dtype, summed in float64."""
     total = 0.0
     for rows in torch.split(error, max(dispatch.CHUNK // error.shape[1], 1)):
@@ -143,10 +143,10 @@ def _sweep_for(target: torch.Tensor) -> Callable[..., torch.Tensor]:
         from loftq.core.kernels import gpu_rounding
 
         return gpu_rounding.sweep
-    return sweep
+    return sweep_columns
 
 
-def sweep(
+def sweep_columns(
     x: torch.Tensor,
     target: torch.Tensor,
     errors: torch.Tensor,

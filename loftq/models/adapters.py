@@ -18,7 +18,7 @@ from loftq.formats.adapter import Adapter, keys, open_adapter
 from loftq.formats.artifact import MANIFEST, Artifact, combine_hashes, open_artifact
 from loftq.formats.checkpoint import Checkpoint
 
-RECORD = "training.json"
+TRAINING_RECORD = "training.json"
 _SAMPLE = 256  # values of each tensor: a training that touches a tensor at all touches its first rows
 _SIDES = (("in_features", "nx"), ("out_features", "nf"))  # of linears, and of transformers' Conv1D
 
@@ -37,7 +37,7 @@ def sampled_hash(checkpoint: Checkpoint) -> str:
 def trained_on(adapter: Path) -> tuple[str, str] | None:
     """Name and hash of the model that an adapter, or a checkpoint of it, was trained on; None where none is told."""
     folder = adapter.resolve()
-    path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / RECORD
+    path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / TRAINING_RECORD
     try:
         backbone = json.loads(path.read_text(encoding="utf-8"))["backbone"]
         return str(backbone["model"]), str(backbone["sha256"])

@@ -14,7 +14,7 @@ from loftq.core.packing import unpack
 from loftq.formats import gptq
 from loftq.models import packed_linear
 from loftq.models.custom_ops import Operator
-from loftq.models.packed_linear import Layout, PackedLinear, Part, dequantize
+from loftq.models.packed_linear import PackedLinear, Part, StoredWeight, dequantize
 
 
 @Operator
@@ -154,6 +154,6 @@ class GptqLinear(PackedLinear):
         """The codes: int32 words, whose device is the linear's."""
         return self.qweight
 
-    def _layout(self) -> Layout:
+    def _layout(self) -> StoredWeight:
         block = self.grid.block(self.in_features)
         return _Gptq(self.grid.codebook, block, self.out_features, self.in_features, self.less, self.ordered)

@@ -20,7 +20,7 @@ from loftq.errors import OptionError
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseLinear:
     """A dense layer (out, in) whose weight may be stored transposed, and whether stock transformers converts it."""
 
     shape: tuple[int, int]
@@ -32,7 +32,7 @@ class Dense:
 class Linears:
     """Dense layers by module name, sorted: what can be quantized, and why the others cannot."""
 
-    candidates: Mapping[str, Dense]
+    candidates: Mapping[str, DenseLinear]
     heads: tuple[str, ...] = ()  # modules after the base model: heads and output embeddings
     kept: tuple[str, ...] = ()  # by the model's own wish (T5's `wo`), poolers, and the routers of experts
     shared: Mapping[str, str] = field(default_factory=dict)  # whose weight is another's too
@@ -51,7 +51,7 @@ def find_linears(model: nn.Module) -> Linears:
     inlined = {
         f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
     }
-    candidates: dict[str, Dense] = {}
+    candidates: dict[str, DenseLinear] = {}
     kept: list[str] = []
     tied: dict[str, str] = {}
     others: dict[str, str] = {}
@@ -70,14 +70,14 @@ def find_linears(model: nn.Module) -> Linears:
     return Linears(candidates, heads, tuple(kept), tied, others)
 
 
-def _dense(module: nn.Module) -> Dense | None:
+def _dense(module: nn.Module) -> DenseLinear | None:
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, Conv1D):
         columns, rows = module.weight.shape
-        return Dense((rows, columns), transposed=True)
+        return DenseLinear((rows, columns), transposed=True)
     if isinstance(module, nn.Linear):
-        return Dense((module.out_features, module.in_features), stock=type(module) is nn.Linear)
+        return DenseLinear((module.out_features, module.in_features), stock=type(module) is nn.Linear)
     return None
 
 

@@ -60,7 +60,7 @@ def dequantize(
     scales, shifts = scales.float(), None if shifts is None else shifts.float()
     if dispatch.on_cpu(packed):
         out = torch.empty(shape, dtype=dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32)
-        return blocks.dequantize(packed, scales, shifts, _table(name, device), block, out).to(dtype)
+        return blocks.dequantize_blocks(packed, scales, shifts, _table(name, device), block, out).to(dtype)
     if CODEBOOKS[name] == 3:
         levels = _levels(name, device)[unpack(packed, 3, len(scales) * block).int()]
     else:
@@ -105,7 +105,7 @@ def _(zeros: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:  # 
     return torch.empty_like(scales)
 
 
-class Layout(Protocol):
+class StoredWeight(Protocol):
     """How a weight (rows, columns) lies in the tensors of its module."""
 
     def parts(self, dtype: torch.dtype, *stored: torch.Tensor | None) -> Iterator[Part]:
@@ -149,7 +149,7 @@ class _Matmul(torch.autograd.Function):
     """x Wᵀ with W unpacked on the way forward and again on the way back: autograd keeps what is stored, no more."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layout: Layout, *stored: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, layout: StoredWeight, *stored: torch.Tensor | None) -> torch.Tensor:
         ctx.layout = layout
         ctx.save_for_backward(*stored)
         products = [x @ weight.T for _, weight in layout.parts(x.dtype, *stored)]
@@ -212,7 +212,7 @@ class PackedLinear(nn.Linear):
         out: torch.Tensor = _Matmul.apply(input.to(dtype), self._layout(), *self._stored())  # type: ignore[no-untyped-call]
         return out if self.bias is None else out + self.bias.to(dtype)
 
-    def _layout(self) -> Layout:
+    def _layout(self) -> StoredWeight:
         block = self.grid.block(self.in_features)
         return _Native(self.grid.codebook, block, self.out_features, self.in_features)
 

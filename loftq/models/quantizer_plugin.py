@@ -28,7 +28,7 @@ from loftq.formats.checkpoint import TensorSpec, read_header
 from loftq.formats.native import METHOD, VERSION, check_config
 from loftq.models.devices import find_gpu
 from loftq.models.gptq_linear import GptqLinear
-from loftq.models.linears import Dense, converted, find_linears, kept_in_float32
+from loftq.models.linears import DenseLinear, converted, find_linears, kept_in_float32
 from loftq.models.packed_linear import PackedLinear
 
 
@@ -71,7 +71,7 @@ class _PackedQuantizer(HfQuantizer):
     _linear: type[PackedLinear] = PackedLinear
 
     @abstractmethod
-    def _grids(self, candidates: dict[str, Dense], names: set[str], model: Any) -> Iterator[tuple[str, Grid]]:
+    def _grids(self, candidates: dict[str, DenseLinear], names: set[str], model: Any) -> Iterator[tuple[str, Grid]]:
         """The linears to replace, with the types of their weights. `names` are those of the checkpoint's tensors."""
 
     def _process_model_before_weight_loading(
@@ -120,7 +120,7 @@ class LoftQQuantizer(_PackedQuantizer):
 
     quantization_config: LoftQConfig
 
-    def _grids(self, candidates: dict[str, Dense], _names: set[str], model: Any) -> Iterator[tuple[str, Grid]]:
+    def _grids(self, candidates: dict[str, DenseLinear], _names: set[str], model: Any) -> Iterator[tuple[str, Grid]]:
         config = self.quantization_config
         skipped = [*config.skip_modules, *kept_in_float32(model)]
         return ((name, config.grid(name)) for name in candidates if converted(name, skipped))
@@ -150,7 +150,7 @@ class GptqQuantizer(_PackedQuantizer):
                 "pip install gptqmodel optimum"
             )
 
-    def _grids(self, candidates: dict[str, Dense], names: set[str], _model: Any) -> Iterator[tuple[str, Grid]]:
+    def _grids(self, candidates: dict[str, DenseLinear], names: set[str], _model: Any) -> Iterator[tuple[str, Grid]]:
         config = self.quantization_config
         zero_point = "symmetric" if config.sym else "integer"
         grid = Grid(f"int{config.bits}", config.group_size, zero_point=zero_point)

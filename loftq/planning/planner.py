@@ -17,7 +17,7 @@ from loftq.formats.layouts import LAYOUTS, OURS, Layout, choose, misfit
 from loftq.hub.source import Source
 from loftq.models import linears, naming
 from loftq.models.families import family_of
-from loftq.models.linears import Dense, Linears
+from loftq.models.linears import DenseLinear, Linears
 from loftq.models.naming import NameMap
 from loftq.models.tasks import build_meta
 from loftq.planning.notes import notes_on
@@ -109,7 +109,7 @@ def _targets(model: nn.Module, found: Linears, recipe: Recipe, source: Source) -
     return linears.select(model, found, wanted, recipe.exclude_modules)
 
 
-def _loadable(model: nn.Module, targets: Mapping[str, Dense], recipe: Recipe) -> list[str]:
+def _loadable(model: nn.Module, targets: Mapping[str, DenseLinear], recipe: Recipe) -> list[str]:
     """The formats in which a loader takes the targets: stock ones know the stock classes, GPTQ's models of text."""
     if not all(layer.stock for layer in targets.values()):
         return [OURS]
@@ -118,7 +118,9 @@ def _loadable(model: nn.Module, targets: Mapping[str, Dense], recipe: Recipe) ->
     return [name for name in LAYOUTS if name != "gptq" or gptq]
 
 
-def _layer(module: str, dense: Dense, origin: Mapping[str, str], source: Source, recipe: Recipe, format: str) -> Layer:
+def _layer(
+    module: str, dense: DenseLinear, origin: Mapping[str, str], source: Source, recipe: Recipe, format: str
+) -> Layer:
     key = f"{module}.weight"
     last = module.rpartition(".")[2]
     if key not in origin:

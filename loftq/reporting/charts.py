@@ -104,7 +104,7 @@ def _styled(palette: Palette) -> Any:
         yield
 
 
-def totals(axes: Axes, palette: Palette, found: Sequence[Measured], prefix: str) -> None:
+def bars_of_totals(axes: Axes, palette: Palette, found: Sequence[Measured], prefix: str) -> None:
     """A bar for each artifact: the plain error behind, what is left before it."""
     for at, one in enumerate(found):
         if f"{prefix}error" not in one.totals:
@@ -253,10 +253,10 @@ def overview(figure: Figure, palette: Palette, found: Sequence[Measured]) -> Non
     figure.suptitle(f"{models}    (pale, ring, dotted: plain rounding; full: with the adapter)", x=0.01, ha="left")
     panels = figure.subplots(2, 3)
     sizes(panels[0][0], palette, found)
-    totals(panels[0][1], palette, found, WEIGHTS)
+    bars_of_totals(panels[0][1], palette, found, WEIGHTS)
     panels[0][1].set_yticklabels([])
     if prefix == OUTPUTS:
-        totals(panels[0][2], palette, found, OUTPUTS)
+        bars_of_totals(panels[0][2], palette, found, OUTPUTS)
         panels[0][2].set_yticklabels([])
     else:
         captured(panels[0][2], palette, found)

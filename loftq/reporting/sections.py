@@ -54,7 +54,7 @@ def _errors(found: Sequence[Measured], prefixes: Sequence[str]) -> Section:
         "Error",
         "Pale what plain rounding leaves, in full color what is left with the adapter. A start that was calibrated on "
         "text makes the error of outputs small, whatever becomes of that of weights.",
-        [charts.panel(charts.totals, _HALF, height, found=found, prefix=prefix) for prefix in prefixes],
+        [charts.panel(charts.bars_of_totals, _HALF, height, found=found, prefix=prefix) for prefix in prefixes],
         pair=True,
     )
 

@@ -15,7 +15,7 @@ import torch
 
 from loftq.calibration.gather import BATCH_TOKENS
 from loftq.calibration.observer import TOP, VOCABULARY
-from loftq.calibration.windows import check, longest_window
+from loftq.calibration.windows import check_calibratable, longest_window
 from loftq.models.activation_memory import embedding_width, kept_bytes
 from loftq.models.lockstep import find_blocks
 from loftq.planning.plan import Layer, Plan
@@ -35,7 +35,7 @@ def needed(plan: Plan, workers: int, device: torch.device) -> dict[str, int]:
     """
     if plan.recipe.calibration is None:
         return {"solving": _solving(plan, workers)}
-    check(plan, _tokens(plan))
+    check_calibratable(plan, _tokens(plan))
     dtype = torch.float32 if device.type == "cpu" else plan.recipe.dtype
     found = {"calibrating": _calibrating(plan, dtype), "solving": _solving(plan, workers)}
     refining = _refining(plan, dtype, device) if plan.recipe.refinement else None

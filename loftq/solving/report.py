@@ -94,7 +94,7 @@ class Report:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def report(
+def report_of(
     plan: Plan,
     folder: Path,
     rows: Sequence[Mapping[str, Any]],
@@ -107,7 +107,7 @@ def report(
     return Report(folder, plan.source.name, plan.task.name, recipe, sums, rows, plan.notes, memory, seconds)
 
 
-def planned(plan: Plan, folder: Path, parts: Mapping[str, int]) -> Report:
+def planned_report(plan: Plan, folder: Path, parts: Mapping[str, int]) -> Report:
     """The report of a plan, with the bytes of memory that the parts of a run need."""
     rows, recipe = [planned_row(plan, layer) for layer in plan.layers], plan.recipe.to_dict()
     memory = max(parts.values())

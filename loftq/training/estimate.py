@@ -21,7 +21,7 @@ from loftq.planning.recipe import Recipe
 from loftq.training.model import find_model
 from loftq.training.opening import check_artifact, lora_config, quantizing_of
 from loftq.training.settings import Settings, settings_of
-from loftq.training.tasks import TASKS
+from loftq.training.tasks import TRAINING_TASKS
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def estimate(model: str | None = None, **settings: Any) -> Estimate:
     optimizer = asked.optim or ("paged_adamw_8bit" if device.type == "cuda" else "adamw_torch")
     state = 2 if "8bit" in optimizer else 8
     try:
-        able = TASKS[asked.task].models
+        able = TRAINING_TASKS[asked.task].models
         kept = kept_bytes(adapted, batch, able, device, checkpointing=asked.gradient_checkpointing)
     except (RuntimeError, ValueError) as error:  # NotImplementedError is the former
         reason = " ".join(str(error).split())[:200]

@@ -21,7 +21,7 @@ from loftq.training.model import find_model
 from loftq.training.opening import Opened, load_source, open_to_use
 from loftq.training.process import explain_memory, hush
 from loftq.training.settings import option
-from loftq.training.tasks import TASKS
+from loftq.training.tasks import TRAINING_TASKS
 from loftq.verbs.quantize import quantize
 
 _PLAIN = {"method": "qlora", "scales": None, "rounding": None, "iters": None, "refine": None}
@@ -122,7 +122,7 @@ def evaluate(
     with explain_memory():
         for name, open_it in _models(model, adapter, source, device, chosen, compare=compare, quiet=quiet):
             opened = open_it()
-            TASKS[MEASURES[task].like].require(task, opened.task.name, name)
+            TRAINING_TASKS[MEASURES[task].like].require(task, opened.task.name, name)
             found[name] = MEASURES[task].measure(opened, rows, options)
             del opened
     evaluation = Evaluation(task, ", ".join(names), found, _notes(task, found))
@@ -133,7 +133,7 @@ def evaluate(
 
 def _check_use(task: str, columns: Mapping[str, str], **options: Any) -> None:
     """Raises OptionError for a column and for an option that a task does not read."""
-    roles = TASKS[MEASURES[task].like].roles
+    roles = TRAINING_TASKS[MEASURES[task].like].roles
     for name in columns:
         if name not in roles:
             raise UnknownNameError("column", name, roles)
@@ -154,7 +154,7 @@ def _into_card(path: Path, evaluation: Evaluation) -> None:
     scratch.replace(path)
 
 
-Model = tuple[str, Callable[[], Opened]]
+Candidate = tuple[str, Callable[[], Opened]]
 
 
 def _models(
@@ -166,7 +166,7 @@ def _models(
     *,
     compare: bool,
     quiet: bool,
-) -> Iterator[Model]:
+) -> Iterator[Candidate]:
     """What is measured, each opened when its turn comes."""
     found = find_model(model)
     artifact = found if isinstance(found, Artifact) else None

@@ -12,7 +12,7 @@ from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Collator, Encoder
 from loftq.training.generate import answers
 from loftq.training.opening import Opened
-from loftq.training.tasks import TASKS, classification, gsm8k, summarization
+from loftq.training.tasks import TRAINING_TASKS, classification, gsm8k, summarization
 from loftq.training.tasks.perplexity import perplexity
 
 _WINDOW = 1024  # tokens, or what the model takes
@@ -39,7 +39,7 @@ class Options:
 
 
 def _perplexity(opened: Opened, rows: Any, options: Options) -> dict[str, float]:
-    column = find_columns(rows, TASKS["clm"].roles, options.columns)["text"]
+    column = find_columns(rows, TRAINING_TASKS["clm"].roles, options.columns)["text"]
     encoder = options.encoder(opened)
     ids = [token for row in rows for token in encoder.ids(text_of(row, column))]
     window = min(options.window or _WINDOW, opened.longest)

@@ -69,7 +69,7 @@ def quantizing_of(settings: Settings, source: Source) -> dict[str, Any]:
     options["adapter"] = "qalora" if settings.adapter == "qalora" else "lora"
     meta: Any
     meta, own = build_meta(source.folder)
-    wanted = tasks.TASKS[settings.task]
+    wanted = tasks.TRAINING_TASKS[settings.task]
     model_task = own.name
     if tasks.CLASSIFIER in wanted.models:  # any model's body takes a new head
         model_task = tasks.CLASSIFIER
@@ -84,7 +84,9 @@ def quantizing_of(settings: Settings, source: Source) -> dict[str, Any]:
 def check_artifact(settings: Settings, artifact: Artifact) -> None:
     """Raises OptionError where settings ask for another quantization, adapter or task than an artifact has."""
     kind, recipe = artifact.manifest["kind"], artifact.manifest["recipe"]
-    tasks.TASKS[settings.task].require(settings.task, artifact.manifest["source"]["task"], str(artifact.folder))
+    tasks.TRAINING_TASKS[settings.task].require(
+        settings.task, artifact.manifest["source"]["task"], str(artifact.folder)
+    )
     if settings.adapter not in (None, kind):
         raise OptionError(
             f"--adapter {settings.adapter}: {artifact.folder} is a {kind} artifact: leave the option out, or start "
@@ -120,7 +122,7 @@ def open_to_train(settings: Settings, found: Model, device: torch.device) -> Ope
         task = TASKS[found.manifest["source"]["task"]]
         return Opened(model, load_tokenizer(found.folder, model), task, found.folder)
     if isinstance(found, Path):
-        tasks.TASKS[settings.task].require(settings.task, "causal-lm", str(found))
+        tasks.TRAINING_TASKS[settings.task].require(settings.task, "causal-lm", str(found))
         if settings.adapter not in (None, "qalora"):
             raise OptionError(f"--adapter {settings.adapter}: {found} is a GPTQ checkpoint, which qalora trains on")
         _check_foreign(settings, found)

@@ -12,11 +12,11 @@ from typing import Any
 
 from loftq.errors import ArtifactError, OptionError, OutputError
 from loftq.formats.adapter import CONFIG, WEIGHTS, open_adapter
-from loftq.models.adapters import RECORD
+from loftq.models.adapters import TRAINING_RECORD
 from loftq.training.settings import Settings
 
 
-def check_output(output: Path, settings: Settings, *, resume: bool, overwrite: bool) -> None:
+def check_run_folder(output: Path, settings: Settings, *, resume: bool, overwrite: bool) -> None:
     """Raises OutputError for a folder that is in the way, OptionError for options that contradict each other."""
     if resume and overwrite:
         raise OptionError("--resume and --overwrite exclude each other: finish the run, or start again")
@@ -45,19 +45,19 @@ def begin(output: Path, settings: Settings, backbone: Mapping[str, str]) -> None
         shutil.rmtree(folder)
     for name in (WEIGHTS, CONFIG):
         (output / name).unlink(missing_ok=True)
-    write(output, {"settings": settings.to_dict(), "backbone": backbone})
+    write_record(output, {"settings": settings.to_dict(), "backbone": backbone})
 
 
-def write(output: Path, record: dict[str, Any]) -> None:
+def write_record(output: Path, record: dict[str, Any]) -> None:
     """The record, whole or not at all."""
     output.mkdir(parents=True, exist_ok=True)
-    scratch = output / f"{RECORD}.partial"
+    scratch = output / f"{TRAINING_RECORD}.partial"
     scratch.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-    scratch.replace(output / RECORD)
+    scratch.replace(output / TRAINING_RECORD)
 
 
 def _read(output: Path) -> dict[str, Any] | None:
-    path = output / RECORD
+    path = output / TRAINING_RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         if record is not None and not (isinstance(record, dict) and isinstance(record.get("settings"), dict)):

@@ -12,7 +12,7 @@ from typing import Any
 from loftq.errors import OptionError, UnknownNameError
 from loftq.models.devices import COMPUTE_DTYPES
 from loftq.training.recipe_files import ALIASES
-from loftq.training.tasks import TASKS
+from loftq.training.tasks import TRAINING_TASKS
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,15 @@ class Settings:
     set: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise UnknownNameError("task", self.task, TASKS)
+        if self.task not in TRAINING_TASKS:
+            raise UnknownNameError("task", self.task, TRAINING_TASKS)
         if self.adapter is not None and self.adapter not in MODES:
             raise UnknownNameError("adapter", self.adapter, MODES)
         if self.dtype is not None and self.dtype not in COMPUTE_DTYPES:
             raise UnknownNameError("dtype", self.dtype, COMPUTE_DTYPES)
         for name in self.columns:
-            if name not in TASKS[self.task].roles:
-                raise UnknownNameError("column", name, TASKS[self.task].roles)
+            if name not in TRAINING_TASKS[self.task].roles:
+                raise UnknownNameError("column", name, TRAINING_TASKS[self.task].roles)
         if self.chat_template and self.task not in _PROMPTED:
             raise OptionError(f"--chat-template: goes with --task {' or '.join(_PROMPTED)}: {self.task} has no prompts")
         self._check_numbers()

@@ -22,7 +22,7 @@ from loftq.errors import OptionError
 from loftq.formats.artifact import Artifact
 from loftq.formats.disk import explain_os_errors
 from loftq.hub.destination import find_destination
-from loftq.models.adapters import RECORD
+from loftq.models.adapters import TRAINING_RECORD
 from loftq.training.arguments import arguments_of, explain_settings
 from loftq.training.data import hold_out, read_rows
 from loftq.training.encoding import Collator, Encoder
@@ -30,9 +30,9 @@ from loftq.training.model import Model, find_model, identity_of
 from loftq.training.opening import Opened, count_parameters, mode_of, open_to_train
 from loftq.training.process import explain_memory, hush
 from loftq.training.quantize_first import quantized
-from loftq.training.run_folder import begin, check_output, give_up_after, last_checkpoint, write
+from loftq.training.run_folder import begin, check_run_folder, give_up_after, last_checkpoint, write_record
 from loftq.training.settings import Settings, settings_of
-from loftq.training.tasks import TASKS
+from loftq.training.tasks import TRAINING_TASKS
 from loftq.training.tasks.classification import scores
 from loftq.verbs.push import push
 
@@ -89,7 +89,7 @@ def train(
 def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) -> Result:
     started = time.perf_counter()
     output = Path(settings.output)
-    check_output(output, settings, resume=resume, overwrite=overwrite)
+    check_run_folder(output, settings, resume=resume, overwrite=overwrite)
     quiet = quiet or os.environ.get("LOCAL_RANK", "0") != "0"  # of several processes, the first one speaks
     hush(quiet)
     rows = read_rows(settings.data)
@@ -107,7 +107,7 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
         opened = _opened(ready, found, arguments, quiet=quiet)
         learned, held = examples(settings, opened, rows, evaluation)
         trainer = _trainer(settings, opened, arguments, learned, held, quiet=quiet)
-        resume = resume and (output / RECORD).is_file()
+        resume = resume and (output / TRAINING_RECORD).is_file()
         last = last_checkpoint(output) if resume else None
         if trainer.is_world_process_zero():
             if resume:
@@ -150,7 +150,7 @@ def _finish(
     opened.tokenizer.save_pretrained(result.folder)
     versions = {name: version(name) for name in _VERSIONS}
     asked = {"settings": settings.to_dict(), "backbone": backbone}
-    write(result.folder, {**asked, "result": result.to_dict(), "history": history, "versions": versions})
+    write_record(result.folder, {**asked, "result": result.to_dict(), "history": history, "versions": versions})
     if settings.push_to_hub is not None:
         push(opened.folder, settings.push_to_hub, adapter=result.folder)
 
@@ -166,7 +166,7 @@ def examples(settings: Settings, opened: Opened, rows: Any, evaluation: Any) -> 
         settings.chat_template,
         int(opened.model.config.num_labels),
     )
-    task = TASKS[settings.task]
+    task = TRAINING_TASKS[settings.task]
     learned = task.encode(rows, settings.columns, encoder)
     if evaluation is None:
         return hold_out(learned, settings.seed, shuffle=task.shuffled)

@@ -28,7 +28,7 @@ from loftq.solving.distill import distill, distilled, distilled_row
 from loftq.solving.finished import fingerprint_of, finished_layers
 from loftq.solving.layers import solve_all
 from loftq.solving.memory import needed
-from loftq.solving.report import Report, peak_memory, planned, report
+from loftq.solving.report import Report, peak_memory, planned_report, report_of
 from loftq.verbs.push import push as push_folder
 
 SAVE_DIR = "model_zoo/loftq"
@@ -152,13 +152,13 @@ def quantize(
         check_output(folder, resume=resume, overwrite=overwrite)
     plan = make_plan(source, recipe, trust_remote_code=trust_remote_code)
     if dry_run:
-        return planned(plan, folder, needed(plan, count, chosen))
+        return planned_report(plan, folder, needed(plan, count, chosen))
     if resume and not is_begun(folder) and (folder / artifact.MANIFEST).is_file():
         rows, measured = finished_layers(folder, plan, trust_remote_code)
     else:
         with explain_full_memory(_LESS):
             plan, rows, measured = _make(plan, folder, statistics, chosen, count, trust_remote_code, overwrite, quiet)
-    made = report(plan, folder, rows, measured, peak_memory(chosen), time.perf_counter() - started)
+    made = report_of(plan, folder, rows, measured, peak_memory(chosen), time.perf_counter() - started)
     return made if push is None else replace(made, pushed=_push(folder, push, private, token))
 
 

@@ -14,7 +14,7 @@ from loftq.core.grid import Grid
 from loftq.core.solvers.loftq import Solution, solve_loftq
 from loftq.errors import OptionError
 from loftq.formats.layouts import LAYOUTS, choose, misfit
-from loftq.models.linears import Dense, Linears, select
+from loftq.models.linears import DenseLinear, Linears, select
 from loftq.models.loading import guard_cpu
 from loftq.models.replace_linears import quantized_linear, replace_module
 from loftq.planning.recipe import Recipe, layer_seed
@@ -100,7 +100,7 @@ def _find_targets(model: nn.Module, wanted: Sequence[str] | None, excluded: Sequ
         raise OptionError(f"{type(model).__name__} holds no nn.Linear: there is nothing to quantize")
     if any(hasattr(module, "lora_A") for module in model.modules()):
         raise OptionError("the model has LoRA adapters already: merge or unload them first")
-    shapes = {name: Dense((module.out_features, module.in_features)) for name, module in found.items()}
+    shapes = {name: DenseLinear((module.out_features, module.in_features)) for name, module in found.items()}
     return {name: found[name] for name in select(model, Linears(shapes), wanted, excluded)}
 
 

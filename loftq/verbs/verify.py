@@ -11,7 +11,15 @@ from typing import Any
 from tqdm import tqdm
 
 from loftq.artifacts.backbone import backbone_of
-from loftq.artifacts.checks import UNREADABLE, Problem, check_adapter, check_backbone, check_model, collected, explained
+from loftq.artifacts.checks import (
+    UNREADABLE,
+    Problem,
+    adapter_problems,
+    backbone_problems,
+    collected,
+    explained,
+    model_problems,
+)
 from loftq.artifacts.pair import BackboneAndAdapter
 from loftq.artifacts.recompute import compare_with_source, plan_again
 from loftq.artifacts.rows import summed_errors
@@ -119,11 +127,11 @@ def _check(artifact: Artifact, source: Source | None, trust_remote_code: bool, q
     except UNREADABLE as error:
         yield Problem("headers", f"cannot be read: {explained(error)}")
         return
-    yield from collected(check_backbone(backbone, manifest), "the backbone")
+    yield from collected(backbone_problems(backbone, manifest), "the backbone")
     if adapter is not None:
-        yield from collected(check_adapter(backbone, adapter, manifest["recipe"]), "the adapter")
+        yield from collected(adapter_problems(backbone, adapter, manifest["recipe"]), "the adapter")
     yield from collected(_check_totals(artifact), MANIFEST)
-    yield from collected(check_model(backbone, adapter, trust_remote_code), "config.json")
+    yield from collected(model_problems(backbone, adapter, trust_remote_code), "config.json")
     if source is not None and adapter is not None:
         pair = BackboneAndAdapter(backbone, adapter)
         yield from collected(_check_source(pair, source, manifest, trust_remote_code, quiet), source.name)

@@ -80,7 +80,7 @@ class Entry:
 def zoo() -> Mapping[str, Entry]:
     """The recipes by name. Raises OptionError for a file that is none."""
     files = sorted(path for path in _folder().iterdir() if path.suffix == ".toml")
-    return {path.stem: read_recipe(path.stem, path.read_text(encoding="utf-8")) for path in files}
+    return {path.stem: read_entry(path.stem, path.read_text(encoding="utf-8")) for path in files}
 
 
 def find_recipe(name: str) -> Entry:
@@ -96,7 +96,7 @@ def build(name: str, **options: Any) -> Report:
     return quantize(None if entry.shipped else entry.model, **{**entry.settings, **options})
 
 
-def read_recipe(name: str, text: str) -> Entry:
+def read_entry(name: str, text: str) -> Entry:
     """A recipe from its file's text. Raises OptionError where it is none."""
     try:
         found = tomllib.loads(text)

@@ -37,7 +37,7 @@ def test_the_merge_identity(bits: int, group: int, pool: int) -> None:
     before = AffineWeight.of(codes, scales, (96, 256), bits)
     exact = AffineWeight(before.codes, before.scales.double(), before.shifts.double(), bits)
     a, b = factors_of(96, 256 // pool)
-    merged = pooled.merge(exact, pooled.correction(a, b, scaling, pool))
+    merged = pooled.merge_correction(exact, pooled.correction(a, b, scaling, pool))
     x = torch.randn(7, 256, generator=torch.Generator().manual_seed(9)).double()
     means = x.view(7, 256 // pool, pool).mean(dim=2) * (256 // pool)
     wanted = x @ exact.decode(torch.float64).T + scaling * means @ a.T @ b.T
@@ -53,7 +53,7 @@ def test_the_merge_identity(bits: int, group: int, pool: int) -> None:
 def test_pools_of_broken_groups_are_refused() -> None:
     codes, scales = AffineQuantizer("int4", 64, "float").quantize(weight_of())
     with pytest.raises(OptionError, match="not made of whole groups"):
-        pooled.merge(AffineWeight.of(codes, scales, (96, 256), 4), torch.zeros(96, 8))
+        pooled.merge_correction(AffineWeight.of(codes, scales, (96, 256), 4), torch.zeros(96, 8))
 
 
 @pytest.mark.parametrize(("bits", "zero"), KINDS)

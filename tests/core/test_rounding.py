@@ -288,10 +288,10 @@ def test_squared_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the trace, in float64; several parts of the rows."""
     error, moment = weight_of(30, 40), moment_of(40)
     expected = float(torch.trace(error.double() @ moment @ error.double().T))
-    assert rounding.squared_norm(error, moment) == pytest.approx(expected, rel=1e-12)
+    assert rounding.output_squared_norm(error, moment) == pytest.approx(expected, rel=1e-12)
     monkeypatch.setattr(dispatch, "CHUNK", 400)
-    assert rounding.squared_norm(error, moment) == pytest.approx(expected, rel=1e-12)
-    assert rounding.squared_norm(error, moment.float()) == pytest.approx(expected, rel=1e-5)
+    assert rounding.output_squared_norm(error, moment) == pytest.approx(expected, rel=1e-12)
+    assert rounding.output_squared_norm(error, moment.float()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_moment_that_is_not_positive_definite_is_refused() -> None:

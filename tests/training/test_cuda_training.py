@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rows import sums, write_rows
-from test_finetune import FAST, killed_after, losses
+from test_train import FAST, killed_after, losses
 
 import loftq
 from loftq.training.arguments import arguments_of

@@ -18,7 +18,7 @@ from loftq.hub.source import find_source
 from loftq.training.encoding import Collator, Encoder, load_tokenizer
 from loftq.training.opening import open_to_use, quantizing_of
 from loftq.training.settings import Settings
-from loftq.training.tasks import TASKS
+from loftq.training.tasks import TRAINING_TASKS
 
 Run = Callable[..., Any]
 
@@ -84,7 +84,7 @@ def classified(model: Any, rows: list[dict[str, Any]], folder: Path) -> torch.Te
     """Logits of rows in one batch, read as in training and in evaluation."""
     typed_tokenizer().save_pretrained(folder)
     tokenizer = load_tokenizer(folder, model)
-    examples = TASKS["classification"].encode(
+    examples = TRAINING_TASKS["classification"].encode(
         Dataset.from_list(rows), {}, Encoder(tokenizer, "sequence-classification", 32)
     )
     batch = Collator(tokenizer.pad_token_id)(list(examples))

@@ -129,7 +129,7 @@ def ranges(w: torch.Tensor, correction: torch.Tensor | None, block: int) -> tupl
     return lows, highs
 
 
-def encode(x: torch.Tensor, scales: torch.Tensor, shifts: torch.Tensor, bits: int, block: int) -> torch.Tensor:
+def encode_groups(x: torch.Tensor, scales: torch.Tensor, shifts: torch.Tensor, bits: int, block: int) -> torch.Tensor:
     """Codes, from 0 on: uint8 `(numel,)`, or, of at most 4 bits, two a byte with the first in the high half."""
     paired = bits <= 4
     packed = torch.empty(x.numel() // 2 if paired else x.numel(), dtype=torch.uint8)

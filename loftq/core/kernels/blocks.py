@@ -220,7 +220,7 @@ def squared_norm(x: torch.Tensor, block: int) -> float:
     return float(squares.sum(dtype=np.float64))
 
 
-def encode(
+def encode_blocks(
     x: torch.Tensor, boundaries: torch.Tensor, block: int, scales: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes, two a byte with the first in the high half, uint8 `(numel / 2,)`, and the scales used.
@@ -265,7 +265,7 @@ def residual(
     return float(squares.sum(dtype=np.float64))
 
 
-def dequantize(
+def dequantize_blocks(
     packed: torch.Tensor,
     scales: torch.Tensor,
     shifts: torch.Tensor | None,

@@ -24,11 +24,11 @@ from loftq.core.metric import Metric, damped, squared
 from loftq.core.rounding import descend, feedback
 from loftq.core.scale_search import search
 from loftq.core.scales import Scales, Solved
-from loftq.core.solvers.loftq import Solution, Trace, check, lora_start
+from loftq.core.solvers.loftq import Solution, Trace, check_solvable, lora_start
 from loftq.core.solvers.methods import Method
 from loftq.errors import OptionError
 
-Pair = tuple[float, float]  # a norm of weights, and of outputs
+Norms = tuple[float, float]  # a norm of weights, and of outputs
 _DEPTH = 10  # Krylov steps of a factorization; the steep spectrum of a whitened residual needs no more
 ROUNDS = 2  # of coordinate descent an iteration
 
@@ -49,7 +49,7 @@ def solve_calibrated(
     With `rank` or `iterations` 0 the adapter adds nothing. Raises OptionError for a rank above the smaller side, and
     for a method that needs a moment where there is none.
     """
-    check(weight, rank, iterations, scaling)
+    check_solvable(weight, rank, iterations, scaling)
     if moment is None and method.needs_moment:
         raise OptionError("rounding and metrics that know a layer's inputs need their second moment: calibrate first")
     generator = torch.Generator().manual_seed(seed)
@@ -65,7 +65,7 @@ def solve_calibrated(
 
     a, b = lora_start(weight, rank, generator)
     best, kept, least = solved, 0, math.inf
-    errors: list[Pair] = []
+    errors: list[Norms] = []
     product = torch.zeros_like(weight)
     for t in range(1, iterations + 1 if rank else 1):
         if t > 1:
@@ -88,7 +88,7 @@ def solve_calibrated(
     return Solution(*best, a, b, trace.without_refit() if method.plain else trace)
 
 
-def trace_of(rounded: Sequence[Pair], iterations: Sequence[Pair], kept: int) -> Trace:
+def trace_of(rounded: Sequence[Norms], iterations: Sequence[Norms], kept: int) -> Trace:
     """The trace of norms: of the weight, of what plain rounding and the method's own leave of it, and of iterations."""
     traces = [
         Trace(weight, plain, tuple(pair[which] for pair in iterations), kept, refit)
@@ -97,7 +97,7 @@ def trace_of(rounded: Sequence[Pair], iterations: Sequence[Pair], kept: int) -> 
     return replace(traces[0], outputs=traces[1])
 
 
-def norms(error: torch.Tensor, outputs: Metric) -> Pair:
+def norms(error: torch.Tensor, outputs: Metric) -> Norms:
     """Of what is left of a weight, and of what that does to its outputs."""
     return math.sqrt(squared(error)), outputs.norm(error)
 

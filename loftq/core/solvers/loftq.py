@@ -87,7 +87,7 @@ def solve_loftq(
     """
     if svd not in SVD:
         raise UnknownNameError("svd", svd, SVD)
-    check(weight, rank, iterations, scaling)
+    check_solvable(weight, rank, iterations, scaling)
     generator = torch.Generator().manual_seed(seed)
     work = torch.empty_like(weight)
     plain = quantizer.residual(weight, None, work)
@@ -120,7 +120,7 @@ def solve_loftq(
     return Solution(codes, scales, a, b, Trace(norm(weight, quantizer), math.sqrt(plain), tuple(errors), kept))
 
 
-def check(weight: torch.Tensor, rank: int, iterations: int, scaling: float) -> None:
+def check_solvable(weight: torch.Tensor, rank: int, iterations: int, scaling: float) -> None:
     """Raise OptionError for a rank, a number of iterations or a scaling that a weight cannot be solved with."""
     if not 0 <= rank <= min(weight.shape):
         raise OptionError(f"rank {rank} is outside 0..{min(weight.shape)}, the smaller side of {tuple(weight.shape)}")

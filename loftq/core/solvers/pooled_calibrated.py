@@ -21,9 +21,9 @@ from loftq.core.affine import FLOATING, AffineQuantizer, AffineWeight
 from loftq.core.metric import Metric, damped
 from loftq.core.pooled import factor, spread
 from loftq.core.regression import fit, pooled_fit
-from loftq.core.rounding import descend, squared_norm
+from loftq.core.rounding import descend, output_squared_norm
 from loftq.core.scales import Solved
-from loftq.core.solvers.calibrated import ROUNDS, Pair, first_rounding, left_by, norms, trace_of
+from loftq.core.solvers.calibrated import ROUNDS, Norms, first_rounding, left_by, norms, trace_of
 from loftq.core.solvers.loftq import Solution, lora_start
 from loftq.core.solvers.methods import Method
 from loftq.core.solvers.pooled import check_rank
@@ -59,7 +59,7 @@ def solve_pooled_calibrated(
     rounded = [norms(error, outputs) for error in (weight, plain, left)]
     a, b = lora_start(weight.new_empty(rows, pools), rank, generator)
     best, kept, least = solved, 0, rounded[2][1]
-    errors: list[Pair] = []
+    errors: list[Norms] = []
     shift: torch.Tensor | None = None
     for t in range(1, iterations + 1):
         target = weight if shift is None else weight - shift
@@ -97,6 +97,6 @@ def _fitted(
         levels -= spread(scales.zeros.view(len(target), -1).float() - 2 ** (quantizer.bits - 1), quantizer.block_size)
     slopes, shifts = fit(target, levels, moment, quantizer.block_size, shifted=shifted)
     refitted = quantizer.fitted(slopes.view(-1), shifts.view(-1) if shifted else None, scales)
-    if squared_norm(left_by((codes, refitted), target, quantizer), moment) < squared_norm(left, moment):
+    if output_squared_norm(left_by((codes, refitted), target, quantizer), moment) < output_squared_norm(left, moment):
         scales = refitted
     return descend(target, quantizer, scales, codes, moment, ROUNDS), scales

@@ -32,7 +32,7 @@ class TrainingTask:
         """Raises OptionError for a model whose class cannot do the task."""
         if model_task in self.models:
             return
-        able = [task for task, row in TASKS.items() if model_task in row.models]
+        able = [task for task, row in TRAINING_TASKS.items() if model_task in row.models]
         steps = [f"choose one that it can do ({', '.join(able)})"] if able else []
         if self.models == (CLASSIFIER,):  # a head on any model; of the others each is what it was made as
             steps.append(f"quantize the model with `loftq quantize --task {CLASSIFIER}`")
@@ -42,12 +42,12 @@ class TrainingTask:
         )
 
 
-TASKS = {
+TRAINING_TASKS = {
     "clm": TrainingTask(
         "plain text, packed into blocks of --cutoff-len tokens",
         ("causal-lm",),
         language_modelling.TEXT,
-        language_modelling.pack,
+        language_modelling.pack_blocks,
         shuffled=False,
     ),
     "sft": TrainingTask(

@@ -25,7 +25,7 @@ ROLES = {
 }
 
 
-def pack(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
+def pack_blocks(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
     """Blocks of `cutoff_len` tokens, cut from all texts in their order, each with its beginning and its end.
 
     What is left over at the end is dropped, but where it is all there is. Raises OptionError where that is less than
@@ -54,10 +54,10 @@ def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Datas
     return encoded(rows, lambda row: encoder.pair(*_plain(row, found)))
 
 
-Row = Mapping[str, Any]
+Record = Mapping[str, Any]
 
 
-def conversations(rows: Dataset, messages: Callable[[Row], list[dict[str, str]]], encoder: Encoder) -> Dataset:
+def conversations(rows: Dataset, messages: Callable[[Record], list[dict[str, str]]], encoder: Encoder) -> Dataset:
     """Examples of what the chat template writes. Raises OptionError for limits of its parts: it is not taken apart."""
     limits = {"--max-source-length": encoder.max_source_length, "--max-target-length": encoder.max_target_length}
     for name, limit in limits.items():
@@ -69,13 +69,13 @@ def conversations(rows: Dataset, messages: Callable[[Row], list[dict[str, str]]]
     return encoded(rows, lambda row: encoder.conversation(encoding.turns(encoder.tokenizer, messages(row))))
 
 
-def encoded(rows: Dataset, example: Callable[[Row], dict[str, list[int]]]) -> Dataset:
+def encoded(rows: Dataset, example: Callable[[Record], dict[str, list[int]]]) -> Dataset:
     """An example of each row, without those of which the limits leave nothing to learn, whose number it says.
 
     Raises OptionError where none is left, and with the number of a row, from 1, that makes no example.
     """
 
-    def numbered(row: Row, at: int) -> dict[str, list[int]]:
+    def numbered(row: Record, at: int) -> dict[str, list[int]]:
         try:
             return example(row)
         except OptionError as error:

@@ -24,7 +24,7 @@ from loftq.hub.source import find_source
 from loftq.planning.footprint import footprint
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import Recipe
-from loftq.verbs.zoo import config_source, markdown, read_recipe, zoo
+from loftq.verbs.zoo import config_source, markdown, read_entry, zoo
 
 Run = Callable[..., Result]
 PAGE = Path(__file__).parents[2] / "model_zoo" / "README.md"
@@ -229,5 +229,5 @@ def test_build_takes_the_options_that_no_recipe_has(run: Run) -> None:
 )
 def test_a_file_that_is_no_recipe(text: str, said: str) -> None:
     with pytest.raises(OptionError) as caught:
-        read_recipe("x", text)
+        read_entry("x", text)
     assert said in str(caught.value)

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 import loftq
 from loftq.errors import ArtifactError, LoftQError, OptionError, OutputError
 from loftq.models import loading
-from loftq.models.adapters import RECORD
+from loftq.models.adapters import TRAINING_RECORD
 from loftq.training import train
 from loftq.training.arguments import arguments_of
 from loftq.training.model import find_model
@@ -55,7 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def losses(folder: Path, kind: str = "loss") -> list[float]:
-    history = json.loads((folder / RECORD).read_text())["history"]
+    history = json.loads((folder / TRAINING_RECORD).read_text())["history"]
     return [entry[kind] for entry in history if kind in entry]
 
 
@@ -375,7 +375,7 @@ def test_two_processes_train_together(artifact: Path, data: str, tmp_path: Path)
     done = subprocess.run([*command, str(artifact), *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("adapter in") == 1
-    record = json.loads((tmp_path / "two" / RECORD).read_text())
+    record = json.loads((tmp_path / "two" / TRAINING_RECORD).read_text())
     assert record["result"]["steps"] == 2
     one = {"max_steps": 2, "batch_size": 4, "eval_steps": 2, "lr_scheduler": "constant", "optim": "sgd"}
     alone = loftq.train(str(artifact), data=data, output=tmp_path / "one", dtype="float32", cpu=True, quiet=True, **one)
@@ -452,7 +452,7 @@ def test_an_adapter_of_another_backbone(artifact: Path, pooled: Path, pico: Path
     refused(tmp_path / "stranger", "plain", "was trained on .*pico-llama, whose weights are others")
     for model, adapter in ((artifact, "out"), (artifact, "out/checkpoint-1"), (pico, "plain"), (twin, "plain")):
         loftq.generate(str(model), "x", adapter=str(tmp_path / adapter), max_new_tokens=1)
-    (tmp_path / "plain" / RECORD).unlink()
+    (tmp_path / "plain" / TRAINING_RECORD).unlink()
     refused(
         tmp_path / "narrow", "plain", "does not fit .*narrow: .* 128 inputs and 64 outputs, and that has 128 and 32"
     )
