@@ -25,7 +25,7 @@ from transformers.utils import logging
 from loftq.display import size
 from loftq.formats.artifact import MANIFEST, open_artifact
 from loftq.hub.source import find_source
-from loftq.verbs.quantize import SAVE_DIR
+from loftq.planning.settings import SAVE_DIR
 
 COMMAND = ["quantize", "--bits", "4", "--rank", "16", "--iter", "5"]
 LENGTH = 512

@@ -17,7 +17,7 @@ from torch import nn
 from loftq.errors import OptionError, SourceError
 from loftq.hub.text import DEFAULT, read_text
 from loftq.planning.plan import Plan
-from loftq.planning.recipe import SEQUENCE_LENGTH, TOKENS
+from loftq.planning.settings import CALIBRATION_TOKENS, SEQUENCE_LENGTH
 
 MIN_TOKENS = 4096  # below, second moments of some thousand inputs are noise
 _SURPLUS = 16  # how much more text than asked for is read, to choose windows from
@@ -70,7 +70,7 @@ def prepare(
     plan: Plan,
     text: str = DEFAULT,
     *,
-    tokens: int = TOKENS,
+    tokens: int = CALIBRATION_TOKENS,
     sequence_length: int = SEQUENCE_LENGTH,
     seed: int = 0,
     trust_remote_code: bool = False,
@@ -98,8 +98,8 @@ def prepare(
         filled = f"of {tokens} tokens {wanted * length} fill whole windows of {length}"
     if len(chosen) * length < MIN_TOKENS:
         raise OptionError(
-            f"--calibration {text}: {filled}: expected {MIN_TOKENS} or more, better {TOKENS}: use a smaller "
-            f"--sequence-length, a longer text, or the one that is shipped: --calibration {DEFAULT}"
+            f"--calibration {text}: {filled}: expected {MIN_TOKENS} or more, better {CALIBRATION_TOKENS}: use a "
+            f"smaller --sequence-length, a longer text, or the one that is shipped: --calibration {DEFAULT}"
         )
     windows = torch.tensor([[*before, *ids[i * inner : (i + 1) * inner], *after] for i in chosen], dtype=torch.int64)
     _check_ids(plan, windows)

@@ -23,13 +23,14 @@ from loftq.formats.adapter import FOLDER, WEIGHTS, Adapter, open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.formats.checkpoint import Checkpoint, read_checkpoint
 from loftq.planning.plan import Layer, Plan
+from loftq.planning.run import Run
 from loftq.planning.weights import read_source_weight
 
 _NOTE = "(distilled)"  # in the journal, where tensors have their names
 _START = "start.safetensors"
 
 
-def distill(plan: Plan, staging: Staging, statistics: Statistics, device: torch.device, quiet: bool) -> None:
+def distill(plan: Plan, staging: Staging, statistics: Statistics, run: Run) -> None:
     """Refine the adapter in the partial folder, once, and note the errors that it leaves in each layer."""
     start = staging.folder / _START
     if _NOTE not in staging.done:
@@ -38,7 +39,7 @@ def distill(plan: Plan, staging: Staging, statistics: Statistics, device: torch.
             _copy(weights, start)
         else:
             _copy(start, weights)
-        staging.note(_NOTE, _distill(plan, staging, start, statistics, device, quiet))
+        staging.note(_NOTE, _distill(plan, staging, start, statistics, run))
     start.unlink(missing_ok=True)
 
 
@@ -54,14 +55,12 @@ def distilled_row(staging: Staging, row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, **errors.get(row["name"], {})}
 
 
-def _distill(
-    plan: Plan, staging: Staging, start: Path, statistics: Statistics, device: torch.device, quiet: bool
-) -> dict[str, Any]:
+def _distill(plan: Plan, staging: Staging, start: Path, statistics: Statistics, run: Run) -> dict[str, Any]:
     from loftq.solving.refine import refine  # imports transformers' trainer, which takes seconds
 
     artifact = Artifact(staging.folder, heading(plan))
     found, factors = refine(
-        artifact, statistics.teacher(), plan.recipe.refinement, device, seed=plan.recipe.seed, quiet=quiet
+        artifact, statistics.teacher(), plan.recipe.refine, run.device, seed=plan.recipe.seed, quiet=run.quiet
     )
     record = {"refine_steps": found.steps, "divergence_before": found.before, "divergence": found.after}
     if not factors:
@@ -71,7 +70,9 @@ def _distill(
     scratch.replace(staging.folder / FOLDER / WEIGHTS)
     adapter, checkpoint = open_adapter(artifact.adapter), read_checkpoint(staging.folder)
     return record | {
-        "errors": {layer.module: _errors(plan, layer, adapter, checkpoint, statistics, device) for layer in plan.layers}
+        "errors": {
+            layer.module: _errors(plan, layer, adapter, checkpoint, statistics, run.device) for layer in plan.layers
+        }
     }
 
 

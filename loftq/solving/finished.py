@@ -44,8 +44,8 @@ def finished_layers(folder: Path, plan: Plan, trust_remote_code: bool) -> tuple[
 
 def differences(manifest: Mapping[str, Any], plan: Plan) -> list[str]:
     """Settings, or `source`, that were others when an artifact was made than a plan has them."""
-    found, asked = manifest["recipe"], plan.recipe.to_dict()
-    differing = [key for key in asked if found.get(key) != json.loads(json.dumps(asked[key]))]
+    planned = json.loads(json.dumps(plan.recipe.to_dict()))
+    differing = [key for key in planned if manifest["recipe"].get(key) != planned[key]]
     if (manifest["source"]["model"], manifest["source"]["revision"]) != (plan.source.name, plan.source.revision):
         differing.append("source")
     return differing
@@ -60,7 +60,7 @@ def _is_changed(plan: Plan, made_of: Mapping[str, Any]) -> bool:
     return artifact.combine_hashes(hashes) != str(made_of["sha256"])
 
 
-def fingerprint_of(plan: Plan, known: Statistics | None, device: torch.device) -> dict[str, Any]:
+def fingerprint_of(plan: Plan, statistics: Statistics | None, device: torch.device) -> dict[str, Any]:
     """All that the bytes of the result depend on: an unfinished run is resumed only where it is the same."""
     return {
         "source": {
@@ -69,7 +69,7 @@ def fingerprint_of(plan: Plan, known: Statistics | None, device: torch.device) -
             "files": plan.source.file_states(),
         },
         "recipe": plan.recipe.to_dict(),
-        "calibration": known.settings if known is not None else None,
+        "calibration": statistics.settings if statistics is not None else None,
         "device": device.type,
         "versions": {name: version(name) for name in ("loftq", "torch", "transformers")},
     }

@@ -30,15 +30,14 @@ from loftq.formats.checkpoint import ShardWriter
 from loftq.models import naming
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.recipe import Recipe, layer_seed
+from loftq.planning.run import Run
 from loftq.planning.weights import check_finite, digest_of, is_finite, read_source_weight
 
 
-def solve_all(
-    plan: Plan, staging: Staging, known: Statistics | None, device: torch.device, workers: int, quiet: bool
-) -> None:
+def solve_all(plan: Plan, staging: Staging, statistics: Statistics | None, run: Run) -> None:
     """Run a job for each tensor that is not in place yet, with a progress bar on stderr.
 
-    `known` is what calibration found of the layers' inputs.
+    `statistics` are those of the layers' inputs, where text was given.
     """
     layers = {layer.tensor: layer for layer in plan.layers}
     # Embeddings first: at the end they would be one worker's, the others idle.
@@ -47,14 +46,14 @@ def solve_all(
     left = [name for name in sizes if name not in staging.done]
     everything = sum(sizes.values())
     begun = everything - sum(sizes[name] for name in left)
-    bar = tqdm(total=everything, initial=begun, unit="w", unit_scale=True, disable=quiet, dynamic_ncols=True)
+    bar = tqdm(total=everything, initial=begun, unit="w", unit_scale=True, disable=run.quiet, dynamic_ncols=True)
     shards = [*plan.backbone, plan.adapter]
     with bar, one_thread_each(), ShardWriter(staging.folder, shards) as writer:
 
         def work(name: str) -> None:
             layer = layers.get(name)
             if layer is not None:
-                record = _solve_layer(plan, layer, known, writer, device)
+                record = _solve_layer(plan, layer, statistics, writer, run.device)
             elif name in plan.passed:
                 record = _pass_through(plan, name, writer)
             else:
@@ -66,7 +65,7 @@ def solve_all(
         # In this thread: they are drawn from torch's own generator, which threads share.
         for name in [name for name in left if name in plan.created]:
             work(name)
-        run_jobs(work, [name for name in left if name not in plan.created], workers)
+        run_jobs(work, [name for name in left if name not in plan.created], run.workers)
 
 
 @contextmanager
@@ -94,13 +93,13 @@ def run_jobs(work: Callable[[str], None], names: Sequence[str], workers: int) ->
 
 
 def _solve_layer(
-    plan: Plan, layer: Layer, known: Statistics | None, writer: ShardWriter, device: torch.device
+    plan: Plan, layer: Layer, statistics: Statistics | None, writer: ShardWriter, device: torch.device
 ) -> dict[str, Any]:
     recipe = plan.recipe
     weight, digest = read_source_weight(plan, layer, device)
-    if known is not None:
-        known.check_weight(layer, digest)
-    moment = None if known is None else known.moment(layer.module)
+    if statistics is not None:
+        statistics.check_weight(layer, digest)
+    moment = None if statistics is None else statistics.moment(layer.module)
     seed = layer_seed(recipe.seed, layer.module)
     solution = solve_by(recipe, weight, moment, plan.quantizer(layer), recipe.iterations, seed)
     grid = plan.grid(layer)

@@ -12,13 +12,13 @@ from transformers import TrainingArguments
 
 from loftq.errors import OptionError
 from loftq.models.devices import compute_dtype, device_of
-from loftq.training.settings import MODES, Settings
+from loftq.training.settings import MODES, TrainSettings
 
 _EVALUATIONS = 0.1  # of the run, between two of them
 _CHECKPOINTS = 2  # that are kept
 
 
-def arguments_of(settings: Settings, mode: str) -> TrainingArguments:
+def arguments_of(settings: TrainSettings, mode: str) -> TrainingArguments:
     """The settings as transformers has them. Raises OptionError for what it refuses, or the device cannot do."""
     device = device_of(settings.cpu)
     dtype = compute_dtype(settings.dtype, device)

@@ -96,7 +96,7 @@ def _file_rows(datasets: Any, paths: Sequence[Path], option: str) -> Dataset:
 
 
 def _as_text(datasets: Any, file: str, delimiter: str) -> dict[str, Any]:
-    """Settings by which every cell of a table is the text that it is: 007, NA and 1.50 are answers too."""
+    """TrainSettings by which every cell of a table is the text that it is: 007, NA and 1.50 are answers too."""
     import pandas as pd  # type: ignore[import-untyped]  # datasets requires it
 
     names = pd.read_csv(file, sep=delimiter, nrows=0).columns

@@ -17,10 +17,10 @@ from loftq.models.activation_memory import kept_bytes
 from loftq.models.devices import compute_dtype, device_of
 from loftq.models.tasks import build_meta
 from loftq.planning.planner import make_plan
-from loftq.planning.recipe import Recipe
+from loftq.planning.recipe import recipe_of
 from loftq.training.model import find_model
 from loftq.training.opening import check_artifact, lora_config, quantizing_of
-from loftq.training.settings import Settings, settings_of
+from loftq.training.settings import TrainSettings, settings_of
 from loftq.training.tasks import TRAINING_TASKS
 
 
@@ -83,7 +83,7 @@ def estimate(model: str | None = None, **settings: Any) -> Estimate:
     return Estimate(asked.model, trainable, total, batch, weights, trainable * (8 + state), kept)
 
 
-def _on_meta(settings: Settings, dtype: torch.dtype) -> tuple[Any, int, int]:
+def _on_meta(settings: TrainSettings, dtype: torch.dtype) -> tuple[Any, int, int]:
     """The model with its adapter, without memory; how many parameters train; and how many bytes the others take."""
     found = find_model(settings.model)
     if isinstance(found, Path):
@@ -99,7 +99,7 @@ def _on_meta(settings: Settings, dtype: torch.dtype) -> tuple[Any, int, int]:
         trainable = sum(math.prod(shape) for shape in adapter.shapes.values())
         weights = int(found.manifest["totals"]["backbone_bytes"])
     else:
-        plan = make_plan(found, Recipe(**quantizing_of(settings, found)))
+        plan = make_plan(found, recipe_of(**quantizing_of(settings, found)))
         model, _ = build_meta(found.folder, task=plan.task.name, num_labels=plan.recipe.num_labels, dtype=dtype)
         config = lora_config(plan)
         trainable = sum(math.prod(spec.shape) for _, spec in plan.adapter.offsets.values())

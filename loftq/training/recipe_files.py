@@ -1,6 +1,6 @@
 """Recipe files: a training as TOML, YAML or JSON, one a file or several by name.
 
-The keys are those of `Settings`, with dashes or underscores. A file of tables holds a run in each. The keys of
+The keys are those of `TrainSettings`, with dashes or underscores. A file of tables holds a run in each. The keys of
 FinLoRA's `finetune_configs.json` are read as they are.
 """
 
@@ -32,7 +32,7 @@ _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 
 
 def read_recipe(path: str | Path, *words: str) -> dict[str, Any]:
-    """The settings of a recipe, by their names in `Settings`.
+    """The settings of a recipe, by their names in `TrainSettings`.
 
     `words` name the entry of a file that holds several, and before that a model other than the recipe's. A path that is
     not there is looked for beside the file. An entry without an `output` goes to a folder of its name. Raises

@@ -19,7 +19,7 @@ from loftq.display import one_line, size
 from loftq.errors import OptionError
 from loftq.hub.errors import checked_token
 from loftq.models.loading import guard_cpu
-from loftq.verbs.quantize import SAVE_DIR
+from loftq.planning.settings import SAVE_DIR
 
 FINE, WORSE, WRONG = "ok", "note", "FAIL"
 _EXTRAS = {"data": "data sets of the Hub", "gguf": "`loftq merge --to gguf-q4_1`", "report": "`loftq report`"}

@@ -17,7 +17,7 @@ from loftq.formats.layouts import LAYOUTS, choose, misfit
 from loftq.models.linears import DenseLinear, Linears, select
 from loftq.models.loading import guard_cpu
 from loftq.models.replace_linears import quantized_linear, replace_module
-from loftq.planning.recipe import Recipe, layer_seed
+from loftq.planning.recipe import Recipe, layer_seed, recipe_of
 
 if TYPE_CHECKING:
     pass
@@ -59,7 +59,7 @@ def quantize_model(
     """
     if not lora and not quantize:
         raise OptionError("lora=False and quantize=False leave nothing to do")
-    recipe = Recipe(
+    recipe = recipe_of(
         bits=bits,
         allocation=allocation,
         rank=rank,

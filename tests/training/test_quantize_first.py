@@ -48,7 +48,7 @@ def test_full_precision_is_quantized_first_and_once(pico: Path) -> None:
 
 
 def test_each_way_to_quantize_has_its_folder(pico: Path, here: Path) -> None:
-    """Settings that the name does not say, another model of the same name, what `loftq quantize` left there."""
+    """TrainSettings that the name does not say, another model of the same name, what `loftq quantize` left there."""
     namesake = save_model(pico_llama(tie_word_embeddings=True), here / "other" / pico.name)
     loftq.quantize(str(pico), output=ZOO / f"{pico.name}-3bit-4rank", bits=3, rank=4, iters=1, quiet=True)
     ways: list[dict[str, Any]] = [{}, {"alpha": 8.0}, {"alpha": 16.0}, {"method": "qlora"}, {"bits": 3}]

@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from loftq.hub.source import find_source
 from loftq.training.encoding import Collator, Encoder, load_tokenizer
 from loftq.training.opening import open_to_use, quantizing_of
-from loftq.training.settings import Settings
+from loftq.training.settings import TrainSettings
 from loftq.training.tasks import TRAINING_TASKS
 
 Run = Callable[..., Any]
@@ -55,7 +55,7 @@ def test_a_model_is_built_with_the_head_of_its_task(
 ) -> None:
     folder = save_pico(name, model_task, tmp_path / name)
     data = write_rows(tmp_path / "rows.jsonl", articles(4))
-    settings = Settings(model=str(folder), data=(str(data),), output=str(tmp_path / "out"), task=task)
+    settings = TrainSettings(model=str(folder), data=(str(data),), output=str(tmp_path / "out"), task=task)
     assert quantizing_of(settings, find_source(str(folder)))["task"] == built
 
 
