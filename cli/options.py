@@ -27,7 +27,8 @@ class Command(click.Command):
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """One section for each group that has options."""
-        shown = [(parameter, parameter.get_help_record(context)) for parameter in self.get_params(context)]
+        options = [one for one in self.get_params(context) if isinstance(one, click.Option)]
+        shown = [(one, one.get_help_record(context)) for one in options]
         for group in GROUPS:
             records = [record for one, record in shown if record and getattr(one, "group", GROUPS[-1]) == group]
             if records:
@@ -80,7 +81,7 @@ def _option(entry: Declared) -> Decorator[Any]:
 
 def _help(entry: Declared) -> str:
     usual = entry.setting.usual
-    if usual is None and entry.default not in (None, (), {}, False):
+    if usual is None and entry.type is not bool and entry.default not in (None, (), {}):
         usual = f"{entry.default:g}" if isinstance(entry.default, float) else str(entry.default)
     return f"{entry.setting.help}  [default: {usual}]" if usual else entry.setting.help
 

@@ -37,7 +37,7 @@ QUANTIZING = ("bits", "rank", "alpha", "dropout", "target_modules", "method", "c
 _PROMPTED = ("sft", "gsm8k")  # tasks whose prompts a chat template may write
 # Settings that may differ when a run is resumed: the result does not depend on them.
 _FREE = ("report_to", "save_steps", "output", "push_to_hub")
-_AS_IT_IS = "of the folder, or as in `loftq quantize`"
+_AS_IT_IS = "that of DIR, or as in `loftq quantize`"
 
 
 @dataclass(frozen=True, kw_only=True)
