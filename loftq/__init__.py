@@ -56,7 +56,7 @@ _HOMES = {
     "push": "loftq.verbs.push",
     "quantize": "loftq.verbs.quantize",
     "quantize_model": "loftq.verbs.quantize_model",
-    "report": "loftq.reporting.page",
+    "report": "loftq.verbs.report",
     "train": "loftq.training.train",
     "verify": "loftq.verbs.verify",
 }

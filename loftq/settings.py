@@ -56,7 +56,7 @@ class Bounds:
 
     def __str__(self) -> str:
         if self.above is not None:
-            upper = f", at most {self.most:g}" if self.most is not None else ""
+            upper = f", at most {_power(self.most)}" if self.most is not None else ""
             upper = f" and below {self.below:g}" if self.below is not None else upper
             return f"a number above {self.above:g}{upper}"
         if self.below is not None:
@@ -244,4 +244,4 @@ def _plain_type(kind: Any) -> type:
 def _power(number: float) -> str:
     """A bound as a person writes it: 2**63 - 1 rather than its digits."""
     power = (int(number) + 1).bit_length() - 1
-    return f"2**{power} - 1" if number > 1e9 and int(number) + 1 == 2**power else f"{int(number)}"
+    return f"2**{power} - 1" if number > 1e9 and int(number) + 1 == 2**power else f"{number:.15g}"
