@@ -1,4 +1,4 @@
-"""The reference pages, written from the code: commands and options, public functions, methods, model types.
+"""The reference pages, written from the code: commands and options, public functions, methods, models.
 
 python docs/generate.py            writes docs/reference/*.md
 python docs/generate.py --check    writes nothing; exits with 1 and names every page that is not current
@@ -24,7 +24,6 @@ from loftq_cli.main import cli
 
 REFERENCE = Path(__file__).parent / "reference"
 _HEADER = "<!-- Written by docs/generate.py from the code. Change the code, then run `make docs`. -->\n\n"
-_UNGROUPED = "Options"  # the title above options that name no group
 _COMMANDS = """# Commands
 
 These are the texts of `loftq COMMAND --help`. Options may be written with underscores (`--quant_type`). Exit codes:
@@ -37,15 +36,14 @@ returns what the command prints.
 """
 _METHODS = """# Methods
 
-These are the values of `loftq quantize --method`; `loftq methods` prints the same table. The column “iterations” counts
-the alternations of rounding and adapter, “refine” the training steps in which the adapter is distilled.
+`loftq methods` prints the same table of `loftq quantize --method`. “Iterations” counts the alternations of rounding and
+adapter, “refine” the training steps in which the adapter is distilled.
 
 """
 _FAMILIES = """# Model types
 
 `loftq families` prints the same table. “Loads with” says whether stock transformers and peft load the default format
-(“stock”), or need `import loftq` first (“loftq”). Embeddings, norms and heads always stay unquantized; the third column
-names what else does.
+(“stock”), or need `import loftq` first (“loftq”). Embeddings, norms and heads always stay unquantized.
 
 """
 
@@ -76,17 +74,21 @@ def api_page() -> str:
 
 def methods_page() -> str:
     """The table of `loftq methods`."""
-    methods: dict[str, dict[str, Any]] = _json_of("methods")
-    names = {"calibrated": "needs text"}
-    head = ["method", *(names.get(column, column) for column in next(iter(methods.values())))]
+    methods: dict[str, dict[str, Any]] = json.loads(_output("methods", "--json"))
+    head = ["method", *(column.replace("calibrated", "needs text") for column in next(iter(methods.values())))]
     return _METHODS + _table(head, ([f"`{name}`", *row.values()] for name, row in methods.items()))
 
 
 def families_page() -> str:
     """The table of `loftq families`."""
-    titles = {"model type": "model type", "loader": "loads with", "stays": "stays unquantized"}
-    titles |= {"targets": "targets", "tasks": "tasks"}
-    return _FAMILIES + _table(titles.values(), ([row[key] for key in titles] for row in _json_of("families")))
+    keys = ("model type", "loader", "stays", "targets", "tasks")
+    head = ("model type", "loads with", "stays unquantized", "targets", "tasks")
+    return _FAMILIES + _table(head, ([row[key] for key in keys] for row in json.loads(_output("families", "--json"))))
+
+
+def zoo_page() -> str:
+    """The page of the zoo, which `model_zoo/README.md` is too."""
+    return _output("zoo", "list", "--markdown")
 
 
 PAGES: dict[str, Callable[[], str]] = {
@@ -94,6 +96,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "api.md": api_page,
     "methods.md": methods_page,
     "families.md": families_page,
+    "zoo.md": zoo_page,
 }
 
 
@@ -118,7 +121,7 @@ def _command(context: click.Context) -> str:
     for parameter in command.get_params(context):
         name, text = parameter.get_help_record(context) or ("", "")
         if name and isinstance(parameter, click.Option):
-            group = str(getattr(parameter, "group", None) or _UNGROUPED)
+            group = str(getattr(parameter, "group", None) or "Options")
             groups.setdefault(group, []).append((f"`{name}`", _escaped(text)))
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     level = "#" * len(context.command_path.split())
@@ -149,7 +152,7 @@ def _public(name: str) -> str:
 def _option_helps(name: str) -> dict[str, str]:
     """The help of each option of a command, by the keyword that the function of the same name has for it."""
     for context in _contexts(_root()):
-        if context.info_name == name and context.parent is not None and context.parent.parent is None:
+        if context.command_path == f"loftq {name}":
             records = {p.name: p.get_help_record(context) for p in context.command.get_params(context)}
             return {str(key): record[1] for key, record in records.items() if record}
     return {}
@@ -163,8 +166,8 @@ def _errors(root: type[LoftQError], depth: int = 0) -> Iterator[tuple[str, str, 
             yield from _errors(kind, depth + 1)
 
 
-def _json_of(command: str) -> Any:
-    return json.loads(CliRunner().invoke(cli, [command, "--json"], catch_exceptions=False).output)
+def _output(*arguments: str) -> str:
+    return CliRunner().invoke(cli, arguments, catch_exceptions=False).stdout
 
 
 def _paragraphs(text: str | None) -> str:
@@ -180,9 +183,8 @@ def _escaped(text: str) -> str:
     return "".join(part if part.startswith("`") else re.sub(r"([*<])", r"\\\1", part) for part in parts)
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    titles = list(head)
-    lines = [titles, ["---"] * len(titles), *([_cell(value) for value in row] for row in rows)]
+def _table(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *(map(_cell, row) for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
