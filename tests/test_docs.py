@@ -104,6 +104,24 @@ def test_every_public_name_and_command_has_its_section(generator: ModuleType) ->
     assert {f"loftq-{name}" for name in generator.cli.list_commands(None)} <= anchors(commands)
 
 
+def test_commands_on_the_pages_have_the_options_that_they_show(generator: ModuleType) -> None:
+    options = {
+        context.command_path: {
+            name for option in context.command.params for name in (*option.opts, *option.secondary_opts, "--help")
+        }
+        for context in generator._contexts(generator._root())
+    }
+    unknown, checked = [], 0
+    for page in PAGES:
+        for command, rest in re.findall(r"(loftq (?:zoo )?[a-z]+)([^\n`]*)", page.read_text(encoding="utf-8")):
+            for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", rest) if command in options else ():
+                checked += 1
+                if option.replace("_", "-") not in options[command]:
+                    unknown.append(f"{page.name}: {command} {option}")
+    assert not unknown
+    assert checked > 50
+
+
 def test_the_readme_fits_a_front_page() -> None:
     assert len((ROOT / "README.md").read_bytes()) <= 8192
 
