@@ -2,8 +2,8 @@
 
     python benchmarks/demo.py [--windows 12] [--data FILE]
 
-Runs `loftq quantize --bits 4 --rank 16 --iter 5` (the default model), loads the folder with the lines of the
-README, and prints size, weight error and perplexity of full precision, plain NF4 (QLoRA's start, quantized
+Runs `loftq quantize --bits 4 --rank 16 --iter 5` (the default model), loads the folder with the lines of
+docs/loading.md, and prints size, weight error and perplexity of full precision, plain NF4 (QLoRA's start, quantized
 by bitsandbytes itself) and LoftQ.
 """
 
