@@ -68,8 +68,8 @@ def test_a_task_of_the_harness_without_its_data(pico: Path, tmp_path: Path, run:
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("train", "interrupted: what was finished is kept, --resume goes on from there"),
-        ("push", "interrupted: what was finished is kept, the same line goes on from there"),
+        ("train", "interrupted: finished work is kept, add --resume to continue"),
+        ("push", "interrupted: finished work is kept, run the same command again to continue"),
         ("generate", "interrupted"),
         ("evaluate", "interrupted"),
     ],

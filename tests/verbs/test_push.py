@@ -371,7 +371,7 @@ def test_an_upload_that_was_interrupted_goes_on(
     _, said = process.communicate()
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert said.strip() == "interrupted: what was finished is kept, the same line goes on from there"
+        assert said.strip() == "interrupted: finished work is kept, run the same command again to continue"
     assert set(hub.files("alice/pico")) == set(SETTLED)
     hub.upload.breaks_after = None
     sent = list(hub.upload.puts)
