@@ -1,4 +1,4 @@
-"""Bits for each layer by what each width leaves of it: a first pass over the weights, before the plan is final."""
+"""Chooses the bits of each layer by the error that each width leaves: a first pass over the weights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from loftq.solving.layers import one_thread_each, run_jobs, solve_by
 
 
 def allocate(plan: Plan, statistics: Statistics | None, run: Run) -> dict[str, int]:
-    """The width of each module under the plan's budget, for the least sum of squared errors with the adapter on.
+    """The width of each module under the plan's budget, so that the sum of squared errors with the adapter is least.
 
-    A layer's error at a width is that of one alternation: later ones take nearly the same share off all of them. Where
-    calibration knows the layers' inputs, it is the relative error of the outputs, counted once for each weight: what a
-    layer costs in perplexity was seen to go with its size.
+    A layer's error at a width is the error after one alternation: later alternations lower the errors of all layers by
+    nearly the same factor. If there are statistics of the inputs, it is the relative error of the outputs times the
+    number of weights: the perplexity that a layer costs was measured to grow with its size.
     """
     recipe = plan.recipe
     layers = {layer.module: layer for layer in plan.layers}
@@ -40,7 +40,7 @@ def allocate(plan: Plan, statistics: Statistics | None, run: Run) -> dict[str, i
 
 
 def _errors(plan: Plan, layer: Layer, statistics: Statistics | None, device: torch.device) -> list[float]:
-    """Squared errors of a layer, a width each."""
+    """The squared error of a layer at each width."""
     recipe = plan.recipe
     weight, _ = read_source_weight(plan, layer, device)
     moment = None if statistics is None else statistics.moment(layer.module)

@@ -1,7 +1,7 @@
-"""The jobs of a run: each takes one tensor of the source to its place in the output.
+"""The jobs of a run. Each job brings one tensor of the source to its place in the output.
 
-They are independent and idempotent: any number of workers may run them, in any order, and a job that was cut
-off is simply run again.
+Jobs are independent and idempotent: any number of workers may run them in any order, and an interrupted job is simply
+run again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def solve_all(plan: Plan, staging: Staging, statistics: Statistics | None, run: 
     `statistics` are those of the layers' inputs, where text was given.
     """
     layers = {layer.tensor: layer for layer in plan.layers}
-    # Embeddings first: at the end they would be one worker's, the others idle.
+    # embeddings come first: at the end one worker would be busy with them while the others wait
     kept = {name: spec.numel for name, spec in {**plan.created, **plan.passed}.items()}
     sizes = {**kept, **{name: layer.weights for name, layer in layers.items()}}
     left = [name for name in sizes if name not in staging.done]
@@ -62,7 +62,7 @@ def solve_all(plan: Plan, staging: Staging, statistics: Statistics | None, run: 
             bar.set_postfix_str(layer.module if layer else name, refresh=False)
             bar.update(sizes[name])
 
-        # In this thread: they are drawn from torch's own generator, which threads share.
+        # in this thread: they are drawn from torch's own generator, which all threads share
         for name in [name for name in left if name in plan.created]:
             work(name)
         run_jobs(work, [name for name in left if name not in plan.created], run.workers)
@@ -113,7 +113,7 @@ def _solve_layer(
 def solve_by(
     recipe: Recipe, weight: torch.Tensor, moment: torch.Tensor | None, quantizer: Quantizer, iters: int, seed: int
 ) -> Solution:
-    """One weight by a recipe's method; without data where nothing is known of its inputs (`moment`)."""
+    """Solve one weight by the method of a recipe; without data if no `moment` of its inputs is known."""
     method, rank, scaling = recipe.solving, recipe.rank, recipe.scaling
     if moment is None and method.needs_moment:
         method = METHODS["loftq"]
@@ -140,7 +140,7 @@ def _pass_through(plan: Plan, name: str, writer: ShardWriter) -> dict[str, Any]:
 
 
 def _create(plan: Plan, key: str, writer: ShardWriter) -> dict[str, Any]:
-    """Begin a parameter anew that the checkpoint lacks: a new task's head, a pooler."""
+    """Initialize a parameter that is not in the checkpoint: the head of a new task, a pooler."""
     seed = layer_seed(plan.recipe.seed, key)
     spec = plan.created[key]
     writer.write(spec.name, naming.initial_tensor(plan.model, key, seed).to(spec.dtype))
