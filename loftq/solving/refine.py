@@ -5,9 +5,9 @@ The layers are solved one by one, so how their errors add up is in no layer's ob
     KL(p ‖ q) per token,    p the full-precision model's distribution of the next token, q the quantized model's,
 
 over the calibration text, with the backbone fixed. AdamW's rate falls linearly to zero: most is gained at the end,
-where steps are small. The probabilities of the likeliest tokens under p are known one by one, those of all others as one sum
-(`loftq.calibration.gather` keeps them). A model without a vocabulary learns the last hidden states: the squared error
-divided by their own square.
+where steps are small. The probabilities of the likeliest tokens under p are known one by one, those of all others
+as one sum (`loftq.calibration.gather` keeps them). A model without a vocabulary learns the last hidden states: the
+squared error divided by their own square.
 
 The first rate is chosen so that a step, which grows with the rank, is a fixed part of the distance, which grows with
 the root of the divergence. At twice that rate, a good start of rank 64 ends worse than it began.
