@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.models.devices import compute_dtype, device_of
 from loftq.training.settings import MODES, Settings
@@ -68,8 +69,7 @@ def explain_settings() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, ImportError, RuntimeError, AssertionError) as error:
-        said = " ".join(str(error).split())
-        raise OptionError(f"transformers refuses these settings: {said or type(error).__name__}") from error
+        raise OptionError(f"transformers refuses these settings: {one_line(error)}") from error
 
 
 def _check_set(values: Mapping[str, Any]) -> None:

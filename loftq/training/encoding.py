@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loftq.display import one_line
 from loftq.errors import OptionError, SourceError
 
 IGNORED = -100  # a label that is no loss, as torch has it
@@ -144,9 +145,7 @@ def written(tokenizer: Any, messages: Sequence[dict[str, str]], *, answer: bool 
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer))
     except Exception as error:  # a template is a program of its own
-        raise OptionError(
-            f"the chat template refuses a conversation of the data: {' '.join(str(error).split())}"
-        ) from error
+        raise OptionError(f"the chat template refuses a conversation of the data: {one_line(error)}") from error
 
 
 def uses_template(encoder: Encoder, default: bool) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
+from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.formats.adapter import open_adapter
 from loftq.formats.artifact import Artifact
@@ -75,7 +76,7 @@ def estimate(model: str | None = None, **settings: Any) -> Estimate:
         able = TRAINING_TASKS[asked.task].models
         kept = kept_bytes(adapted, batch, able, device, checkpointing=asked.gradient_checkpointing)
     except (RuntimeError, ValueError) as error:  # NotImplementedError is the former
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise OptionError(
             f"--dry-run: {type(adapted.get_base_model()).__name__} does not run in {dtype} without its weights "
             f"({reason}): try another --dtype, or a training of one step"

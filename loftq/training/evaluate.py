@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from loftq.display import columns
 from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.artifact import CARD, MANIFEST, Artifact
 from loftq.models.devices import compute_dtype, device_of
@@ -43,13 +44,7 @@ class Evaluation:
 
     def table(self) -> str:
         """The figures, for a person: a model a line."""
-        lines = self._cells()
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        rows = [
-            "  ".join(f"{cell:<{widths[0]}}" if i == 0 else f"{cell:>{widths[i]}}" for i, cell in enumerate(line))
-            for line in lines
-        ]
-        return "\n".join([*rows, *self.notes])
+        return "\n".join([columns(self._cells(), numbers=True), *self.notes])
 
     def _cells(self) -> list[list[str]]:
         """A heading, and a line for each model."""

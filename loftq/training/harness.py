@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.models.devices import compute_dtype, device_of
 from loftq.training.opening import open_to_use
@@ -62,7 +63,7 @@ def run_harness(
         try:
             found = simple_evaluate(model=wrapped, tasks=list(names), task_manager=manager, limit=max_examples)
         except OSError as error:  # of the network, or of files
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise OptionError(
                 f"--harness {', '.join(names)}: the data cannot be read ({reason}): lm-eval fetches it from the Hub"
             ) from error

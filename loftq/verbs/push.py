@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq.artifacts.loading_snippet import loading_lines, loading_section
-from loftq.display import size
+from loftq.display import key_values, size
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats.adapter import CONFIG, FOLDER, WEIGHTS
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, open_artifact
@@ -54,8 +54,7 @@ class PushReport:
         ]
         named = {"revision": self.revision, "tag": self.tag, "commit": self.commit, "pull request": self.pull_request}
         rows += [(name, value) for name, value in named.items() if value is not None]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return key_values(rows)
 
 
 def push(

@@ -23,7 +23,7 @@ from loftq.artifacts.checks import (
 from loftq.artifacts.pair import BackboneAndAdapter
 from loftq.artifacts.recompute import compare_with_source, plan_again
 from loftq.artifacts.rows import summed_errors
-from loftq.display import size
+from loftq.display import key_values, size
 from loftq.errors import OptionError
 from loftq.formats.adapter import FOLDER, open_adapter
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, combine_hashes, read_artifact
@@ -71,8 +71,7 @@ class Verification:
         rows += [("differs", f"{problem.where}: {problem.what}") for problem in self.problems]
         found = len(self.problems)
         rows.append(("result", "sound" if self.sound else f"{found} problem{'s' if found > 1 else ''}"))
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return key_values(rows)
 
 
 def verify(
