@@ -22,7 +22,7 @@ from typing import Any
 from loftq.errors import OutputError
 from loftq.formats.artifact import MANIFEST
 from loftq.formats.checkpoint import INDEX
-from loftq.formats.disk import PARTIAL, explain_os_errors
+from loftq.formats.disk import PARTIAL, explain_os_errors, is_inside
 
 _JOURNAL = "journal.jsonl"
 _LAST = (INDEX, "config.json", MANIFEST)
@@ -197,7 +197,7 @@ def _listed(manifest: Path) -> list[str]:
         names = [str(name) for name in json.loads(manifest.read_text(encoding="utf-8"))["files"]]
     except (ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{manifest} is damaged: its folder will not be touched, name another --output") from error
-    outside = [name for name in names if ".." in Path(name).parts or Path(name).is_absolute()]
+    outside = [name for name in names if not is_inside(name)]
     if outside:
         raise OutputError(f"{manifest} lists {outside[0]!r}, which lies outside its folder: name another --output")
     return names

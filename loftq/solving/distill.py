@@ -22,6 +22,7 @@ from loftq.core.metric import Metric, damped, squared
 from loftq.formats.adapter import FOLDER, WEIGHTS, Adapter, open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.formats.checkpoint import Checkpoint, read_checkpoint
+from loftq.formats.disk import replacing
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.weights import read_source_weight
 
@@ -66,9 +67,8 @@ def _distill(
     record = {"refine_steps": found.steps, "divergence_before": found.before, "divergence": found.after}
     if not factors:
         return record
-    scratch = start.with_suffix(".new")
-    save_file({**load_file(start), **factors}, scratch, {"format": "pt"})
-    scratch.replace(staging.folder / FOLDER / WEIGHTS)
+    with replacing(staging.folder / FOLDER / WEIGHTS) as scratch:
+        save_file({**load_file(start), **factors}, scratch, {"format": "pt"})
     adapter, checkpoint = open_adapter(artifact.adapter), read_checkpoint(staging.folder)
     return record | {
         "errors": {layer.module: _errors(plan, layer, adapter, checkpoint, statistics, device) for layer in plan.layers}
@@ -93,6 +93,5 @@ def _errors(
 
 
 def _copy(source: Path, target: Path) -> None:
-    scratch = target.with_suffix(".new")
-    shutil.copyfile(source, scratch)
-    scratch.replace(target)
+    with replacing(target) as scratch:
+        shutil.copyfile(source, scratch)

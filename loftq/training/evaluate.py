@@ -14,6 +14,7 @@ import torch
 from loftq.display import columns
 from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.artifact import CARD, MANIFEST, Artifact
+from loftq.formats.disk import write_whole
 from loftq.models.devices import compute_dtype, device_of
 from loftq.planning.recipe import Recipe
 from loftq.training.data import read_rows
@@ -144,9 +145,7 @@ def _into_card(path: Path, evaluation: Evaluation) -> None:
     section = evaluation.section()
     heading = re.escape(section.partition("\n")[0])
     kept = re.sub(rf"\n{heading}\n.*?(?=\n#|\Z)", "", text, flags=re.DOTALL)
-    scratch = path.with_name(f"{path.name}.partial")
-    scratch.write_text(f"{kept.rstrip()}\n\n{section}", encoding="utf-8")
-    scratch.replace(path)
+    write_whole(path, f"{kept.rstrip()}\n\n{section}")
 
 
 Candidate = tuple[str, Callable[[], Opened]]

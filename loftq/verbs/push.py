@@ -19,6 +19,7 @@ from loftq.display import key_values, size
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats.adapter import CONFIG, FOLDER, WEIGHTS
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, open_artifact
+from loftq.formats.disk import is_inside
 from loftq.hub.destination import find_destination
 from loftq.hub.text import public_name
 from loftq.models.adapters import check_adapter
@@ -121,7 +122,7 @@ def _check_folder(folder: Path) -> Artifact:
         if name not in listed:
             raise ArtifactError(f"{folder / MANIFEST} is damaged: it does not list {name}")
     for name in listed:
-        if ".." in Path(name).parts or Path(name).is_absolute():
+        if not is_inside(name):
             raise ArtifactError(f"{folder / MANIFEST} is damaged: it lists {name!r}, which lies outside its folder")
     problems = verify(folder, quiet=True).problems
     if problems:

@@ -28,6 +28,7 @@ from loftq.errors import OptionError
 from loftq.formats.adapter import FOLDER, open_adapter
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, combine_hashes, read_artifact
 from loftq.formats.checkpoint import INDEX
+from loftq.formats.disk import is_inside
 from loftq.formats.layouts import LAYOUTS
 from loftq.hub.source import Source, find_source
 
@@ -158,7 +159,7 @@ def _check_files(artifact: Artifact, quiet: bool) -> Iterator[Problem]:
 
 
 def _difference(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    if not is_inside(name):
         return f"lies outside the folder: {MANIFEST} must not list it"
     path = folder / name
     if not path.is_file():
