@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from loftq.display import one_line
 from loftq.errors import OptionError
-from loftq.models.devices import compute_dtype, device_of
+from loftq.models.devices import compute_dtype, device_to_run
 from loftq.training.settings import MODES, Settings
 
 _EVALUATIONS = 0.1  # of the run, between two of them
@@ -21,7 +21,7 @@ _CHECKPOINTS = 2  # that are kept
 
 def arguments_of(settings: Settings, mode: str) -> TrainingArguments:
     """The settings as transformers has them. Raises OptionError for what it refuses, or the device cannot do."""
-    device = device_of(settings.cpu)
+    device = device_to_run(settings.cpu)
     dtype = compute_dtype(settings.dtype, device)
     cuda = device.type == "cuda"
     values: dict[str, Any] = {

@@ -13,9 +13,9 @@ import torch
 
 from loftq.display import columns
 from loftq.errors import OptionError, UnknownNameError
-from loftq.formats.artifact import CARD, MANIFEST, Artifact
+from loftq.formats.artifact import CARD, MANIFEST, Artifact, open_artifact
 from loftq.formats.disk import write_whole
-from loftq.models.devices import compute_dtype, device_of
+from loftq.models.devices import compute_dtype, device_to_run
 from loftq.planning.recipe import Recipe
 from loftq.training.data import read_rows
 from loftq.training.measures import MEASURES, Options
@@ -112,7 +112,7 @@ def evaluate(
     if max_examples is not None:
         rows = rows.select(range(min(max_examples, len(rows))))
     options = Options(columns or {}, chat_template, window, stride, max_new_tokens, cutoff_len, batch_size, quiet)
-    device = device_of(cpu)
+    device = device_to_run(cpu)
     chosen = compute_dtype(dtype, device)
     found: dict[str, dict[str, float]] = {}
     with explain_memory():
@@ -176,11 +176,11 @@ def _models(
                 "plain quantization",
                 lambda: _plain(artifact, origin, Path(folder) / "plain", device, dtype, quiet=quiet),
             )
-        yield "start", lambda: open_to_use(model, None, device, dtype)
+        yield "start", lambda: open_to_use(found, None, device, dtype)
         if adapter is None:
             return
     name = "trained" if adapter is not None else "start" if artifact is not None else "model"
-    yield name, lambda: open_to_use(model, adapter, device, dtype)
+    yield name, lambda: open_to_use(found, adapter, device, dtype)
 
 
 def _plain(
@@ -191,7 +191,7 @@ def _plain(
     recipe = {name: value for name, value in artifact.manifest["recipe"].items() if name in known} | _PLAIN
     recipe |= dict.fromkeys(_TEXT)
     quantize(source, output=folder, quiet=quiet, **recipe)
-    return open_to_use(str(folder), None, device, dtype)
+    return open_to_use(open_artifact(folder), None, device, dtype)
 
 
 # Measures
