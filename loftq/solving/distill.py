@@ -26,32 +26,31 @@ from loftq.formats.disk import replacing
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.weights import read_source_weight
 
-_NOTE = "(distilled)"  # in the journal, where tensors have their names
 _START = "start.safetensors"
 
 
 def distill(plan: Plan, staging: Staging, statistics: Statistics, device: torch.device, quiet: bool) -> None:
     """Refine the adapter in the partial folder, once, and note the errors that it leaves in each layer."""
     start = staging.folder / _START
-    if _NOTE not in staging.done:
+    if staging.distilled is None:
         weights = staging.folder / FOLDER / WEIGHTS
         if not start.is_file():
             _copy(weights, start)
         else:
             _copy(start, weights)
-        staging.note(_NOTE, _distill(plan, staging, start, statistics, device, quiet))
+        staging.note_distilled(_distill(plan, staging, start, statistics, device, quiet))
     start.unlink(missing_ok=True)
 
 
 def distilled(staging: Staging) -> dict[str, Any]:
     """Totals of a run that the distillation adds."""
-    record = staging.done.get(_NOTE, {})
+    record = staging.distilled or {}
     return {key: record[key] for key in ("refine_steps", "divergence_before", "divergence") if key in record}
 
 
 def distilled_row(staging: Staging, row: Mapping[str, Any]) -> dict[str, Any]:
     """A layer's row with the errors that the distilled factors leave."""
-    errors: Mapping[str, Mapping[str, float]] = staging.done.get(_NOTE, {}).get("errors", {})
+    errors: Mapping[str, Mapping[str, float]] = (staging.distilled or {}).get("errors", {})
     return {**row, **errors.get(row["name"], {})}
 
 
