@@ -1,7 +1,8 @@
 """The device that work goes to where none is named.
 
-The two choices differ on purpose. Models run and train on any accelerator that torch finds (`device_to_run`). Solving
-and unpacking need float64, which Apple's GPUs lack, so `find_gpu` leaves those out.
+The two choices differ on purpose. `device_to_run` is for models that train, answer or are measured: any accelerator
+that torch finds. `find_gpu` is for solving, which needs float64, and so leaves out Apple's GPUs, which lack it; folders
+of packed weights load to the same GPU.
 """
 
 from __future__ import annotations

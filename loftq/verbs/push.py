@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loftq.artifacts.card_section import replace_marked
 from loftq.artifacts.loading_snippet import loading_lines, loading_section
 from loftq.display import key_values, size
 from loftq.errors import ArtifactError, OptionError
@@ -137,10 +138,9 @@ def _published(artifact: Artifact, repo_id: str, revision: str | None) -> dict[s
     """The files of the artifact by name: those that are others in the repository as their content."""
     manifest = json.loads(json.dumps(artifact.manifest))
     card = (artifact.folder / CARD).read_text(encoding="utf-8")
-    section = loading_section(manifest)
     changed = {
         f"{FOLDER}/{CONFIG}": _adapter_config(artifact.adapter, repo_id, revision),
-        CARD: card.replace(section, loading_section(manifest, repo_id, revision)).encode(),
+        CARD: replace_marked(card, loading_section(manifest, repo_id, revision)).encode(),
     }
     for name, content in changed.items():
         manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
