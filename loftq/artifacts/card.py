@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from loftq.artifacts.card_metadata import metadata
+from loftq.artifacts.card_section import marked
 from loftq.artifacts.loading_snippet import loading_section
 from loftq.core.grid import ROW
 from loftq.core.solvers.methods import METHODS
@@ -59,7 +60,7 @@ def card_text(plan: Plan, made: Mapping[str, Any], totals: Mapping[str, Any], ro
 
 ## Load
 
-{loading_section(made)}
+{marked(loading_section(made))}
 
 - The adapter belongs to this backbone, and so does every adapter that is trained from it. On any other, and on the
   original weights, it repairs errors that are not there.

@@ -15,9 +15,10 @@ import torch
 
 from loftq.calibration.gather import BATCH_TOKENS
 from loftq.calibration.observer import TOP, VOCABULARY
-from loftq.calibration.windows import check_calibratable, longest_window
+from loftq.calibration.windows import check_calibratable
 from loftq.models.activation_memory import embedding_width, kept_bytes
 from loftq.models.lockstep import find_blocks
+from loftq.models.positions import longest_input
 from loftq.planning.plan import Layer, Plan
 
 _SOLVER_BYTES = 13  # a weight in solution: float32 twice, its source, its codes, their packed form, a sketch
@@ -74,7 +75,7 @@ def _refining(plan: Plan, dtype: torch.dtype, device: torch.device) -> int | Non
 
     from loftq.solving.refine import LARGE, windows_a_step
 
-    length = min(cast(int, plan.recipe.sequence_length), longest_window(plan.model), _tokens(plan))
+    length = min(cast(int, plan.recipe.sequence_length), longest_input(plan.model), _tokens(plan))
     with torch.device("meta"):
         model = copy.deepcopy(cast(Any, plan.model)).to(dtype)
         with warnings.catch_warnings(action="ignore"):  # of GPT-2's transposed weights

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from loftq.artifacts.rows import planned_row, totals_of
-from loftq.display import size
+from loftq.display import key_values, size
 from loftq.planning.plan import Plan
 
 
@@ -91,8 +91,7 @@ class Report:
         if self.pushed is not None:
             rows.append(("pushed", f"{self.pushed['url']}, commit {self.pushed['commit']}"))
         rows += [("note", note) for note in self.notes]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return key_values(rows)
 
 
 def report_of(

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from loftq.display import one_line
 from loftq.errors import OptionError
-from loftq.models.devices import compute_dtype, device_of
+from loftq.models.devices import compute_dtype, device_to_run
 from loftq.training.settings import MODES, TrainSettings
 
 _EVALUATIONS = 0.1  # of the run, between two of them
@@ -20,7 +21,7 @@ _CHECKPOINTS = 2  # that are kept
 
 def arguments_of(settings: TrainSettings, mode: str) -> TrainingArguments:
     """The settings as transformers has them. Raises OptionError for what it refuses, or the device cannot do."""
-    device = device_of(settings.cpu)
+    device = device_to_run(settings.cpu)
     dtype = compute_dtype(settings.dtype, device)
     cuda = device.type == "cuda"
     values: dict[str, Any] = {
@@ -68,8 +69,7 @@ def explain_settings() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, ImportError, RuntimeError, AssertionError) as error:
-        said = " ".join(str(error).split())
-        raise OptionError(f"transformers refuses these settings: {said or type(error).__name__}") from error
+        raise OptionError(f"transformers refuses these settings: {one_line(error)}") from error
 
 
 def _check_set(values: Mapping[str, Any]) -> None:

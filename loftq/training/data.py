@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.hub.errors import explain_data
 
@@ -90,9 +91,7 @@ def _file_rows(datasets: Any, paths: Sequence[Path], option: str) -> Dataset:
         return getattr(datasets.Dataset, reader)(files, **settings)  # `load_dataset` would count it on the network
     except Exception as error:  # of any format's reader
         cause = error.__cause__ or error
-        raise OptionError(
-            f"{option} {', '.join(files)}: cannot be read: {' '.join(str(cause).split())[:300]}"
-        ) from error
+        raise OptionError(f"{option} {', '.join(files)}: cannot be read: {one_line(cause, 300)}") from error
 
 
 def _as_text(datasets: Any, file: str, delimiter: str) -> dict[str, Any]:

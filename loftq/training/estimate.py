@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
+from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.formats.adapter import open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.models.activation_memory import kept_bytes
-from loftq.models.devices import compute_dtype, device_of
+from loftq.models.devices import compute_dtype, device_to_run
+from loftq.models.positions import longest_input
 from loftq.models.tasks import build_meta
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import recipe_of
@@ -63,19 +65,18 @@ class Estimate:
 def estimate(model: str | None = None, **settings: Any) -> Estimate:
     """What `train` needs with these settings. Nothing is written, and of weights headers alone are read."""
     asked = settings_of({"model": model, **settings})
-    device = device_of(asked.cpu)
+    device = device_to_run(asked.cpu)
     dtype = compute_dtype(asked.dtype, device)
     adapted, trainable, weights = _on_meta(asked, dtype)
     total = trainable + sum(p.numel() for p in adapted.parameters() if not p.requires_grad)
-    limits = [asked.cutoff_len, getattr(adapted.config.get_text_config(), "max_position_embeddings", None)]
-    batch = asked.batch_size, min(limit for limit in limits if limit)
+    batch = asked.batch_size, min(asked.cutoff_len, longest_input(adapted))
     optimizer = asked.optim or ("paged_adamw_8bit" if device.type == "cuda" else "adamw_torch")
     state = 2 if "8bit" in optimizer else 8
     try:
         able = TRAINING_TASKS[asked.task].models
         kept = kept_bytes(adapted, batch, able, device, checkpointing=asked.gradient_checkpointing)
     except (RuntimeError, ValueError) as error:  # NotImplementedError is the former
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise OptionError(
             f"--dry-run: {type(adapted.get_base_model()).__name__} does not run in {dtype} without its weights "
             f"({reason}): try another --dtype, or a training of one step"

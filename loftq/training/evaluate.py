@@ -11,9 +11,11 @@ from typing import Any, Unpack
 
 import torch
 
+from loftq.display import columns
 from loftq.errors import OptionError, UnknownNameError
-from loftq.formats.artifact import CARD, MANIFEST, Artifact
-from loftq.models.devices import compute_dtype, device_of
+from loftq.formats.artifact import CARD, MANIFEST, Artifact, open_artifact
+from loftq.formats.disk import write_whole
+from loftq.models.devices import compute_dtype, device_to_run
 from loftq.planning.recipe import recipe_again
 from loftq.settings import from_dict, option_name
 from loftq.training.data import read_rows
@@ -44,13 +46,7 @@ class Evaluation:
 
     def table(self) -> str:
         """The figures, for a person: a model a line."""
-        lines = self._cells()
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        rows = [
-            "  ".join(f"{cell:<{widths[0]}}" if i == 0 else f"{cell:>{widths[i]}}" for i, cell in enumerate(line))
-            for line in lines
-        ]
-        return "\n".join([*rows, *self.notes])
+        return "\n".join([columns(self._cells(), numbers=True), *self.notes])
 
     def _cells(self) -> list[list[str]]:
         """A heading, and a line for each model."""
@@ -84,7 +80,7 @@ def evaluate(model: str, **settings: Unpack[EvaluateKeywords]) -> Evaluation:
     rows = read_rows(chosen.data)
     if chosen.max_examples is not None:
         rows = rows.select(range(min(chosen.max_examples, len(rows))))
-    device = device_of(chosen.cpu)
+    device = device_to_run(chosen.cpu)
     figures: dict[str, dict[str, float]] = {}
     with explain_memory():
         for name, open_it in _candidates(model, chosen, device, compute_dtype(chosen.dtype, device)):
@@ -126,9 +122,7 @@ def _into_card(path: Path, evaluation: Evaluation) -> None:
     section = evaluation.section()
     heading = re.escape(section.partition("\n")[0])
     kept = re.sub(rf"\n{heading}\n.*?(?=\n#|\Z)", "", text, flags=re.DOTALL)
-    scratch = path.with_name(f"{path.name}.partial")
-    scratch.write_text(f"{kept.rstrip()}\n\n{section}", encoding="utf-8")
-    scratch.replace(path)
+    write_whole(path, f"{kept.rstrip()}\n\n{section}")
 
 
 Candidate = tuple[str, Callable[[], Opened]]
@@ -153,11 +147,11 @@ def _candidates(
                 "plain quantization",
                 lambda: _plain(artifact, origin, Path(folder) / "plain", device, dtype, quiet=quiet),
             )
-        yield "start", lambda: open_to_use(model, None, device, dtype)
+        yield "start", lambda: open_to_use(found, None, device, dtype)
         if adapter is None:
             return
     name = "trained" if adapter is not None else "start" if artifact is not None else "model"
-    yield name, lambda: open_to_use(model, adapter, device, dtype)
+    yield name, lambda: open_to_use(found, adapter, device, dtype)
 
 
 def _plain(
@@ -166,10 +160,7 @@ def _plain(
     """The same recipe with the nearest codes and an adapter that adds nothing: QLoRA's start."""
     recipe: Any = recipe_again(artifact.manifest["recipe"]).to_dict() | _PLAIN | dict.fromkeys(_TEXT)
     quantize(source, output=folder, quiet=quiet, **recipe)
-    return open_to_use(str(folder), None, device, dtype)
-
-
-# Measures
+    return open_to_use(open_artifact(folder), None, device, dtype)
 
 
 def _notes(task: str, found: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -19,6 +19,7 @@ from loftq.hub.source import Source, find_source
 from loftq.models.adapters import check_shapes, foreign_adapter
 from loftq.models.devices import compute_dtype
 from loftq.models.loading import guard_cpu, load_base, load_qalora, load_qlora
+from loftq.models.positions import longest_input
 from loftq.models.tasks import TASKS, Task, auto_class, build_meta
 from loftq.planning.plan import Plan
 from loftq.planning.planner import make_plan
@@ -27,10 +28,8 @@ from loftq.planning.settings import QuantizeSettings
 from loftq.settings import option_name
 from loftq.training import tasks
 from loftq.training.encoding import load_tokenizer
-from loftq.training.model import Model, find_model
+from loftq.training.model import Model
 from loftq.training.settings import TrainSettings
-
-_LONGEST = 1_000_000  # tokens, where neither model nor tokenizer say
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,8 @@ class Opened:
 
     @property
     def longest(self) -> int:
-        """How many tokens model and tokenizer take at once; RoBERTa counts its positions from behind its padding's."""
-        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or _LONGEST
-        for name, module in self.model.named_modules():
-            padding = getattr(module, "padding_idx", None) if name.endswith(".position_embeddings") else None
-            found -= 0 if padding is None else padding + 1
-        return min(int(limit) for limit in (found, self.tokenizer.model_max_length, _LONGEST) if limit)
+        """How many tokens the model and its tokenizer take at once."""
+        return longest_input(self.model, self.tokenizer.model_max_length)
 
 
 def mode_of(settings: TrainSettings, found: Model) -> str:
@@ -160,12 +155,11 @@ def load_dense(
     return model
 
 
-def open_to_use(name: str, adapter: str | None, device: torch.device, dtype: torch.dtype) -> Opened:
+def open_to_use(found: Model, adapter: str | None, device: torch.device, dtype: torch.dtype) -> Opened:
     """A model with a trained adapter, or with the artifact's own start; without one, where it has none.
 
     Raises ArtifactError for an adapter of another backbone.
     """
-    found = find_model(name)
     place = {"": device}
     if isinstance(found, Artifact):
         model: Any = loader_of(found)(found.folder, adapter, is_trainable=False, device_map=place, dtype=dtype)

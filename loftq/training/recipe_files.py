@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loftq.display import one_line
 from loftq.errors import OptionError, UnknownNameError
 
 ALIASES = {
@@ -92,7 +93,7 @@ def _parse(path: Path) -> dict[str, Any]:
         else:
             raise OptionError(f"--recipe {path}: expected a .toml, .yaml or .json file")
     except ValueError as error:
-        raise OptionError(f"--recipe {path}: {' '.join(str(error).split())}") from error
+        raise OptionError(f"--recipe {path}: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise OptionError(f"--recipe {path}: expected names and values")
     return {str(key): value for key, value in content.items()}

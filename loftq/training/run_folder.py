@@ -12,6 +12,7 @@ from typing import Any
 
 from loftq.errors import ArtifactError, OutputError
 from loftq.formats.adapter import CONFIG, WEIGHTS, open_adapter
+from loftq.formats.disk import write_whole
 from loftq.models.adapters import TRAINING_RECORD
 from loftq.planning.run import check_resume
 from loftq.training.settings import TrainSettings
@@ -51,9 +52,7 @@ def begin(output: Path, settings: TrainSettings, backbone: Mapping[str, str]) ->
 def write_record(output: Path, record: dict[str, Any]) -> None:
     """The record, whole or not at all."""
     output.mkdir(parents=True, exist_ok=True)
-    scratch = output / f"{TRAINING_RECORD}.partial"
-    scratch.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-    scratch.replace(output / TRAINING_RECORD)
+    write_whole(output / TRAINING_RECORD, json.dumps(record, indent=1, default=str) + "\n")
 
 
 def _read(output: Path) -> dict[str, Any] | None:

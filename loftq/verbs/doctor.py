@@ -15,7 +15,7 @@ import torch
 from packaging.requirements import Requirement
 
 from loftq.core.kernels import dispatch
-from loftq.display import one_line, size
+from loftq.display import columns, one_line, size
 from loftq.errors import OptionError
 from loftq.hub.errors import checked_token
 from loftq.models.loading import guard_cpu
@@ -51,8 +51,7 @@ class Diagnosis:
 
     def table(self) -> str:
         """For a person."""
-        width = max(len(finding.name) for finding in self.findings)
-        return "\n".join(f"{state:<4}  {name:<{width}}  {text}" for state, name, text in self.findings)
+        return columns([(f"{state:<{len(WRONG)}}", name, text) for state, name, text in self.findings])
 
 
 def doctor() -> Diagnosis:

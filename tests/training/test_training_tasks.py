@@ -16,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 
 from loftq.hub.source import find_source
 from loftq.training.encoding import Collator, Encoder, load_tokenizer
+from loftq.training.model import find_model
 from loftq.training.opening import open_to_use, quantizing_of
 from loftq.training.settings import TrainSettings
 from loftq.training.tasks import TRAINING_TASKS
@@ -63,7 +64,7 @@ def test_a_model_is_built_with_the_head_of_its_task(
 def test_a_model_takes_as_many_tokens_as_it_has_positions(name: str, longest: int, tmp_path: Path) -> None:
     """Of a tokenizer that names no limit. Oracle: the model's forward, which fails with one token more."""
     folder = save_pico(name, "sequence-classification", tmp_path / name)
-    opened = open_to_use(str(folder), None, torch.device("cpu"), torch.float32)
+    opened = open_to_use(find_model(str(folder)), None, torch.device("cpu"), torch.float32)
     assert opened.longest == longest
     ids = torch.full((1, longest + 1), 7)
     with torch.no_grad():
