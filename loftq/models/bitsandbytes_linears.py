@@ -1,7 +1,8 @@
-"""Puts quantized linears in the place of dense ones."""
+"""bitsandbytes' linears: built from what a solver found, and weights as bitsandbytes itself reads them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,26 +10,40 @@ from torch import nn
 
 from loftq.core.grid import Grid
 from loftq.core.solvers.loftq import Solution
-from loftq.formats import bitsandbytes, native
+from loftq.formats import bitsandbytes as layout
 
 if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    from loftq.models.packed_linear import PackedLinear
+
+def read_weight(module: str, shape: Sequence[int], grid: Grid, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """What the stored tensors of a linear stand for: float32 (out, in)."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant
+
+    names = [spec.name for spec in layout.specs(module, shape, grid, torch.float32)]
+    codes, *others = (read(name) for name in names)
+    weight: torch.Tensor
+    if grid.bits == 8:
+        weight = int8_vectorwise_dequant(codes, others[0])
+        return weight
+    stored = {name.removeprefix(f"{names[0]}."): part for name, part in zip(names[1:], others, strict=True)}
+    state = QuantState.from_dict(stored, codes.device)
+    state.dtype = torch.float32  # rather than rounded to the compute dtype
+    weight = dequantize_4bit(codes, state)
+    return weight
 
 
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another, under every name that it goes by."""
-    for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
-        model.set_submodule(name, new)
+def linear_classes() -> tuple[type[nn.Module], ...]:
+    """The classes that transformers puts in the place of dense linears."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    return (Linear4bit, Linear8bitLt)
 
 
-def quantized_linear(
-    format: str, linear: nn.Linear, grid: Grid, solution: Solution, compute_dtype: torch.dtype | None
-) -> Linear4bit | Linear8bitLt | PackedLinear:
+def build(
+    linear: nn.Linear, grid: Grid, solution: Solution, compute_dtype: torch.dtype | None
+) -> Linear4bit | Linear8bitLt:
     """The linear that takes the place of a dense one."""
-    if format != "bitsandbytes":
-        return _packed_linear(linear, grid, solution, compute_dtype)
     if grid.bits == 8:
         return _linear8bit(linear, grid, solution)
     return _linear4bit(linear, grid, solution, compute_dtype)
@@ -38,7 +53,7 @@ def _linear8bit(linear: nn.Linear, grid: Grid, solution: Solution) -> Linear8bit
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
     shape = tuple(linear.weight.shape)
-    packed = bitsandbytes.tensors("", shape, grid, linear.weight.dtype, solution.codes, solution.scales)
+    packed = layout.tensors("", shape, grid, linear.weight.dtype, solution.codes, solution.scales)
     with torch.device("meta"):
         quantized = Linear8bitLt(
             linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False, threshold=6.0
@@ -54,34 +69,13 @@ def _linear4bit(linear: nn.Linear, grid: Grid, solution: Solution, compute_dtype
 
     dtype = compute_dtype or linear.weight.dtype
     shape = tuple(linear.weight.shape)
-    packed = bitsandbytes.tensors("", shape, grid, dtype, solution.codes, solution.scales)
+    packed = layout.tensors("", shape, grid, dtype, solution.codes, solution.scales)
     stored = {name.removeprefix(".weight").lstrip("."): tensor for name, tensor in packed.items()}
     with torch.device("meta"):
         quantized = Linear4bit(
-            linear.in_features, linear.out_features, linear.bias is not None, dtype, quant_type="nf4"
+            linear.in_features, linear.out_features, linear.bias is not None, dtype, quant_type=grid.codebook
         )
     weight = stored.pop("")
     quantized.weight = Params4bit.from_prequantized(weight, stored, device=linear.weight.device, module=quantized)
     quantized.bias = linear.bias
     return quantized.train(linear.training)
-
-
-def _packed_linear(
-    linear: nn.Linear, grid: Grid, solution: Solution, compute_dtype: torch.dtype | None
-) -> PackedLinear:
-    from loftq.models.packed_linear import PackedLinear
-
-    packed = PackedLinear(
-        linear.in_features,
-        linear.out_features,
-        linear.bias is not None,
-        grid=grid,
-        dtype=compute_dtype or linear.weight.dtype,
-        device=linear.weight.device,
-    )
-    shape = tuple(linear.weight.shape)
-    stored = native.tensors("", shape, grid, linear.weight.dtype, solution.codes, solution.scales)
-    for name, tensor in stored.items():
-        getattr(packed, name.lstrip(".")).data.copy_(tensor)
-    packed.bias = linear.bias
-    return packed.train(linear.training)

@@ -1,47 +1,55 @@
-"""Quantized weights as those who load a folder read them: by bitsandbytes itself, or by the linears that we load."""
+"""The linears of each layout: built in memory, and read as those who load a folder read them.
+
+A layout names its module of linears (`Layout.LINEARS`), which has all of `LayoutLinears`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Protocol, cast
 
 import torch
+from torch import nn
 
 from loftq.core.grid import Grid
-from loftq.formats import bitsandbytes as layout
-from loftq.formats import gptq
+from loftq.core.solvers.loftq import Solution
+from loftq.formats.layouts import LAYOUTS
 
-Reader = Callable[[str], torch.Tensor]  # of a tensor, by its name
+Reader = Callable[[str], torch.Tensor]  # reads a tensor by its name
+
+
+class LayoutLinears(Protocol):
+    """What a layout's module of linears offers."""
+
+    def read_weight(self, module: str, shape: Sequence[int], grid: Grid, read: Reader, /) -> torch.Tensor:
+        """What the stored tensors of a linear stand for: float32 (out, in)."""
+
+    def linear_classes(self) -> tuple[type[nn.Module], ...]:
+        """The classes of quantized linears that its loaders put into a model."""
+
+    def build(
+        self, linear: nn.Linear, grid: Grid, solution: Solution, compute_dtype: torch.dtype | None, /
+    ) -> nn.Module:
+        """The linear that takes the place of a dense one. Only layouts that are IN_MEMORY have it."""
+
+
+def linears_of(format: str) -> LayoutLinears:
+    """The module of a layout's linears."""
+    return cast(LayoutLinears, import_module(LAYOUTS[format].LINEARS))
+
+
+def quantized_classes() -> tuple[type[nn.Module], ...]:
+    """The classes of quantized linears of all layouts."""
+    return tuple({kind for format in LAYOUTS for kind in linears_of(format).linear_classes()})
 
 
 def read_weight(format: str, module: str, shape: Sequence[int], grid: Grid, read: Reader) -> torch.Tensor:
-    """What the stored tensors of a linear stand for: float32 (out, in)."""
-    if format == "bitsandbytes":
-        return _by_bitsandbytes(module, shape, grid, read)
-    return _by_our_linear(format, module, shape, grid, read)
+    """What the stored tensors of a linear stand for, as its loaders read them: float32 (out, in)."""
+    return linears_of(format).read_weight(module, shape, grid, read)
 
 
-def _by_bitsandbytes(module: str, shape: Sequence[int], grid: Grid, read: Reader) -> torch.Tensor:
-    from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant
-
-    names = [spec.name for spec in layout.specs(module, shape, grid, torch.float32)]
-    codes, *others = (read(name) for name in names)
-    found: torch.Tensor
-    if grid.bits == 8:
-        found = int8_vectorwise_dequant(codes, others[0])
-        return found
-    stored = {name.removeprefix(f"{names[0]}."): part for name, part in zip(names[1:], others, strict=True)}
-    state = QuantState.from_dict(stored, codes.device)
-    state.dtype = torch.float32  # rather than rounded to the compute dtype
-    found = dequantize_4bit(codes, state)
-    return found
-
-
-def _by_our_linear(format: str, module: str, shape: Sequence[int], grid: Grid, read: Reader) -> torch.Tensor:
-    from loftq.models.gptq_linear import GptqLinear
-    from loftq.models.packed_linear import PackedLinear
-
-    linear = (GptqLinear if format == "gptq" else PackedLinear)(shape[1], shape[0], False, grid=grid)
-    linear.load_state_dict({name: read(f"{module}.{name}") for name in linear.state_dict()})
-    if isinstance(linear, GptqLinear):
-        linear.ordered = gptq.is_ordered(linear.g_idx, grid.block(shape[1]))
-    return linear.dequantize()
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, under every name that it goes by."""
+    for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
+        model.set_submodule(name, new)
