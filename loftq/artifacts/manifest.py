@@ -78,7 +78,7 @@ def heading(plan: Plan) -> dict[str, Any]:
     """What the manifest says of the plan alone: enough to load the folder by."""
     return {
         "format_version": artifact.VERSION,
-        "kind": "qalora" if plan.recipe.adapter == "qalora" else "qlora",
+        "kind": plan.kind,
         "format": plan.format,
         "source": {
             "model": plan.source.name,

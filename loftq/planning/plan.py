@@ -10,7 +10,7 @@ from torch import nn
 
 from loftq.core.grid import Grid, Quantizer
 from loftq.formats.checkpoint import Shard, TensorSpec
-from loftq.formats.layouts import LAYOUTS, OURS, Layout
+from loftq.formats.layouts import LAYOUTS, Layout
 from loftq.hub.source import Source
 from loftq.models import linears
 from loftq.models.tasks import Task
@@ -68,7 +68,12 @@ class Plan:
     @property
     def stock(self) -> bool:
         """Whether stock transformers and peft load the result."""
-        return self.format != OURS
+        return self.layout.STOCK
+
+    @property
+    def kind(self) -> str:
+        """The kind of artifact that it becomes: `loftq.load_{kind}` loads it."""
+        return "qlora" if self.recipe.pool_size is None else "qalora"
 
     def grid(self, layer: Layer) -> Grid:
         """The type of a layer's weight."""
