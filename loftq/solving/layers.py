@@ -101,7 +101,7 @@ def _solve_layer(
         statistics.check_weight(layer, digest)
     moment = None if statistics is None else statistics.moment(layer.module)
     seed = layer_seed(recipe.seed, layer.module)
-    solution = solve_by(recipe, weight, moment, plan.quantizer(layer), recipe.iterations, seed)
+    solution = solve_by(recipe, weight, moment, plan.quantizer(layer), recipe.iters, seed)
     grid = plan.grid(layer)
     packed = plan.layout.tensors(layer.module, layer.shape, grid, recipe.dtype, solution.codes, solution.scales)
     factors = dict(zip(adapter.keys(layer.module), (solution.a, solution.b), strict=True))

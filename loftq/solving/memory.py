@@ -39,7 +39,7 @@ def needed(plan: Plan, workers: int, device: torch.device) -> dict[str, int]:
     check_calibratable(plan, _tokens(plan))
     dtype = torch.float32 if device.type == "cpu" else plan.recipe.dtype
     found = {"calibrating": _calibrating(plan, dtype), "solving": _solving(plan, workers)}
-    refining = _refining(plan, dtype, device) if plan.recipe.refinement else None
+    refining = _refining(plan, dtype, device) if plan.recipe.refine else None
     return found if refining is None else {**found, "refining": refining}
 
 
