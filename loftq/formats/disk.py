@@ -56,7 +56,10 @@ def scratch_beside(folder: Path, keep: str | None = None) -> Iterator[Path]:
     try:
         if not _holds(scratch, keep):
             for left in scratch.iterdir():
-                left.unlink()
+                if left.is_dir():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()
         yield scratch
     finally:
         # Where it was moved away, another run may have begun its own there.
