@@ -8,10 +8,10 @@ from typing import Any
 import click
 from transformers.utils.logging import disable_progress_bar
 
-from loftq.verbs.merge import TARGETS
+from loftq.merging.targets import TARGETS
 from loftq.verbs.merge import merge as run
 
-_TARGETS = "\n".join(f"  {name:<9} {text}" for name, text in TARGETS.items())
+_TARGETS = "\n".join(f"  {name:<9} {target.text}" for name, target in TARGETS.items())
 _EPILOG = f"""\b
 Targets:
 {_TARGETS}

@@ -323,7 +323,7 @@ def test_a_merge_that_was_cut_off_is_finished(
     pooled: tuple[Path, Path], run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the bytes of an undisturbed merge."""
-    from loftq.merging.targets import Integers
+    from loftq.merging.targets.to_int import Integers
 
     merge(*pooled, tmp_path / "whole", to="int")
     done = Integers.tensors
