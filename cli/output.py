@@ -1,20 +1,36 @@
-"""What a run of quantizing prints at its end."""
+"""What commands print: a result as a table for a person, or as JSON."""
 
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from loftq.solving.report import Report
+if TYPE_CHECKING:
+    from loftq.solving.report import Report
 
 
-def show(report: Report, as_json: bool) -> None:
-    """The report on stdout, for a person with the lines that load the result."""
+class Shown(Protocol):
+    """A result that has a table and plain values."""
+
+    def table(self) -> str:
+        """The figures, for a person."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain values."""
+
+
+def show(result: Shown, as_json: bool) -> None:
+    """Print a result."""
+    click.echo(json.dumps(result.to_dict()) if as_json else result.table())
+
+
+def show_report(report: Report, as_json: bool) -> None:
+    """Print the report of a quantization, for a person with the lines that load the result."""
+    show(report, as_json)
     if as_json:
-        click.echo(json.dumps(report.to_dict()))
         return
-    click.echo(report.table())
     if report.pushed is not None:
         click.echo(f"\n{report.pushed['lines']}", nl=False)
     elif report.seconds is not None:

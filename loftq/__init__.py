@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from loftq.models import register
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from loftq.verbs.report import report as report
     from loftq.verbs.verify import verify as verify
 
-__version__ = version("loftq")
 __all__ = [
     "LoftQError",
     "evaluate",
@@ -56,7 +54,7 @@ _HOMES = {
     "push": "loftq.verbs.push",
     "quantize": "loftq.verbs.quantize",
     "quantize_model": "loftq.verbs.quantize_model",
-    "report": "loftq.reporting.page",
+    "report": "loftq.verbs.report",
     "train": "loftq.training.train",
     "verify": "loftq.verbs.verify",
 }
@@ -67,6 +65,10 @@ register.install()  # folders of ours that stock transformers cannot load, it ca
 
 def __getattr__(name: str) -> Any:
     """Public names are imported when they are first used: peft and transformers take seconds."""
+    if name == "__version__":
+        from importlib.metadata import version  # itself takes a tenth of a second
+
+        return version("loftq")
     if name not in _HOMES:
         raise AttributeError(f"module 'loftq' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

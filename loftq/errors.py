@@ -12,7 +12,6 @@ LoftQError
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -32,6 +31,8 @@ class UnknownNameError(OptionError):
     """A name that is not in its table. Lists the names that are, the nearest first."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        import difflib  # here, since every start of the command line would wait for it
+
         names = sorted(known)
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

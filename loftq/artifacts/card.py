@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from loftq.artifacts.card_metadata import metadata
+from loftq.artifacts.card_section import marked
 from loftq.artifacts.loading_snippet import loading_section
 from loftq.core.grid import ROW
 from loftq.core.solvers.methods import METHODS
@@ -51,7 +52,7 @@ def card_text(plan: Plan, made: Mapping[str, Any], totals: Mapping[str, Any], ro
 
 ## Load
 
-{loading_section(made)}
+{marked(loading_section(made))}
 
 - The adapter belongs to this backbone, and so does every adapter that is trained from it. On any other, and on the
   original weights, it repairs errors that are not there.
@@ -116,9 +117,9 @@ def _settings(plan: Plan) -> dict[str, str]:
     rounding = f"{kinds}, " + ("one scale a row" if grid.block_size == ROW else f"{what} of {grid.block_size}")
     rounding += f", {grid.zero_point} zero-points" if grid.zero_point else ""
     left = [name for name in plan.skip_modules if not any(name.startswith(saved) for saved in plan.modules_to_save)]
-    rounds = f"{recipe.iterations} iteration{'s' if recipe.iterations > 1 else ''}"
+    rounds = f"{recipe.iters} iteration{'s' if recipe.iters > 1 else ''}"
     method = f"{METHODS[str(recipe.method)].title}, {rounds}"
-    if not recipe.iterations:
+    if not recipe.iters:
         method = "QLoRA's start (plain rounding, B = 0)"
     if recipe.adapter == "qalora":
         method = f"QA-LoRA, pools of {recipe.pool_size}, scales and zero-points fitted in up to {rounds}"
@@ -131,7 +132,7 @@ def _settings(plan: Plan) -> dict[str, str]:
         "method": method,
         **text,
         "rounding": rounding + (", double quantization" if recipe.double_quant else ""),
-        "rank, alpha": f"{recipe.rank}, {recipe.lora_alpha:g}" + (" (rank-stabilized)" if recipe.rslora else ""),
+        "rank, alpha": f"{recipe.rank}, {recipe.alpha:g}" + (" (rank-stabilized)" if recipe.rslora else ""),
         "adapted modules": ", ".join(_collapsed(plan.target_modules)),
         f"in {recipe.compute_dtype}": ", ".join(["embeddings", "norms", *_collapsed(left)]),
         "seed": str(recipe.seed),

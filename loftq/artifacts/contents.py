@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loftq.display import size
+from loftq.display import key_values, size
 
 _ERRORS = {
     "error": ("error of weights", "plain_error", "rounded"),
@@ -55,9 +55,7 @@ class Contents:
 
     def table(self) -> str:
         """For a person."""
-        rows = list(self._rows())
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return key_values(self._rows())
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         yield "name", self.name + (f" at {self.commit[:12]}" if self.commit else "")

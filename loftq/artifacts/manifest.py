@@ -37,7 +37,7 @@ def write_configs(plan: Plan, staging: Staging, folder: Path, trust_remote_code:
             str(folder.resolve()),
             plan.target_modules,
             rank=recipe.rank,
-            alpha=recipe.lora_alpha,
+            alpha=recipe.alpha,
             rslora=recipe.rslora,
             dropout=recipe.dropout,
             task_type=plan.task.peft_type,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from loftq.hub.source import Source
 from loftq.models.layout_linears import read_weight
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.planner import make_plan
-from loftq.planning.recipe import Recipe
+from loftq.planning.recipe import recipe_again
 from loftq.planning.weights import digest_of
 from loftq.planning.weights import read_source_weight as read_source
 
@@ -27,11 +26,8 @@ _LEAST = 1e-6  # of the weight's norm, below which float32 shows no error
 
 def plan_again(source: Source, manifest: Mapping[str, Any], trust_remote_code: bool) -> Plan:
     """The plan by which an artifact was made. Raises ArtifactError where it cannot be that of this source."""
-    known = {field.name for field in dataclasses.fields(Recipe)}
-    settings = {key: value for key, value in manifest["recipe"].items() if key in known}
-    lists = {key: tuple(value) for key, value in settings.items() if isinstance(value, list)}
     try:
-        plan = make_plan(source, Recipe(**{**settings, **lists}), trust_remote_code=trust_remote_code)
+        plan = make_plan(source, recipe_again(manifest["recipe"]), trust_remote_code=trust_remote_code)
     except LoftQError as error:
         raise ArtifactError(f"{_another(source, manifest)}: {error}") from error
     planned = {layer.module: list(layer.shape) for layer in plan.layers}

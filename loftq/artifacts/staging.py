@@ -1,10 +1,17 @@
 """Where an unfinished run keeps its files, so that it can be killed at any moment and resumed.
 
 All files are made inside `OUTPUT/.loftq-partial/`: the shards, with their bytes reserved, and a journal with
-a line for each tensor that is in place. A tensor is written, then noted; on resuming, what is noted is done
+a line for each step that is done. A tensor is written, then noted; on resuming, what is noted is done
 and the rest is written again, with the same bytes. When everything is there the journal says so, and the files
 are moved to their names, `config.json` and the index after the weights, `loftq.json` last: a folder that
 loads is complete. The journal alone tells how far a run has come, so it is the last to go.
+
+Each line of the journal is a JSON object of one kind:
+
+    {"fingerprint": {...}}        the first line: all that the bytes of the result depend on
+    {"tensor": NAME, ...}         a tensor is in place, with what is known of it
+    {"distilled": {...}}          the adapter is distilled, with what that measured
+    {"ready": true}               everything is made, and only the moving is left
 """
 
 from __future__ import annotations
@@ -16,15 +23,17 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loftq.errors import OutputError
 from loftq.formats.artifact import MANIFEST
 from loftq.formats.checkpoint import INDEX
-from loftq.formats.disk import PARTIAL, explain_os_errors
+from loftq.formats.disk import PARTIAL, explain_os_errors, is_inside
 
 _JOURNAL = "journal.jsonl"
+_OLD_DISTILLED = "(distilled)"  # journals had this among the names of tensors, before it was a kind of its own
 _LAST = (INDEX, "config.json", MANIFEST)
 
 
@@ -56,17 +65,26 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
             _listed(manifest)  # what it lists will be removed
 
 
+@dataclass
+class _Noted:
+    """What a journal says: the records of tensors by name, that of the distillation, and whether all is made."""
+
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)
+    distilled: dict[str, Any] | None = None
+    ready: bool = False
+
+
 class Staging:
     """The partial folder of one output, locked for this process.
 
-    `done` holds the records of the tensors in place; `ready` says that all is made and only the moving is left.
+    `done` holds the records of the tensors in place; `distilled` is the record of the distillation, None until it is
+    done; `ready` says that all is made and only the moving is left.
     """
 
-    def __init__(self, output: Path, journal: int, done: dict[str, dict[str, Any]], ready: bool) -> None:
+    def __init__(self, output: Path, journal: int, noted: _Noted) -> None:
         self.output = output
         self.folder = output / PARTIAL
-        self.done = done
-        self.ready = ready
+        self.done, self.distilled, self.ready = noted.done, noted.distilled, noted.ready
         self._journal = journal
         self._lock = threading.Lock()
 
@@ -75,6 +93,12 @@ class Staging:
         with self._lock:
             _append(self._journal, {"tensor": name, **record})
             self.done[name] = dict(record)
+
+    def note_distilled(self, record: Mapping[str, Any]) -> None:
+        """Note that the adapter is distilled."""
+        with self._lock:
+            _append(self._journal, {"distilled": dict(record)})
+            self.distilled = dict(record)
 
     def write_text(self, name: str, text: str) -> None:
         """Make a small file."""
@@ -117,14 +141,14 @@ def open_staging(output: Path, fingerprint: Mapping[str, Any], *, overwrite: boo
             _lock(journal, output)
             if overwrite:
                 os.ftruncate(journal, 0)
-            done, ready = _read_journal(folder / _JOURNAL, fingerprint, output)
-            if not done and not ready:
+            noted = _read_journal(folder / _JOURNAL, fingerprint, output)
+            if not noted.done and not noted.ready:
                 if (folder / MANIFEST).is_file() and not (output / MANIFEST).is_file():
                     _remove_listed(output, folder / MANIFEST)  # the run that is given up had begun to publish
                 _clear(folder)
                 os.ftruncate(journal, 0)
                 _append(journal, {"fingerprint": fingerprint})
-            yield Staging(output, journal, done, ready)
+            yield Staging(output, journal, noted)
         finally:
             os.close(journal)
 
@@ -142,14 +166,14 @@ def _append(journal: int, record: Mapping[str, Any]) -> None:
         line = line[os.write(journal, line) :]
 
 
-def _read_journal(path: Path, fingerprint: Mapping[str, Any], output: Path) -> tuple[dict[str, dict[str, Any]], bool]:
-    """The tensors that are noted, and whether everything is. Cuts off what a kill left of a line."""
+def _read_journal(path: Path, fingerprint: Mapping[str, Any], output: Path) -> _Noted:
+    """What is noted. Cuts off the part of a line that a killed run left."""
     text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     os.truncate(path, len(whole))
     records = [record for line in whole.splitlines() if (record := _parse(line))]
     if not records or "fingerprint" not in records[0]:
-        return {}, False
+        return _Noted()
     changed = sorted(_differences(records[0]["fingerprint"], json.loads(json.dumps(fingerprint))))
     if changed:
         raise OutputError(
@@ -157,7 +181,10 @@ def _read_journal(path: Path, fingerprint: Mapping[str, Any], output: Path) -> t
             "resume it with those it was begun with, or add --overwrite to start again"
         )
     done = {record.pop("tensor"): record for record in records if "tensor" in record}
-    return done, any("ready" in record for record in records)
+    distilled = done.pop(_OLD_DISTILLED, None)
+    for record in records:
+        distilled = record.get("distilled", distilled)
+    return _Noted(done, distilled, any("ready" in record for record in records))
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -197,7 +224,7 @@ def _listed(manifest: Path) -> list[str]:
         names = [str(name) for name in json.loads(manifest.read_text(encoding="utf-8"))["files"]]
     except (ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{manifest} is damaged: its folder will not be touched, name another --output") from error
-    outside = [name for name in names if ".." in Path(name).parts or Path(name).is_absolute()]
+    outside = [name for name in names if not is_inside(name)]
     if outside:
         raise OutputError(f"{manifest} lists {outside[0]!r}, which lies outside its folder: name another --output")
     return names

@@ -27,8 +27,9 @@ from loftq.calibration.windows import Calibration, prepare
 from loftq.display import few_of
 from loftq.errors import ArtifactError, SourceError
 from loftq.formats.disk import explain_os_errors, move_into_place, scratch_beside
-from loftq.models.lockstep import run
+from loftq.models.lockstep import run as run_in_lockstep
 from loftq.planning.plan import Plan
+from loftq.planning.run import Run
 
 BATCH_TOKENS = 2048  # that run at once: more make the products no faster
 
@@ -134,7 +135,7 @@ def _run(
     with bar:
         found = InputObserver(plan, weights, folder, bar, answers, progress)
         with found.watching():
-            run(weights.core, batches, weights.blocks, found, progress)
+            run_in_lockstep(weights.core, batches, weights.blocks, found, progress)
         found.save(None)
     ids = {name: tensor.int() for name, tensor in _joined(batches).items() if name.endswith("_ids")}
     answered = _joined(answers)
@@ -167,18 +168,20 @@ def _joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([part[name] for part in parts]).cpu().contiguous() for name in parts[0]}
 
 
-def calibrate(
-    plan: Plan, folder: Path, chosen: str | Path | None, device: torch.device, trust_remote_code: bool, quiet: bool
-) -> Statistics | None:
-    """What text says of the layers' inputs, gathered now or by an earlier run; None where no text is given."""
+def calibrate(plan: Plan, folder: Path, run: Run) -> Statistics | None:
+    """The statistics of the layers' inputs, gathered now or by an earlier run; None where no text is given.
+
+    They are kept beside the output `folder`, unless the run names another folder.
+    """
     if plan.recipe.calibration is None:
         return None
-    text = windows_of(plan, trust_remote_code)
-    where = Path(chosen) if chosen else folder.parent / f"{plan.source.label}-calibration-{text.key}"
-    return gather(plan, text, where, device, trust_remote_code=trust_remote_code, quiet=quiet)
+    text = windows_of(plan, run.trust_remote_code)
+    where = Path(run.statistics) if run.statistics else folder.parent / f"{plan.source.label}-calibration-{text.key}"
+    return gather(plan, text, where, run.device, trust_remote_code=run.trust_remote_code, quiet=run.quiet)
 
 
 def windows_of(plan: Plan, trust_remote_code: bool) -> Calibration:
+    """The text of a plan's recipe, cut into windows."""
     recipe = plan.recipe
     return prepare(
         plan,

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from loftq.formats.disk import write_whole
+
 PROGRESS = "progress.json"
 _EVERY = 60.0  # seconds
 
@@ -78,14 +80,12 @@ class Progress:
         self._turn = 1 - self._turn
         record = {"identity": self._identity, "rounds": rounds, "turn": self._turn, "batches": batches}
         record |= {"modules": dict(modules), "digests": dict(digests), "files": files}
-        scratch = self._folder / f"{PROGRESS}.new"
-        scratch.write_text(json.dumps(record), encoding="utf-8")
-        scratch.replace(self._folder / PROGRESS)
+        write_whole(self._folder / PROGRESS, json.dumps(record))
         self._last = time.monotonic()
 
     def finish(self) -> None:
         """Leave nothing of it."""
-        self._remove(f"{PROGRESS}*")
+        self._remove(f"*{PROGRESS}*")  # and what a killed run was about to put in its place
         self._remove("state-*")
 
     def forget(self) -> None:

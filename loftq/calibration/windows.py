@@ -5,24 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 
 from loftq.errors import OptionError, SourceError
 from loftq.hub.text import DEFAULT, read_text
+from loftq.models.positions import longest_input
+from loftq.models.tokenizers import read_tokenizer, special_tokens
 from loftq.planning.plan import Plan
-from loftq.planning.recipe import SEQUENCE_LENGTH, TOKENS
+from loftq.planning.settings import CALIBRATION_TOKENS, SEQUENCE_LENGTH
 
 MIN_TOKENS = 4096  # below, second moments of some thousand inputs are noise
 _SURPLUS = 16  # how much more text than asked for is read, to choose windows from
 _PIECE = 100_000  # characters that are tokenized at a time
-_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def prepare(
     plan: Plan,
     text: str = DEFAULT,
     *,
-    tokens: int = TOKENS,
+    tokens: int = CALIBRATION_TOKENS,
     sequence_length: int = SEQUENCE_LENGTH,
     seed: int = 0,
     trust_remote_code: bool = False,
@@ -83,11 +82,11 @@ def prepare(
     tokenizer or does not read text.
     """
     check_calibratable(plan, tokens)
-    tokenizer = _load_tokenizer(plan, trust_remote_code)
-    before, after = _special_tokens(tokenizer)
+    tokenizer = read_tokenizer(plan.source.folder, trust_remote_code=trust_remote_code)
+    before, after = special_tokens(tokenizer)
     hashed = hashlib.sha256()
     ids = _tokenize(tokenizer, read_text(text), _SURPLUS * tokens, hashed)
-    longest = longest_window(plan.model, tokenizer.model_max_length)
+    longest = longest_input(plan.model, tokenizer.model_max_length)
     length = min(sequence_length, longest, tokens, max(len(ids) + len(before) + len(after), 1))
     inner = max(length - len(before) - len(after), 1)
     available, wanted = len(ids) // inner, tokens // length
@@ -98,8 +97,8 @@ def prepare(
         filled = f"of {tokens} tokens {wanted * length} fill whole windows of {length}"
     if len(chosen) * length < MIN_TOKENS:
         raise OptionError(
-            f"--calibration {text}: {filled}: expected {MIN_TOKENS} or more, better {TOKENS}: use a smaller "
-            f"--sequence-length, a longer text, or the one that is shipped: --calibration {DEFAULT}"
+            f"--calibration {text}: {filled}: expected {MIN_TOKENS} or more, better {CALIBRATION_TOKENS}: use a "
+            f"smaller --sequence-length, a longer text, or the one that is shipped: --calibration {DEFAULT}"
         )
     windows = torch.tensor([[*before, *ids[i * inner : (i + 1) * inner], *after] for i in chosen], dtype=torch.int64)
     _check_ids(plan, windows)
@@ -119,34 +118,9 @@ def check_calibratable(plan: Plan, tokens: int) -> None:
         raise SourceError(f"{plan.source.name} does not read text, which is all that it could be calibrated on")
 
 
-def _load_tokenizer(plan: Plan, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    folder = plan.source.folder
-    missing = (
-        f"{folder} has no tokenizer that can be loaded, and calibration needs it: "
-        "copy the tokenizer's files of the original model there"
-    )
-    if not any(path.is_file() for pattern in _TOKENIZERS for path in folder.glob(pattern)):
-        raise SourceError(missing)
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a tokenizer's own class may raise anything for files that make no sense
-        raise SourceError(f"{missing} ({' '.join(str(error).split())[:200]})") from error
-
-
-def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that are put before and after a text."""
-    plain, dressed = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
-    for i in range(len(dressed) - len(plain) + 1):
-        if dressed[i : i + len(plain)] == plain:
-            return dressed[:i], dressed[i + len(plain) :]
-    return [], []
-
-
 def _fingerprint(tokenizer: Any) -> str:
     """A hash of the vocabulary and the special tokens."""
-    parts = [sorted(tokenizer.get_vocab().items()), _special_tokens(tokenizer), tokenizer.eos_token_id]
+    parts = [sorted(tokenizer.get_vocab().items()), special_tokens(tokenizer), tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -173,17 +147,6 @@ def _pieces(document: str) -> Iterator[str]:
         yield document[start:end]
         start = end
     yield document[start:]
-
-
-def longest_window(model: nn.Module, limit: int | None = None) -> int:
-    """How many tokens a model takes at once, and its tokenizer, where that has a limit."""
-    config: Any = model.config
-    found = [sys.maxsize, limit, getattr(config.get_text_config(), "max_position_embeddings", None)]
-    for name, module in model.named_modules():
-        # RoBERTa's kind counts positions from behind the padding's id
-        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
-            found.append(module.num_embeddings - module.padding_idx - 1)
-    return min(int(limit) for limit in found if limit is not None and limit > 0)
 
 
 def _check_ids(plan: Plan, windows: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ Directions V (in, r) that an adapter will correct: for the best B, E − B Vᵀ 
 so feedback under S is feedback under [[H, HV], [VᵀH, VᵀHV + λI]] with r last columns that are never rounded.
 
 Columns go in panels: what a panel owes to columns outside is one product, what lies within goes column by column, on
-the CPU in a compiled loop (`rounding_kernels`), on a GPU in a kernel (`gpu_rounding_kernels`). Rows do not meet.
+the CPU in a compiled loop (`kernels.rounding`), on a GPU in a kernel (`kernels.gpu_rounding`). Rows do not meet.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A folder that is made beside another and takes its place at once, by one run at a time."""
+"""Files and folders that are made beside their place and move there when they are complete."""
 
 from __future__ import annotations
 
@@ -17,25 +17,56 @@ from loftq.errors import OutputError
 
 
 @contextmanager
-def scratch_beside(folder: Path, keep: str) -> Iterator[Path]:
-    """A folder, `.NAME-partial`, that no other run has: one that has it is waited for.
+def replacing(path: Path) -> Iterator[Path]:
+    """An empty file `.NAME.partial` beside `path`, which takes its place if the block ends without an error.
 
-    It is gone afterwards, unless it holds a file `keep` then: that is for the next run to go on with. Anything else
-    that a run left there is removed by the next.
+    After an error it is removed, and `path` is as it was. A run that is killed leaves the file, and the next one
+    removes it.
+    """
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.unlink(missing_ok=True)
+    os.close(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less what the umask takes away
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, text in UTF-8, so that a reader finds the old content or the new one, and no part of it."""
+    with replacing(path) as scratch:
+        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file name that is relative to a folder stays in that folder."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+@contextmanager
+def scratch_beside(folder: Path, keep: str | None = None) -> Iterator[Path]:
+    """A folder `.NAME-partial` that no other run uses: if one does, this waits until it has ended.
+
+    The folder is removed afterwards, unless it then holds a file `keep`, from which the next run continues. The next
+    run removes anything else that was left there.
     """
     scratch = folder.parent / f".{folder.name}-partial"
     held = _hold(scratch)
     try:
-        if not (scratch / keep).exists():
+        if not _holds(scratch, keep):
             for left in scratch.iterdir():
                 left.unlink()
         yield scratch
     finally:
-        if (
-            _is_at(held, scratch) and not (scratch / keep).exists()
-        ):  # not moved away: another run may have begun its own there
+        # Where it was moved away, another run may have begun its own there.
+        if _is_at(held, scratch) and not _holds(scratch, keep):
             shutil.rmtree(scratch, ignore_errors=True)
         os.close(held)
+
+
+def _holds(folder: Path, name: str | None) -> bool:
+    return name is not None and (folder / name).exists()
 
 
 def move_into_place(scratch: Path, folder: Path) -> None:

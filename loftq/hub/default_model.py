@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
-import tempfile
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq.errors import SourceError
+from loftq.formats.disk import move_into_place, scratch_beside
 
 
 def default_model() -> Mapping[str, Any]:
@@ -27,13 +26,11 @@ def unpack_gguf(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        where = Path(scratch) / folder.name
+    with scratch_beside(folder) as scratch:
+        if (folder / "config.json").is_file():  # by the run that this one has waited for
+            return
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
         del model.hf_quantizer, model.config.quantization_config  # with them save_pretrained refuses
-        model.save_pretrained(where)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(where)
-        if not (folder / "config.json").is_file():  # another run may have been faster, and be reading its own
-            shutil.rmtree(folder, ignore_errors=True)
-            where.rename(folder)
+        model.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(scratch)
+        move_into_place(scratch, folder)

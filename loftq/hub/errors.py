@@ -35,7 +35,7 @@ def explain_data(name: str, asked: str) -> Iterator[None]:
     except Exception as error:  # of the client, of the network, of any format's reader
         if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
             raise OptionError(f"{asked}: the Hub refuses the token: log in again with `hf auth login`") from error
-        reason = one_line(error.__cause__ or error)[:300]
+        reason = one_line(error.__cause__ or error, 300)
         raise OptionError(f"{asked}: no such file, and cannot be read from the Hub: {reason}") from error
 
 

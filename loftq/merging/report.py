@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq.display import size
+from loftq.display import key_values, size
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class MergeReport:
         if self.lost is not None:
             rows.append(("lost", loss_text(self.lost)))
         rows += [("time", f"{self.seconds:.1f} s"), *(("note", note) for note in self.notes)]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return key_values(rows)
 
 
 def loss_text(lost: float) -> str:

@@ -1,4 +1,9 @@
-"""The device that work goes to where none is named."""
+"""The device that work goes to where none is named.
+
+The two choices differ on purpose. `device_to_run` is for models that train, answer or are measured: any accelerator
+that torch finds. `find_gpu` is for solving, which needs float64, and so leaves out Apple's GPUs, which lack it; folders
+of packed weights load to the same GPU.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +17,23 @@ from loftq.errors import LoftQError, OptionError
 
 
 def find_gpu() -> torch.device | None:
-    """The GPU that torch finds; None where there is none, and for Apple's, which does not compute in float64."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if found is None or found.type == "mps":
+    """The GPU, with its index, that computes in float64; None where torch finds none."""
+    accelerator = _accelerator()
+    if accelerator is None or accelerator.type == "mps":
         return None
-    return torch.device(found.type, torch.accelerator.current_device_index())
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
-def device_of(cpu: bool | None) -> torch.device:
-    """The accelerator that torch finds, or the CPU."""
-    found = None if cpu or not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
-    return found or torch.device("cpu")
+def device_to_run(cpu: bool | None) -> torch.device:
+    """The accelerator that torch finds, or the CPU where it finds none or `cpu` is true.
+
+    It has no index: of several GPUs, transformers gives each process its own.
+    """
+    return (None if cpu else _accelerator()) or torch.device("cpu")
+
+
+def _accelerator() -> torch.device | None:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
 def compute_dtype(asked: str | None, device: torch.device) -> torch.dtype:

@@ -57,7 +57,7 @@ def find_linears(model: nn.Module) -> Linears:
     others: dict[str, str] = {}
     for name, module in model.named_modules():
         dense = _dense(module)
-        if dense is None or _within(name, heads):
+        if dense is None or _lies_in(name, heads):
             continue
         if not converted(name, float32) or "pooler" in name.split(".") or name.rpartition(".")[0] in mixtures:
             kept.append(name)
@@ -123,10 +123,11 @@ def _heads(model: nn.Module) -> tuple[str, ...]:
     ]
     output = built.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     found = [name for name, module in model.named_modules() if output is not None and module is output]
-    return (*siblings, *(name for name in found if not _within(name, siblings)))
+    return (*siblings, *(name for name in found if not _lies_in(name, siblings)))
 
 
-def _within(name: str, modules: Collection[str]) -> bool:
+def _lies_in(name: str, modules: Collection[str]) -> bool:
+    """Whether a module is one of these, which are named in full, or lies in one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
@@ -177,7 +178,7 @@ def _why_nothing(model: nn.Module, linears: Linears, pattern: str) -> str:
         if name and reaches(pattern, name) and any(True for _ in module.parameters(recurse=False)):
             if name in linears.shared:
                 return f"reaches {name!r}, which shares its weight with {linears.shared[name]!r}: target others"
-            if _within(name, linears.heads) or name in linears.kept:
+            if _lies_in(name, linears.heads) or name in linears.kept:
                 return f"reaches {name!r}, which stays in 16 bits (linear layers that can be quantized: {known})"
             kind = type(module).__name__
             return f"reaches {name!r}, of class {kind}: only linear layers can be quantized (this model has: {known})"
@@ -218,7 +219,7 @@ def skip_modules(model: nn.Module, linears: Linears, targets: Iterable[str]) -> 
 
 
 def _dense_within(model: nn.Module, modules: Collection[str]) -> Iterator[str]:
-    return (name for name, module in model.named_modules() if _within(name, modules) and _dense(module))
+    return (name for name, module in model.named_modules() if _lies_in(name, modules) and _dense(module))
 
 
 def fused_experts(model: nn.Module) -> dict[str, int]:

@@ -80,12 +80,12 @@ def map_names(
         if copy in source and original in source:  # one copy on disk is enough: loading ties them again
             left_out.append(source.pop(copy))
             del written[left_out[-1]]
-    for key in [key for key in source if _within(key, resized) and tensors[source[key]].shape != state[key].shape]:
+    for key in [key for key in source if _has_part(key, resized) and tensors[source[key]].shape != state[key].shape]:
         left_out.append(source.pop(key))
         del written[left_out[-1]]
         provided.discard(key)
     created = _missing(built, state, provided, tied)
-    _check_complete([key for key in created if not _within(key, new)])
+    _check_complete([key for key in created if not _has_part(key, new)])
     _check_shapes(state, source, tensors)
     for parts in fused.values():
         parts.sort(key=lambda part: dot_natural_key(part[0]))  # expert 10 after expert 9
@@ -93,7 +93,8 @@ def map_names(
     return NameMap(written, source, tuple(sorted(left_out)), shapes, fused)
 
 
-def _within(key: str, modules: Collection[str]) -> bool:
+def _has_part(key: str, modules: Collection[str]) -> bool:
+    """Whether a module of one of these names holds a parameter, at any depth: `score` holds `model.score.weight`."""
     return any(f".{module}." in f".{key}" for module in modules)
 
 

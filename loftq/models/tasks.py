@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from loftq.display import one_line
 from loftq.errors import OptionError, SourceError, UnknownNameError
 
 
@@ -125,7 +126,7 @@ def _classes(task: Task, config: Any) -> list[str]:
 
 
 def _config_problem(folder: Path, error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if "trust_remote_code" in text:
         return f"{folder} needs Python code of its own to load: read that code, then add --trust-remote-code"
     if "model type" in text or "model_type" in text:
@@ -134,4 +135,4 @@ def _config_problem(folder: Path, error: Exception) -> str:
         found = re.search(r"model type `?'?(\w+)", text)
         named = f"model type {found[1]!r}" if found else "model type"
         return f"{folder / 'config.json'}: transformers {__version__} does not know its {named}: upgrade transformers"
-    return f"{folder / 'config.json'} describes no model that transformers can build: {text or type(error).__name__}"
+    return f"{folder / 'config.json'} describes no model that transformers can build: {text}"

@@ -121,6 +121,11 @@ class Plan:
         """Bytes of the backbone's files."""
         return sum(shard.nbytes for shard in self.backbone)
 
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters of the adapter: factors, and a head that is trained with them."""
+        return sum(spec.numel for _, spec in self.adapter.offsets.values())
+
     def bits_of(self, layer: Layer) -> float:
         """Bits a weight of one layer on disk."""
         return 8 * self._stored(layer) / layer.weights

@@ -1,107 +1,22 @@
-"""The plots of a report, by matplotlib: as SVG whose colors the page's style decides, or in one picture.
-
-A plot for the page is drawn in colors that stand for others, which are replaced by CSS variables once it is SVG: so it
-is light or dark as the page is, and its text is the page's own.
-"""
+"""The plots of a report, drawn with matplotlib."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
 
+from loftq.reporting.drawing import Palette
 from loftq.reporting.measured import OUTPUTS, WEIGHTS, Measured, Place
 
-SERIES = ("#2a78d6", "#e8590c", "#1a9c6b", "#9c36b5", "#c79a00", "#d6336c", "#0b7285", "#6c757d")
-DARK = ("#6cb0ff", "#ff9a5c", "#4fd1a1", "#d48ae8", "#f0c84b", "#ff7fa8", "#55c3d4", "#adb5bd")
-INK, RULE = "#1c2733", "#d5dbe1"
 NAMES = {WEIGHTS: "weights", OUTPUTS: "outputs"}
-_PADDED = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.09)  # inches
 _WIDE = 2.5  # largest of smallest error, from which an axis is logarithmic
-_STYLE = {
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.7,
-    "legend.frameon": False,
-    "text.parse_math": False,  # a folder's name may hold dollars
-    "svg.fonttype": "none",
-    "svg.hashsalt": "loftq",
-}
-
-
-@dataclass(frozen=True)
-class Palette:
-    """Colors of text, of lines behind, and of artifacts in their order."""
-
-    ink: str = INK
-    rule: str = RULE
-    series: tuple[str, ...] = SERIES
-
-    def of(self, index: int) -> str:
-        """An artifact's."""
-        return self.series[index % len(self.series)]
-
-
-_STANDING = Palette("#010203", "#040506", tuple(f"#0708{i:02x}" for i in range(len(SERIES))))
-_VARIABLES = {
-    _STANDING.ink: "var(--ink)",
-    _STANDING.rule: "var(--rule)",
-    **{color: f"var(--s{i})" for i, color in enumerate(_STANDING.series)},
-}
-
-
-def panel(draw: Callable[..., None], width: float, height: float, **what: Any) -> str:
-    """The same as `svg` of what draws on the axes of one panel."""
-    return svg(lambda figure, palette: draw(figure.subplots(), palette, **what), width, height)
-
-
-def svg(draw: Callable[..., None], width: float, height: float, **what: Any) -> str:
-    """A plot of a size in inches, for a page that has the variables `--ink`, `--rule`, `--s0`, …"""
-    with _styled(_STANDING):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure, _STANDING, **what)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    found = text.getvalue()
-    found = re.sub("|".join(_VARIABLES), lambda color: _VARIABLES[color[0]], found[found.index("<svg") :])
-    return re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"|width="[^"]*pt" height="[^"]*pt"', r"\1", found, count=1)
-
-
-def png(draw: Callable[..., None], path: Path, width: float, height: float, **what: Any) -> None:
-    """A picture on white, at 160 dots an inch."""
-    palette = Palette()
-    with _styled(palette):
-        figure = Figure(figsize=(width, height), layout=_PADDED, facecolor="white", dpi=160)
-        FigureCanvasAgg(figure)
-        draw(figure, palette, **what)
-        figure.savefig(path, format="png", metadata={"Software": None})
-
-
-@contextmanager
-def _styled(palette: Palette) -> Any:
-    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    with mpl.rc_context({**_STYLE, "grid.color": palette.rule, **dict.fromkeys(names, palette.ink)}):
-        yield
 
 
 def bars_of_totals(axes: Axes, palette: Palette, found: Sequence[Measured], prefix: str) -> None:

@@ -25,7 +25,7 @@ class _Column(NamedTuple):
 def _write_page(found: list[Measured], path: Path) -> None:
     import jinja2
 
-    from loftq.reporting.charts import DARK, Palette
+    from loftq.reporting.drawing import DARK, Palette
     from loftq.reporting.sections import sections
 
     settings = {key: [one.artifact.manifest["recipe"].get(key) for one in found] for key in _recipe_keys(found)}
@@ -90,6 +90,6 @@ def _columns(found: Sequence[Measured]) -> Iterator[_Column]:
 
 
 def _write_picture(found: list[Measured], path: Path) -> None:
-    from loftq.reporting import charts
+    from loftq.reporting import charts, drawing
 
-    charts.png(charts.overview, path, 12.4, 7.6, found=found)
+    drawing.png(charts.overview, path, 12.4, 7.6, found=found)

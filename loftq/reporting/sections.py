@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from loftq.reporting import charts
+from loftq.reporting import charts, drawing
 from loftq.reporting.measured import OUTPUTS, WEIGHTS, Measured
 
 _WHOLE, _HALF = 12.4, 6.2  # inches
@@ -31,7 +31,7 @@ def sections(found: Sequence[Measured]) -> Iterator[Section]:
         yield Section(
             f"By block: {charts.NAMES[prefix]}",
             "Blocks from the first to the last, a panel for each kind of module; dotted what plain rounding leaves.",
-            [charts.svg(charts.depths, _WHOLE, 0.6 + 2.1 * -(-kinds // 4), found=found, prefix=prefix)],
+            [drawing.svg(charts.depths, _WHOLE, 0.6 + 2.1 * -(-kinds // 4), found=found, prefix=prefix)],
         )
     traced = [prefix for prefix in prefixes if any(one.has(prefix) and one.trace(prefix).shape[1] > 1 for one in found)]
     if traced:
@@ -39,7 +39,7 @@ def sections(found: Sequence[Measured]) -> Iterator[Section]:
             "Iterations",
             "What alternating leaves of plain rounding's error: lines are the median layer, bands the middle half of "
             "layers. The best iterate is kept.",
-            [charts.panel(charts.trace, _HALF, 3.3, found=found, prefix=prefix) for prefix in traced],
+            [drawing.panel(charts.trace, _HALF, 3.3, found=found, prefix=prefix) for prefix in traced],
             pair=True,
         )
     yield _singular_values(found)
@@ -54,7 +54,7 @@ def _errors(found: Sequence[Measured], prefixes: Sequence[str]) -> Section:
         "Error",
         "Pale what plain rounding leaves, in full color what is left with the adapter. A start that was calibrated on "
         "text makes the error of outputs small, whatever becomes of that of weights.",
-        [charts.panel(charts.bars_of_totals, _HALF, height, found=found, prefix=prefix) for prefix in prefixes],
+        [drawing.panel(charts.bars_of_totals, _HALF, height, found=found, prefix=prefix) for prefix in prefixes],
         pair=True,
     )
 
@@ -64,7 +64,7 @@ def _by_kind(found: Sequence[Measured], prefixes: Sequence[str], kinds: int) -> 
     return Section(
         "By kind of module",
         "All layers of a kind together: a ring is what plain rounding leaves, a dot what is left with the adapter.",
-        [charts.panel(charts.by_kind, _HALF, height, found=found, prefix=prefix) for prefix in prefixes],
+        [drawing.panel(charts.by_kind, _HALF, height, found=found, prefix=prefix) for prefix in prefixes],
         pair=True,
     )
 
@@ -73,7 +73,7 @@ def _singular_values(found: Sequence[Measured]) -> Section:
     return Section(
         "Singular values",
         "How much of ‖s·B·A‖² + ‖W − Q − s·B·A‖² the adapter's largest singular values hold, and all of them by kind.",
-        [charts.panel(draw, _HALF, 3.6, found=found) for draw in (charts.captured, charts.captured_by_kind)],
+        [drawing.panel(draw, _HALF, 3.6, found=found) for draw in (charts.captured, charts.captured_by_kind)],
         pair=True,
     )
 
@@ -83,4 +83,4 @@ def _varying(found: Sequence[Measured]) -> Iterator[str]:
         for what, values in (("type", one.grid_of("codebook")), ("rank", one.ranks)):
             if values:
                 height, title = 0.8 + 0.27 * len({place.kind for place in values}), f"{one.label}: {what}"
-                yield charts.panel(charts.squares, _WHOLE, height, values=values, artifact=i, title=title)
+                yield drawing.panel(charts.squares, _WHOLE, height, values=values, artifact=i, title=title)

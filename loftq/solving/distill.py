@@ -22,56 +22,56 @@ from loftq.core.metric import Metric, damped, squared
 from loftq.formats.adapter import FOLDER, WEIGHTS, Adapter, open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.formats.checkpoint import Checkpoint, read_checkpoint
+from loftq.formats.disk import replacing
 from loftq.planning.plan import Layer, Plan
+from loftq.planning.run import Run
 from loftq.planning.weights import read_source_weight
 
-_NOTE = "(distilled)"  # in the journal, where tensors have their names
 _START = "start.safetensors"
 
 
-def distill(plan: Plan, staging: Staging, statistics: Statistics, device: torch.device, quiet: bool) -> None:
+def distill(plan: Plan, staging: Staging, statistics: Statistics, run: Run) -> None:
     """Refine the adapter in the partial folder, once, and note the errors that it leaves in each layer."""
     start = staging.folder / _START
-    if _NOTE not in staging.done:
+    if staging.distilled is None:
         weights = staging.folder / FOLDER / WEIGHTS
         if not start.is_file():
             _copy(weights, start)
         else:
             _copy(start, weights)
-        staging.note(_NOTE, _distill(plan, staging, start, statistics, device, quiet))
+        staging.note_distilled(_distill(plan, staging, start, statistics, run))
     start.unlink(missing_ok=True)
 
 
 def distilled(staging: Staging) -> dict[str, Any]:
     """Totals of a run that the distillation adds."""
-    record = staging.done.get(_NOTE, {})
+    record = staging.distilled or {}
     return {key: record[key] for key in ("refine_steps", "divergence_before", "divergence") if key in record}
 
 
 def distilled_row(staging: Staging, row: Mapping[str, Any]) -> dict[str, Any]:
     """A layer's row with the errors that the distilled factors leave."""
-    errors: Mapping[str, Mapping[str, float]] = staging.done.get(_NOTE, {}).get("errors", {})
+    errors: Mapping[str, Mapping[str, float]] = (staging.distilled or {}).get("errors", {})
     return {**row, **errors.get(row["name"], {})}
 
 
-def _distill(
-    plan: Plan, staging: Staging, start: Path, statistics: Statistics, device: torch.device, quiet: bool
-) -> dict[str, Any]:
+def _distill(plan: Plan, staging: Staging, start: Path, statistics: Statistics, run: Run) -> dict[str, Any]:
     from loftq.solving.refine import refine  # imports transformers' trainer, which takes seconds
 
     artifact = Artifact(staging.folder, heading(plan))
     found, factors = refine(
-        artifact, statistics.teacher(), plan.recipe.refinement, device, seed=plan.recipe.seed, quiet=quiet
+        artifact, statistics.teacher(), plan.recipe.refine, run.device, seed=plan.recipe.seed, quiet=run.quiet
     )
     record = {"refine_steps": found.steps, "divergence_before": found.before, "divergence": found.after}
     if not factors:
         return record
-    scratch = start.with_suffix(".new")
-    save_file({**load_file(start), **factors}, scratch, {"format": "pt"})
-    scratch.replace(staging.folder / FOLDER / WEIGHTS)
+    with replacing(staging.folder / FOLDER / WEIGHTS) as scratch:
+        save_file({**load_file(start), **factors}, scratch, {"format": "pt"})
     adapter, checkpoint = open_adapter(artifact.adapter), read_checkpoint(staging.folder)
     return record | {
-        "errors": {layer.module: _errors(plan, layer, adapter, checkpoint, statistics, device) for layer in plan.layers}
+        "errors": {
+            layer.module: _errors(plan, layer, adapter, checkpoint, statistics, run.device) for layer in plan.layers
+        }
     }
 
 
@@ -93,6 +93,5 @@ def _errors(
 
 
 def _copy(source: Path, target: Path) -> None:
-    scratch = target.with_suffix(".new")
-    shutil.copyfile(source, scratch)
-    scratch.replace(target)
+    with replacing(target) as scratch:
+        shutil.copyfile(source, scratch)

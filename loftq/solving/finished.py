@@ -1,4 +1,4 @@
-"""Folders that are complete already: are they what was asked for?"""
+"""A folder that is complete already is used again if it is the result of the same run."""
 
 from __future__ import annotations
 
@@ -20,48 +20,48 @@ from loftq.planning.weights import digest_of
 
 
 def finished_layers(folder: Path, plan: Plan, trust_remote_code: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The layers and totals of a folder that is complete already, where it is the one that was asked for."""
+    """The layers and totals of a complete folder. Raises OutputError if it is the result of another run."""
     manifest = artifact.open_artifact(folder).manifest
     if differing := differences(manifest, plan):
         raise OutputError(
-            f"{folder} is finished, with another {', '.join(differing)}: "
+            f"{folder} is finished, but its {', '.join(differing)} differs: "
             "add --overwrite instead of --resume to make it again, or name another --output"
         )
     if _is_changed(plan, manifest["source"]):
         raise OutputError(
-            f"{plan.source.name} holds other weights than when {folder} was made of it: make that again "
+            f"the weights of {plan.source.name} have changed since {folder} was made from it: make it again "
             f"(`loftq quantize {plan.source.name} ... --output {folder} --overwrite`) or remove it"
         )
     text = plan.recipe.calibration
     calibrated = manifest.get("calibration")
     if text and calibrated and find_text(text) and windows_of(plan, trust_remote_code).settings != calibrated:
         raise OutputError(
-            f"{folder} was calibrated on another text, or with another tokenizer, than {text} by now: "
+            f"{folder} was calibrated on another text or with another tokenizer than {text} is now: "
             "add --overwrite instead of --resume to make it again, or name another --output"
         )
     return list(manifest["layers"]), dict(manifest["totals"])
 
 
 def differences(manifest: Mapping[str, Any], plan: Plan) -> list[str]:
-    """Settings, or `source`, that were others when an artifact was made than a plan has them."""
-    found, asked = manifest["recipe"], plan.recipe.to_dict()
-    differing = [key for key in asked if found.get(key) != json.loads(json.dumps(asked[key]))]
+    """The names of settings that differ between an artifact's manifest and a plan; `source` if the models differ."""
+    planned = json.loads(json.dumps(plan.recipe.to_dict()))
+    differing = [key for key in planned if manifest["recipe"].get(key) != planned[key]]
     if (manifest["source"]["model"], manifest["source"]["revision"]) != (plan.source.name, plan.source.revision):
         differing.append("source")
     return differing
 
 
-def _is_changed(plan: Plan, made_of: Mapping[str, Any]) -> bool:
-    """Whether a folder's weights are others by now, which reads them all; those of a commit never are."""
-    if plan.source.revision is not None or "sha256" not in made_of:
+def _is_changed(plan: Plan, source: Mapping[str, Any]) -> bool:
+    """Whether the weights of the source have changed, for which all are read; those of a commit never change."""
+    if plan.source.revision is not None or "sha256" not in source:
         return False
     names = [*(layer.tensor for layer in plan.layers), *plan.passed]
     hashes = {name: digest_of(plan.source.checkpoint.read(name)) for name in names}
-    return artifact.combine_hashes(hashes) != str(made_of["sha256"])
+    return artifact.combine_hashes(hashes) != str(source["sha256"])
 
 
-def fingerprint_of(plan: Plan, known: Statistics | None, device: torch.device) -> dict[str, Any]:
-    """All that the bytes of the result depend on: an unfinished run is resumed only where it is the same."""
+def fingerprint_of(plan: Plan, statistics: Statistics | None, device: torch.device) -> dict[str, Any]:
+    """Everything that the bytes of the result depend on. An unfinished run is resumed only if all of it is the same."""
     return {
         "source": {
             "name": plan.source.name,
@@ -69,7 +69,7 @@ def fingerprint_of(plan: Plan, known: Statistics | None, device: torch.device) -
             "files": plan.source.file_states(),
         },
         "recipe": plan.recipe.to_dict(),
-        "calibration": known.settings if known is not None else None,
+        "calibration": statistics.settings if statistics is not None else None,
         "device": device.type,
         "versions": {name: version(name) for name in ("loftq", "torch", "transformers")},
     }

@@ -1,7 +1,7 @@
-"""The jobs of a run: each takes one tensor of the source to its place in the output.
+"""The jobs of a run. Each job brings one tensor of the source to its place in the output.
 
-They are independent and idempotent: any number of workers may run them, in any order, and a job that was cut
-off is simply run again.
+Jobs are independent and idempotent: any number of workers may run them in any order, and an interrupted job is simply
+run again.
 """
 
 from __future__ import annotations
@@ -30,31 +30,30 @@ from loftq.formats.checkpoint import ShardWriter
 from loftq.models import naming
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.recipe import Recipe, layer_seed
+from loftq.planning.run import Run
 from loftq.planning.weights import check_finite, digest_of, is_finite, read_source_weight
 
 
-def solve_all(
-    plan: Plan, staging: Staging, known: Statistics | None, device: torch.device, workers: int, quiet: bool
-) -> None:
+def solve_all(plan: Plan, staging: Staging, statistics: Statistics | None, run: Run) -> None:
     """Run a job for each tensor that is not in place yet, with a progress bar on stderr.
 
-    `known` is what calibration found of the layers' inputs.
+    `statistics` are those of the layers' inputs, where text was given.
     """
     layers = {layer.tensor: layer for layer in plan.layers}
-    # Embeddings first: at the end they would be one worker's, the others idle.
+    # embeddings come first: at the end one worker would be busy with them while the others wait
     kept = {name: spec.numel for name, spec in {**plan.created, **plan.passed}.items()}
     sizes = {**kept, **{name: layer.weights for name, layer in layers.items()}}
     left = [name for name in sizes if name not in staging.done]
     everything = sum(sizes.values())
     begun = everything - sum(sizes[name] for name in left)
-    bar = tqdm(total=everything, initial=begun, unit="w", unit_scale=True, disable=quiet, dynamic_ncols=True)
+    bar = tqdm(total=everything, initial=begun, unit="w", unit_scale=True, disable=run.quiet, dynamic_ncols=True)
     shards = [*plan.backbone, plan.adapter]
     with bar, one_thread_each(), ShardWriter(staging.folder, shards) as writer:
 
         def work(name: str) -> None:
             layer = layers.get(name)
             if layer is not None:
-                record = _solve_layer(plan, layer, known, writer, device)
+                record = _solve_layer(plan, layer, statistics, writer, run.device)
             elif name in plan.passed:
                 record = _pass_through(plan, name, writer)
             else:
@@ -63,10 +62,10 @@ def solve_all(
             bar.set_postfix_str(layer.module if layer else name, refresh=False)
             bar.update(sizes[name])
 
-        # In this thread: they are drawn from torch's own generator, which threads share.
+        # in this thread: they are drawn from torch's own generator, which all threads share
         for name in [name for name in left if name in plan.created]:
             work(name)
-        run_jobs(work, [name for name in left if name not in plan.created], workers)
+        run_jobs(work, [name for name in left if name not in plan.created], run.workers)
 
 
 @contextmanager
@@ -94,15 +93,15 @@ def run_jobs(work: Callable[[str], None], names: Sequence[str], workers: int) ->
 
 
 def _solve_layer(
-    plan: Plan, layer: Layer, known: Statistics | None, writer: ShardWriter, device: torch.device
+    plan: Plan, layer: Layer, statistics: Statistics | None, writer: ShardWriter, device: torch.device
 ) -> dict[str, Any]:
     recipe = plan.recipe
     weight, digest = read_source_weight(plan, layer, device)
-    if known is not None:
-        known.check_weight(layer, digest)
-    moment = None if known is None else known.moment(layer.module)
+    if statistics is not None:
+        statistics.check_weight(layer, digest)
+    moment = None if statistics is None else statistics.moment(layer.module)
     seed = layer_seed(recipe.seed, layer.module)
-    solution = solve_by(recipe, weight, moment, plan.quantizer(layer), recipe.iterations, seed)
+    solution = solve_by(recipe, weight, moment, plan.quantizer(layer), recipe.iters, seed)
     grid = plan.grid(layer)
     packed = plan.layout.tensors(layer.module, layer.shape, grid, recipe.dtype, solution.codes, solution.scales)
     factors = dict(zip(adapter.keys(layer.module), (solution.a, solution.b), strict=True))
@@ -114,7 +113,7 @@ def _solve_layer(
 def solve_by(
     recipe: Recipe, weight: torch.Tensor, moment: torch.Tensor | None, quantizer: Quantizer, iters: int, seed: int
 ) -> Solution:
-    """One weight by a recipe's method; without data where nothing is known of its inputs (`moment`)."""
+    """Solve one weight by the method of a recipe; without data if no `moment` of its inputs is known."""
     method, rank, scaling = recipe.solving, recipe.rank, recipe.scaling
     if moment is None and method.needs_moment:
         method = METHODS[WITHOUT_TEXT]
@@ -141,7 +140,7 @@ def _pass_through(plan: Plan, name: str, writer: ShardWriter) -> dict[str, Any]:
 
 
 def _create(plan: Plan, key: str, writer: ShardWriter) -> dict[str, Any]:
-    """Begin a parameter anew that the checkpoint lacks: a new task's head, a pooler."""
+    """Initialize a parameter that is not in the checkpoint: the head of a new task, a pooler."""
     seed = layer_seed(plan.recipe.seed, key)
     spec = plan.created[key]
     writer.write(spec.name, naming.initial_tensor(plan.model, key, seed).to(spec.dtype))

@@ -1,18 +1,19 @@
-"""A short distillation of the adapter alone: the quantized model learns to answer as the full-precision one does.
+"""A short distillation of the adapter alone: the quantized model learns to answer as the full-precision model does.
 
-The layers' own objective leaves out how their errors meet. What is minimized here is what a user sees,
+The layers are solved one by one, so how their errors add up is in no layer's objective. Distillation minimizes
 
-    KL(p ‖ q) a token,    p the full-precision model's distribution of the next token, q the quantized model's,
+    KL(p ‖ q) per token,    p the full-precision model's distribution of the next token, q the quantized model's,
 
-over the calibration text, with the backbone fixed, and with AdamW's rate falling to nothing: most is gained at the end,
-where steps are small. Of p the likeliest tokens are known one by one, and the others as one (`calibrate`). A model
-without a vocabulary learns the last hidden states: their squared error over their squares.
+over the calibration text, with the backbone fixed. AdamW's rate falls linearly to zero: most is gained at the end,
+where steps are small. The probabilities of the likeliest tokens under p are known one by one, those of all others
+as one sum (`loftq.calibration.gather` keeps them). A model without a vocabulary learns the last hidden states: the
+squared error divided by their own square.
 
-The rate begins where a step, which grows with the rank, is a fixed part of the way, which is as long as the root of the
-divergence. At twice that, a start of rank 64 that is near ends farther away.
+The first rate is chosen so that a step, which grows with the rank, is a fixed part of the distance, which grows with
+the root of the divergence. At twice that rate, a good start of rank 64 ends worse than it began.
 
-A part of the text is held out. Where the divergence does not fall there, the adapter stays as it was, and of one window
-nothing is learned.
+A part of the text is held out. If the divergence does not fall there, the adapter stays as it was. Of a text of one
+window nothing is learned.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from loftq.formats.artifact import Artifact
 from loftq.models.loading import load_base
 from loftq.models.tasks import TASKS, part_before_head
 
-_FASTEST = 2e-4  # rate, at a scaling of one
-_REACH = 0.018  # rate times rank, over the divergence's root
-_WARMUP = 0.05  # of the steps
-_HELD_OUT = 16  # of so many windows, one
-_STEP = 1024  # tokens, or a window where that is longer
-LARGE = 300_000_000  # weights, from which activations are computed again in the backward pass
-_LEAST = 1e-6  # of a probability: what float32 leaves of one less a sum
+_HIGHEST_RATE = 2e-4  # at a scaling of one
+_REACH = 0.018  # rate times rank, divided by the root of the divergence
+_WARMUP = 0.05  # part of the steps
+_HELD_OUT = 16  # one window of so many is held out
+_STEP_TOKENS = 1024  # tokens in a step, or one window if that is longer
+LARGE = 300_000_000  # number of weights from which activations are computed again in the backward pass
+_LEAST = 1e-6  # smallest probability: the precision of 1 minus a sum in float32
 _ANSWERS = ("indices", "values", "hidden")
 
 Window = Mapping[str, torch.Tensor]
@@ -48,7 +49,7 @@ Window = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Refinement:
-    """The divergence on held-out text, in nats a token (of hidden states, relative), before and after `steps`."""
+    """The divergence on held-out text before and after `steps`: in nats per token, or relative for hidden states."""
 
     before: float
     after: float
@@ -58,12 +59,12 @@ class Refinement:
 def refine(
     artifact: Artifact, teacher: Window, steps: int, device: torch.device, *, seed: int, quiet: bool
 ) -> tuple[Refinement, dict[str, torch.Tensor]]:
-    """Distill into the adapter of an artifact: what it did, and the factors by their names in the adapter's file.
+    """Distill into the adapter of an artifact. Returns the result and the factors by their names in the adapter's file.
 
-    `teacher` are a model's inputs and answers, as `statistics.Statistics.teacher` has them. The adapter's file is left
-    as it is. There are no factors where the held-out text is not answered better.
+    `teacher` holds a model's inputs and answers, as `Statistics.teacher` returns them. The adapter's file is not
+    changed. No factors are returned if the divergence on held-out text did not fall.
     """
-    # On a CPU products are faster in float32.
+    # products in float32 are faster on a CPU
     base = load_base(artifact, True, {"": device}, torch.float32 if device.type == "cpu" else None)
     model = PeftModel.from_pretrained(base, artifact.adapter, is_trainable=True)
     adapter = open_adapter(artifact.adapter)
@@ -71,11 +72,11 @@ def refine(
         cast(Any, model).gradient_checkpointing_enable()
     core = part_before_head(base, TASKS[artifact.manifest["source"]["task"]])
     rank, scaling = int(adapter.config["r"]), adapter.scaling
-    found = learn(model, core, teacher, steps, rank, scaling, device, seed=seed, quiet=quiet)
-    if not found.steps:
-        return found, {}
+    refinement = learn(model, core, teacher, steps, rank, scaling, device, seed=seed, quiet=quiet)
+    if not refinement.steps:
+        return refinement, {}
     factors = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-    return found, {name.replace(".default", ""): p for name, p in factors.items()}
+    return refinement, {name.replace(".default", ""): p for name, p in factors.items()}
 
 
 def learn(
@@ -90,26 +91,26 @@ def learn(
     seed: int,
     quiet: bool,
 ) -> Refinement:
-    """Train the factors of a model on the answers that `core`, the part of it that gives them, should give.
+    """Train the factors of a model until `core`, its part that answers, answers as the teacher does.
 
-    The factors have changed where no steps are said to be done, too: they are of no use then.
+    The factors change even if the result says 0 steps; they are of no use then.
     """
     _prepare(model)
     windows = [{name: rows[at] for name, rows in teacher.items()} for at in range(len(teacher["input_ids"]))]
-    held = windows[-max(len(windows) // _HELD_OUT, 1) :]
-    learned = windows[: -len(held)]
-    before = after = _divergence(core, held, device)
+    held_out = windows[-max(len(windows) // _HELD_OUT, 1) :]
+    learned = windows[: -len(held_out)]
+    before = after = _divergence(core, held_out, device)
     if learned:
         _train(model, core, learned, steps, _rate(rank, scaling, before), device, seed, quiet)
-        after = _divergence(core, held, device)
+        after = _divergence(core, held_out, device)
     return Refinement(before, after, steps) if after < before else Refinement(before, before, 0)
 
 
 def divergence(answer: Any, window: Window) -> torch.Tensor:
-    """The mean over tokens of KL(p ‖ q), or the squared error of hidden states over their squares.
+    """The mean over tokens of KL(p ‖ q), or the squared error of hidden states divided by their square.
 
-    `window` has the logarithms of p's largest probabilities, `values` (batch, length, k), and their tokens, `indices`,
-    or `hidden` (batch, length, width).
+    `window` holds the logarithms of the largest probabilities of p, `values` (batch, length, k), with their tokens,
+    `indices`; or `hidden` (batch, length, width).
     """
     if "hidden" in window:
         expected = window["hidden"].float()
@@ -117,50 +118,50 @@ def divergence(answer: Any, window: Window) -> torch.Tensor:
         return error
     logits, log_p = answer.logits.float(), window["values"].float()
     log_q = logits.gather(-1, window["indices"].long()) - logits.logsumexp(-1, keepdim=True)
-    known = (log_p.exp() * (log_p - log_q)).sum(-1)
+    likeliest = (log_p.exp() * (log_p - log_q)).sum(-1)
     rest_p, rest_q = ((1 - log.exp().sum(-1)).clamp_min(_LEAST) for log in (log_p, log_q))
-    found: torch.Tensor = (known + rest_p * (rest_p / rest_q).log()).mean()
-    return found
+    mean: torch.Tensor = (likeliest + rest_p * (rest_p / rest_q).log()).mean()
+    return mean
 
 
 def windows_a_step(length: int) -> int:
-    """How many windows of so many tokens are learned at once."""
-    return max(_STEP // length, 1)
+    """The number of windows of `length` tokens in a step."""
+    return max(_STEP_TOKENS // length, 1)
 
 
 def _weights(adapter: Adapter) -> int:
-    """Of the linears that it adapts."""
+    """The number of weights in the linears that an adapter adapts."""
     pairs = ([adapter.shapes[key] for key in keys(module)] for module in adapter.modules)
     return sum(a[1] * (adapter.pool_size or 1) * b[0] for a, b in pairs)
 
 
 def _rate(rank: int, scaling: float, before: float) -> float:
-    """AdamW's first. Steps of B·A are the same under any scaling."""
-    return min(_FASTEST, _REACH * math.sqrt(max(before, 0.0)) / rank) / math.sqrt(scaling)
+    """The first rate of AdamW. The scaling is divided out, so that steps of s·B·A do not depend on it."""
+    return min(_HIGHEST_RATE, _REACH * math.sqrt(max(before, 0.0)) / rank) / math.sqrt(scaling)
 
 
 class _Distiller(Trainer):
-    """Learns the answers of `core`, the part of the model that gives them."""
+    """A trainer whose loss is the divergence of `core`, the part of the model that answers."""
 
     core: nn.Module
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:  # noqa: ARG002
         """The divergence of a batch."""
-        return divergence(self.core(**_asked(inputs)), inputs)
+        return divergence(self.core(**_inputs_of(inputs)), inputs)
 
 
 class _Steps(TrainerCallback):
-    """Moves a progress bar on."""
+    """Advances a progress bar."""
 
     def __init__(self, bar: Any) -> None:
         self._bar = bar
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """After a step."""
+        """Advance by one step."""
         self._bar.update(1)
 
 
-def _asked(window: Window) -> dict[str, torch.Tensor]:
+def _inputs_of(window: Window) -> dict[str, torch.Tensor]:
     return {name: tensor.long() for name, tensor in window.items() if name not in _ANSWERS}
 
 
@@ -170,9 +171,9 @@ def _batched(windows: Iterable[Window]) -> dict[str, torch.Tensor]:
 
 
 def _prepare(model: nn.Module) -> None:
-    """Factors alone train, without dropout: the answers to learn are those of the whole model.
+    """Let only the factors train, without dropout: the teacher answered with the whole model.
 
-    Where a family drops by a function (BART, OPT, T5), its modules hold the probability as a number.
+    Families that call dropout as a function (BART, OPT, T5) hold its probability as a number in their modules.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
@@ -189,11 +190,11 @@ def _prepare(model: nn.Module) -> None:
 @torch.no_grad()
 def _divergence(model: nn.Module, windows: Iterable[Window], device: torch.device) -> float:
     model.eval()
-    found = []
+    divergences = []
     for window in windows:
         batch = {name: tensor.to(device) for name, tensor in _batched([window]).items()}
-        found.append(float(divergence(model(**_asked(batch)), batch)))
-    return sum(found) / len(found)
+        divergences.append(float(divergence(model(**_inputs_of(batch)), batch)))
+    return sum(divergences) / len(divergences)
 
 
 def _train(
@@ -228,7 +229,7 @@ def _train(
         )
         trainer = _Distiller(model=model, args=arguments, train_dataset=windows, data_collator=_batched)
         trainer.core = core
-        for printing in (PrinterCallback, ProgressCallback):  # to stdout, which is the report's
+        for printing in (PrinterCallback, ProgressCallback):  # they print to stdout, which is the report's
             trainer.remove_callback(printing)
         with tqdm(total=steps, unit="step", disable=quiet, dynamic_ncols=True, desc="refine") as bar:
             trainer.add_callback(_Steps(bar))

@@ -1,4 +1,4 @@
-"""What a run did: the rows and totals that the table, the card and `loftq.json` all show."""
+"""The report of a run: the rows and totals that the table, the card and `loftq.json` all show."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from typing import Any
 import torch
 
 from loftq.artifacts.rows import planned_row, totals_of
-from loftq.display import size
+from loftq.display import key_values, size
 from loftq.planning.plan import Plan
 
 
 @dataclass(frozen=True)
 class Report:
-    """The result of `loftq.quantize`. For a dry run the layers have no errors, `seconds` is None, and `parts` has an
-    estimate of the memory that each part of the run needs, of which `memory` is the largest.
+    """The result of `loftq.quantize`.
 
-    `pushed` is what `loftq.push` reports, where the folder went to the Hub.
+    After a dry run the layers have no errors, `seconds` is None, and `parts` estimates the memory in bytes that each
+    part of the run needs; `memory` is the largest of them. `pushed` is the report of `loftq.push`, if the folder was
+    pushed.
     """
 
     folder: Path
@@ -38,7 +39,7 @@ class Report:
     pushed: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain JSON values."""
+        """All fields as plain JSON values."""
         return {
             "folder": str(self.folder),
             "model": self.model,
@@ -90,8 +91,7 @@ class Report:
         if self.pushed is not None:
             rows.append(("pushed", f"{self.pushed['url']}, commit {self.pushed['commit']}"))
         rows += [("note", note) for note in self.notes]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return key_values(rows)
 
 
 def report_of(

@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from loftq.display import one_line
 from loftq.errors import OptionError
-from loftq.models.devices import compute_dtype, device_of
-from loftq.training.settings import MODES, Settings
+from loftq.models.devices import compute_dtype, device_to_run
+from loftq.training.settings import MODES, TrainSettings
 
 _EVALUATIONS = 0.1  # of the run, between two of them
 _CHECKPOINTS = 2  # that are kept
 
 
-def arguments_of(settings: Settings, mode: str) -> TrainingArguments:
+def arguments_of(settings: TrainSettings, mode: str) -> TrainingArguments:
     """The settings as transformers has them. Raises OptionError for what it refuses, or the device cannot do."""
-    device = device_of(settings.cpu)
+    device = device_to_run(settings.cpu)
     dtype = compute_dtype(settings.dtype, device)
     cuda = device.type == "cuda"
     values: dict[str, Any] = {
@@ -35,7 +36,7 @@ def arguments_of(settings: Settings, mode: str) -> TrainingArguments:
         "per_device_eval_batch_size": settings.eval_batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation,
         "seed": settings.seed,
-        "optim": settings.optim or ("paged_adamw_8bit" if cuda else "adamw_torch"),
+        "optim": settings.optim or default_optimizer(device),
         "bf16": cuda and dtype == torch.bfloat16,
         "fp16": cuda and dtype == torch.float16,
         "use_cpu": device.type == "cpu",
@@ -60,6 +61,11 @@ def arguments_of(settings: Settings, mode: str) -> TrainingArguments:
         return TrainingArguments(**values)
 
 
+def default_optimizer(device: torch.device) -> str:
+    """The optimizer where none is asked for, by transformers' name for it."""
+    return "paged_adamw_8bit" if device.type == "cuda" else "adamw_torch"
+
+
 @contextmanager
 def explain_settings() -> Iterator[None]:
     """Turn what transformers says of settings that do not fit into an OptionError."""
@@ -68,8 +74,7 @@ def explain_settings() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, ImportError, RuntimeError, AssertionError) as error:
-        said = " ".join(str(error).split())
-        raise OptionError(f"transformers refuses these settings: {said or type(error).__name__}") from error
+        raise OptionError(f"transformers refuses these settings: {one_line(error)}") from error
 
 
 def _check_set(values: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.hub.errors import explain_data
 
@@ -90,13 +91,11 @@ def _file_rows(datasets: Any, paths: Sequence[Path], option: str) -> Dataset:
         return getattr(datasets.Dataset, reader)(files, **settings)  # `load_dataset` would count it on the network
     except Exception as error:  # of any format's reader
         cause = error.__cause__ or error
-        raise OptionError(
-            f"{option} {', '.join(files)}: cannot be read: {' '.join(str(cause).split())[:300]}"
-        ) from error
+        raise OptionError(f"{option} {', '.join(files)}: cannot be read: {one_line(cause, 300)}") from error
 
 
 def _as_text(datasets: Any, file: str, delimiter: str) -> dict[str, Any]:
-    """Settings by which every cell of a table is the text that it is: 007, NA and 1.50 are answers too."""
+    """TrainSettings by which every cell of a table is the text that it is: 007, NA and 1.50 are answers too."""
     import pandas as pd  # type: ignore[import-untyped]  # datasets requires it
 
     names = pd.read_csv(file, sep=delimiter, nrows=0).columns

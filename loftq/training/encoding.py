@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from loftq.errors import OptionError, SourceError
+from loftq.display import one_line
+from loftq.errors import OptionError
+from loftq.models.tokenizers import read_tokenizer, special_tokens
 
 IGNORED = -100  # a label that is no loss, as torch has it
 _RESERVED = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<unk>")
@@ -38,8 +41,7 @@ class Encoder:
     @cached_property
     def _begin(self) -> list[int]:
         """What the tokenizer puts before a text."""
-        plain, dressed = (self.tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
-        return list(dressed[: dressed.index(plain[0])]) if plain and plain[0] in dressed else []
+        return special_tokens(self.tokenizer)[0]
 
     @property
     def _end(self) -> list[int]:
@@ -144,9 +146,7 @@ def written(tokenizer: Any, messages: Sequence[dict[str, str]], *, answer: bool 
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer))
     except Exception as error:  # a template is a program of its own
-        raise OptionError(
-            f"the chat template refuses a conversation of the data: {' '.join(str(error).split())}"
-        ) from error
+        raise OptionError(f"the chat template refuses a conversation of the data: {one_line(error)}") from error
 
 
 def uses_template(encoder: Encoder, default: bool) -> bool:
@@ -157,21 +157,13 @@ def uses_template(encoder: Encoder, default: bool) -> bool:
     return has and (default if encoder.chat_template is None else encoder.chat_template)
 
 
-def load_tokenizer(folder: Any, model: nn.Module) -> Any:
+def load_tokenizer(folder: Path, model: nn.Module) -> Any:
     """The tokenizer beside a model, with a padding token that the model's embeddings hold.
 
     Padding is masked in attention and in labels, so any token serves: one that is reserved where there is one, or else
     the end of text. Embeddings are never resized. Raises SourceError.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # a tokenizer's own class may raise anything for files that make no sense
-        reason = " ".join(str(error).split())[:200]
-        raise SourceError(
-            f"{folder} has no tokenizer that can be loaded: copy the original model's there ({reason})"
-        ) from error
+    tokenizer = read_tokenizer(folder)
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     config: Any = model.config
     rows = int(embeddings.weight.shape[0])

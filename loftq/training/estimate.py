@@ -10,17 +10,20 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
+from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.formats.adapter import open_adapter
 from loftq.formats.artifact import Artifact
-from loftq.models.activation_memory import kept_bytes
-from loftq.models.devices import compute_dtype, device_of
+from loftq.models.devices import compute_dtype, device_to_run
+from loftq.models.positions import longest_input
 from loftq.models.tasks import build_meta
+from loftq.models.training_memory import kept_bytes, trained_bytes
 from loftq.planning.planner import make_plan
-from loftq.planning.recipe import Recipe
+from loftq.planning.recipe import recipe_of
+from loftq.training.arguments import default_optimizer
 from loftq.training.model import find_model
 from loftq.training.opening import check_artifact, lora_config, quantizing_of
-from loftq.training.settings import Settings, settings_of
+from loftq.training.settings import TrainSettings, settings_of
 from loftq.training.tasks import TRAINING_TASKS
 
 
@@ -63,27 +66,25 @@ class Estimate:
 def estimate(model: str | None = None, **settings: Any) -> Estimate:
     """What `train` needs with these settings. Nothing is written, and of weights headers alone are read."""
     asked = settings_of({"model": model, **settings})
-    device = device_of(asked.cpu)
+    device = device_to_run(asked.cpu)
     dtype = compute_dtype(asked.dtype, device)
     adapted, trainable, weights = _on_meta(asked, dtype)
     total = trainable + sum(p.numel() for p in adapted.parameters() if not p.requires_grad)
-    limits = [asked.cutoff_len, getattr(adapted.config.get_text_config(), "max_position_embeddings", None)]
-    batch = asked.batch_size, min(limit for limit in limits if limit)
-    optimizer = asked.optim or ("paged_adamw_8bit" if device.type == "cuda" else "adamw_torch")
-    state = 2 if "8bit" in optimizer else 8
+    batch = asked.batch_size, min(asked.cutoff_len, longest_input(adapted))
+    optimizer = asked.optim or default_optimizer(device)
     try:
         able = TRAINING_TASKS[asked.task].models
         kept = kept_bytes(adapted, batch, able, device, checkpointing=asked.gradient_checkpointing)
     except (RuntimeError, ValueError) as error:  # NotImplementedError is the former
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise OptionError(
             f"--dry-run: {type(adapted.get_base_model()).__name__} does not run in {dtype} without its weights "
             f"({reason}): try another --dtype, or a training of one step"
         ) from error
-    return Estimate(asked.model, trainable, total, batch, weights, trainable * (8 + state), kept)
+    return Estimate(asked.model, trainable, total, batch, weights, trained_bytes(trainable, optimizer), kept)
 
 
-def _on_meta(settings: Settings, dtype: torch.dtype) -> tuple[Any, int, int]:
+def _on_meta(settings: TrainSettings, dtype: torch.dtype) -> tuple[Any, int, int]:
     """The model with its adapter, without memory; how many parameters train; and how many bytes the others take."""
     found = find_model(settings.model)
     if isinstance(found, Path):
@@ -99,10 +100,10 @@ def _on_meta(settings: Settings, dtype: torch.dtype) -> tuple[Any, int, int]:
         trainable = sum(math.prod(shape) for shape in adapter.shapes.values())
         weights = int(found.manifest["totals"]["backbone_bytes"])
     else:
-        plan = make_plan(found, Recipe(**quantizing_of(settings, found)))
+        plan = make_plan(found, recipe_of(**quantizing_of(settings, found)))
         model, _ = build_meta(found.folder, task=plan.task.name, num_labels=plan.recipe.num_labels, dtype=dtype)
         config = lora_config(plan)
-        trainable = sum(math.prod(spec.shape) for _, spec in plan.adapter.offsets.values())
+        trainable = plan.trained_parameters
         weights = plan.backbone_bytes
         if settings.adapter == "lora":
             weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize

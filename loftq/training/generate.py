@@ -12,9 +12,10 @@ from tqdm import tqdm
 from transformers import GenerationConfig, TextStreamer, set_seed
 
 from loftq.errors import OptionError
-from loftq.models.devices import compute_dtype, device_of
+from loftq.models.devices import compute_dtype, device_to_run
 from loftq.training import encoding
 from loftq.training.encoding import Encoder
+from loftq.training.model import find_model
 from loftq.training.opening import Opened, open_to_use
 from loftq.training.process import explain_memory, hush
 
@@ -47,9 +48,9 @@ def generate(
     if not 0 < top_p <= 1:
         raise OptionError(f"--top-p {top_p}: expected a number above 0, at most 1")
     hush(quiet=True)
-    device = device_of(cpu)
+    device = device_to_run(cpu)
     with explain_memory():
-        opened = open_to_use(model, adapter, device, compute_dtype(dtype, device))
+        opened = open_to_use(find_model(model), adapter, device, compute_dtype(dtype, device))
         _require_generator(opened, model)
         encoder = Encoder(opened.tokenizer, opened.task.name, opened.longest, chat_template=chat_template)
         if encoding.uses_template(encoder, default=True):

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loftq.display import one_line
 from loftq.errors import OptionError
-from loftq.models.devices import compute_dtype, device_of
+from loftq.models.devices import compute_dtype, device_to_run
+from loftq.training.model import find_model
 from loftq.training.opening import open_to_use
 from loftq.training.process import explain_memory, hush
 
@@ -54,15 +56,15 @@ def run_harness(
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise OptionError(f"--harness {unknown[0]}: lm-eval has no such task (`lm-eval ls tasks` lists them)")
-    device = device_of(cpu)
+    device = device_to_run(cpu)
     with explain_memory():
-        opened = open_to_use(model, adapter, device, compute_dtype(dtype, device))
+        opened = open_to_use(find_model(model), adapter, device, compute_dtype(dtype, device))
         backend = "seq2seq" if opened.task.name == "seq2seq-lm" else "causal"
         wrapped = HFLM(opened.model, backend=backend, tokenizer=opened.tokenizer, batch_size=batch_size)
         try:
             found = simple_evaluate(model=wrapped, tasks=list(names), task_manager=manager, limit=max_examples)
         except OSError as error:  # of the network, or of files
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise OptionError(
                 f"--harness {', '.join(names)}: the data cannot be read ({reason}): lm-eval fetches it from the Hub"
             ) from error

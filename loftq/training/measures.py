@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Collator, Encoder
+from loftq.training.evaluate_settings import EvaluateSettings
 from loftq.training.generate import answers
 from loftq.training.opening import Opened
 from loftq.training.tasks import TRAINING_TASKS, classification, gsm8k, summarization
@@ -18,67 +19,53 @@ from loftq.training.tasks.perplexity import perplexity
 _WINDOW = 1024  # tokens, or what the model takes
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to measure."""
-
-    columns: Mapping[str, str]
-    chat_template: bool | None
-    window: int | None
-    stride: int | None
-    max_new_tokens: int | None
-    cutoff_len: int
-    batch_size: int
-    quiet: bool
-
-    def encoder(self, opened: Opened, most_tokens: int | None = None) -> Encoder:
-        """The tokenizer of a model, and the limits."""
-        limit, config = min(self.cutoff_len, opened.longest), opened.model.config
-        labels = int(config.num_labels)
-        return Encoder(opened.tokenizer, opened.task.name, limit, None, most_tokens, self.chat_template, labels)
+def _encoder(settings: EvaluateSettings, opened: Opened, most_tokens: int | None = None) -> Encoder:
+    """The tokenizer of a model, and the limits."""
+    limit, labels = min(settings.cutoff_len, opened.longest), int(opened.model.config.num_labels)
+    return Encoder(opened.tokenizer, opened.task.name, limit, None, most_tokens, settings.chat_template, labels)
 
 
-def _perplexity(opened: Opened, rows: Any, options: Options) -> dict[str, float]:
-    column = find_columns(rows, TRAINING_TASKS["clm"].roles, options.columns)["text"]
-    encoder = options.encoder(opened)
+def _perplexity(opened: Opened, rows: Any, settings: EvaluateSettings) -> dict[str, float]:
+    column = find_columns(rows, TRAINING_TASKS["clm"].roles, settings.columns)["text"]
+    encoder = _encoder(settings, opened)
     ids = [token for row in rows for token in encoder.ids(text_of(row, column))]
-    window = min(options.window or _WINDOW, opened.longest)
-    return perplexity(opened.model, ids, window, min(options.stride or window, window), quiet=options.quiet)
+    window = min(settings.window or _WINDOW, opened.longest)
+    return perplexity(opened.model, ids, window, min(settings.stride or window, window), quiet=settings.quiet)
 
 
-def _gsm8k(opened: Opened, rows: Any, options: Options) -> dict[str, float]:
-    found = find_columns(rows, gsm8k.ROLES, options.columns)
+def _gsm8k(opened: Opened, rows: Any, settings: EvaluateSettings) -> dict[str, float]:
+    found = find_columns(rows, gsm8k.ROLES, settings.columns)
     expected = [gsm8k.reference(row, found["answer"]) for row in rows]
-    most = options.max_new_tokens or gsm8k.MOST_TOKENS
-    encoder = options.encoder(opened)
+    most = settings.max_new_tokens or gsm8k.MOST_TOKENS
+    encoder = _encoder(settings, opened)
     prompts = [gsm8k.prompt(text_of(row, found["question"]), encoder, most) for row in rows]
     said = answers(
-        opened, prompts, most, batch_size=options.batch_size, stop=gsm8k.STOP, quiet=options.quiet, desc="gsm8k"
+        opened, prompts, most, batch_size=settings.batch_size, stop=gsm8k.STOP, quiet=settings.quiet, desc="gsm8k"
     )
     right = [gsm8k.final_number(answer) == number for answer, number in zip(said, expected, strict=True)]
     return {"exact match": sum(right) / len(right), "questions": len(right)}
 
 
-def _summarization(opened: Opened, rows: Any, options: Options) -> dict[str, float]:
-    found = find_columns(rows, summarization.ROLES, options.columns)
-    most = options.max_new_tokens or summarization.MOST_TOKENS
-    encoder = options.encoder(opened, most)
+def _summarization(opened: Opened, rows: Any, settings: EvaluateSettings) -> dict[str, float]:
+    found = find_columns(rows, summarization.ROLES, settings.columns)
+    most = settings.max_new_tokens or summarization.MOST_TOKENS
+    encoder = _encoder(settings, opened, most)
     prompts = [
         encoder.prompt(summarization.prompt(text_of(row, found["document"]), encoder, most), most) for row in rows
     ]
-    said = answers(opened, prompts, most, batch_size=options.batch_size, quiet=options.quiet, desc="summarization")
+    said = answers(opened, prompts, most, batch_size=settings.batch_size, quiet=settings.quiet, desc="summarization")
     return summarization.rouge(said, [text_of(row, found["summary"]) for row in rows]) | {"documents": len(rows)}
 
 
-def _classification(opened: Opened, rows: Any, options: Options) -> dict[str, float]:
-    encoded = classification.encode(rows, options.columns, options.encoder(opened))
+def _classification(opened: Opened, rows: Any, settings: EvaluateSettings) -> dict[str, float]:
+    encoded = classification.encode(rows, settings.columns, _encoder(settings, opened))
     collator, examples = Collator(opened.tokenizer.pad_token_id), list(encoded)
     logits = []
     with torch.no_grad():
-        for start in range(0, len(examples), options.batch_size):
+        for start in range(0, len(examples), settings.batch_size):
             batch = {
                 name: tensor.to(opened.model.device)
-                for name, tensor in collator(examples[start : start + options.batch_size]).items()
+                for name, tensor in collator(examples[start : start + settings.batch_size]).items()
             }
             batch.pop("labels")
             logits.append(opened.model(**batch).logits.float().cpu())
@@ -92,7 +79,7 @@ class Measure:
 
     text: str
     like: str  # of TASKS
-    measure: Callable[[Opened, Any, Options], dict[str, float]]
+    measure: Callable[[Opened, Any, EvaluateSettings], dict[str, float]]
     options: tuple[str, ...] = ()
 
 

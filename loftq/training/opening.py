@@ -19,16 +19,17 @@ from loftq.hub.source import Source, find_source
 from loftq.models.adapters import check_shapes, foreign_adapter
 from loftq.models.devices import compute_dtype
 from loftq.models.loading import guard_cpu, load_base, load_qalora, load_qlora
+from loftq.models.positions import longest_input
 from loftq.models.tasks import TASKS, Task, auto_class, build_meta
 from loftq.planning.plan import Plan
 from loftq.planning.planner import make_plan
-from loftq.planning.recipe import Recipe
+from loftq.planning.recipe import recipe_of
+from loftq.planning.settings import QuantizeSettings
+from loftq.settings import option_name
 from loftq.training import tasks
 from loftq.training.encoding import load_tokenizer
-from loftq.training.model import Model, find_model
-from loftq.training.settings import Settings, option
-
-_LONGEST = 1_000_000  # tokens, where neither model nor tokenizer say
+from loftq.training.model import Model
+from loftq.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -46,26 +47,22 @@ class Opened:
 
     @property
     def longest(self) -> int:
-        """How many tokens model and tokenizer take at once; RoBERTa counts its positions from behind its padding's."""
-        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or _LONGEST
-        for name, module in self.model.named_modules():
-            padding = getattr(module, "padding_idx", None) if name.endswith(".position_embeddings") else None
-            found -= 0 if padding is None else padding + 1
-        return min(int(limit) for limit in (found, self.tokenizer.model_max_length, _LONGEST) if limit)
+        """How many tokens the model and its tokenizer take at once."""
+        return longest_input(self.model, self.tokenizer.model_max_length)
 
 
-def mode_of(settings: Settings, found: Model) -> str:
+def mode_of(settings: TrainSettings, found: Model) -> str:
     """How the adapter trains, of MODES: as was said, or as the model is; a full-precision one as QLoRA."""
     own = found.manifest["kind"] if isinstance(found, Artifact) else "qalora" if isinstance(found, Path) else "qlora"
     return settings.adapter or str(own)
 
 
-def quantizing_of(settings: Settings, source: Source) -> dict[str, Any]:
+def quantizing_of(settings: TrainSettings, source: Source) -> dict[str, Any]:
     """How a full-precision model is quantized, or for a plain LoRA only adapted: a recipe's values by name."""
     options = settings.quantizing
     if settings.adapter == "lora":
         for name in set(options) & {"bits", "method", "calibration", "group_size"}:
-            raise OptionError(f"{option(name)} {options[name]}: --adapter lora does not quantize")
+            raise OptionError(f"{option_name(name)} {options[name]}: --adapter lora does not quantize")
     options["adapter"] = "qalora" if settings.adapter == "qalora" else "lora"
     meta: Any
     meta, own = build_meta(source.folder)
@@ -81,7 +78,7 @@ def quantizing_of(settings: Settings, source: Source) -> dict[str, Any]:
     return options
 
 
-def check_artifact(settings: Settings, artifact: Artifact) -> None:
+def check_artifact(settings: TrainSettings, artifact: Artifact) -> None:
     """Raises OptionError where settings ask for another quantization, adapter or task than an artifact has."""
     kind, recipe = artifact.manifest["kind"], artifact.manifest["recipe"]
     tasks.TRAINING_TASKS[settings.task].require(
@@ -95,16 +92,16 @@ def check_artifact(settings: Settings, artifact: Artifact) -> None:
     for name, value in settings.quantizing.items():
         if recipe.get(name) != json.loads(json.dumps(value)):
             raise OptionError(
-                f"{option(name)} {value}: {artifact.folder} is quantized already, with {recipe.get(name)}: leave the "
-                "option out, or quantize the model anew"
+                f"{option_name(name)} {value}: {artifact.folder} is quantized already, with {recipe.get(name)}: leave "
+                "the option out, or quantize the model anew"
             )
 
 
-def _check_foreign(settings: Settings, folder: Path) -> None:
+def _check_foreign(settings: TrainSettings, folder: Path) -> None:
     """Raises OptionError for what a GPTQ checkpoint that loftq did not write leaves no choice of."""
     for name in sorted(set(settings.quantizing) - {"rank", "alpha"}):
         raise OptionError(
-            f"{option(name)}: {folder} is quantized already, and not by loftq: --rank and --alpha alone are chosen"
+            f"{option_name(name)}: {folder} is quantized already, and not by loftq: --rank and --alpha alone are chosen"
         )
 
 
@@ -113,7 +110,7 @@ def loader_of(artifact: Artifact) -> Callable[..., PeftModel]:
     return load_qalora if artifact.manifest["kind"] == "qalora" else load_qlora
 
 
-def open_to_train(settings: Settings, found: Model, device: torch.device) -> Opened:
+def open_to_train(settings: TrainSettings, found: Model, device: torch.device) -> Opened:
     """A model as `quantized` gives it, with an adapter to train."""
     dtype = compute_dtype(settings.dtype, device)
     place = {"": device}
@@ -126,10 +123,10 @@ def open_to_train(settings: Settings, found: Model, device: torch.device) -> Ope
         if settings.adapter not in (None, "qalora"):
             raise OptionError(f"--adapter {settings.adapter}: {found} is a GPTQ checkpoint, which qalora trains on")
         _check_foreign(settings, found)
-        rank = settings.rank or Recipe.rank
+        rank = settings.rank or QuantizeSettings.rank
         model = load_qalora(found, device_map=place, dtype=dtype, rank=rank, alpha=settings.alpha)
         return Opened(model, load_tokenizer(found, model), TASKS["causal-lm"], found)
-    plan = make_plan(found, Recipe(**quantizing_of(settings, found)))
+    plan = make_plan(found, recipe_of(**quantizing_of(settings, found)))
     base = load_dense(found.folder, plan.task, dtype, device, num_labels=plan.recipe.num_labels)
     base.enable_input_require_grads()
     model = get_peft_model(base, lora_config(plan))
@@ -140,7 +137,7 @@ def lora_config(plan: Plan) -> LoraConfig:
     """A plain LoRA of what a plan adapts."""
     return LoraConfig(
         r=plan.recipe.rank,
-        lora_alpha=cast(int, plan.recipe.lora_alpha),
+        lora_alpha=cast(int, plan.recipe.alpha),
         lora_dropout=plan.recipe.dropout,
         target_modules=list(plan.target_modules),
         modules_to_save=list(plan.modules_to_save) or None,
@@ -158,12 +155,11 @@ def load_dense(
     return model
 
 
-def open_to_use(name: str, adapter: str | None, device: torch.device, dtype: torch.dtype) -> Opened:
+def open_to_use(found: Model, adapter: str | None, device: torch.device, dtype: torch.dtype) -> Opened:
     """A model with a trained adapter, or with the artifact's own start; without one, where it has none.
 
     Raises ArtifactError for an adapter of another backbone.
     """
-    found = find_model(name)
     place = {"": device}
     if isinstance(found, Artifact):
         model: Any = loader_of(found)(found.folder, adapter, is_trainable=False, device_map=place, dtype=dtype)

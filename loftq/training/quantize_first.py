@@ -13,17 +13,18 @@ from loftq.errors import OutputError
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact, read_artifact
 from loftq.hub.source import Source
 from loftq.planning.planner import make_plan
-from loftq.planning.recipe import Recipe
+from loftq.planning.recipe import recipe_of
+from loftq.planning.settings import SAVE_DIR, QuantizeSettings
 from loftq.solving.finished import differences
 from loftq.training.model import Model
 from loftq.training.opening import check_artifact, quantizing_of
-from loftq.training.settings import QUANTIZING, Settings
-from loftq.verbs.quantize import SAVE_DIR, quantize
+from loftq.training.settings import QUANTIZING, TrainSettings
+from loftq.verbs.quantize import quantize
 
 _NAMED = ("bits", "rank", "adapter", "num_labels", "task")  # by the folder's name, the task by its labels
 
 
-def quantized(settings: Settings, found: Model, *, quiet: bool) -> tuple[Settings, Model]:
+def quantized(settings: TrainSettings, found: Model, *, quiet: bool) -> tuple[TrainSettings, Model]:
     """The settings and the model, full precision quantized: now, or by an earlier run, which may have been cut off.
 
     Nothing is done for an adapter on full precision. Raises OptionError where what was said of quantizing does not fit,
@@ -47,7 +48,8 @@ def quantized(settings: Settings, found: Model, *, quiet: bool) -> tuple[Setting
 
 def _folder(source: Source, options: dict[str, Any]) -> Path:
     """The one that `loftq quantize` would choose; with a digest where that name is another's, or does not say all."""
-    name = f"{source.label}-{options.get('bits', Recipe.bits):g}bit-{options.get('rank', Recipe.rank)}rank"
+    bits, rank = (options.get(name, getattr(QuantizeSettings, name)) for name in ("bits", "rank"))
+    name = f"{source.label}-{bits:g}bit-{rank}rank"
     labels = [f"{options['num_labels']}labels"] if "num_labels" in options else []
     folder = Path(SAVE_DIR) / "-".join([name, *(["qalora"] if options["adapter"] == "qalora" else []), *labels])
     if set(options) <= set(_NAMED) and not _is_anothers(folder, source, options):
@@ -60,4 +62,4 @@ def _is_anothers(folder: Path, source: Source, options: dict[str, Any]) -> bool:
     """Whether another model, or another quantization of this one, lies there."""
     if not (folder / MANIFEST).is_file():
         return False
-    return bool(differences(read_artifact(folder).manifest, make_plan(source, Recipe(**options))))
+    return bool(differences(read_artifact(folder).manifest, make_plan(source, recipe_of(**options))))

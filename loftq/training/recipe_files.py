@@ -1,6 +1,6 @@
 """Recipe files: a training as TOML, YAML or JSON, one a file or several by name.
 
-The keys are those of `Settings`, with dashes or underscores. A file of tables holds a run in each. The keys of
+The keys are those of `TrainSettings`, with dashes or underscores. A file of tables holds a run in each. The keys of
 FinLoRA's `finetune_configs.json` are read as they are.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loftq.display import one_line
 from loftq.errors import OptionError, UnknownNameError
 
 ALIASES = {
@@ -32,7 +33,7 @@ _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 
 
 def read_recipe(path: str | Path, *words: str) -> dict[str, Any]:
-    """The settings of a recipe, by their names in `Settings`.
+    """The settings of a recipe, by their names in `TrainSettings`.
 
     `words` name the entry of a file that holds several, and before that a model other than the recipe's. A path that is
     not there is looked for beside the file. An entry without an `output` goes to a folder of its name. Raises
@@ -92,7 +93,7 @@ def _parse(path: Path) -> dict[str, Any]:
         else:
             raise OptionError(f"--recipe {path}: expected a .toml, .yaml or .json file")
     except ValueError as error:
-        raise OptionError(f"--recipe {path}: {' '.join(str(error).split())}") from error
+        raise OptionError(f"--recipe {path}: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise OptionError(f"--recipe {path}: expected names and values")
     return {str(key): value for key, value in content.items()}

@@ -10,16 +10,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from loftq.errors import ArtifactError, OptionError, OutputError
+from loftq.errors import ArtifactError, OutputError
 from loftq.formats.adapter import CONFIG, WEIGHTS, open_adapter
+from loftq.formats.disk import write_whole
 from loftq.models.adapters import TRAINING_RECORD
-from loftq.training.settings import Settings
+from loftq.planning.run import check_resume
+from loftq.training.settings import TrainSettings
 
 
-def check_run_folder(output: Path, settings: Settings, *, resume: bool, overwrite: bool) -> None:
+def check_run_folder(output: Path, settings: TrainSettings, *, resume: bool, overwrite: bool) -> None:
     """Raises OutputError for a folder that is in the way, OptionError for options that contradict each other."""
-    if resume and overwrite:
-        raise OptionError("--resume and --overwrite exclude each other: finish the run, or start again")
+    check_resume(resume, overwrite)
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file: name a folder with --output")
     record = _read(output)
@@ -39,7 +40,7 @@ def check_run_folder(output: Path, settings: Settings, *, resume: bool, overwrit
         )
 
 
-def begin(output: Path, settings: Settings, backbone: Mapping[str, str]) -> None:
+def begin(output: Path, settings: TrainSettings, backbone: Mapping[str, str]) -> None:
     """Note what was asked for. What an earlier training left there goes."""
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
@@ -51,9 +52,7 @@ def begin(output: Path, settings: Settings, backbone: Mapping[str, str]) -> None
 def write_record(output: Path, record: dict[str, Any]) -> None:
     """The record, whole or not at all."""
     output.mkdir(parents=True, exist_ok=True)
-    scratch = output / f"{TRAINING_RECORD}.partial"
-    scratch.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-    scratch.replace(output / TRAINING_RECORD)
+    write_whole(output / TRAINING_RECORD, json.dumps(record, indent=1, default=str) + "\n")
 
 
 def _read(output: Path) -> dict[str, Any] | None:

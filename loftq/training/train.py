@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -23,6 +23,7 @@ from loftq.formats.artifact import Artifact
 from loftq.formats.disk import explain_os_errors
 from loftq.hub.destination import find_destination
 from loftq.models.adapters import TRAINING_RECORD
+from loftq.settings import declared, from_dict
 from loftq.training.arguments import arguments_of, explain_settings
 from loftq.training.data import hold_out, read_rows
 from loftq.training.encoding import Collator, Encoder
@@ -31,7 +32,7 @@ from loftq.training.opening import Opened, count_parameters, mode_of, open_to_tr
 from loftq.training.process import explain_memory, hush
 from loftq.training.quantize_first import quantized
 from loftq.training.run_folder import begin, check_run_folder, give_up_after, last_checkpoint, write_record
-from loftq.training.settings import Settings, settings_of
+from loftq.training.settings import TrainKeywords, TrainRun, TrainSettings, settings_of
 from loftq.training.tasks import TRAINING_TASKS
 from loftq.training.tasks.classification import scores
 from loftq.verbs.push import push
@@ -70,27 +71,22 @@ class Result:
         return "\n".join([*lines, f"adapter in {self.folder}"])
 
 
-def train(
-    model: str | Path | None = None,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    quiet: bool = False,
-    **settings: Any,
-) -> Result:
+def train(model: str | Path | None = None, **settings: Unpack[TrainKeywords]) -> Result:
     """Train the adapter of an artifact, or a new one on a full-precision model, which is quantized first.
 
-    `settings` are those of `loftq train --help`, by their names in `Settings`: `data` and `output` at least. With
-    `resume` a run that was cut off goes on from its last checkpoint. Raises LoftQError.
+    The keywords are the options of `loftq train --help`, with underscores: at least `data` and `output`; `columns` is
+    `--column`. With `resume` an interrupted run continues from its last checkpoint. Raises LoftQError.
     """
-    return _train(settings_of({"model": model, **settings}), resume=resume, overwrite=overwrite, quiet=quiet)
+    run_values = {name: settings[name] for name in declared(TrainRun) if name in settings}  # type: ignore[literal-required]
+    values = {name: value for name, value in settings.items() if name not in run_values}
+    return _train(settings_of({"model": model, **values}), from_dict(TrainRun, run_values))
 
 
-def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) -> Result:
+def _train(settings: TrainSettings, run: TrainRun) -> Result:
     started = time.perf_counter()
     output = Path(settings.output)
-    check_run_folder(output, settings, resume=resume, overwrite=overwrite)
-    quiet = quiet or os.environ.get("LOCAL_RANK", "0") != "0"  # of several processes, the first one speaks
+    check_run_folder(output, settings, resume=run.resume, overwrite=run.overwrite)
+    quiet = run.quiet or os.environ.get("LOCAL_RANK", "0") != "0"  # of several processes, the first one speaks
     hush(quiet)
     rows = read_rows(settings.data)
     evaluation = read_rows(settings.eval_data, "--eval-data") if settings.eval_data else None
@@ -107,7 +103,7 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
         opened = _opened(ready, found, arguments, quiet=quiet)
         learned, held = examples(settings, opened, rows, evaluation)
         trainer = _trainer(settings, opened, arguments, learned, held, quiet=quiet)
-        resume = resume and (output / TRAINING_RECORD).is_file()
+        resume = run.resume and (output / TRAINING_RECORD).is_file()
         last = last_checkpoint(output) if resume else None
         if trainer.is_world_process_zero():
             if resume:
@@ -131,7 +127,7 @@ def _train(settings: Settings, *, resume: bool, overwrite: bool, quiet: bool) ->
     return result
 
 
-def _opened(settings: Settings, found: Model, arguments: TrainingArguments, *, quiet: bool) -> Opened:
+def _opened(settings: TrainSettings, found: Model, arguments: TrainingArguments, *, quiet: bool) -> Opened:
     """The model with its adapter, after saying how much of it trains."""
     opened = open_to_train(settings, found, arguments.device)
     opened.name_backbone(str(opened.folder.resolve()))  # at which peft looks whenever it saves
@@ -143,7 +139,7 @@ def _opened(settings: Settings, found: Model, arguments: TrainingArguments, *, q
 
 
 def _finish(
-    opened: Opened, settings: Settings, backbone: dict[str, str], result: Result, history: list[dict[str, Any]]
+    opened: Opened, settings: TrainSettings, backbone: dict[str, str], result: Result, history: list[dict[str, Any]]
 ) -> None:
     """The adapter and the tokenizer, the record, and the repository where one is asked for."""
     opened.model.save_pretrained(result.folder, save_embedding_layers=False)  # which do not train
@@ -155,7 +151,7 @@ def _finish(
         push(opened.folder, settings.push_to_hub, adapter=result.folder)
 
 
-def examples(settings: Settings, opened: Opened, rows: Any, evaluation: Any) -> tuple[Any, Any]:
+def examples(settings: TrainSettings, opened: Opened, rows: Any, evaluation: Any) -> tuple[Any, Any]:
     """What is learned, and what is evaluated on: of rows of its own, or a slice of the others; None of too few."""
     encoder = Encoder(
         opened.tokenizer,
@@ -174,7 +170,7 @@ def examples(settings: Settings, opened: Opened, rows: Any, evaluation: Any) -> 
 
 
 def _trainer(
-    settings: Settings, opened: Opened, arguments: TrainingArguments, learned: Any, held: Any, quiet: bool
+    settings: TrainSettings, opened: Opened, arguments: TrainingArguments, learned: Any, held: Any, quiet: bool
 ) -> Trainer:
     """Raises OptionError for settings that it fails on, before anything is written."""
     if held is None:

@@ -15,11 +15,11 @@ import torch
 from packaging.requirements import Requirement
 
 from loftq.core.kernels import dispatch
-from loftq.display import one_line, size
+from loftq.display import columns, one_line, size
 from loftq.errors import OptionError
 from loftq.hub.errors import checked_token
 from loftq.models.loading import guard_cpu
-from loftq.verbs.quantize import SAVE_DIR
+from loftq.planning.settings import SAVE_DIR
 
 FINE, WORSE, WRONG = "ok", "note", "FAIL"
 _EXTRAS = {"data": "data sets of the Hub", "gguf": "`loftq merge --to gguf-q4_1`", "report": "`loftq report`"}
@@ -51,8 +51,7 @@ class Diagnosis:
 
     def table(self) -> str:
         """For a person."""
-        width = max(len(finding.name) for finding in self.findings)
-        return "\n".join(f"{state:<4}  {name:<{width}}  {text}" for state, name, text in self.findings)
+        return columns([(f"{state:<{len(WRONG)}}", name, text) for state, name, text in self.findings])
 
 
 def doctor() -> Diagnosis:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loftq.artifacts.card_section import replace_marked
 from loftq.artifacts.loading_snippet import loading_lines, loading_section
-from loftq.display import size
+from loftq.display import key_values, size
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats.adapter import CONFIG, FOLDER, WEIGHTS
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, open_artifact
+from loftq.formats.disk import is_inside
 from loftq.hub.destination import find_destination
 from loftq.hub.text import public_name
 from loftq.models.adapters import check_adapter
@@ -54,8 +56,7 @@ class PushReport:
         ]
         named = {"revision": self.revision, "tag": self.tag, "commit": self.commit, "pull request": self.pull_request}
         rows += [(name, value) for name, value in named.items() if value is not None]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return key_values(rows)
 
 
 def push(
@@ -122,7 +123,7 @@ def _check_folder(folder: Path) -> Artifact:
         if name not in listed:
             raise ArtifactError(f"{folder / MANIFEST} is damaged: it does not list {name}")
     for name in listed:
-        if ".." in Path(name).parts or Path(name).is_absolute():
+        if not is_inside(name):
             raise ArtifactError(f"{folder / MANIFEST} is damaged: it lists {name!r}, which lies outside its folder")
     problems = verify(folder, quiet=True).problems
     if problems:
@@ -137,10 +138,9 @@ def _published(artifact: Artifact, repo_id: str, revision: str | None) -> dict[s
     """The files of the artifact by name: those that are others in the repository as their content."""
     manifest = json.loads(json.dumps(artifact.manifest))
     card = (artifact.folder / CARD).read_text(encoding="utf-8")
-    section = loading_section(manifest)
     changed = {
         f"{FOLDER}/{CONFIG}": _adapter_config(artifact.adapter, repo_id, revision),
-        CARD: card.replace(section, loading_section(manifest, repo_id, revision)).encode(),
+        CARD: replace_marked(card, loading_section(manifest, repo_id, revision)).encode(),
     }
     for name, content in changed.items():
         manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

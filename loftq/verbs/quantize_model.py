@@ -17,7 +17,7 @@ from loftq.formats.layouts import LAYOUTS, choose, misfit
 from loftq.models.layout_linears import linears_of, quantized_classes, replace_module
 from loftq.models.linears import DenseLinear, Linears, select
 from loftq.models.loading import guard_cpu
-from loftq.planning.recipe import Recipe, layer_seed
+from loftq.planning.recipe import Recipe, layer_seed, recipe_of
 
 
 def quantize_model(
@@ -54,7 +54,7 @@ def quantize_model(
     """
     if not lora and not quantize:
         raise OptionError("lora=False and quantize=False leave nothing to do")
-    recipe = Recipe(
+    recipe = recipe_of(
         bits=bits,
         allocation=allocation,
         rank=rank,
@@ -107,7 +107,7 @@ def _widths(targets: dict[str, nn.Linear], recipe: Recipe, format: str, rank: in
         return [widths[0]] * len(targets)
     if recipe.allocation == "first":
         return budgets.first(weights, widths[0], widths[-1], recipe.bits)
-    once = replace(recipe, iters=min(recipe.iterations, 1))
+    once = replace(recipe, iters=min(recipe.iters, 1))
     errors = {
         width: [
             _solve(name, module, once, recipe.grid(width), format, rank).trace.final ** 2
@@ -134,7 +134,7 @@ def _solve(name: str, module: nn.Linear, recipe: Recipe, grid: Grid, format: str
     quantizer = grid.quantizer(module.in_features, LAYOUTS[format].SCALE_DTYPE)
     weight = module.weight.detach().float().contiguous()
     seed = layer_seed(recipe.seed, name)
-    return solve_loftq(weight, quantizer, rank, recipe.iterations, recipe.scaling, svd=recipe.svd, seed=seed)
+    return solve_loftq(weight, quantizer, rank, recipe.iters, recipe.scaling, svd=recipe.svd, seed=seed)
 
 
 def _attach(model: nn.Module, names: list[str], recipe: Recipe, solutions: dict[str, Solution]) -> nn.Module:
@@ -142,7 +142,7 @@ def _attach(model: nn.Module, names: list[str], recipe: Recipe, solutions: dict[
 
     config = LoraConfig(
         r=recipe.rank,
-        lora_alpha=recipe.lora_alpha,
+        lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
         use_rslora=recipe.rslora,
         target_modules=names,

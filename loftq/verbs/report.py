@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
 from loftq.errors import OptionError, OutputError
+from loftq.formats.disk import replacing
 from loftq.reporting.measured import Measured, measure
 from loftq.reporting.page import _write_page, _write_picture
 
@@ -41,7 +40,7 @@ def report(
         _check_target(path, overwrite)
     found = measure(folders)
     for path, make in wanted:
-        with _replacing(path) as scratch:
+        with _explain_refusals(path), replacing(path) as scratch:
             make(found, scratch)
     return [path for path, _ in wanted]
 
@@ -64,19 +63,9 @@ def _check_target(path: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside another, whose place it takes if nothing goes wrong."""
+def _explain_refusals(path: Path) -> Iterator[None]:
+    """Turn what the system says of a file that cannot be written into an OutputError with the next step."""
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.absolute().parent)
-        os.close(descriptor)
+        yield
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}: name another file") from error
-    scratch = Path(name)
-    try:
-        yield scratch
-        scratch.chmod(0o644)
-        scratch.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}: name another file") from error
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -23,11 +23,12 @@ from loftq.artifacts.checks import (
 from loftq.artifacts.pair import BackboneAndAdapter
 from loftq.artifacts.recompute import compare_with_source, plan_again
 from loftq.artifacts.rows import summed_errors
-from loftq.display import size
+from loftq.display import key_values, size
 from loftq.errors import OptionError
 from loftq.formats.adapter import FOLDER, open_adapter
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, combine_hashes, read_artifact
 from loftq.formats.checkpoint import INDEX
+from loftq.formats.disk import is_inside
 from loftq.formats.layouts import LAYOUTS
 from loftq.hub.source import Source, find_source
 
@@ -71,8 +72,7 @@ class Verification:
         rows += [("differs", f"{problem.where}: {problem.what}") for problem in self.problems]
         found = len(self.problems)
         rows.append(("result", "sound" if self.sound else f"{found} problem{'s' if found > 1 else ''}"))
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return key_values(rows)
 
 
 def verify(
@@ -159,7 +159,7 @@ def _check_files(artifact: Artifact, quiet: bool) -> Iterator[Problem]:
 
 
 def _difference(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    if not is_inside(name):
         return f"lies outside the folder: {MANIFEST} must not list it"
     path = folder / name
     if not path.is_file():

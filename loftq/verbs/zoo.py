@@ -1,7 +1,7 @@
 """The zoo: recipes for known models, one TOML file each in `model_zoo/`, with what their size can be told from.
 
-A recipe is `model`, an id on the Hub, and settings by their names in `Recipe`. `model_zoo/configs/` has what the sizes
-of each model depend on, its `config.json` in short, so that a recipe is planned without the Hub.
+A recipe is `model`, an id on the Hub, and settings by their names in `QuantizeSettings`. `model_zoo/configs/` has what
+the sizes of each model depend on, its `config.json` in short, so that a recipe is planned without the Hub.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from loftq.models.tasks import build_meta
 from loftq.planning.footprint import TOKENS, Footprint, footprint
 from loftq.planning.plan import Plan
 from loftq.planning.planner import make_plan
-from loftq.planning.recipe import Recipe
+from loftq.planning.recipe import Recipe, recipe_of
+from loftq.planning.settings import QuantizeSettings
+from loftq.settings import declared
 from loftq.solving.report import Report
 from loftq.verbs.quantize import quantize
 
@@ -43,7 +45,7 @@ A recipe has `model`, and settings as `loftq.quantize` names them; `configs/` ha
 on. `default.toml` is the recipe of the model that `loftq quantize` takes when none is named. `make zoo` writes this
 page.
 """
-_SETTINGS = {field.name for field in dataclasses.fields(Recipe)}
+_SETTINGS = declared(QuantizeSettings)
 _PACKAGE = "package"  # which ships the default model: a table that `source` reads
 
 
@@ -63,7 +65,7 @@ class Entry:
     @property
     def recipe(self) -> Recipe:
         """All settings."""
-        return Recipe(**self.settings)
+        return recipe_of(**self.settings)
 
     @cached_property
     def plan(self) -> Plan:

@@ -1,4 +1,7 @@
-"""The card: what the Hub reads of it, by the Hub's own client, and that its command makes the same artifact again."""
+"""The card: what the Hub reads of it, by the Hub's own client, and that its command makes the same artifact again.
+
+Covers: loftq/artifacts/card_metadata.py, loftq/artifacts/loading_snippet.py, loftq/planning/command_line.py.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,9 @@ from huggingface_hub import ModelCard
 
 import loftq
 from loftq.hub.source import find_source
-from loftq.planning.command_line import chosen, command_line
-from loftq.planning.recipe import Recipe
+from loftq.planning.command_line import command_line
+from loftq.planning.recipe import recipe_of
+from loftq.settings import said
 
 Run = Callable[..., Result]
 
@@ -78,7 +82,7 @@ def test_a_folders_licence_is_its_cards(head: str, expected: object, pico: Path,
     from loftq.planning.planner import make_plan
 
     source = find_source(str(licensed(pico, tmp_path / "licensed", head)))
-    data = ModelCard(f"---\n{metadata(make_plan(source, Recipe(rank=4)))}\n---\n").data
+    data = ModelCard(f"---\n{metadata(make_plan(source, recipe_of(rank=4)))}\n---\n").data
     assert data.license == expected
     assert data.base_model is None
 
@@ -90,7 +94,7 @@ def test_a_calibrated_start_names_its_data_set(pico: Path) -> None:
     source = find_source(str(pico))
     datasets = {"Salesforce/wikitext:wikitext-2-v1": ["Salesforce/wikitext"], "default": None, "/home/me/a.txt": None}
     for text, expected in datasets.items():
-        plan = make_plan(source, Recipe(rank=4, calibration=text))
+        plan = make_plan(source, recipe_of(rank=4, calibration=text))
         assert ModelCard(f"---\n{metadata(plan)}\n---\n").data.datasets == expected
         assert "/home/me" not in command_line(plan.recipe, source)
 
@@ -121,7 +125,7 @@ def test_its_command_has_the_same_settings(options: str, pico: Path, run: Run) -
         for name, value in recipe.items()
         if name != "alpha" or "--alpha" in options
     }
-    command = command_line(Recipe(**given), find_source(str(pico)))
+    command = command_line(recipe_of(**given), find_source(str(pico)))
     program, verb, _, *said = shlex.split(command.replace("\\\n", " "))
     assert (program, verb) == ("loftq", "quantize")
     again = json.loads(run("quantize", pico, *said, "--dry-run", "--json").stdout)["recipe"]
@@ -130,11 +134,11 @@ def test_its_command_has_the_same_settings(options: str, pico: Path, run: Run) -
 
 
 def test_its_command_says_no_more_than_it_must() -> None:
-    assert chosen(Recipe()) == {}
-    assert chosen(Recipe(bits=8)) == {"bits": 8}
-    assert chosen(Recipe(bits=2.5)) == {"bits": 2.5}
-    assert chosen(Recipe(quant_type="int", group_size=32)) == {"quant_type": "int", "group_size": 32}
-    assert chosen(Recipe(calibration="default", iters=7)) == {"calibration": "default", "iters": 7}
+    assert said(recipe_of().asked) == {}
+    assert said(recipe_of(bits=8).asked) == {"bits": 8}
+    assert said(recipe_of(bits=2.5).asked) == {"bits": 2.5}
+    assert said(recipe_of(quant_type="int", group_size=32).asked) == {"quant_type": "int", "group_size": 32}
+    assert said(recipe_of(calibration="default", iters=7).asked) == {"calibration": "default", "iters": 7}
 
 
 def test_its_command_makes_the_same_bytes(pico: Path, hub: Hub, run: Run, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Calibration statistics against stock transformers models in float64, whole in memory, with hooks on their linears."""
+"""Calibration statistics against stock transformers models in float64, whole in memory, with hooks on their linears.
+
+Covers: loftq/calibration/block_weights.py, loftq/calibration/observer.py.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from torch import nn
 from loftq.calibration import block_weights, windows
 from loftq.calibration import gather as gathering
 from loftq.calibration.gather import gather
+from loftq.calibration.observer import VOCABULARY
 from loftq.calibration.statistics import Statistics, open_statistics
 from loftq.calibration.windows import Calibration, prepare
 from loftq.errors import ArtifactError, CheckpointError, OptionError, SourceError
@@ -26,7 +30,7 @@ from loftq.models import lockstep
 from loftq.models.tasks import TASKS, auto_class
 from loftq.planning.plan import Plan
 from loftq.planning.planner import make_plan
-from loftq.planning.recipe import Recipe
+from loftq.planning.recipe import recipe_of
 from loftq.planning.weights import read_source_weight
 
 CASES = [
@@ -55,7 +59,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan_of(folder: Path, **options: Any) -> Plan:
-    return make_plan(find_source(str(folder)), Recipe(rank=4, **options))
+    return make_plan(find_source(str(folder)), recipe_of(rank=4, **options))
 
 
 def small(plan: Plan, **options: Any) -> Calibration:
@@ -230,7 +234,7 @@ def no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the model runs")
 
-    monkeypatch.setattr(gathering, "run", refuse)
+    monkeypatch.setattr(gathering, "run_in_lockstep", refuse)
 
 
 @pytest.mark.usefixtures("no_run")
@@ -396,4 +400,4 @@ def test_a_model_that_does_not_read_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_tasks_of_the_table_are_known() -> None:
-    assert set(gathering.VOCABULARY) < set(TASKS)
+    assert set(VOCABULARY) < set(TASKS)

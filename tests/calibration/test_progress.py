@@ -25,7 +25,7 @@ from loftq.calibration.windows import Calibration, prepare
 from loftq.hub.source import find_source
 from loftq.planning.plan import Plan
 from loftq.planning.planner import make_plan
-from loftq.planning.recipe import Recipe
+from loftq.planning.recipe import recipe_of
 
 CASES = [
     ("llama", "causal-lm"),
@@ -48,7 +48,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan_of(folder: Path, **options: Any) -> Plan:
-    return make_plan(find_source(str(folder)), Recipe(rank=4, **options))
+    return make_plan(find_source(str(folder)), recipe_of(rank=4, **options))
 
 
 def small(plan: Plan, **options: Any) -> Calibration:

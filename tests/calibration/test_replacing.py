@@ -20,12 +20,12 @@ from loftq.formats.disk import move_into_place, scratch_beside
 from loftq.hub.source import find_source
 from loftq.planning.plan import Plan
 from loftq.planning.planner import make_plan
-from loftq.planning.recipe import Recipe
+from loftq.planning.recipe import recipe_of
 
 
 @pytest.fixture(scope="module")
 def plan(pico: Path) -> Plan:
-    return make_plan(find_source(str(pico)), Recipe(rank=4))
+    return make_plan(find_source(str(pico)), recipe_of(rank=4))
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_an_interrupted_run_leaves_nothing(plan: Plan, tmp_path: Path, monkeypat
 def test_of_runs_side_by_side_one_gathers(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: how often the model runs; both have its statistics."""
     calibration = prepare(plan, tokens=512, sequence_length=64)
-    both, seen, runs, known, run = Barrier(2), local(), [], gathering._known, gathering.run
+    both, seen, runs, known, run = Barrier(2), local(), [], gathering._known, gathering.run_in_lockstep
 
     def look(*arguments: Any) -> Any:
         """Neither begins until both have found nothing."""
@@ -95,7 +95,7 @@ def test_of_runs_side_by_side_one_gathers(plan: Plan, tmp_path: Path, monkeypatc
         return run(*arguments)
 
     monkeypatch.setattr(gathering, "_known", look)
-    monkeypatch.setattr(gathering, "run", count)
+    monkeypatch.setattr(gathering, "run_in_lockstep", count)
     with ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(gather, plan, calibration, tmp_path / "known", quiet=True) for _ in range(2)]
         found = [future.result() for future in asked]

@@ -21,7 +21,7 @@ from loftq.errors import ArtifactError, OptionError
 from loftq.hub.source import find_source
 from loftq.planning.plan import Plan
 from loftq.planning.planner import make_plan
-from loftq.planning.recipe import Recipe
+from loftq.planning.recipe import recipe_of
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan_of(folder: Path, **options: Any) -> Plan:
-    return make_plan(find_source(str(folder)), Recipe(rank=4, **options))
+    return make_plan(find_source(str(folder)), recipe_of(rank=4, **options))
 
 
 def small(plan: Plan, **options: Any) -> Calibration:

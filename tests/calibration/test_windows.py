@@ -22,7 +22,7 @@ from loftq.hub.source import find_source
 from loftq.hub.text import DEFAULT, read_text
 from loftq.planning.plan import Plan
 from loftq.planning.planner import make_plan
-from loftq.planning.recipe import Recipe
+from loftq.planning.recipe import recipe_of
 
 END = 257  # of the byte tokenizer
 DOCUMENTS = [f"Document {i}: " + " ".join(str(i * j) for j in range(1, 20 * i)) for i in range(30)]
@@ -35,7 +35,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def plan(pico: Path) -> Plan:
-    return make_plan(find_source(str(pico)), Recipe(rank=4))
+    return make_plan(find_source(str(pico)), recipe_of(rank=4))
 
 
 def plan_with(
@@ -47,7 +47,7 @@ def plan_with(
         path.unlink()
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    return make_plan(find_source(str(folder)), Recipe(rank=4))
+    return make_plan(find_source(str(folder)), recipe_of(rank=4))
 
 
 def lines(path: Path, rows: list[Any]) -> str:

@@ -1,4 +1,7 @@
-"""Every target of `loftq merge` says all that belongs to it."""
+"""Every target of `loftq merge` says all that belongs to it.
+
+Covers: loftq/merging/target.py, loftq/merging/targets/__init__.py.
+"""
 
 from __future__ import annotations
 

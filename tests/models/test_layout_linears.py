@@ -1,4 +1,7 @@
-"""Every layout has the linears that it names."""
+"""Every layout has the linears that it names.
+
+Covers: loftq/models/bitsandbytes_linears.py, loftq/models/native_linears.py.
+"""
 
 from __future__ import annotations
 

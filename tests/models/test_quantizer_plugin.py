@@ -1,4 +1,8 @@
-"""The plug-in: folders that stock transformers cannot load, with and without `import loftq`."""
+"""The plug-in: folders that stock transformers cannot load, with and without `import loftq`.
+
+Covers: loftq/formats/native.py, loftq/models/native_quantizer.py, loftq/models/packed_quantizer.py,
+loftq/models/register.py.
+"""
 
 from __future__ import annotations
 

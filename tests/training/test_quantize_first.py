@@ -1,4 +1,7 @@
-"""A model that is quantized before it trains. Oracles: the folders that are there, and what their manifests say."""
+"""A model that is quantized before it trains. Oracles: the folders that are there, and what their manifests say.
+
+Covers: loftq/solving/finished.py.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ def test_full_precision_is_quantized_first_and_once(pico: Path) -> None:
 
 
 def test_each_way_to_quantize_has_its_folder(pico: Path, here: Path) -> None:
-    """Settings that the name does not say, another model of the same name, what `loftq quantize` left there."""
+    """TrainSettings that the name does not say, another model of the same name, what `loftq quantize` left there."""
     namesake = save_model(pico_llama(tie_word_embeddings=True), here / "other" / pico.name)
     loftq.quantize(str(pico), output=ZOO / f"{pico.name}-3bit-4rank", bits=3, rank=4, iters=1, quiet=True)
     ways: list[dict[str, Any]] = [{}, {"alpha": 8.0}, {"alpha": 16.0}, {"method": "qlora"}, {"bits": 3}]
@@ -67,7 +70,7 @@ def test_a_model_that_changed_is_not_trained_on_its_old_quantization(pico: Path,
     other = pico_llama()
     other.lm_head.weight.data *= 1.5
     save_model(other, model)
-    with pytest.raises(OutputError, match=r"holds other weights than when .*`loftq quantize .* --overwrite"):
+    with pytest.raises(OutputError, match=r"the weights of .* have changed since .*`loftq quantize .* --overwrite"):
         train(model)
     folder = ZOO / made.name
     refused = run("quantize", model, "--rank", 4, "--output", folder, "--resume", "--quiet")

@@ -9,7 +9,7 @@ import pytest
 
 from loftq.errors import OptionError
 from loftq.training.recipe_files import laid_over, read_recipe
-from loftq.training.settings import Settings, settings_of
+from loftq.training.settings import TrainSettings, settings_of
 from loftq_cli.main import main
 
 RUN = {"model": "base", "data": ["a.jsonl"], "output": "out"} | {
@@ -44,13 +44,13 @@ FINLORA = {
 def test_a_run_reads_the_same_from_every_kind_of_file(kind: str, tmp_path: Path) -> None:
     (tmp_path / f"run.{kind}").write_text(WRITTEN[kind], encoding="utf-8")
     found = settings_of(read_recipe(tmp_path / f"run.{kind}"))
-    assert found == Settings(
+    assert found == TrainSettings(
         model="base", data=("a.jsonl",), output="out", learning_rate=2e-4, epochs=2, set={"tf32": True}
     )
 
 
 def test_settings_come_back_from_what_a_run_writes(tmp_path: Path) -> None:
-    asked = Settings(model="m", data=("d",), output="o", task="gsm8k", columns={"question": "q"}, max_steps=7)
+    asked = TrainSettings(model="m", data=("d",), output="o", task="gsm8k", columns={"question": "q"}, max_steps=7)
     (tmp_path / "again.json").write_text(json.dumps(asked.to_dict()), encoding="utf-8")
     assert settings_of(read_recipe(tmp_path / "again.json")) == asked
 
@@ -62,7 +62,7 @@ def test_finlora_entries_run_as_they_are(tmp_path: Path) -> None:
     data.write_text("{}\n", encoding="utf-8")
     (folder / "finetune_configs.json").write_text(json.dumps(FINLORA), encoding="utf-8")
     found = settings_of(read_recipe(folder / "finetune_configs.json", "sentiment_llama_3_1_8b_8bits_r8"))
-    assert found == Settings(
+    assert found == TrainSettings(
         model="meta-llama/Llama-3.1-8B-Instruct",
         data=(str(folder / "../data/train/finlora_sentiment_train.jsonl"),),
         output="sentiment_llama_3_1_8b_8bits_r8",

@@ -1,4 +1,8 @@
-"""Training. Oracles: a stock peft load, the same run without evaluations or in one piece, the bytes of the backbone."""
+"""Training. Oracles: a stock peft load, the same run without evaluations or in one piece, the bytes of the backbone.
+
+Covers: cli/train.py, loftq/training/arguments.py, loftq/training/opening.py, loftq/training/process.py,
+loftq/training/run_folder.py.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ from loftq.training import train
 from loftq.training.arguments import arguments_of
 from loftq.training.model import find_model
 from loftq.training.opening import mode_of
-from loftq.training.settings import Settings
+from loftq.training.settings import TrainSettings
 
 Run = Callable[..., Any]
 FAST: dict[str, Any] = {"max_steps": 20, "learning_rate": 3e-2, "batch_size": 4, "quiet": True, "dtype": "float32"}
@@ -238,7 +242,7 @@ def test_each_kind_has_its_rate(artifact: Path, pooled: Path, pico: Path, data: 
         (pico, "lora", 2e-4),
         (pico, "qalora", 1e-3),
     ):
-        asked = Settings(str(model), (data,), "out", adapter=adapter)
+        asked = TrainSettings(str(model), (data,), "out", adapter=adapter)
         mode = mode_of(asked, find_model(asked.model))
         assert arguments_of(asked, mode).learning_rate == rate
         asked = replace(asked, learning_rate=3e-5)

@@ -1,4 +1,8 @@
-"""Which model learns which task. Oracle: what transformers builds the model as."""
+"""Which model learns which task. Oracle: what transformers builds the model as.
+
+Covers: loftq/training/tasks/classification.py, loftq/training/tasks/language_modelling.py,
+loftq/training/tasks/summarization.py.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,9 @@ from tokenizers.processors import TemplateProcessing
 
 from loftq.hub.source import find_source
 from loftq.training.encoding import Collator, Encoder, load_tokenizer
+from loftq.training.model import find_model
 from loftq.training.opening import open_to_use, quantizing_of
-from loftq.training.settings import Settings
+from loftq.training.settings import TrainSettings
 from loftq.training.tasks import TRAINING_TASKS
 
 Run = Callable[..., Any]
@@ -55,7 +60,7 @@ def test_a_model_is_built_with_the_head_of_its_task(
 ) -> None:
     folder = save_pico(name, model_task, tmp_path / name)
     data = write_rows(tmp_path / "rows.jsonl", articles(4))
-    settings = Settings(model=str(folder), data=(str(data),), output=str(tmp_path / "out"), task=task)
+    settings = TrainSettings(model=str(folder), data=(str(data),), output=str(tmp_path / "out"), task=task)
     assert quantizing_of(settings, find_source(str(folder)))["task"] == built
 
 
@@ -63,7 +68,7 @@ def test_a_model_is_built_with_the_head_of_its_task(
 def test_a_model_takes_as_many_tokens_as_it_has_positions(name: str, longest: int, tmp_path: Path) -> None:
     """Of a tokenizer that names no limit. Oracle: the model's forward, which fails with one token more."""
     folder = save_pico(name, "sequence-classification", tmp_path / name)
-    opened = open_to_use(str(folder), None, torch.device("cpu"), torch.float32)
+    opened = open_to_use(find_model(str(folder)), None, torch.device("cpu"), torch.float32)
     assert opened.longest == longest
     ids = torch.full((1, longest + 1), 7)
     with torch.no_grad():

@@ -1,6 +1,8 @@
 """Bad input: one line that says what is wrong, where, and what to do; the right exit code; nothing left behind.
 
 The exit code is 2 for an option that cannot be used, 1 for everything else (`loftq.errors`).
+
+Covers: loftq/errors.py, loftq/planning/weights.py.
 """
 
 from __future__ import annotations
@@ -116,7 +118,7 @@ OPTIONS: list[tuple[list[object], list[str]]] = [
     (["--alpha", -1], ["--alpha -1", "above 0"]),
     (["--alpha", "nan"], ["--alpha nan", "above 0"]),
     (["--alpha", "inf"], ["--alpha inf", "at most"]),
-    (["--iter", -1], ["--iter -1", "0 (QLoRA's start) to 100"]),
+    (["--iter", -1], ["--iter -1", "0 to 100 (0 is QLoRA's start)"]),
     (["--iter", 101], ["--iter 101", "to 100"]),
     (["--rank", 0], ["--rank 0", "1 or more"]),
     (["--rank", 65], ["--rank 65", "model.layers.0.self_attn.q_proj", "64 x 64", "at most 64"]),

@@ -1,4 +1,7 @@
-"""Calibrated runs end to end: what they report, what they leave, what they refuse."""
+"""Calibrated runs end to end: what they report, what they leave, what they refuse.
+
+Covers: cli/methods.py, loftq/core/solvers/methods.py, loftq/solving/distill.py.
+"""
 
 from __future__ import annotations
 
@@ -184,6 +187,26 @@ def test_a_run_that_dies_is_resumed_to_the_same_bytes(
         patch.setattr(where, die)
         with pytest.raises(KeyboardInterrupt):
             quantize(refine=3, overwrite=True)
+    assert files_of(quantize(refine=3, resume=True).folder) == expected
+
+
+def test_a_journal_of_an_older_version_is_resumed(quantize: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the distillation among the tensors. Oracle: an undisturbed run, and that no step of it is done again."""
+    report = quantize(refine=3)
+    expected = files_of(report.folder)
+
+    def die(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("loftq.verbs.quantize.write_manifest", die)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(refine=3, overwrite=True)
+    journal = report.folder / ".loftq-partial" / "journal.jsonl"
+    *lines, last = journal.read_text().splitlines(keepends=True)
+    older = {"tensor": "(distilled)", **json.loads(last)["distilled"]}
+    journal.write_text("".join([*lines, json.dumps(older) + "\n"]))
+    monkeypatch.setattr("loftq.solving.distill._distill", die)
     assert files_of(quantize(refine=3, resume=True).folder) == expected
 
 

@@ -1,4 +1,7 @@
-"""Doctor: what it finds on this machine and on others, and that no token is ever in it."""
+"""Doctor: what it finds on this machine and on others, and that no token is ever in it.
+
+Covers: cli/doctor.py.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +92,7 @@ def test_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
         torch, "get_device_module", lambda _: SimpleNamespace(get_device_properties=lambda _: properties)
     )
     assert finding("cuda:1") == ("ok", "cuda:1", "A card, 80.0 GB of memory")
-    monkeypatch.setattr(doctors.chunks, "HAS_TRITON", False)
+    monkeypatch.setattr(doctors.dispatch, "HAS_TRITON", False)
     assert finding("triton").state == "note"
     assert "pip install triton" in finding("triton").text
 

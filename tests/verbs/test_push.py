@@ -2,6 +2,8 @@
 
 The oracle for what was pushed is what the Hub holds, and what stock transformers and peft load from it by its id; for
 what was sent, the Hub's record.
+
+Covers: cli/push.py, loftq/hub/destination.py.
 """
 
 from __future__ import annotations
@@ -179,6 +181,27 @@ def test_a_card_that_was_edited_keeps_its_words(made: Path, hub: WritableHub, ru
     assert pushed["README.md"].endswith(b"\nOur words.\n")
     assert b'MODEL_DIR = "alice/pico"' in pushed["README.md"]
     assert "notes.txt" not in pushed
+
+
+@pytest.mark.parametrize("old", ["nf4", "gptq", "pushed"])
+def test_a_card_of_an_older_version_names_the_repository(
+    old: str, made: Path, hub: WritableHub, run: Run, tmp_path: Path
+) -> None:
+    """It has no marks around the part about loading. Oracle: the card as loftq 0.1.0 wrote it."""
+    card = (Path(__file__).parent.parent / "artifacts" / "old_cards" / f"{old}.md").read_text()
+    before, after = card[: card.index("```python")], card[card.index("\n\n- The adapter belongs") :]
+    folder = Path(shutil.copytree(made, tmp_path / "old"))
+    (folder / "README.md").write_text(card)
+    assert run("push", folder, "alice/pico", "--token", TOKEN, "--revision", "new").exit_code == 0
+    pushed = hub.files("alice/pico", "new")["README.md"].decode()
+    assert pushed.startswith(before)
+    assert pushed.endswith(after)
+    section = pushed.removeprefix(before).removesuffix(after)
+    assert 'MODEL_DIR = "alice/pico"\n' in section
+    assert section.count('revision="new"') == 3  # the backbone's, the adapter's, and of loftq's own line
+    assert "trial" not in section  # the branch to which one of these cards had gone before
+    assert section.count("```") == 2
+    assert '"..."' not in pushed
 
 
 def test_a_trained_adapter_lies_beside_in_a_folder_of_its_own(
@@ -371,7 +394,7 @@ def test_an_upload_that_was_interrupted_goes_on(
     _, said = process.communicate()
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert said.strip() == "interrupted: what was finished is kept, the same line goes on from there"
+        assert said.strip() == "interrupted: finished work is kept, run the same command again to continue"
     assert set(hub.files("alice/pico")) == set(SETTLED)
     hub.upload.breaks_after = None
     sent = list(hub.upload.puts)

@@ -1,4 +1,8 @@
-"""The verb: what lies in the folder, that it is what was asked for, and that it is the same every time."""
+"""The verb: what lies in the folder, that it is what was asked for, and that it is the same every time.
+
+Covers: loftq/artifacts/manifest.py, loftq/artifacts/rows.py, loftq/planning/plan.py, loftq/planning/planner.py,
+loftq/solving/layers.py, loftq/solving/report.py.
+"""
 
 from __future__ import annotations
 
@@ -254,6 +258,6 @@ def test_resuming_a_finished_folder_changes_nothing(pico: Path, tmp_path: Path) 
     before = {path: path.stat().st_mtime_ns for path in done.folder.rglob("*")}
     again = loftq.quantize(str(pico), output=tmp_path / "out", rank=4, iters=2, quiet=True, resume=True)
     assert (again.totals, again.layers) == (done.totals, done.layers)
-    with pytest.raises(OutputError, match="finished, with another iters"):
+    with pytest.raises(OutputError, match="finished, but its iters differs"):
         make(pico, tmp_path / "out", iters=3, resume=True)
     assert {path: path.stat().st_mtime_ns for path in done.folder.rglob("*")} == before

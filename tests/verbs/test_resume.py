@@ -536,7 +536,7 @@ def test_interrupted(stage: str, server: Server, command: Command, out: Path, un
     chosen = stages(events)[stage]
     ended = server.run(*command, output=out, at=chosen[len(chosen) // 2].number, send=signal.SIGINT)
     assert ended.exit_code == 130
-    assert ended.stderr.strip() == "interrupted: what was finished is kept, --resume goes on from there"
+    assert ended.stderr.strip() == "interrupted: finished work is kept, add --resume to continue"
     check_unfinished(out, expected)
     resume(server, command, out, expected, f"interrupted while {stage}")
 

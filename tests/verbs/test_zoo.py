@@ -2,6 +2,8 @@
 
 Oracles: the numbers of parameters that the models' authors published; plans of the same models from their checkpoints;
 sizes counted by hand; what torch's allocator reports of a training step.
+
+Covers: cli/zoo.py.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from loftq.errors import OptionError
 from loftq.hub.source import find_source
 from loftq.planning.footprint import footprint
 from loftq.planning.planner import make_plan
-from loftq.planning.recipe import Recipe
+from loftq.planning.recipe import recipe_of
 from loftq.verbs.zoo import config_source, markdown, read_entry, zoo
 
 Run = Callable[..., Result]
@@ -121,8 +123,8 @@ def test_a_config_alone_plans_as_the_checkpoint(name: str, task: str, tmp_path: 
     folder = save_pico(name, task, tmp_path / "whole")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text((folder / "config.json").read_text())
-    whole = make_plan(find_source(str(folder)), Recipe(rank=4))
-    bare = make_plan(config_source("a/model", tmp_path / "bare"), Recipe(rank=4))
+    whole = make_plan(find_source(str(folder)), recipe_of(rank=4))
+    bare = make_plan(config_source("a/model", tmp_path / "bare"), recipe_of(rank=4))
     assert [(layer.module, layer.shape) for layer in bare.layers] == [(row.module, row.shape) for row in whole.layers]
     assert bare.layer_bits == whole.layer_bits
     assert bare.adapter.nbytes == whole.adapter.nbytes
@@ -143,7 +145,7 @@ def test_training_takes_what_is_estimated(tmp_path: Path) -> None:
         source = tmp_path / f"source-{vocabulary}"
         LlamaForCausalLM(config).bfloat16().save_pretrained(source)
         folder = loftq.quantize(source, rank=16, iters=0, output=tmp_path / f"out-{vocabulary}", quiet=True).folder
-        expected = footprint(make_plan(find_source(str(source)), Recipe(rank=16)), tokens)
+        expected = footprint(make_plan(find_source(str(source)), recipe_of(rank=16)), tokens)
         assert expected.disk == sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
         model = loftq.load_qlora(folder)
         model.gradient_checkpointing_enable()
