@@ -81,6 +81,23 @@ The layers with the largest error:
 """
 
 
+def merged_card_text(name: str, kind: str, target: str, lines: str) -> str:
+    """README.md of a merge: `name` is the backbone's, `kind` the adapter's, and `lines` load the result."""
+    return f"""---
+tags:
+- loftq
+---
+
+# {name}, merged
+
+A quantized backbone and its trained {kind} adapter in one model, by `loftq merge --to {target}`.
+
+```python
+{lines}  # this folder or repository
+```
+"""
+
+
 def _head(plan: Plan) -> str:
     if not plan.modules_to_save:
         return ""

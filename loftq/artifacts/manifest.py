@@ -9,12 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from loftq.artifacts.backbone import Backbone
 from loftq.artifacts.card import card_text
 from loftq.artifacts.rows import totals_of
 from loftq.artifacts.staging import Staging
+from loftq.core.grid import Grid
 from loftq.formats import artifact
 from loftq.formats.adapter import CONFIG, FOLDER, config_text
-from loftq.formats.checkpoint import INDEX, index_text
+from loftq.formats.checkpoint import INDEX, Shard, index_text
 from loftq.hub.source import side_files
 from loftq.planning.plan import Plan
 
@@ -57,8 +59,7 @@ def write_manifest(
     """
     sums = {**totals_of(plan, rows), **measured}
     staging.write_text("README.md", card_text(plan, heading(plan), sums, rows))
-    names = [name for name in staging.files() if name != artifact.MANIFEST]
-    files = artifact.describe_files(staging.folder, names)
+    files = _described(staging)
     hashes = {name: record["sha256"] for name, record in staging.done.items() if "sha256" in record}
     manifest = {
         **heading(plan),
@@ -71,7 +72,7 @@ def write_manifest(
         "files": files,
     }
     manifest["source"]["sha256"] = artifact.combine_hashes(hashes)
-    staging.write_text(artifact.MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    _write(staging, manifest)
 
 
 def heading(plan: Plan) -> dict[str, Any]:
@@ -88,6 +89,62 @@ def heading(plan: Plan) -> dict[str, Any]:
         },
         "recipe": plan.recipe.to_dict(),
     }
+
+
+def write_merged_manifest(
+    staging: Staging,
+    backbone: Backbone,
+    target: str,
+    format: str,
+    grids: Mapping[str, Grid],
+    shards: Sequence[Shard],
+) -> None:
+    """`loftq.json` of a backbone with its adapter merged in. `grids` are the types of linears that stay quantized."""
+    files = _described(staging)
+    shared = next(iter(grids.values()), None)
+    manifest = {
+        "format_version": artifact.VERSION,
+        "kind": "merged",
+        "format": format,
+        "versions": {"loftq": version("loftq"), "torch": version("torch")},
+        "source": {"model": backbone.folder.name, "task": backbone.task, "target": target},
+        "recipe": {
+            "compute_dtype": str(backbone.dtype).removeprefix("torch."),
+            "block_size": None,
+            "group_size": shared.block_size if shared else None,
+            "zero_point": shared.zero_point if shared else None,
+            "double_quant": shared.double_quant if shared else False,
+        },
+        "backbone_sha256": artifact.combine_hashes({shard.file: files[shard.file]["sha256"] for shard in shards}),
+        "layers": [
+            {"name": module, "shape": list(backbone.shapes[module]), "codebook": grid.codebook}
+            for module, grid in grids.items()
+        ],
+        "files": files,
+    }
+    _write(staging, manifest)
+
+
+def write_export_manifest(staging: Staging, backbone: Backbone, kind: str) -> None:
+    """`loftq.json` of what is no folder of a model: an adapter alone, or a file of another format."""
+    manifest = {
+        "format_version": artifact.VERSION,
+        "kind": kind,
+        "recipe": {},
+        "backbone_sha256": backbone.artifact.backbone_hash if backbone.artifact else "",
+        "layers": [],
+        "files": _described(staging),
+    }
+    _write(staging, manifest)
+
+
+def _described(staging: Staging) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file beside the manifest."""
+    return artifact.describe_files(staging.folder, [name for name in staging.files() if name != artifact.MANIFEST])
+
+
+def _write(staging: Staging, manifest: Mapping[str, Any]) -> None:
+    staging.write_text(artifact.MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
 def _config_text(plan: Plan) -> str:

@@ -1,26 +1,33 @@
-"""A backbone and the adapter that goes into it."""
+"""A backbone and the adapter that goes into it, and how both are opened."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
 
-from loftq.artifacts.backbone import Backbone
+from loftq.artifacts.backbone import Backbone, open_backbone
 from loftq.core import pooled
 from loftq.core.affine import AffineWeight
 from loftq.core.scales import Scales
-from loftq.errors import OptionError
-from loftq.formats.adapter import Adapter
+from loftq.errors import ArtifactError, OptionError
+from loftq.formats.adapter import Adapter, open_adapter
+from loftq.models.adapters import fitting_adapter, other_backbone
+
+_PLAIN = {"use_dora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}
 
 
 @dataclass(frozen=True)
 class BackboneAndAdapter:
-    """A backbone and the adapter that goes into it."""
+    """A backbone and the adapter that goes into it. `other_backbone` names the one that the adapter was trained on,
+    where that is another.
+    """
 
     backbone: Backbone
     adapter: Adapter
+    other_backbone: str | None = None
 
     def kept(self, name: str) -> torch.Tensor:
         """A tensor that is no part of a quantized weight: the adapter's own, a head's, where it has one."""
@@ -67,3 +74,31 @@ class BackboneAndAdapter:
                     f"{self.adapter.folder} pools {pool} inputs, which is not a multiple of the groups of {block} that "
                     f"{module} has: merge with --to bf16"
                 )
+
+
+def open_pair(folder: Path, adapter: str | Path | None) -> BackboneAndAdapter:
+    """A folder of ours, or a GPTQ checkpoint, with an adapter: by default the initial one of the folder.
+
+    Raises ArtifactError for an adapter of other linears, and OptionError for one that cannot be merged here.
+    """
+    backbone = open_backbone(folder)
+    ours = backbone.artifact
+    if adapter is None:
+        if ours is None or not ours.adapter.is_dir():
+            raise OptionError(f"{folder} brings no adapter: name a trained one with --adapter")
+        adapter = ours.adapter
+    chosen, other = Path(adapter), None
+    if ours is None:
+        opened = open_adapter(chosen)
+        unknown = sorted(set(opened.modules) - set(backbone.grids))
+        if unknown:
+            raise ArtifactError(f"the adapter {chosen} adapts {unknown[0]!r}, which is no quantized linear of {folder}")
+    else:
+        opened = fitting_adapter(ours, chosen)
+        other = other_backbone(ours, opened)
+    for key, plain in _PLAIN.items():
+        if opened.config.get(key) not in (plain, None):
+            raise OptionError(
+                f"{chosen} has {key} {opened.config[key]!r}, which is not merged here: use peft's own merge"
+            )
+    return BackboneAndAdapter(backbone, opened, other)

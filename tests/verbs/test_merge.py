@@ -1,7 +1,9 @@
 """Merging: what is written, by independent readings, and how the merged model answers.
 
-Covers: cli/merge.py, loftq/artifacts/backbone.py, loftq/artifacts/pair.py, loftq/merging/exports.py,
-loftq/merging/logits.py, loftq/merging/report.py, loftq/merging/targets.py.
+Covers: cli/merge.py, loftq/artifacts/backbone.py, loftq/artifacts/pair.py, loftq/merging/logits.py,
+loftq/merging/model_folder.py, loftq/merging/report.py, loftq/merging/targets/to_bf16.py,
+loftq/merging/targets/to_gguf_q4_1.py, loftq/merging/targets/to_gptq.py, loftq/merging/targets/to_int.py,
+loftq/merging/targets/to_lora.py, loftq/merging/targets/to_mlx.py.
 """
 
 from __future__ import annotations
@@ -327,7 +329,7 @@ def test_a_merge_that_was_cut_off_is_finished(
     pooled: tuple[Path, Path], run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the bytes of an undisturbed merge."""
-    from loftq.merging.targets import Integers
+    from loftq.merging.targets.to_int import Integers
 
     merge(*pooled, tmp_path / "whole", to="int")
     done = Integers.tensors
