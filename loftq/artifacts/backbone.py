@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from loftq.core.affine import AffineWeight
-from loftq.core.codebooks import INTEGERS
+from loftq.core.affine import AffineWeight, scatter
 from loftq.core.grid import Grid
 from loftq.core.scales import Solved
 from loftq.errors import ArtifactError, OptionError
@@ -28,7 +27,8 @@ CAUSAL_LM = "causal-lm"
 class Backbone:
     """Quantized linears by module name, with their types and shapes (out, in), and the checkpoint they lie in.
 
-    `artifact` is None for a folder that loftq did not write. `less` is 1 where GPTQ's version 1 wrote it.
+    `artifact` is None for a folder that loftq did not write. `read_linear` is how its linears are read where that is
+    not how the layout reads what loftq writes.
     """
 
     checkpoint: Checkpoint
@@ -37,7 +37,7 @@ class Backbone:
     shapes: Mapping[str, tuple[int, int]]
     task: str
     artifact: Artifact | None = None
-    less: int = 0
+    read_linear: Callable[..., Solved] | None = None
 
     @property
     def folder(self) -> Path:
@@ -72,8 +72,7 @@ class Backbone:
 
     def read(self, module: str) -> Solved:
         """A module's codes, as the solver leaves them, and scales."""
-        layout = LAYOUTS[self.format]
-        read = partial(gptq.read, less=self.less) if self.format == "gptq" else layout.read
+        read = self.read_linear or LAYOUTS[self.format].read
         return read(module, self.shapes[module], self.grids[module], self.checkpoint.read)
 
     def affine(self, module: str) -> AffineWeight:
@@ -83,52 +82,43 @@ class Backbone:
     def dense(self, module: str) -> torch.Tensor:
         """What a module's codes stand for: float32 (out, in)."""
         shape, grid = torch.Size(self.shapes[module]), self.grids[module]
-        if not self._ordered(module):
-            weight, g_idx = self.affine(module), self.checkpoint.read(f"{module}.g_idx")
-            return gptq.scatter(weight.codes, weight.scales, weight.shifts, g_idx, grid.bits)
+        groups = self._input_groups(module)
+        if groups is not None:
+            weight = self.affine(module)
+            return scatter(weight.codes, weight.scales, weight.shifts, groups, grid.bits)
         return grid.quantizer(shape[1]).decode(*self.read(module), shape)
 
     def require_zero_points(self) -> None:
         """Raise OptionError unless adapters on pooled inputs fold into the zero-points of all linears."""
         for module, grid in self.grids.items():
-            if grid.codebook not in INTEGERS or grid.zero_point in (None, "symmetric"):
+            if not grid.integer or grid.zero_point in (None, "symmetric"):
                 raise OptionError(
                     f"{self.folder} has no zero-points to merge into ({module} is {grid}): requantize with "
                     "`loftq quantize --adapter qalora`, or merge with --to bf16"
                 )
-            if not self._ordered(module):
+            if self._input_groups(module) is not None:
                 raise OptionError(
                     f"{self.folder} is an act-order checkpoint: the groups of {module} are not of consecutive "
                     "inputs, so that no pool is made of whole groups: merge with --to bf16, or requantize with "
                     "`loftq quantize --adapter qalora`"
                 )
 
-    def _ordered(self, module: str) -> bool:
-        """Whether groups are of consecutive inputs."""
-        if self.format != "gptq":
-            return True
-        block = self.grids[module].block(self.shapes[module][1])
-        return gptq.is_ordered(self.checkpoint.read(f"{module}.g_idx"), block)
+    def _input_groups(self, module: str) -> torch.Tensor | None:
+        """The group of each input where groups are not of consecutive inputs."""
+        layout = LAYOUTS[self.format]
+        return layout.input_groups(module, self.shapes[module], self.grids[module], self.checkpoint.read)
 
 
 def open_backbone(folder: Path) -> Backbone:
     """Open a folder of ours, or a GPTQ checkpoint. Raises ArtifactError."""
     if (folder / MANIFEST).is_file() or not gptq.is_gptq(folder):
         return backbone_of(open_artifact(folder))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    entry = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     checkpoint = read_checkpoint(folder)
-    version = config.get("checkpoint_format") or config.get("format") or "gptq"
-    if version not in gptq.READABLE:
-        raise ArtifactError(f"{folder}: GPTQ's format {version!r} cannot be read (known: {', '.join(gptq.READABLE)})")
-    zero_point = "symmetric" if config.get("sym", True) else "integer"
-    grid = Grid(f"int{config['bits']}", config["group_size"], zero_point=zero_point)
-    modules = [name.removesuffix(".qweight") for name in checkpoint.tensors if name.endswith(".qweight")]
-    shapes = {
-        module: (checkpoint.tensors[f"{module}.qweight"].shape[1], checkpoint.tensors[f"{module}.g_idx"].numel)
-        for module in modules
-    }
-    grids = dict.fromkeys(modules, grid)
-    return Backbone(checkpoint, "gptq", grids, shapes, CAUSAL_LM, less=gptq.READABLE[version])
+    grid, less = gptq.read_config(entry, folder)
+    shapes = gptq.shapes_of(checkpoint.tensors)
+    grids = dict.fromkeys(shapes, grid)
+    return Backbone(checkpoint, gptq.METHOD, grids, shapes, CAUSAL_LM, read_linear=partial(gptq.read, less=less))
 
 
 def backbone_of(artifact: Artifact, checkpoint: Checkpoint | None = None) -> Backbone:

@@ -26,14 +26,6 @@ _OUTPUTS = {
     "divergence from full precision on held-out text, nats a token": "divergence_before",
     "divergence, refined": "divergence",
 }
-TITLES = {
-    "loftq": "LoftQ",
-    "qlora": "QLoRA",
-    "qera": "QERA",
-    "qera-approx": "QERA, approximate",
-    "cloq": "CLoQ",
-    "calibrated": "calibrated on outputs",
-}
 _INTRODUCTIONS = {
     "lora": """A quantized backbone and the LoRA adapter that repairs it, made from `{label}` by loftq
 ({how}): a start for fine-tuning that is nearer to the full-precision model than rounding alone.""",
@@ -64,7 +56,7 @@ def card_text(plan: Plan, made: Mapping[str, Any], totals: Mapping[str, Any], ro
 
 - The adapter belongs to this backbone, and so does every adapter that is trained from it. On any other, and on the
   original weights, it repairs errors that are not there.
-{_repacking(plan)}{_head(plan)}{notes}
+{plan.layout.card_note(recipe.grids[0])}{_head(plan)}{notes}
 
 ## Settings
 
@@ -89,19 +81,6 @@ The layers with the largest error:
 """
 
 
-def _repacking(plan: Plan) -> str:
-    if plan.format == "gptq":
-        return """- The layout is GPTQ's, version 2. Stock transformers load it where gptqmodel and optimum are
-  installed; where they are not, `import loftq` does."""
-    if plan.recipe.bits == 8:
-        return "- bitsandbytes rounds activations to 8 bits too (LLM.int8): outputs are those of the weights, nearly."
-    if not plan.stock:
-        return "- The weights stay packed in memory. `merge_and_unload` gives a dense model with the adapter in it."
-    return """- On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward in evaluation mode,
-  and training after that is wrong. `loftq.load_qlora` prevents it; with the lines above, set
-  `module.support_avx512bf16_for_cpu = False` on every `Linear4bit` right after loading."""
-
-
 def _head(plan: Plan) -> str:
     if not plan.modules_to_save:
         return ""
@@ -121,9 +100,9 @@ def _settings(plan: Plan) -> dict[str, str]:
     rounding = f"{kinds}, " + ("one scale a row" if grid.block_size == ROW else f"{what} of {grid.block_size}")
     rounding += f", {grid.zero_point} zero-points" if grid.zero_point else ""
     left = [name for name in plan.skip_modules if not any(name.startswith(saved) for saved in plan.modules_to_save)]
-    rounds = f"{recipe.iterations} iteration{'s' if recipe.iterations > 1 else ''}"
-    method = f"{TITLES[str(recipe.method)]}, {rounds}"
-    if not recipe.iterations:
+    rounds = f"{recipe.iters} iteration{'s' if recipe.iters > 1 else ''}"
+    method = f"{METHODS[str(recipe.method)].title}, {rounds}"
+    if not recipe.iters:
         method = "QLoRA's start (plain rounding, B = 0)"
     if recipe.adapter == "qalora":
         method = f"QA-LoRA, pools of {recipe.pool_size}, scales and zero-points fitted in up to {rounds}"
@@ -136,7 +115,7 @@ def _settings(plan: Plan) -> dict[str, str]:
         "method": method,
         **text,
         "rounding": rounding + (", double quantization" if recipe.double_quant else ""),
-        "rank, alpha": f"{recipe.rank}, {recipe.lora_alpha:g}" + (" (rank-stabilized)" if recipe.rslora else ""),
+        "rank, alpha": f"{recipe.rank}, {recipe.alpha:g}" + (" (rank-stabilized)" if recipe.rslora else ""),
         "adapted modules": ", ".join(_collapsed(plan.target_modules)),
         f"in {recipe.compute_dtype}": ", ".join(["embeddings", "norms", *_collapsed(left)]),
         "seed": str(recipe.seed),
@@ -167,9 +146,9 @@ def _worst_layers(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _how(recipe: Recipe) -> str:
-    source = METHODS[str(recipe.method)].source
-    name = TITLES[str(recipe.method)]
-    return f"{name}, {source}" if source.startswith("arXiv") else name
+    method = METHODS[str(recipe.method)]
+    published = method.source.startswith("arXiv")
+    return f"{method.title}, {method.source}" if published else f"{method.title}, minimizes {method.minimizes}"
 
 
 def _output_errors(plan: Plan) -> str:

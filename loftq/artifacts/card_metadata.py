@@ -18,11 +18,10 @@ def metadata(plan: Plan) -> str:
     """The YAML between a card's dashes."""
     recipe, source = plan.recipe, plan.source
     base: dict[str, Any] = {} if source.local else {"base_model": source.name, "base_model_relation": "quantized"}
-    kind = "qlora" if recipe.adapter == "lora" else recipe.adapter
     text = recipe.calibration
     data = ModelCardData(
         library_name="transformers",
-        tags=["loftq", kind, *([plan.format] if plan.stock else []), f"{recipe.bits:g}-bit"],
+        tags=["loftq", plan.kind, *([plan.format] if plan.stock else []), f"{recipe.bits:g}-bit"],
         datasets=[text.partition(":")[0]] if text is not None and is_dataset(text) else None,
         **base,
         **_terms(source),

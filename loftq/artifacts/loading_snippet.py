@@ -6,12 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from loftq.formats.adapter import FOLDER
+from loftq.formats.layouts import LAYOUTS
 from loftq.models.tasks import TASKS
-
-_IMPORTS = {
-    "loftq": "import loftq  # teaches transformers this folder's format; without it the folder is refused\n",
-    "gptq": "import loftq  # not needed where gptqmodel and optimum are installed\n",
-}
 
 
 def loading_lines(
@@ -25,15 +21,16 @@ def loading_lines(
     place = '"..."  # this folder or repository' if repo_id is None else f'"{repo_id}"'
     at = [] if revision is None else [f'revision="{revision}"']
     dtype = f"torch_dtype=torch.{recipe['compute_dtype']}"
-    quantized = made["format"] == "bitsandbytes"
-    names = f"{loader}, BitsAndBytesConfig" if quantized else loader
+    layout = LAYOUTS[made["format"]]
+    options = layout.load_options(recipe)
+    names = ", ".join([loader, *([options.partition("(")[0]] if options else [])])
     arguments = ["MODEL_DIR", *at, dtype]
     base = ", ".join(arguments)
-    if quantized:
-        arguments.append(f"quantization_config=BitsAndBytesConfig({_options(recipe)})")
+    if options:
+        arguments.append(f"quantization_config={options}")
         base = "".join(f"\n    {argument}," for argument in arguments) + "\n"
     ends = [f'subfolder="{trained or FOLDER}"', *at, *([] if trained else ["is_trainable=True"])]
-    return f"""{_IMPORTS.get(made["format"], "")}import torch
+    return f"""{layout.IMPORT_LINE}import torch
 from peft import PeftModel
 from transformers import {names}
 
@@ -54,14 +51,3 @@ def loading_section(made: Mapping[str, Any], repo_id: str | None = None, revisio
 {loading_lines(made, repo_id, revision)}```
 
 or, with loftq installed, `model = loftq.load_{made["kind"]}({folder})`."""
-
-
-def _options(recipe: Mapping[str, Any]) -> str:
-    if recipe["bits"] == 8:
-        return "load_in_8bit=True"
-    return f"""
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=torch.{recipe["compute_dtype"]},
-        bnb_4bit_use_double_quant={recipe["double_quant"]},
-        bnb_4bit_quant_type="{recipe["quant_type"]}{recipe["bits"]}",
-    """

@@ -35,7 +35,7 @@ def write_configs(plan: Plan, staging: Staging, folder: Path, trust_remote_code:
             str(folder.resolve()),
             plan.target_modules,
             rank=recipe.rank,
-            alpha=recipe.lora_alpha,
+            alpha=recipe.alpha,
             rslora=recipe.rslora,
             dropout=recipe.dropout,
             task_type=plan.task.peft_type,
@@ -78,7 +78,7 @@ def heading(plan: Plan) -> dict[str, Any]:
     """What the manifest says of the plan alone: enough to load the folder by."""
     return {
         "format_version": artifact.VERSION,
-        "kind": "qalora" if plan.recipe.adapter == "qalora" else "qlora",
+        "kind": plan.kind,
         "format": plan.format,
         "source": {
             "model": plan.source.name,

@@ -13,7 +13,7 @@ from loftq.core.metric import squared
 from loftq.errors import ArtifactError, LoftQError
 from loftq.formats.artifact import MANIFEST, combine_hashes
 from loftq.hub.source import Source
-from loftq.models.dequantize import read_weight
+from loftq.models.layout_linears import read_weight
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import recipe_again

@@ -265,5 +265,14 @@ class AffineWeight:
         return weight.view(self.codes.shape)
 
 
+def scatter(
+    codes: torch.Tensor, scales: torch.Tensor, shifts: torch.Tensor, groups: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """A weight float32 (rows, in) of codes (rows, in), with the group of each input: of scales (rows, groups)."""
+    at = groups.long()
+    levels: torch.Tensor = codes.float() - 2 ** (bits - 1)
+    return levels * scales[:, at] + shifts[:, at]
+
+
 def _nonzero(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale.abs() > 1e-38, scale, 1e-38)

@@ -18,7 +18,7 @@ from functools import cached_property
 
 import torch
 
-from loftq.core.codebooks import NORMAL_FLOATS, codebook
+from loftq.core.codebooks import TABLES, codebook
 from loftq.core.kernels import blocks, dispatch
 from loftq.core.packing import paired
 from loftq.core.scales import Scales, stored_scales
@@ -29,7 +29,7 @@ from loftq.errors import OptionError, UnknownNameError
 class BlockQuantizer:
     """A codebook applied in blocks.
 
-    `codebook` is a name of `codebooks.NORMAL_FLOATS`; `block_size` is a multiple of 8 and divides the number of values.
+    `codebook` is a name of `codebooks.TABLES`; `block_size` is a multiple of 8 and divides the number of values.
     Codes are chosen under the scales as they will be stored.
     Tensors are float32 and contiguous; a scale of zero belongs to a block of zeros.
     """
@@ -40,8 +40,8 @@ class BlockQuantizer:
     scale_dtype: torch.dtype = torch.float32  # in which scales are stored, where they are not doubly quantized
 
     def __post_init__(self) -> None:
-        if self.codebook not in NORMAL_FLOATS:
-            raise UnknownNameError("codebook", self.codebook, NORMAL_FLOATS)
+        if self.codebook not in TABLES:
+            raise UnknownNameError("codebook", self.codebook, TABLES)
         if self.block_size < 8 or self.block_size % 8:
             raise OptionError(f"block size {self.block_size} is not a multiple of 8")
 
@@ -85,7 +85,7 @@ class BlockQuantizer:
             return codes
         parts = []
         for values, scale in self._chunks(weight, scales.values):
-            parts.append(paired(self._codes(values, scale).to(torch.uint8), NORMAL_FLOATS[self.codebook]))
+            parts.append(paired(self._codes(values, scale).to(torch.uint8), TABLES[self.codebook]))
         return torch.cat(parts)
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, Scales]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Self, cast
 
 import torch
+from torch import nn
 
+from loftq.core.affine import scatter
 from loftq.core.codebooks import CODEBOOKS
+from loftq.core.grid import Grid
 from loftq.core.kernels import dispatch
 from loftq.core.packing import unpack
 from loftq.formats import gptq
@@ -51,7 +54,7 @@ def _gptq_scattered(
 ) -> torch.Tensor:
     """A weight (rows, columns) whose inputs say which group they are of, from a stream and (rows, groups)."""
     rows, columns = scales.shape[0], len(g_idx)
-    return gptq.scatter(unpack(codes, bits, rows * columns).view(rows, columns), scales, shifts, g_idx, bits).to(dtype)
+    return scatter(unpack(codes, bits, rows * columns).view(rows, columns), scales, shifts, g_idx, bits).to(dtype)
 
 
 @_gptq_scattered.register_fake
@@ -157,3 +160,20 @@ class GptqLinear(PackedLinear):
     def _layout(self) -> StoredWeight:
         block = self.grid.block(self.in_features)
         return _Gptq(self.grid.codebook, block, self.out_features, self.in_features, self.less, self.ordered)
+
+    @classmethod
+    def load(cls, module: str, shape: Sequence[int], grid: Grid, read: Callable[[str], torch.Tensor]) -> Self:
+        """A linear (out, in) without bias, from a reader of tensors by name."""
+        linear = super().load(module, shape, grid, read)
+        linear.ordered = gptq.is_ordered(linear.g_idx, grid.block(shape[1]))
+        return linear
+
+
+def read_weight(module: str, shape: Sequence[int], grid: Grid, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """What the stored tensors of a linear stand for: float32 (out, in)."""
+    return GptqLinear.load(module, shape, grid, read).dequantize()
+
+
+def linear_classes() -> tuple[type[nn.Module], ...]:
+    """The class that the plug-in puts in the place of dense linears."""
+    return (GptqLinear,)

@@ -75,7 +75,7 @@ def load_qalora(
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    from loftq.models.quantizer_plugin import has_gptqmodel, read_gptq_by
+    from loftq.models.gptq_quantizer import has_gptqmodel
 
     if backend not in BACKENDS:
         raise UnknownNameError("backend", backend, BACKENDS)
@@ -89,11 +89,7 @@ def load_qalora(
         check_adapter(artifact, chosen)
     elif chosen is not None:
         foreign = foreign_adapter(chosen, str(folder), read_checkpoint(Path(folder)))
-    read_gptq_by(ours=backend == "loftq")
-    try:
-        base = load_base(artifact or Path(folder), is_trainable, device_map, dtype)
-    finally:
-        read_gptq_by(ours=not has_gptqmodel())
+    base = load_base(artifact or Path(folder), is_trainable, device_map, dtype, backend)
     if foreign is not None:
         check_shapes(base, foreign, str(folder))
     if chosen is not None:
@@ -127,9 +123,16 @@ def _group_size(base: Any) -> int:
 
 
 def load_base(
-    source: Artifact | Path, is_trainable: bool = False, device_map: Any = None, dtype: torch.dtype | None = None
+    source: Artifact | Path,
+    is_trainable: bool = False,
+    device_map: Any = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
 ) -> Any:
-    """The backbone of an artifact, or of somebody else's folder, ready to train an adapter on."""
+    """The backbone of an artifact, or of somebody else's folder, ready to train an adapter on.
+
+    `backend`, one of BACKENDS, says what runs GPTQ's layout: by default gptqmodel where it is installed.
+    """
     if isinstance(source, Path):
         folder, task, heads = source, TASKS["causal-lm"], ()
         stored = dtype_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
@@ -138,7 +141,8 @@ def load_base(
         heads = open_adapter(source.adapter).config["modules_to_save"] or ()
         stored = getattr(torch, source.manifest["recipe"]["compute_dtype"])
     with _expecting_a_new_head(task.has_head):
-        base: Any = auto_class(task).from_pretrained(folder, dtype=stored, device_map=device_map)
+        config = _config_for_our_linear(folder) if backend == "loftq" else {}
+        base: Any = auto_class(task).from_pretrained(folder, dtype=stored, device_map=device_map, **config)
     guard_cpu(base)
     if dtype is not None and dtype != stored:
         _change_dtype(base, dtype)
@@ -147,6 +151,19 @@ def load_base(
         base.enable_input_require_grads()
     _heads_in_float32(base, heads)
     return base
+
+
+def _config_for_our_linear(folder: Path) -> dict[str, Any]:
+    """The configuration with which transformers load a folder of GPTQ by our linear, though gptqmodel is installed."""
+    if not gptq.is_gptq(folder):
+        return {}
+    from transformers import AutoConfig
+
+    from loftq.models.gptq_quantizer import OWN_METHOD
+
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config = {**config.quantization_config, "quant_method": OWN_METHOD}
+    return {"config": config}
 
 
 def guard_cpu(model: nn.Module) -> None:

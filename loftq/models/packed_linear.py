@@ -6,10 +6,10 @@ backward pass unpacks it again. Large weights are unpacked in parts, a few rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import nn
@@ -30,11 +30,19 @@ def _levels(name: str, device: torch.device) -> torch.Tensor:
     return codebook(name).to(device)
 
 
+def _codes_of_a_table(name: str) -> int | None:
+    """How many codes a row of `_table` holds: those of a byte, or of 12 bits where codes of 3 straddle bytes.
+
+    None where there is no table for the width.
+    """
+    bits = CODEBOOKS[name]
+    return 8 // bits if 8 % bits == 0 else {3: 4}.get(bits)
+
+
 @cache
 def _table(name: str, device: torch.device) -> torch.Tensor:
     """For every value of a byte, or of 12 bits where codes have 3, the levels of the codes in it: float32."""
-    bits = CODEBOOKS[name]
-    count = 4 if bits == 3 else 8 // bits
+    bits, count = CODEBOOKS[name], _codes_of_a_table(name) or 1
     values = torch.arange(1 << (count * bits))
     digits = [(values >> (bits * i)) & ((1 << bits) - 1) for i in range(count)]
     return torch.stack([codebook(name)[digit] for digit in digits], dim=1).contiguous().to(device)
@@ -58,13 +66,14 @@ def dequantize(
         out = torch.empty(shape, dtype=dtype, device=device)
         return unpack_stream(packed, scales, shifts, _levels(name, device), block, out)
     scales, shifts = scales.float(), None if shifts is None else shifts.float()
-    if dispatch.on_cpu(packed):
+    if dispatch.on_cpu(packed) and _codes_of_a_table(name):
         out = torch.empty(shape, dtype=dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32)
         return blocks.dequantize_blocks(packed, scales, shifts, _table(name, device), block, out).to(dtype)
-    if CODEBOOKS[name] == 3:
-        levels = _levels(name, device)[unpack(packed, 3, len(scales) * block).int()]
-    else:
+    bits = CODEBOOKS[name]
+    if 8 % bits == 0:
         levels = _table(name, device)[packed.int()]
+    else:
+        levels = _levels(name, device)[unpack(packed, bits, len(scales) * block).int()]
     values = levels.view(-1, block) * scales.unsqueeze(1)
     values = values if shifts is None else values + shifts.unsqueeze(1)
     return values.to(dtype).view(shape)
@@ -204,6 +213,13 @@ class PackedLinear(nn.Linear):
             self.register_buffer(name, stored.get(name))
         kept = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), False) if bias else None
         self.register_parameter("bias", kept)
+
+    @classmethod
+    def load(cls, module: str, shape: Sequence[int], grid: Grid, read: Callable[[str], torch.Tensor]) -> Self:
+        """A linear (out, in) without bias, from a reader of tensors by name."""
+        linear = cls(shape[1], shape[0], False, grid=grid)
+        linear.load_state_dict({name: read(f"{module}.{name}") for name in linear.state_dict()})
+        return linear
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """y = x Wᵀ + b in the input's dtype, or autocast's."""

@@ -21,13 +21,10 @@ def notes_on(plan: Plan, found: Linears, names: NameMap) -> Iterator[str]:
         yield f"model type {plan.model_type} has no row of its own: quantized the generic way, by its modules"
     if family_of(plan.model_type).float32:
         yield f"transformers runs {plan.model_type} in float32 alone: that is its compute dtype here"
-    if not plan.stock:
+    if plan.layout.PLAN_NOTE:
         odd = {type(plan.model.get_submodule(layer.module)).__name__ for layer in plan.layers} - {"Linear", "Conv1D"}
         what = f"{', '.join(sorted(odd))} quantized" if odd else ", ".join(sorted(set(plan.codebooks.values())))
-        loader = "load_qlora" if plan.recipe.adapter == "lora" else "load_qalora"
-        yield f"stock transformers cannot load {what}: import loftq before from_pretrained, or use loftq.{loader}"
-    if plan.format == "gptq":
-        yield "stock transformers need gptqmodel and optimum to load GPTQ: without them, import loftq before"
+        yield plan.layout.PLAN_NOTE.format(what=what, loader=f"load_{plan.kind}")
     if plan.expert_bytes:
         yield f"fused experts stay in {dtype}: {plan.expert_bytes / 1e9:.3g} GB"
     for what, left in (("", found.others), (" that share their weight", found.shared)):

@@ -10,7 +10,7 @@ from torch import nn
 
 from loftq.core.grid import Grid, Quantizer
 from loftq.formats.checkpoint import Shard, TensorSpec
-from loftq.formats.layouts import LAYOUTS, OURS, Layout
+from loftq.formats.layouts import LAYOUTS, Layout
 from loftq.hub.source import Source
 from loftq.models import linears
 from loftq.models.tasks import Task
@@ -68,7 +68,12 @@ class Plan:
     @property
     def stock(self) -> bool:
         """Whether stock transformers and peft load the result."""
-        return self.format != OURS
+        return self.layout.STOCK
+
+    @property
+    def kind(self) -> str:
+        """The kind of artifact that it becomes: `loftq.load_{kind}` loads it."""
+        return "qlora" if self.recipe.pool_size is None else "qalora"
 
     def grid(self, layer: Layer) -> Grid:
         """The type of a layer's weight."""
@@ -115,6 +120,11 @@ class Plan:
     def backbone_bytes(self) -> int:
         """Bytes of the backbone's files."""
         return sum(shard.nbytes for shard in self.backbone)
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters of the adapter: factors, and a head that is trained with them."""
+        return sum(spec.numel for _, spec in self.adapter.offsets.values())
 
     def bits_of(self, layer: Layer) -> float:
         """Bits a weight of one layer on disk."""

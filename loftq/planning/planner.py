@@ -13,7 +13,7 @@ from loftq.core import allocation
 from loftq.errors import CheckpointError, OptionError, SourceError
 from loftq.formats import adapter
 from loftq.formats.checkpoint import Shard, TensorSpec, lay_out, parse_size
-from loftq.formats.layouts import LAYOUTS, OURS, Layout, choose, misfit
+from loftq.formats.layouts import LAYOUTS, Layout, choose, misfit
 from loftq.hub.source import Source
 from loftq.models import linears, naming
 from loftq.models.families import family_of
@@ -110,12 +110,18 @@ def _targets(model: nn.Module, found: Linears, recipe: Recipe, source: Source) -
 
 
 def _loadable(model: nn.Module, targets: Mapping[str, DenseLinear], recipe: Recipe) -> list[str]:
-    """The formats in which a loader takes the targets: stock ones know the stock classes, GPTQ's models of text."""
-    if not all(layer.stock for layer in targets.values()):
-        return [OURS]
+    """The formats whose loaders take the targets."""
+    stock = all(layer.stock for layer in targets.values())
     text = getattr(model, "main_input_name", "") == "input_ids"
-    gptq = recipe.quant_type == "int" and text and linears.bears_other_linears(model, targets)
-    return [name for name in LAYOUTS if name != "gptq" or gptq]
+
+    def loads(layout: Layout) -> bool:
+        if not layout.STOCK:
+            return True
+        if not (stock and layout.WITHOUT_WEIGHT):
+            return stock
+        return text and all(map(layout.holds, recipe.grids)) and linears.bears_other_linears(model, targets)
+
+    return [name for name, layout in LAYOUTS.items() if loads(layout)]
 
 
 def _layer(

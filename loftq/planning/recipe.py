@@ -10,6 +10,7 @@ from typing import Any, Unpack, cast
 
 import torch
 
+from loftq.core.codebooks import TYPES
 from loftq.core.grid import ROW, Grid
 from loftq.core.solvers.methods import METHODS, Method
 from loftq.errors import OptionError
@@ -19,7 +20,7 @@ from loftq.models.devices import COMPUTE_DTYPES
 from loftq.planning.settings import (
     BLOCK_SIZE,
     CALIBRATION_TOKENS,
-    QUANT_TYPES,
+    FIRST_WIDTHS,
     SEQUENCE_LENGTH,
     QuantizeKeywords,
     QuantizeSettings,
@@ -59,27 +60,12 @@ class Recipe(QuantizeSettings):
         """The widths that layers may get, the narrowest first."""
         if self.allocation is None:
             return (int(self.bits),)
-        return (2, 4) if self.allocation == "first" else QUANT_TYPES[self.quant_type]
+        return FIRST_WIDTHS if self.allocation == "first" else TYPES[self.quant_type].widths
 
     @property
     def scaling(self) -> float:
         """The factor before B·A with which the adapter will run."""
         return scaling(self.alpha, self.rank, self.rslora)
-
-    @property
-    def iterations(self) -> int:
-        """Alternations."""
-        return self.iters
-
-    @property
-    def refinement(self) -> int:
-        """Steps of distillation."""
-        return self.refine
-
-    @property
-    def lora_alpha(self) -> float:
-        """Alpha."""
-        return self.alpha
 
     def grid(self, width: int) -> Grid:
         """The type of a weight of a width."""
@@ -135,9 +121,8 @@ def resolve(asked: QuantizeSettings) -> Recipe:
 def _with_bits(settings: QuantizeSettings) -> QuantizeSettings:
     """A whole number of bits as an int, their type, and an allocation for what is not a width."""
     bits = int(settings.bits) if float(settings.bits).is_integer() else settings.bits
-    narrow = bits <= max(QUANT_TYPES["nf"]) and settings.adapter == "lora"
-    quant_type = settings.quant_type or ("nf" if narrow else "int")
-    known = QUANT_TYPES["nf"] if settings.allocation == "first" else QUANT_TYPES[quant_type]
+    quant_type = settings.quant_type or _usual_type(bits, settings.adapter)
+    known = FIRST_WIDTHS if settings.allocation == "first" else TYPES[quant_type].widths
     if not min(known) <= bits <= max(known):
         widths = f"known: {', '.join(map(str, known))}, and budgets between"
         raise OptionError(f"--bits {bits}: no {quant_type} type has that width ({widths})")
@@ -145,19 +130,29 @@ def _with_bits(settings: QuantizeSettings) -> QuantizeSettings:
     return replace(settings, bits=bits, quant_type=quant_type, allocation=allocation)
 
 
+def _usual_type(bits: float, adapter: str) -> str:
+    """The first type that is wide enough; for QA-LoRA the first of integers, which alone have zero-points."""
+    able = [name for name, kind in TYPES.items() if kind.integer or adapter != "qalora"]
+    return next((name for name in able if bits <= max(TYPES[name].widths)), able[-1])
+
+
 def _with_grid(settings: QuantizeSettings) -> QuantizeSettings:
-    """How many weights share a scale, and where zero lies: at 8 bits, unless said otherwise, as in bitsandbytes."""
-    if settings.quant_type == "nf":
+    """How many weights share a scale, and where zero lies: in whole rows if the format has no groups."""
+    kind, name = TYPES[cast(str, settings.quant_type)], settings.quant_type
+    if not kind.integer:
         for option, value in (("--group-size", settings.group_size), ("--zero-point", settings.zero_point)):
             if value is not None:
-                raise OptionError(f"{option} {value}: for integers; add --quant-type int (nf has --block-size)")
+                raise OptionError(f"{option} {value}: for integers; add --quant-type int ({name} has --block-size)")
         return replace(settings, block_size=BLOCK_SIZE if settings.block_size is None else settings.block_size)
     if settings.block_size is not None:
-        raise OptionError(f"--block-size {settings.block_size}: for nf; integers have --group-size")
-    stock = settings.bits == 8 and settings.format in (None, "bitsandbytes") and not settings.double_quant
-    stock = stock and settings.adapter == "lora"
-    rows = stock and settings.group_size in (None, ROW) and settings.zero_point in (None, "symmetric")
-    floating = settings.adapter == "qalora" and settings.format != "gptq"
+        tables = ", ".join(name for name, kind in TYPES.items() if not kind.integer)
+        raise OptionError(f"--block-size {settings.block_size}: for {tables}; integers have --group-size")
+    rows = (
+        settings.group_size in (None, ROW) and settings.zero_point in (None, "symmetric") and _has_rows_alone(settings)
+    )
+    floating = settings.adapter == "qalora" and _holds(
+        settings.format, Grid(f"{name}{kind.widths[-1]}", zero_point="float")
+    )
     usual = "symmetric" if rows else "float" if floating else "integer"
     return replace(
         settings,
@@ -166,13 +161,30 @@ def _with_grid(settings: QuantizeSettings) -> QuantizeSettings:
     )
 
 
+def _has_rows_alone(settings: QuantizeSettings) -> bool:
+    """Whether the format, or else the first that holds the type, has one scale for each row and no groups."""
+    if settings.allocation is not None or settings.double_quant or settings.adapter == "qalora":
+        return False
+    rows = Grid(f"{settings.quant_type}{settings.bits}", ROW, zero_point="symmetric")
+    names = [settings.format] if settings.format is not None else list(layouts.LAYOUTS)
+    first = next((name for name in names if _holds(name, rows)), None)
+    return first is not None and not _holds(first, replace(rows, block_size=BLOCK_SIZE))
+
+
+def _holds(format: str | None, grid: Grid) -> bool:
+    """Whether a format, or any, holds a type in blocks of its size."""
+    names = [format] if format is not None else list(layouts.LAYOUTS)
+    able = (layouts.LAYOUTS[name] for name in names)
+    return any(layout.holds(grid) and grid.block_size in layout.BLOCK_SIZES for layout in able)
+
+
 def _with_pool(settings: QuantizeSettings) -> QuantizeSettings:
     """How many inputs QA-LoRA pools: a group, unless said otherwise."""
     if settings.adapter != "qalora":
         if settings.pool_size is not None:
             raise OptionError(f"--pool-size {settings.pool_size}: for --adapter qalora")
         return settings
-    if settings.quant_type != "int":
+    if not TYPES[cast(str, settings.quant_type)].integer:
         raise OptionError(f"--quant-type {settings.quant_type}: QA-LoRA merges into zero-points, which int alone has")
     group = cast(int, settings.group_size)
     if group == ROW:

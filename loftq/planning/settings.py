@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from loftq.core.affine import ZERO_POINTS
-from loftq.core.codebooks import INTEGERS, NORMAL_FLOATS
+from loftq.core.codebooks import TYPES
 from loftq.core.solvers.loftq import SVD
 from loftq.core.solvers.methods import METHODS, ROUNDINGS, SCALES
 from loftq.formats.layouts import LAYOUTS
@@ -23,9 +23,9 @@ from loftq.settings import check, setting
 if TYPE_CHECKING:
     import torch
 
-QUANT_TYPES = {"nf": tuple(NORMAL_FLOATS.values()), "int": tuple(INTEGERS.values())}  # with their widths
 SAVE_DIR = "model_zoo/loftq"
 BLOCK_SIZE = 64  # weights that share one scale, by default
+FIRST_WIDTHS = (2, 4)  # of the allocation `first`, as in the paper
 CALIBRATION_TOKENS, SEQUENCE_LENGTH = 65536, 2048  # by default
 ADAPTERS = {
     "lora": "LoftQ: a plain LoRA that repairs the backbone",
@@ -48,9 +48,10 @@ class QuantizeSettings:
     bits: float = setting(4, "Bits of a weight: 2, 3, 4, 8, or a budget between them such as 2.5.", "quantization")
     quant_type: str | None = setting(
         None,
-        "Type of the codes: nf (NormalFloat) or int (integers).",
+        f"Type of the codes: {', '.join(f'{name} ({kind.title})' for name, kind in TYPES.items())}.",
         "quantization",
-        choices=QUANT_TYPES,
+        choices=TYPES,
+        kind="quant type",
         usual="nf up to 4 bits; int above, and for qalora",
     )
     allocation: str | None = setting(

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from loftq.artifacts.card import TITLES
 from loftq.artifacts.rows import summed_errors
+from loftq.core.solvers.methods import METHODS
 from loftq.errors import ArtifactError
 from loftq.formats.adapter import Adapter, open_adapter
 from loftq.formats.artifact import Artifact, open_artifact
@@ -175,11 +175,10 @@ def _label(manifest: Mapping[str, Any]) -> str:
     recipe = manifest["recipe"]
     kinds = {row["codebook"].upper() for row in manifest["layers"]}
     kind = kinds.pop() if len(kinds) == 1 else f"{recipe['bits']} bits"
-    method = TITLES.get(str(recipe.get("method")), str(recipe.get("method")))
+    name = str(recipe.get("method"))
+    method = METHODS[name].title if name in METHODS else name
     if recipe["adapter"] == "qalora":
         method = "QA-LoRA"
     elif not recipe["iters"]:
         method = "QLoRA"
-    elif recipe.get("method") == "calibrated":
-        method = "calibrated"
     return f"{kind}, rank {recipe['rank']}, {method}"

@@ -46,7 +46,7 @@ def _errors(plan: Plan, layer: Layer, statistics: Statistics | None, device: tor
     moment = None if statistics is None else statistics.moment(layer.module)
     errors = []
     for width in recipe.widths:
-        once, seed = min(recipe.iterations, 1), layer_seed(recipe.seed, layer.module)
+        once, seed = min(recipe.iters, 1), layer_seed(recipe.seed, layer.module)
         trace = solve_by(recipe, weight, moment, plan.quantizer(layer, width), once, seed).trace
         if statistics is None:
             errors.append(trace.final**2)

@@ -21,7 +21,7 @@ from loftq.core.affine import AffineQuantizer
 from loftq.core.grid import Quantizer
 from loftq.core.solvers.calibrated import solve_calibrated
 from loftq.core.solvers.loftq import Solution, solve_loftq
-from loftq.core.solvers.methods import METHODS
+from loftq.core.solvers.methods import METHODS, WITHOUT_TEXT
 from loftq.core.solvers.pooled import solve_pooled
 from loftq.core.solvers.pooled_calibrated import solve_pooled_calibrated
 from loftq.errors import OptionError
@@ -101,7 +101,7 @@ def _solve_layer(
         statistics.check_weight(layer, digest)
     moment = None if statistics is None else statistics.moment(layer.module)
     seed = layer_seed(recipe.seed, layer.module)
-    solution = solve_by(recipe, weight, moment, plan.quantizer(layer), recipe.iterations, seed)
+    solution = solve_by(recipe, weight, moment, plan.quantizer(layer), recipe.iters, seed)
     grid = plan.grid(layer)
     packed = plan.layout.tensors(layer.module, layer.shape, grid, recipe.dtype, solution.codes, solution.scales)
     factors = dict(zip(adapter.keys(layer.module), (solution.a, solution.b), strict=True))
@@ -116,7 +116,7 @@ def solve_by(
     """Solve one weight by the method of a recipe; without data if no `moment` of its inputs is known."""
     method, rank, scaling = recipe.solving, recipe.rank, recipe.scaling
     if moment is None and method.needs_moment:
-        method = METHODS["loftq"]
+        method = METHODS[WITHOUT_TEXT]
     if isinstance(quantizer, AffineQuantizer) and recipe.pool_size is not None:
         if moment is None or method.metric == "identity":
             return solve_pooled(weight, quantizer, rank, iters, scaling, recipe.pool_size, seed=seed)

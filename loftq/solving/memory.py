@@ -2,7 +2,8 @@
 
 Calibrating has in memory what is in no block, one block with the moments of its inputs, an activation for each token,
 and the answers, whose logits come a batch at a time. Solving has a layer for each worker. Refining has the whole
-quantized model, its adapter with gradients and Adam's moments, the answers, and what autograd keeps of a step.
+quantized model, its adapter with gradients and Adam's moments, and what autograd keeps of a step, as a training has
+them (`models.training_memory`); and beyond that the answers, a dequantized layer, and gradients of the divergence.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch
 from loftq.calibration.gather import BATCH_TOKENS
 from loftq.calibration.observer import TOP, VOCABULARY
 from loftq.calibration.windows import check_calibratable
-from loftq.models.activation_memory import embedding_width, kept_bytes
 from loftq.models.lockstep import find_blocks
 from loftq.models.positions import longest_input
+from loftq.models.training_memory import embedding_width, kept_bytes, trained_bytes
 from loftq.planning.plan import Layer, Plan
 
 _SOLVER_BYTES = 13  # a weight in solution: float32 twice, its source, its codes, their packed form, a sketch
@@ -27,7 +28,6 @@ _MOMENT_BYTES = 44  # and an entry of the second moment: float32 once, float64 f
 _SUM_BYTES = 4  # an entry of a moment while it is summed: float64, of half of them
 _ANSWER_BYTES = 6  # one of the likeliest tokens: its index, and its log-probability in 16 bits
 _DIVERGENCE_BYTES = 8  # a logit, beyond a loss on labels: two gradients in float32 that meet
-_TRAINED_BYTES = 16  # a parameter of the adapter: itself, its gradient, two moments
 
 
 def needed(plan: Plan, workers: int, device: torch.device) -> dict[str, int]:
@@ -39,7 +39,7 @@ def needed(plan: Plan, workers: int, device: torch.device) -> dict[str, int]:
     check_calibratable(plan, _tokens(plan))
     dtype = torch.float32 if device.type == "cpu" else plan.recipe.dtype
     found = {"calibrating": _calibrating(plan, dtype), "solving": _solving(plan, workers)}
-    refining = _refining(plan, dtype, device) if plan.recipe.refinement else None
+    refining = _refining(plan, dtype, device) if plan.recipe.refine else None
     return found if refining is None else {**found, "refining": refining}
 
 
@@ -89,7 +89,7 @@ def _refining(plan: Plan, dtype: torch.dtype, device: torch.device) -> int | Non
     unquantized = sum(spec.nbytes // spec.dtype.itemsize for spec in plan.passed.values()) * dtype.itemsize
     quantized = int(plan.layer_bits * plan.weights / 8)
     largest = max(layer.weights for layer in plan.layers) * dtype.itemsize
-    trained = plan.adapter.nbytes // 4 * _TRAINED_BYTES
+    trained = trained_bytes(plan.trained_parameters)
     return quantized + unquantized + largest + trained + kept + logits * _DIVERGENCE_BYTES + _answers(plan)
 
 

@@ -39,7 +39,7 @@ def arguments_of(settings: TrainSettings, mode: str) -> TrainingArguments:
         "per_device_eval_batch_size": settings.eval_batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation,
         "seed": settings.seed,
-        "optim": settings.optim or ("paged_adamw_8bit" if cuda else "adamw_torch"),
+        "optim": settings.optim or default_optimizer(device),
         "bf16": cuda and dtype == torch.bfloat16,
         "fp16": cuda and dtype == torch.float16,
         "use_cpu": device.type == "cpu",
@@ -62,6 +62,11 @@ def arguments_of(settings: TrainSettings, mode: str) -> TrainingArguments:
     _check_set(settings.set)
     with explain_settings():
         return TrainingArguments(**values)
+
+
+def default_optimizer(device: torch.device) -> str:
+    """The optimizer where none is asked for, by transformers' name for it."""
+    return "paged_adamw_8bit" if device.type == "cuda" else "adamw_torch"
 
 
 @contextmanager

@@ -14,12 +14,13 @@ from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.formats.adapter import open_adapter
 from loftq.formats.artifact import Artifact
-from loftq.models.activation_memory import kept_bytes
 from loftq.models.devices import compute_dtype, device_to_run
 from loftq.models.positions import longest_input
 from loftq.models.tasks import build_meta
+from loftq.models.training_memory import kept_bytes, trained_bytes
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import recipe_of
+from loftq.training.arguments import default_optimizer
 from loftq.training.model import find_model
 from loftq.training.opening import check_artifact, lora_config, quantizing_of
 from loftq.training.settings import TrainSettings, settings_of
@@ -73,8 +74,7 @@ def estimate(model: str | None = None, **settings: Any) -> Estimate:
     adapted, trainable, weights = _on_meta(train_settings, dtype)
     total = trainable + sum(p.numel() for p in adapted.parameters() if not p.requires_grad)
     batch = train_settings.batch_size, min(train_settings.cutoff_len, longest_input(adapted))
-    optimizer = train_settings.optim or ("paged_adamw_8bit" if device.type == "cuda" else "adamw_torch")
-    state = 2 if "8bit" in optimizer else 8  # bytes for each parameter, beside 8 for it and its gradient
+    optimizer = train_settings.optim or default_optimizer(device)
     try:
         model_tasks = TRAINING_TASKS[train_settings.task].models
         activations = kept_bytes(
@@ -86,7 +86,9 @@ def estimate(model: str | None = None, **settings: Any) -> Estimate:
             f"--dry-run: {type(adapted.get_base_model()).__name__} does not run in {dtype} without its weights "
             f"({reason}): try another --dtype, or train with --max-steps 1"
         ) from error
-    return Estimate(train_settings.model, trainable, total, batch, weights, trainable * (8 + state), activations)
+    return Estimate(
+        train_settings.model, trainable, total, batch, weights, trained_bytes(trainable, optimizer), activations
+    )
 
 
 def _on_meta(settings: TrainSettings, dtype: torch.dtype) -> tuple[Any, int, int]:
@@ -111,7 +113,7 @@ def _on_meta(settings: TrainSettings, dtype: torch.dtype) -> tuple[Any, int, int
         plan = make_plan(backbone, recipe_of(**quantizing_of(settings, backbone)))
         model, _ = build_meta(backbone.folder, task=plan.task.name, num_labels=plan.recipe.num_labels, dtype=dtype)
         config = lora_config(plan)
-        trainable = sum(math.prod(spec.shape) for _, spec in plan.adapter.offsets.values())
+        trainable = plan.trained_parameters
         weights = plan.backbone_bytes
         if settings.adapter == "lora":
             weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize

@@ -151,7 +151,7 @@ def lora_config(plan: Plan) -> LoraConfig:
     """The configuration of a plain LoRA on the modules that a plan adapts."""
     return LoraConfig(
         r=plan.recipe.rank,
-        lora_alpha=cast(int, plan.recipe.lora_alpha),
+        lora_alpha=cast(int, plan.recipe.alpha),
         lora_dropout=plan.recipe.dropout,
         target_modules=list(plan.target_modules),
         modules_to_save=list(plan.modules_to_save) or None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,15 +14,10 @@ from loftq.core.grid import Grid
 from loftq.core.solvers.loftq import Solution, solve_loftq
 from loftq.errors import OptionError
 from loftq.formats.layouts import LAYOUTS, choose, misfit
+from loftq.models.layout_linears import linears_of, quantized_classes, replace_module
 from loftq.models.linears import DenseLinear, Linears, select
 from loftq.models.loading import guard_cpu
-from loftq.models.replace_linears import quantized_linear, replace_module
 from loftq.planning.recipe import Recipe, layer_seed, recipe_of
-
-if TYPE_CHECKING:
-    pass
-
-_FORMATS = ("bitsandbytes", "loftq")  # that have a linear to put in a network
 
 
 def quantize_model(
@@ -76,7 +71,7 @@ def quantize_model(
         seed=seed,
     )
     targets = _find_targets(model, target_modules, exclude_modules)
-    format = choose(recipe.grids, None, loadable=_FORMATS)
+    format = choose(recipe.grids, None, loadable=[name for name, layout in LAYOUTS.items() if layout.IN_MEMORY])
     for name, module in targets.items():
         _check_fits(name, module, recipe, format, quantize=quantize, lora=lora)
     solutions: dict[str, Solution] = {}
@@ -84,18 +79,18 @@ def quantize_model(
     for (name, module), width in zip(dense.items(), _widths(dense, recipe, format, rank if lora else 0), strict=True):
         grid = recipe.grid(width)
         solutions[name] = _solve(name, module, recipe, grid, format, rank if lora else 0)
-        replace_module(model, module, quantized_linear(format, module, grid, solutions[name], compute_dtype))
+        replace_module(model, module, linears_of(format).build(module, grid, solutions[name], compute_dtype))
     guard_cpu(model)
     return _attach(model, list(targets), recipe, solutions) if lora else model
 
 
 def _find_targets(model: nn.Module, wanted: Sequence[str] | None, excluded: Sequence[str]) -> dict[str, nn.Linear]:
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-
-    from loftq.models.packed_linear import PackedLinear
-
-    quantized = (Linear4bit, Linear8bitLt, PackedLinear)
-    found = {name: m for name, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, quantized)}
+    quantized = quantized_classes()
+    found: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear or isinstance(module, quantized)
+    }
     if not found:
         raise OptionError(f"{type(model).__name__} holds no nn.Linear: there is nothing to quantize")
     if any(hasattr(module, "lora_A") for module in model.modules()):
@@ -112,7 +107,7 @@ def _widths(targets: dict[str, nn.Linear], recipe: Recipe, format: str, rank: in
         return [widths[0]] * len(targets)
     if recipe.allocation == "first":
         return budgets.first(weights, widths[0], widths[-1], recipe.bits)
-    once = replace(recipe, iters=min(recipe.iterations, 1))
+    once = replace(recipe, iters=min(recipe.iters, 1))
     errors = {
         width: [
             _solve(name, module, once, recipe.grid(width), format, rank).trace.final ** 2
@@ -139,7 +134,7 @@ def _solve(name: str, module: nn.Linear, recipe: Recipe, grid: Grid, format: str
     quantizer = grid.quantizer(module.in_features, LAYOUTS[format].SCALE_DTYPE)
     weight = module.weight.detach().float().contiguous()
     seed = layer_seed(recipe.seed, name)
-    return solve_loftq(weight, quantizer, rank, recipe.iterations, recipe.scaling, svd=recipe.svd, seed=seed)
+    return solve_loftq(weight, quantizer, rank, recipe.iters, recipe.scaling, svd=recipe.svd, seed=seed)
 
 
 def _attach(model: nn.Module, names: list[str], recipe: Recipe, solutions: dict[str, Solution]) -> nn.Module:
@@ -147,7 +142,7 @@ def _attach(model: nn.Module, names: list[str], recipe: Recipe, solutions: dict[
 
     config = LoraConfig(
         r=recipe.rank,
-        lora_alpha=recipe.lora_alpha,
+        lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
         use_rslora=recipe.rslora,
         target_modules=names,

@@ -1,4 +1,7 @@
-"""The card: what the Hub reads of it, by the Hub's own client, and that its command makes the same artifact again."""
+"""The card: what the Hub reads of it, by the Hub's own client, and that its command makes the same artifact again.
+
+Covers: loftq/artifacts/card_metadata.py, loftq/artifacts/loading_snippet.py, loftq/planning/command_line.py.
+"""
 
 from __future__ import annotations
 

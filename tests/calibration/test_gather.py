@@ -1,4 +1,7 @@
-"""Calibration statistics against stock transformers models in float64, whole in memory, with hooks on their linears."""
+"""Calibration statistics against stock transformers models in float64, whole in memory, with hooks on their linears.
+
+Covers: loftq/calibration/block_weights.py, loftq/calibration/observer.py.
+"""
 
 from __future__ import annotations
 

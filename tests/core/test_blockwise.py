@@ -1,4 +1,7 @@
-"""Block quantization against bitsandbytes, byte for byte, and against brute force in float64."""
+"""Block quantization against bitsandbytes, byte for byte, and against brute force in float64.
+
+Covers: loftq/core/grid.py, loftq/core/scales.py, loftq/core/kernels/blocks.py, loftq/core/kernels/dispatch.py.
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,7 @@
-"""QA-LoRA's algebra: the merge identity, its plain form, and what the initialization minimizes."""
+"""QA-LoRA's algebra: the merge identity, its plain form, and what the initialization minimizes.
+
+Covers: loftq/core/solvers/pooled.py.
+"""
 
 from __future__ import annotations
 

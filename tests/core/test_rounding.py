@@ -1,4 +1,7 @@
-"""Rounding that knows its inputs against GPTQ's own formulas in float64, and against every code there is."""
+"""Rounding that knows its inputs against GPTQ's own formulas in float64, and against every code there is.
+
+Covers: loftq/core/kernels/rounding.py, loftq/core/kernels/gpu_rounding.py.
+"""
 
 from collections.abc import Callable
 from functools import cache

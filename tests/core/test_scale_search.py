@@ -1,4 +1,7 @@
-"""Scale search against every factor tried in float64."""
+"""Scale search against every factor tried in float64.
+
+Covers: loftq/core/kernels/nearest.py.
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,7 @@
-"""What a GGUF file says of a model and its tokenizer, and what is refused."""
+"""What a GGUF file says of a model and its tokenizer, and what is refused.
+
+Covers: loftq/formats/gguf_tokenizer.py.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Data sets on the Hub, streamed to calibrate on and loaded to train on: the real datasets library before a Hub on
 this machine. The oracle is the rows that were written; for what was asked for, the Hub's record.
+
+Covers: loftq/hub/errors.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Where a model comes from: the real huggingface_hub client before a Hub on this machine; folders; the default model.
 
 The oracle for what was downloaded is the folder that the Hub serves; for what was asked for, the Hub's record.
+
+Covers: loftq/hub/default_model.py, loftq/hub/repository.py.
 """
 
 from __future__ import annotations

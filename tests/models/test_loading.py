@@ -1,4 +1,7 @@
-"""Loading: by the lines of the original README in a process without loftq, and by load_qlora."""
+"""Loading: by the lines of the original README in a process without loftq, and by load_qlora.
+
+Covers: loftq/models/adapters.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The packed linear: what it computes, what it keeps alive, how peft, autocast, compile and DDP take it."""
+"""The packed linear: what it computes, what it keeps alive, how peft, autocast, compile and DDP take it.
+
+Covers: loftq/models/custom_ops.py, loftq/models/peft_layers.py.
+"""
 
 from __future__ import annotations
 

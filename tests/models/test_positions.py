@@ -24,8 +24,9 @@ from loftq.models.tasks import TASKS, auto_class
     ],
 )
 def test_positions_are_counted_on_the_meta_device(name: str, task: str, longest: int) -> None:
+    changes = {"max_position_embeddings": None} if name == "t5" else {}  # which other picos have
     with torch.device("meta"):
-        model = auto_class(TASKS[task]).from_config(pico_config(name))
+        model = auto_class(TASKS[task]).from_config(pico_config(name, **changes))
     assert longest_input(model) == longest
     assert longest_input(model, 48) == 48
     assert longest_input(model, int(1e30)) == longest

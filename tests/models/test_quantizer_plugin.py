@@ -1,10 +1,15 @@
-"""The plug-in: folders that stock transformers cannot load, with and without `import loftq`."""
+"""The plug-in: folders that stock transformers cannot load, with and without `import loftq`.
+
+Covers: loftq/formats/native.py, loftq/models/native_quantizer.py, loftq/models/packed_quantizer.py,
+loftq/models/register.py.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -128,6 +133,40 @@ def test_gptq_formats_that_we_do_not_read_are_left_to_gptqmodel(gptq: Path, tmp_
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(ImportError, match="'marlin' is read by gptqmodel alone: pip install gptqmodel"):
         AutoModelForCausalLM.from_pretrained(other)
+
+
+def test_each_load_chooses_for_itself_who_reads_gptq(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: transformers' own quantizer in the table, as where gptqmodel is installed, asked amid our own load."""
+    from transformers.quantizers import auto
+    from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
+    from transformers.utils.quantization_config import GPTQConfig
+
+    from loftq.models.gptq_quantizer import GptqQuantizer
+
+    options = {"adapter": "qalora", "bits": 3, "group_size": 32, "format": "gptq", "rank": 2}
+    folder = loftq.quantize(str(pico), output=tmp_path / "out", iters=1, quiet=True, **options).folder
+    monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "gptq", GPTQConfig)
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "gptq", GptqHfQuantizer)
+    before = dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+    grids, refusals = GptqQuantizer._grids, []
+
+    def load_another(*arguments: object) -> object:
+        assert before == (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+        with ThreadPoolExecutor(1) as pool, pytest.raises(ImportError, match="optimum") as refused:
+            pool.submit(AutoModelForCausalLM.from_pretrained, folder).result()
+        refusals.append(refused)
+        return grids(*arguments)
+
+    monkeypatch.setattr(GptqQuantizer, "_grids", load_another)
+    model = loftq.load_qalora(folder)
+    assert refusals
+    assert any(type(module).__name__ == "GptqLinear" for module in model.modules())
+    assert before == (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+    model.get_base_model().save_pretrained(tmp_path / "again")
+    configs = [json.loads((f / "config.json").read_text())["quantization_config"] for f in (folder, tmp_path / "again")]
+    assert [config["quant_method"] for config in configs] == ["gptq", "gptq"]
 
 
 @pytest.mark.parametrize("key", ["qweight", "qzeros", "scales"])

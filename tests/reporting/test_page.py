@@ -1,4 +1,8 @@
-"""The report: what it measures, by other means, and that its page stands alone."""
+"""The report: what it measures, by other means, and that its page stands alone.
+
+Covers: cli/report.py, loftq/reporting/charts.py, loftq/reporting/drawing.py, loftq/reporting/measured.py,
+loftq/reporting/sections.py, loftq/verbs/report.py.
+"""
 
 from __future__ import annotations
 

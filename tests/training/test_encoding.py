@@ -1,4 +1,7 @@
-"""Examples. Oracle: what the tokens decode to, and transformers' own tokenizers."""
+"""Examples. Oracle: what the tokens decode to, and transformers' own tokenizers.
+
+Covers: loftq/training/tasks/gsm8k.py.
+"""
 
 from __future__ import annotations
 

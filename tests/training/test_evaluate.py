@@ -1,4 +1,7 @@
-"""Measures. Oracles: transformers' own loss, generation one prompt at a time, figures computed by hand."""
+"""Measures. Oracles: transformers' own loss, generation one prompt at a time, figures computed by hand.
+
+Covers: cli/evaluate.py, loftq/training/measures.py, loftq/training/harness.py, loftq/training/tasks/perplexity.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Generating. Oracle: transformers' own greedy generation."""
+"""Generating. Oracle: transformers' own greedy generation.
+
+Covers: cli/generate.py.
+"""
 
 from __future__ import annotations
 

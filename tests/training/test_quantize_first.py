@@ -1,4 +1,7 @@
-"""A model that is quantized before it trains. Oracles: the folders that are there, and what their manifests say."""
+"""A model that is quantized before it trains. Oracles: the folders that are there, and what their manifests say.
+
+Covers: loftq/solving/finished.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What is refused before anything is trained or measured, and how an interruption ends. Oracle: the message."""
+"""What is refused before anything is trained or measured, and how an interruption ends. Oracle: the message.
+
+Covers: loftq/training/model.py.
+"""
 
 from __future__ import annotations
 

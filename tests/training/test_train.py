@@ -1,4 +1,8 @@
-"""Training. Oracles: a stock peft load, the same run without evaluations or in one piece, the bytes of the backbone."""
+"""Training. Oracles: a stock peft load, the same run without evaluations or in one piece, the bytes of the backbone.
+
+Covers: cli/train.py, loftq/training/arguments.py, loftq/training/opening.py, loftq/training/process.py,
+loftq/training/run_folder.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Which model learns which task. Oracle: what transformers builds the model as."""
+"""Which model learns which task. Oracle: what transformers builds the model as.
+
+Covers: loftq/training/tasks/classification.py, loftq/training/tasks/language_modelling.py,
+loftq/training/tasks/summarization.py.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Bad input: one line that says what is wrong, where, and what to do; the right exit code; nothing left behind.
 
 The exit code is 2 for an option that cannot be used, 1 for everything else (`loftq.errors`).
+
+Covers: loftq/errors.py, loftq/planning/weights.py.
 """
 
 from __future__ import annotations

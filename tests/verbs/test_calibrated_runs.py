@@ -1,4 +1,7 @@
-"""Calibrated runs end to end: what they report, what they leave, what they refuse."""
+"""Calibrated runs end to end: what they report, what they leave, what they refuse.
+
+Covers: cli/methods.py, loftq/core/solvers/methods.py, loftq/solving/distill.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Doctor: what it finds on this machine and on others, and that no token is ever in it."""
+"""Doctor: what it finds on this machine and on others, and that no token is ever in it.
+
+Covers: cli/doctor.py.
+"""
 
 from __future__ import annotations
 

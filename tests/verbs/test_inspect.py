@@ -1,4 +1,7 @@
-"""Inspect: what it says of a folder or a repository, and how little of either it reads."""
+"""Inspect: what it says of a folder or a repository, and how little of either it reads.
+
+Covers: cli/inspect.py, loftq/artifacts/contents.py.
+"""
 
 from __future__ import annotations
 

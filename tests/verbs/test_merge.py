@@ -1,4 +1,8 @@
-"""Merging: what is written, by independent readings, and how the merged model answers."""
+"""Merging: what is written, by independent readings, and how the merged model answers.
+
+Covers: cli/merge.py, loftq/artifacts/backbone.py, loftq/artifacts/pair.py, loftq/merging/exports.py,
+loftq/merging/logits.py, loftq/merging/report.py, loftq/merging/targets.py.
+"""
 
 from __future__ import annotations
 

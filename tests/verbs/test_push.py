@@ -2,6 +2,8 @@
 
 The oracle for what was pushed is what the Hub holds, and what stock transformers and peft load from it by its id; for
 what was sent, the Hub's record.
+
+Covers: cli/push.py, loftq/hub/destination.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""QA-LoRA folders: what is on disk, how they load and train, and whose checkpoints load beside them."""
+"""QA-LoRA folders: what is on disk, how they load and train, and whose checkpoints load beside them.
+
+Covers: loftq/models/gptq_linear.py, loftq/models/gptq_quantizer.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The verb: what lies in the folder, that it is what was asked for, and that it is the same every time."""
+"""The verb: what lies in the folder, that it is what was asked for, and that it is the same every time.
+
+Covers: loftq/artifacts/manifest.py, loftq/artifacts/rows.py, loftq/planning/plan.py, loftq/planning/planner.py,
+loftq/solving/layers.py, loftq/solving/report.py.
+"""
 
 from __future__ import annotations
 

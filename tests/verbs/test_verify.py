@@ -1,4 +1,7 @@
-"""Verify: what is sound is found sound, and what is not is named, whatever was done to the folder."""
+"""Verify: what is sound is found sound, and what is not is named, whatever was done to the folder.
+
+Covers: cli/verify.py, loftq/artifacts/checks.py, loftq/artifacts/recompute.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Backbones of 2 and 3 bits, end to end: what is on disk, what is loaded, what the report says of both."""
+"""Backbones of 2 and 3 bits, end to end: what is on disk, what is loaded, what the report says of both.
+
+Covers: loftq/solving/allocate.py.
+"""
 
 from __future__ import annotations
 

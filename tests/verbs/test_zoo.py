@@ -2,6 +2,8 @@
 
 Oracles: the numbers of parameters that the models' authors published; plans of the same models from their checkpoints;
 sizes counted by hand; what torch's allocator reports of a training step.
+
+Covers: cli/zoo.py.
 """
 
 from __future__ import annotations

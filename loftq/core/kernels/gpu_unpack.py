@@ -3,7 +3,7 @@
 A code becomes `level[code] * scale + shift` in float32, each operation rounded by itself, and then rounds to the
 output's dtype: bit for bit what the other ways give. A pass reads the codes and writes the weight, nothing between.
 
-Imported where `chunks.on_gpu` says that there is Triton.
+Imported where `dispatch.on_gpu` says that there is Triton.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _stream(  # type: ignore[no-untyped-def]
     bit = at * BITS
     byte = bit >> 3
     window = tl.load(packed + byte, mask=inside, other=0).to(tl.int32)
-    if BITS == 3:  # may reach into the next byte
+    if 8 % BITS != 0:  # may reach into the next byte
         more = tl.load(packed + byte + 1, mask=inside & (byte + 1 < size), other=0)
         window |= more.to(tl.int32) << 8
     code = (window >> (bit & 7)) & ((1 << BITS) - 1)
@@ -43,8 +43,8 @@ def _field(words, place, bit, inside, stride, BITS: tl.constexpr):  # type: igno
     start = words + place + (bit >> 5) * stride
     offset = (bit & 31).to(tl.uint32)
     found = tl.load(start, mask=inside, other=0).to(tl.uint32, bitcast=True) >> offset
-    if BITS == 3:  # may reach into the next word
-        cut = offset > 29
+    if 32 % BITS != 0:  # may reach into the next word
+        cut = offset > 32 - BITS
         more = tl.load(start + stride, mask=inside & cut, other=0).to(tl.uint32, bitcast=True)
         found |= tl.where(cut, more << ((32 - offset) & 31), 0)
     return (found & ((1 << BITS) - 1)).to(tl.int32)

@@ -17,8 +17,11 @@ ROUNDINGS = {
 
 @dataclass(frozen=True)
 class Method:
-    """A preset. `iterations` are alternations, 0 for an adapter that adds nothing; `refine` steps of distillation."""
+    """A preset. `title` is its name in texts. `iterations` counts alternations, 0 for an adapter that adds nothing, and
+    `refine` counts steps of distillation.
+    """
 
+    title: str
     scales: str
     rounding: str
     metric: str
@@ -46,12 +49,29 @@ class Method:
 
 METHODS = {
     "qlora": Method(
-        "absmax", "nearest", "identity", 0, 0, "nothing (B = 0)", "a pass over the weights", "arXiv 2305.14314"
+        "QLoRA",
+        "absmax",
+        "nearest",
+        "identity",
+        0,
+        0,
+        "nothing (B = 0)",
+        "a pass over the weights",
+        "arXiv 2305.14314",
     ),
     "loftq": Method(
-        "absmax", "nearest", "identity", 5, 0, "error of weights", "5 passes and factorizations", "arXiv 2310.08659"
+        "LoftQ",
+        "absmax",
+        "nearest",
+        "identity",
+        5,
+        0,
+        "error of weights",
+        "5 passes and factorizations",
+        "arXiv 2310.08659",
     ),
     "qera-approx": Method(
+        "QERA, approximate",
         "absmax",
         "nearest",
         "diagonal",
@@ -61,8 +81,11 @@ METHODS = {
         "a factorization",
         "arXiv 2410.06040",
     ),
-    "qera": Method("absmax", "nearest", "full", 1, 0, "error of outputs", "a factorization", "arXiv 2410.06040"),
+    "qera": Method(
+        "QERA", "absmax", "nearest", "full", 1, 0, "error of outputs", "a factorization", "arXiv 2410.06040"
+    ),
     "cloq": Method(
+        "CLoQ",
         "absmax",
         "feedback",
         "full",
@@ -73,6 +96,7 @@ METHODS = {
         "arXiv 2501.18475",
     ),
     "calibrated": Method(
+        "calibrated",
         "search",
         "intrinsic",
         "full",
@@ -83,3 +107,5 @@ METHODS = {
         "ours",
     ),
 }
+WITHOUT_TEXT = "loftq"  # the method where nothing is known of the inputs and none is named
+WITH_TEXT = "calibrated"  # the method where there is text and none is named

@@ -10,7 +10,7 @@ from loftq.core.grid import ROW, Grid
 from loftq.errors import OptionError
 from loftq.formats import gptq
 from loftq.formats.layouts import LAYOUTS, choose, misfit
-from loftq.models.quantizer_plugin import GptqConfig
+from loftq.models.gptq_quantizer import GptqConfig
 
 SHAPES = [(32, 32, ROW), (64, 96, 32), (96, 128, 64), (32, 64, 16), (160, 256, 128)]
 

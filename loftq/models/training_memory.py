@@ -1,8 +1,11 @@
-"""What autograd keeps of a batch for the backward pass, before any weight is read.
+"""Memory of a training step beside the weights, before any weight is read: trained parameters and activations.
 
-The model is on the meta device and runs once: what is kept is counted as it is kept, storage by storage. Fused
-attention keeps its inputs, its output and a sum a row; checkpointed blocks keep their inputs, and one block at a time
-the rest.
+Activations are what autograd keeps of a batch for the backward pass. The model is on the meta device and runs once:
+what is kept is counted as it is kept, storage by storage. Fused attention keeps its inputs, its output and a sum a row;
+checkpointed blocks keep their inputs, and one block at a time the rest.
+
+`training.estimate` (the dry run of a training) and `solving.memory` (that of a distillation) both count with these
+functions. `planning.footprint` has a formula of its own, and says why.
 """
 
 from __future__ import annotations
@@ -20,6 +23,16 @@ from loftq.models.lockstep import find_blocks
 
 _GRADIENTS = 2  # of the largest tensor that is kept, the logits: theirs, and one on its way
 _HEAP = 1.5  # what a process grows by, over what lives in it: glibc gives blocks of changing sizes back late
+_FLOAT32 = 4
+
+
+def trained_bytes(parameters: int, optimizer: str = "adamw_torch") -> int:
+    """Bytes of trained parameters, in float32: themselves, their gradients, and Adam's two moments.
+
+    The moments are in float32 too, or in a byte each where the optimizer's name has `8bit` in it.
+    """
+    moments = 2 if "8bit" in optimizer else 2 * _FLOAT32
+    return parameters * (2 * _FLOAT32 + moments)
 
 
 def kept_bytes(

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from picos import pico_config
 from transformers import AutoModelForCausalLM
 
-from loftq.models.activation_memory import kept_bytes
+from loftq.models.training_memory import kept_bytes
 
 TOKENS = 48
 
