@@ -1,1 +1,1 @@
-"""Where models and texts come from and where they go: folders, the Hub, the default model."""
+"""Reads models and texts from folders, the Hub or this package, and pushes finished folders to the Hub."""

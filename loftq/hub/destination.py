@@ -1,8 +1,8 @@
-"""The repository that a folder is pushed to: who may write it, what it holds, and the commit that changes it.
+"""The repository that a folder is pushed to: who may write to it, what it holds, and the commit that changes it.
 
-All that can be refused is refused before the first byte is sent: an id that is none, a token that may not write, a name
-that is taken. Weights are then sent file by file, and what has arrived is not sent twice. One commit makes all of them
-the repository's, so that nobody ever loads a part of a model.
+Everything that can be checked is checked before the first byte is sent: an invalid id, a token that may not write, a
+name that is taken. Weights are then sent file by file, and a file that has arrived is not sent twice. A single commit
+adds all files to the repository, so nobody ever loads a part of a model.
 """
 
 from __future__ import annotations
@@ -22,60 +22,60 @@ from loftq.hub.errors import checked_token, explain_push_refusals
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
 
-_NO_MODEL = {".gitattributes", "README.md", "LICENSE", ".gitignore"}  # what a new repository may begin with
+_NOT_A_MODEL = {".gitattributes", "README.md", "LICENSE", ".gitignore"}  # files of a new repository
 
 
 @dataclass(frozen=True)
 class Destination:
-    """A repository that may be written, or made, and what it holds at the revision."""
+    """A repository that can be written to or created, and the files that it holds at the revision."""
 
     api: HfApi
     repo_id: str
     private: bool
-    revision: str | None  # a branch; None for main
+    revision: str | None  # a branch; None means main
     tag: str | None
     create_pr: bool
     exists: bool
-    head: str | None  # the commit of the revision, where there is one
-    tagged: str | None  # the commit that has the tag already
-    files: frozenset[str]  # of the revision, or of the one from which its branch will begin
+    head: str | None  # the commit of the revision; None if the revision does not exist
+    tagged: str | None  # the commit that the tag names already
+    files: frozenset[str]  # files of the revision; of main if the branch is new
 
     @property
     def url(self) -> str:
-        """Where it is read."""
+        """The address of the repository's page."""
         return f"{self.api.endpoint}/{self.repo_id}"
 
     def refuse_other_models(self) -> None:
-        """Raise HubError where the revision holds a model that is not of ours, which a push would mingle with."""
-        held = self.files - _NO_MODEL
-        if held and MANIFEST not in held and self.head is not None and not self.create_pr:
+        """Raise HubError if the revision holds a model that loftq did not write: a push would mix the two."""
+        model_files = self.files - _NOT_A_MODEL
+        if model_files and MANIFEST not in model_files and self.head is not None and not self.create_pr:
             raise HubError(
-                f"{self._place} holds another model ({few_of(sorted(held))}): name another repository, "
-                "a new branch of this one with --revision, or ask its owner with --create-pr"
+                f"{self._place} holds another model ({few_of(sorted(model_files))}): name another repository, or "
+                "name a new branch of this one with --revision, or open a pull request with --create-pr"
             )
 
     def stale(self, artifact: Mapping[str, Any], names: Collection[str], overwrite: bool) -> list[str]:
-        """The files that must go when an artifact with this manifest and these files comes.
+        """Return the files to delete when an artifact with this manifest and these file names is pushed.
 
-        Raises HubError where the revision holds something else: another model, or, without `overwrite`, an artifact
-        with another backbone, which adapters may have been trained on.
+        Raises HubError if the revision holds a model that loftq did not write. Without `overwrite`, also raises it for
+        an artifact with another backbone, because adapters may have been trained on that backbone.
         """
         self.refuse_other_models()
-        held = self.files - _NO_MODEL
-        if self.exists and self.head is None:  # a new branch begins with all that main has, which is none of its own
-            return sorted(held - set(names))
-        if MANIFEST not in held:
+        model_files = self.files - _NOT_A_MODEL
+        if self.exists and self.head is None:  # a new branch begins as a copy of main, whose files it does not need
+            return sorted(model_files - set(names))
+        if MANIFEST not in model_files:
             return []
-        theirs = self._manifest()
-        if theirs.get("backbone_sha256") != artifact["backbone_sha256"] and not (overwrite or self.create_pr):
+        manifest = self._manifest()
+        if manifest.get("backbone_sha256") != artifact["backbone_sha256"] and not (overwrite or self.create_pr):
             raise HubError(
-                f"{self._place} holds a loftq model with another backbone, to which the adapters belong that were "
-                "trained on it: add --overwrite to replace it, or name a new branch with --revision"
+                f"{self._place} holds a loftq model with another backbone, and adapters that were trained on it need "
+                "that backbone: add --overwrite to replace it, or name a new branch with --revision"
             )
-        return sorted(held & set(theirs.get("files", ())) - set(names))
+        return sorted(model_files & set(manifest.get("files", ())) - set(names))
 
     def send(self, files: Mapping[str, Path | bytes], stale: Collection[str], message: str) -> CommitInfo:
-        """Make the repository where it is new, send all files, and commit them at once. Raises HubError."""
+        """Create the repository if it is new, send all files, and add them in a single commit. Raises HubError."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         additions = {name: CommitOperationAdd(name, content) for name, content in files.items()}
@@ -93,26 +93,26 @@ class Destination:
                     )
             if self.revision is not None and self.head is None:
                 self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
-            made: CommitInfo = self.api.create_commit(
+            commit: CommitInfo = self.api.create_commit(
                 self.repo_id,
                 [*(CommitOperationDelete(name) for name in stale), *additions.values()],
                 commit_message=message,
                 revision=self.revision,
                 create_pr=self.create_pr,
             )
-            self._add_tag(made.oid)
-        return made
+            self._add_tag(commit.oid)
+        return commit
 
     def _add_tag(self, commit: str) -> None:
         if self.tag is None or self.tagged == commit:
             return
         if self.tagged is not None:
-            raise HubError(f"pushed as {commit}, but {self._taken_tag}")
+            raise HubError(f"the files were pushed as commit {commit}, but {self._taken_tag}")
         self.api.create_tag(self.repo_id, tag=self.tag, revision=commit)
 
     @property
     def _taken_tag(self) -> str:
-        return f"--tag {self.tag} names another commit of {self.repo_id} ({self.tagged}): choose another"
+        return f"--tag {self.tag} names another commit of {self.repo_id} ({self.tagged}): choose another tag"
 
     @property
     def _place(self) -> str:
@@ -123,7 +123,7 @@ class Destination:
             path = self.api.hf_hub_download(self.repo_id, MANIFEST, revision=self.head)
         try:
             return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (ValueError, TypeError):  # damaged there: another one, whatever it was
+        except (ValueError, TypeError):  # a damaged manifest cannot have the same backbone
             return {}
 
 
@@ -136,8 +136,10 @@ def find_destination(
     create_pr: bool = False,
     token: str | None = None,
 ) -> Destination:
-    """Look at a repository to be. Raises OptionError for names that are none, HubError for what the Hub would refuse:
-    no token or one that may not write there, `private` for one that is public, a tag that is another commit's.
+    """Look up the repository that a push will write to or create.
+
+    Raises OptionError for an invalid id, branch or tag. Raises HubError for everything that the Hub would refuse: no
+    token, a token that may not write there, `private` for a public repository, a tag that names another commit.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -146,20 +148,20 @@ def find_destination(
     if token is None and get_token() is None:
         raise HubError(
             "no Hub token: log in with `hf auth login`, or pass --token "
-            "(https://huggingface.co/settings/tokens makes one that may write)"
+            "(create one with write access at https://huggingface.co/settings/tokens)"
         )
     api = HfApi(token=token)
     with explain_push_refusals(repo_id):
-        who = api.whoami()
+        account = api.whoami()
         info, head = _look_up(api, repo_id, revision)
         tags = api.list_repo_refs(repo_id).tags if info is not None and tag is not None else []
-    _check_owner(who, repo_id, info is not None, create_pr)
+    _check_owner(account, repo_id, info is not None, create_pr)
     if info is not None and private and not info.private:
         raise HubError(
-            f"{repo_id} is there already, and public: --private is for a new one. "
-            "Change it in its settings, or name another"
+            f"{repo_id} exists already and is public, and --private only applies to a new repository: "
+            "make it private in its settings on the Hub, or name another repository"
         )
-    found = Destination(
+    destination = Destination(
         api=api,
         repo_id=repo_id,
         private=private,
@@ -171,9 +173,9 @@ def find_destination(
         tagged=next((ref.target_commit for ref in tags if ref.name == tag), None),
         files=frozenset(file.rfilename for file in info.siblings or ()) if info is not None else frozenset(),
     )
-    if found.tagged is not None and found.tagged != head:
-        raise HubError(found._taken_tag)
-    return found
+    if destination.tagged is not None and destination.tagged != head:
+        raise HubError(destination._taken_tag)
+    return destination
 
 
 def _check_names(repo_id: str, revision: str | None, tag: str | None, create_pr: bool) -> None:
@@ -183,21 +185,27 @@ def _check_names(repo_id: str, revision: str | None, tag: str | None, create_pr:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise OptionError(f"{repo_id!r} is no id of a repository, USER/NAME: {one_line(error)}") from error
+        raise OptionError(
+            f"{repo_id!r} is not a valid repository id: {one_line(error)}: name it as USER/NAME"
+        ) from error
     if "/" not in repo_id:
-        raise OptionError(f"{repo_id!r} is no id of a repository: name its owner too, as in USER/{repo_id}")
+        raise OptionError(f"{repo_id!r} is not a valid repository id: name its owner too, as in USER/{repo_id}")
     for option, name in (("--revision", revision), ("--tag", tag)):
         if name is not None and not re.fullmatch(r"(?!.*(\.\.|//|\.lock$|[/.]$))\w[\w./-]*", name):
-            raise OptionError(f"{option} {name}: no name that git takes")
+            raise OptionError(
+                f"{option} {name}: not a valid git ref name: use letters, digits, '-', '_', '.' and '/', as in v1.0"
+            )
     if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise OptionError(f"--revision {revision} is a commit, which never changes: name a branch")
+        raise OptionError(f"--revision {revision} is a commit, and a commit cannot be changed: name a branch")
     for option, name in (("--revision", revision), ("--tag", tag)):
         if create_pr and name is not None:
-            raise OptionError(f"--create-pr and {option} exclude each other: a pull request is a revision of its own")
+            raise OptionError(
+                f"--create-pr and {option} exclude each other: leave {option} out, or push without --create-pr"
+            )
 
 
 def _look_up(api: HfApi, repo_id: str, revision: str | None) -> tuple[Any, str | None]:
-    """What the Hub says of a repository, None where there is none, and the commit of its revision, likewise."""
+    """Return the Hub's information on a repository and the commit of the revision. What does not exist is None."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
@@ -209,25 +217,25 @@ def _look_up(api: HfApi, repo_id: str, revision: str | None) -> tuple[Any, str |
     return info, info.sha
 
 
-def _check_owner(who: Mapping[str, Any], repo_id: str, exists: bool, create_pr: bool) -> None:
-    """Refuse a token that only reads, and an owner that it does not write for, but for pull requests."""
-    if _role(who) == "read":
+def _check_owner(account: Mapping[str, Any], repo_id: str, exists: bool, create_pr: bool) -> None:
+    """Raise HubError for a token that may only read, or may not write for the owner (a pull request needs no more)."""
+    if _role(account) == "read":
         raise HubError(
-            f"the token of {who.get('name')} may only read: pass --token with one that may write "
-            "(https://huggingface.co/settings/tokens), or log in with it: `hf auth login`"
+            f"the token of {account.get('name')} may only read: create one with write access at "
+            "https://huggingface.co/settings/tokens, then pass it with --token or log in with `hf auth login`"
         )
-    names = [str(who.get("name")), *(str(org.get("name")) for org in who.get("orgs") or ())]
+    names = [str(account.get("name")), *(str(org.get("name")) for org in account.get("orgs") or ())]
     owner, _, name = repo_id.partition("/")
-    if owner.lower() in (known.lower() for known in names) or (create_pr and exists):
+    if owner.lower() in (writable.lower() for writable in names) or (create_pr and exists):
         return
-    otherwise = ", or ask its owner with --create-pr" if exists else ""
+    pull_request = ", or open a pull request with --create-pr" if exists else ""
     raise HubError(
-        f"the token is one of {names[0]}, who cannot write for {owner}: push to {names[0]}/{name}{otherwise} "
+        f"the token belongs to {names[0]}, who cannot write for {owner}: push to {names[0]}/{name}{pull_request} "
         f"(it may write for: {', '.join(names)})"
     )
 
 
-def _role(who: Mapping[str, Any]) -> str | None:
-    token = (who.get("auth") or {}).get("accessToken") or {}
-    found: str | None = token.get("role")
-    return found
+def _role(account: Mapping[str, Any]) -> str | None:
+    token = (account.get("auth") or {}).get("accessToken") or {}
+    role: str | None = token.get("role")
+    return role

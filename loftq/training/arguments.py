@@ -1,4 +1,4 @@
-"""The settings of a training as transformers has them."""
+"""Converts the settings of a training into transformers' TrainingArguments."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from loftq.errors import OptionError
 from loftq.models.devices import compute_dtype, device_to_run
 from loftq.training.settings import MODES, TrainSettings
 
-_EVALUATIONS = 0.1  # of the run, between two of them
-_CHECKPOINTS = 2  # that are kept
+_EVALUATION_INTERVAL = 0.1  # part of the run between two evaluations, and between two checkpoints
+_CHECKPOINTS = 2  # number of checkpoints that are kept
 
 
 def arguments_of(settings: TrainSettings, mode: str) -> TrainingArguments:
-    """The settings as transformers has them. Raises OptionError for what it refuses, or the device cannot do."""
+    """Return TrainingArguments with these settings.
+
+    Raises OptionError for a setting that transformers refuses or that the device does not support.
+    """
     device = device_to_run(settings.cpu)
     dtype = compute_dtype(settings.dtype, device)
     cuda = device.type == "cuda"
@@ -41,10 +44,10 @@ def arguments_of(settings: TrainSettings, mode: str) -> TrainingArguments:
         "fp16": cuda and dtype == torch.float16,
         "use_cpu": device.type == "cpu",
         "eval_strategy": "steps",
-        "eval_steps": settings.eval_steps or _EVALUATIONS,
-        "prediction_loss_only": settings.task != "classification",  # logits of every token would fill the memory
+        "eval_steps": settings.eval_steps or _EVALUATION_INTERVAL,
+        "prediction_loss_only": settings.task != "classification",  # the logits of all tokens would fill the memory
         "save_strategy": "steps",
-        "save_steps": settings.save_steps or _EVALUATIONS,
+        "save_steps": settings.save_steps or _EVALUATION_INTERVAL,
         "save_total_limit": _CHECKPOINTS,
         "logging_steps": 0.02,
         "logging_first_step": True,
@@ -68,7 +71,7 @@ def default_optimizer(device: torch.device) -> str:
 
 @contextmanager
 def explain_settings() -> Iterator[None]:
-    """Turn what transformers says of settings that do not fit into an OptionError."""
+    """Turn the errors that transformers raises for invalid settings into an OptionError."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -78,7 +81,7 @@ def explain_settings() -> Iterator[None]:
 
 
 def _check_set(values: Mapping[str, Any]) -> None:
-    """Raises OptionError for a value of another type than its default, which transformers finds out as it trains."""
+    """Raise OptionError for a value whose type is not that of its default: transformers would fail only later."""
     defaults = {entry.name: entry.default for entry in fields(TrainingArguments)}
     for name, value in values.items():
         kind = type(defaults[name])
@@ -87,11 +90,11 @@ def _check_set(values: Mapping[str, Any]) -> None:
             expected = "true or false" if kind is bool else "a number"
             raise OptionError(f"--set {name}={value}: expected {expected}")
     if values.get("save_only_model"):
-        raise OptionError("--set save_only_model=true: nothing could go on from such checkpoints: leave it out")
+        raise OptionError("--set save_only_model=true: a training cannot continue from such checkpoints: leave it out")
 
 
 def _checkpointing() -> dict[str, Any]:
-    """Gradient checkpointing, under the name that this transformers has for it."""
-    known = {entry.name for entry in fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    """The arguments for gradient checkpointing, under the name that the installed transformers uses."""
+    argument_names = {entry.name for entry in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in argument_names else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}

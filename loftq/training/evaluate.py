@@ -1,4 +1,4 @@
-"""Measure a model and its adapter, beside what it was made from: one table."""
+"""Measures a model with its adapter, and with `compare` also the models that it comes from, in a single table."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TEXT = ("calibration", "calibration_tokens", "sequence_length")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of each model, and how."""
+    """The figures of each measured model, by its name in the table (`rows`), and how they were measured."""
 
     task: str
     data: str
@@ -41,20 +41,20 @@ class Evaluation:
     notes: Sequence[str] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values, for JSON."""
         return {"task": self.task, "data": self.data, "models": self.rows, "notes": list(self.notes)}
 
     def table(self) -> str:
-        """The figures, for a person: a model a line."""
+        """Return the figures as text for a person, with a line for each model."""
         return "\n".join([columns(self._cells(), numbers=True), *self.notes])
 
     def _cells(self) -> list[list[str]]:
-        """A heading, and a line for each model."""
+        """The cells of the table: a heading, and a line for each model."""
         names = list(next(iter(self.rows.values())))
         return [["", *names]] + [[name, *(_shown(row[key]) for key in names)] for name, row in self.rows.items()]
 
     def section(self) -> str:
-        """The same for a model card: under a heading that names the task and the data."""
+        """Return the table as a section of a model card, under a heading that names the task and the data."""
         heading, *models = self._cells()
         rows = "\n".join(f"| {' | '.join(line)} |" for line in (heading, ["---"] * len(heading), *models))
         return "\n\n".join([f"### {self.task}, {Path(self.data).name}", rows, *self.notes]) + "\n"
@@ -67,12 +67,12 @@ def _shown(value: float) -> str:
 
 
 def evaluate(model: str, **settings: Unpack[EvaluateKeywords]) -> Evaluation:
-    """Measure an artifact with its own adapter or a trained one, or a full-precision model, on a task of `MEASURES`.
+    """Measure a model on a task: an artifact with its own or a trained adapter, or a full-precision model.
 
-    The keywords are the options of `loftq evaluate --help`, with underscores: at least `data`. With `compare` the
+    The keywords are the options of `loftq evaluate --help`, with underscores; `data` is required. With `compare` the
     table begins with the full-precision model (`source`, by default the one that the artifact was made from), its
-    plain quantization by the same recipe, and the artifact's own start. With `card` the table goes into the artifact's
-    card. Raises LoftQError.
+    plain quantization by the same recipe, and the artifact with its initial adapter. With `card` the table is also
+    written into the artifact's card. Raises LoftQError.
     """
     chosen = from_dict(EvaluateSettings, settings)
     _check_use(model, chosen)
@@ -83,8 +83,8 @@ def evaluate(model: str, **settings: Unpack[EvaluateKeywords]) -> Evaluation:
     device = device_to_run(chosen.cpu)
     figures: dict[str, dict[str, float]] = {}
     with explain_memory():
-        for name, open_it in _candidates(model, chosen, device, compute_dtype(chosen.dtype, device)):
-            opened = open_it()
+        for name, open_model in _candidates(model, chosen, device, compute_dtype(chosen.dtype, device)):
+            opened = open_model()
             TRAINING_TASKS[MEASURES[chosen.task].like].require(chosen.task, opened.task.name, name)
             figures[name] = MEASURES[chosen.task].measure(opened, rows, chosen)
             del opened
@@ -95,7 +95,7 @@ def evaluate(model: str, **settings: Unpack[EvaluateKeywords]) -> Evaluation:
 
 
 def _check_use(model: str, settings: EvaluateSettings) -> None:
-    """Raise OptionError for an unknown task, for a column or an option that it does not read, and for missing data."""
+    """Raise OptionError for an unknown task, for a column or an option that the task does not use, and without data."""
     if settings.task not in MEASURES:
         raise UnknownNameError("task", settings.task, MEASURES)
     measure = MEASURES[settings.task]
@@ -104,20 +104,24 @@ def _check_use(model: str, settings: EvaluateSettings) -> None:
             raise UnknownNameError("column", name, TRAINING_TASKS[measure.like].roles)
     for name in ("window", "stride", "max_new_tokens", "chat_template"):
         if name not in measure.options and getattr(settings, name) is not None:
-            readers = " and ".join(reader for reader, row in MEASURES.items() if name in row.options)
+            readers = " or ".join(reader for reader, row in MEASURES.items() if name in row.options)
             raise OptionError(
-                f"{option_name(name)}: --task {settings.task} does not use it; {readers} would: leave it out"
+                f"{option_name(name)}: --task {settings.task} does not use it, leave it out (--task {readers} uses it)"
             )
     if settings.source is not None and not settings.compare:
-        raise OptionError(f"--source {settings.source}: goes with --compare, which measures it too")
+        raise OptionError(
+            f"--source {settings.source}: applies only with --compare: add --compare, or leave --source out"
+        )
     if settings.card and not (Path(model) / MANIFEST).is_file():
-        raise OptionError(f"--card: {model} is no folder that `loftq quantize` wrote: it has no card of ours")
+        raise OptionError(
+            f"--card: {model} is not a folder that `loftq quantize` wrote, so it has no card to write into"
+        )
     if not settings.data:
         raise OptionError("no data is given: name files or a data set with --data")
 
 
 def _into_card(path: Path, evaluation: Evaluation) -> None:
-    """At the card's end, in place of an earlier measurement of the same."""
+    """Write the table at the end of a card, and remove an earlier one of the same task and data."""
     text = path.read_text(encoding="utf-8")
     section = evaluation.section()
     heading = re.escape(section.partition("\n")[0])
@@ -131,14 +135,14 @@ Candidate = tuple[str, Callable[[], Opened]]
 def _candidates(
     model: str, settings: EvaluateSettings, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Candidate]:
-    """The models that are measured, each opened when its turn comes."""
+    """Yield the name of each model to measure, and a function that opens it."""
     adapter, quiet = settings.adapter, settings.quiet
-    found = find_model(model)
-    artifact = found if isinstance(found, Artifact) else None
+    backbone = find_model(model)
+    artifact = backbone if isinstance(backbone, Artifact) else None
     if settings.compare:
         if artifact is None:
             raise OptionError(
-                f"--compare: {model} was not made by `loftq quantize`: there is nothing to compare it with"
+                f"--compare: {model} was not written by `loftq quantize`, so there is nothing to compare it with"
             )
         origin = settings.source or str(artifact.manifest["source"]["model"])
         yield "full precision", lambda: load_source(origin, artifact, device, dtype)
@@ -147,23 +151,23 @@ def _candidates(
                 "plain quantization",
                 lambda: _plain(artifact, origin, Path(folder) / "plain", device, dtype, quiet=quiet),
             )
-        yield "start", lambda: open_to_use(found, None, device, dtype)
+        yield "start", lambda: open_to_use(backbone, None, device, dtype)
         if adapter is None:
             return
     name = "trained" if adapter is not None else "start" if artifact is not None else "model"
-    yield name, lambda: open_to_use(found, adapter, device, dtype)
+    yield name, lambda: open_to_use(backbone, adapter, device, dtype)
 
 
 def _plain(
     artifact: Artifact, source: str, folder: Path, device: torch.device, dtype: torch.dtype, *, quiet: bool
 ) -> Opened:
-    """The same recipe with the nearest codes and an adapter that adds nothing: QLoRA's start."""
+    """Quantize with the same recipe, but to the nearest codes and with an adapter that adds nothing, as QLoRA does."""
     recipe: Any = recipe_again(artifact.manifest["recipe"]).to_dict() | _PLAIN | dict.fromkeys(_TEXT)
     quantize(source, output=folder, quiet=quiet, **recipe)
     return open_to_use(open_artifact(folder), None, device, dtype)
 
 
-def _notes(task: str, found: Mapping[str, Mapping[str, float]]) -> list[str]:
-    if task == "classification" and len(found) > 1:
-        return ["a head that was not trained answers by chance"]
+def _notes(task: str, figures: Mapping[str, Mapping[str, float]]) -> list[str]:
+    if task == "classification" and len(figures) > 1:
+        return ["A classifier head that was not trained answers at random."]
     return []

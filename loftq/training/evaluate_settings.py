@@ -19,27 +19,33 @@ class EvaluateSettings:
         None, "Folder of a trained adapter.", "model", metavar="DIR", usual="the initial adapter of the folder"
     )
     source: str | None = setting(
-        None, "Full-precision model for --compare.", "model", metavar="MODEL", usual="what the folder was made from"
+        None,
+        "Full-precision model for --compare.",
+        "model",
+        metavar="MODEL",
+        usual="the model that the folder was made from",
     )
-    task: str = setting("perplexity", "What is measured; see below.", "data")
+    task: str = setting("perplexity", "Task to measure; see below.", "data")
     data: tuple[str, ...] = again(TrainSettings, "data", ())
     columns: Mapping[str, str] = again(TrainSettings, "columns", dict)
     chat_template: bool | None = again(TrainSettings, "chat_template", usual="if the model has one")
     cutoff_len: int = again(TrainSettings, "cutoff_len", 1024)
     max_examples: int | None = setting(None, "Number of examples; only the first ones are used.", "data", least=1)
     compare: bool = setting(
-        False, "Also measure full precision, plain quantization and the folder's own start.", "evaluation"
+        False, "Also measure full precision, plain quantization and the initial adapter of the folder.", "evaluation"
     )
     window: int | None = setting(
         None,
-        "Number of tokens that perplexity sees at a time.",
+        "Number of tokens in a window of perplexity.",
         "evaluation",
         least=2,
-        usual="1024, or what the model takes",
+        usual="1024, or the longest input of the model",
     )
-    stride: int | None = setting(None, "Number of tokens between two windows.", "evaluation", least=1, usual="--window")
+    stride: int | None = setting(
+        None, "Number of tokens between the beginnings of two windows.", "evaluation", least=1, usual="--window"
+    )
     max_new_tokens: int | None = setting(
-        None, "Largest number of tokens of an answer.", "evaluation", least=1, usual="gsm8k 256, summarization 128"
+        None, "Largest number of tokens in an answer.", "evaluation", least=1, usual="gsm8k 256, summarization 128"
     )
     batch_size: int = setting(8, "Number of examples that are measured at a time.", "evaluation", least=1)
     card: bool = setting(False, "Write the table into the model card of the folder.", "output")

@@ -1,4 +1,4 @@
-"""The tasks of `loftq evaluate`, one row each."""
+"""The tasks of `loftq evaluate`: a row for each."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from loftq.training.opening import Opened
 from loftq.training.tasks import TRAINING_TASKS, classification, gsm8k, summarization
 from loftq.training.tasks.perplexity import perplexity
 
-_WINDOW = 1024  # tokens, or what the model takes
+_WINDOW = 1024  # tokens; less if the model's longest input is shorter
 
 
 def _encoder(settings: EvaluateSettings, opened: Opened, most_tokens: int | None = None) -> Encoder:
-    """The tokenizer of a model, and the limits."""
+    """An encoder with the tokenizer of a model and the limits of the settings."""
     limit, labels = min(settings.cutoff_len, opened.longest), int(opened.model.config.num_labels)
     return Encoder(opened.tokenizer, opened.task.name, limit, None, most_tokens, settings.chat_template, labels)
 
@@ -34,27 +34,27 @@ def _perplexity(opened: Opened, rows: Any, settings: EvaluateSettings) -> dict[s
 
 
 def _gsm8k(opened: Opened, rows: Any, settings: EvaluateSettings) -> dict[str, float]:
-    found = find_columns(rows, gsm8k.ROLES, settings.columns)
-    expected = [gsm8k.reference(row, found["answer"]) for row in rows]
+    columns = find_columns(rows, gsm8k.ROLES, settings.columns)
+    expected = [gsm8k.reference(row, columns["answer"]) for row in rows]
     most = settings.max_new_tokens or gsm8k.MOST_TOKENS
     encoder = _encoder(settings, opened)
-    prompts = [gsm8k.prompt(text_of(row, found["question"]), encoder, most) for row in rows]
-    said = answers(
+    prompts = [gsm8k.prompt(text_of(row, columns["question"]), encoder, most) for row in rows]
+    texts = answers(
         opened, prompts, most, batch_size=settings.batch_size, stop=gsm8k.STOP, quiet=settings.quiet, desc="gsm8k"
     )
-    right = [gsm8k.final_number(answer) == number for answer, number in zip(said, expected, strict=True)]
+    right = [gsm8k.final_number(answer) == number for answer, number in zip(texts, expected, strict=True)]
     return {"exact match": sum(right) / len(right), "questions": len(right)}
 
 
 def _summarization(opened: Opened, rows: Any, settings: EvaluateSettings) -> dict[str, float]:
-    found = find_columns(rows, summarization.ROLES, settings.columns)
+    columns = find_columns(rows, summarization.ROLES, settings.columns)
     most = settings.max_new_tokens or summarization.MOST_TOKENS
     encoder = _encoder(settings, opened, most)
     prompts = [
-        encoder.prompt(summarization.prompt(text_of(row, found["document"]), encoder, most), most) for row in rows
+        encoder.prompt(summarization.prompt(text_of(row, columns["document"]), encoder, most), most) for row in rows
     ]
-    said = answers(opened, prompts, most, batch_size=settings.batch_size, quiet=settings.quiet, desc="summarization")
-    return summarization.rouge(said, [text_of(row, found["summary"]) for row in rows]) | {"documents": len(rows)}
+    texts = answers(opened, prompts, most, batch_size=settings.batch_size, quiet=settings.quiet, desc="summarization")
+    return summarization.rouge(texts, [text_of(row, columns["summary"]) for row in rows]) | {"documents": len(rows)}
 
 
 def _classification(opened: Opened, rows: Any, settings: EvaluateSettings) -> dict[str, float]:
@@ -75,23 +75,28 @@ def _classification(opened: Opened, rows: Any, settings: EvaluateSettings) -> di
 
 @dataclass(frozen=True)
 class Measure:
-    """A row: what it says, the task whose models can do it, the figures, and the options that it alone reads."""
+    """A row: help text, the training task whose models can do it, the function that measures, and its own options."""
 
     text: str
-    like: str  # of TASKS
+    like: str  # a name in TRAINING_TASKS
     measure: Callable[[Opened, Any, EvaluateSettings], dict[str, float]]
     options: tuple[str, ...] = ()
 
 
 MEASURES = {
     "perplexity": Measure(
-        "of a causal model on text, over --window tokens, --stride apart", "clm", _perplexity, ("window", "stride")
+        "perplexity of a causal model on text, in windows of --window tokens that begin --stride tokens apart",
+        "clm",
+        _perplexity,
+        ("window", "stride"),
     ),
     "gsm8k": Measure(
-        "greedy answers, exact match of the final number", "gsm8k", _gsm8k, ("max_new_tokens", "chat_template")
+        "greedy answers to GSM8K, exact match of the final number", "gsm8k", _gsm8k, ("max_new_tokens", "chat_template")
     ),
     "classification": Measure(
-        "accuracy, F1, Matthews' correlation; of numbers Pearson's", "classification", _classification
+        "accuracy, F1 and Matthews' correlation of classes; Pearson's correlation of numbers",
+        "classification",
+        _classification,
     ),
     "summarization": Measure(
         "ROUGE-1, -2 and -L of greedy summaries", "summarization", _summarization, ("max_new_tokens",)

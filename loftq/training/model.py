@@ -1,4 +1,4 @@
-"""Finds the model that a name stands for, and says which it is."""
+"""Finds the model that a name stands for, and identifies it in a training's record."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from loftq.formats.checkpoint import read_checkpoint
 from loftq.hub.source import Source, fetch_all, find_source
 from loftq.models.adapters import sampled_hash
 
-Model = Artifact | Source | Path  # ours, full precision, or a folder of GPTQ
+Model = Artifact | Source | Path  # an artifact, a full-precision model, or the folder of a GPTQ checkpoint
 
 
 def find_model(name: str) -> Model:
-    """A folder of ours, here or on the Hub, a folder of GPTQ, or a full-precision model. Raises LoftQError."""
+    """Find an artifact, here or on the Hub, the folder of a GPTQ checkpoint, or a full-precision model.
+
+    Raises LoftQError.
+    """
     folder = Path(name).expanduser()
     if (folder / MANIFEST).is_file():
         return open_artifact(folder)
     if (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
         raise ArtifactError(
-            f"{folder} is an adapter's folder: name its backbone (`loftq evaluate` and `loftq generate` then "
-            "take this folder as --adapter)"
+            f"{folder} is an adapter's folder: name its backbone instead, and give this folder to `loftq evaluate` or "
+            "`loftq generate` with --adapter"
         )
     if folder.is_dir() and gptq.is_gptq(folder):
         return folder
@@ -33,10 +36,10 @@ def find_model(name: str) -> Model:
     return open_artifact(fetch_all(source))
 
 
-def identity_of(found: Model) -> dict[str, str]:
-    """What `training.json` says of the model under an adapter: its name, and the hash by which it is known again."""
-    if isinstance(found, Artifact):
-        return {"model": str(found.folder.resolve()), "sha256": found.backbone_hash}
-    if isinstance(found, Path):
-        return {"model": str(found.resolve()), "sha256": sampled_hash(read_checkpoint(found))}
-    return {"model": found.name, "sha256": sampled_hash(found.checkpoint)}
+def identity_of(backbone: Model) -> dict[str, str]:
+    """The entry for an adapter's backbone in `training.json`: its name, and a hash that identifies its weights."""
+    if isinstance(backbone, Artifact):
+        return {"model": str(backbone.folder.resolve()), "sha256": backbone.backbone_hash}
+    if isinstance(backbone, Path):
+        return {"model": str(backbone.resolve()), "sha256": sampled_hash(read_checkpoint(backbone))}
+    return {"model": backbone.name, "sha256": sampled_hash(backbone.checkpoint)}

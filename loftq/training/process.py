@@ -1,4 +1,4 @@
-"""What running a model needs around it: silence, and errors that say what to do."""
+"""Hides progress bars while a model runs, and explains errors from full memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loftq.models.devices import explain_full_memory
 
 
 def hush(quiet: bool) -> None:
-    """No progress bars of the libraries."""
+    """With `quiet`, hide the progress bars of transformers and datasets."""
     if quiet:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
@@ -22,6 +22,6 @@ def hush(quiet: bool) -> None:
 
 explain_memory = partial(
     explain_full_memory,
-    "lower --batch-size or --cutoff-len; in training, raise --gradient-accumulation as much, and add "
-    "--gradient-checkpointing; `loftq train --dry-run` shows what a run needs",
+    "lower --batch-size or --cutoff-len; in training, raise --gradient-accumulation by the same factor and add "
+    "--gradient-checkpointing; `loftq train --dry-run` shows how much memory a run needs",
 )

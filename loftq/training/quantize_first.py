@@ -1,4 +1,4 @@
-"""A full-precision model is quantized before an adapter trains on it, once for each way to quantize it."""
+"""Quantizes a full-precision model before an adapter trains on it, once for each set of quantization settings."""
 
 from __future__ import annotations
 
@@ -21,45 +21,50 @@ from loftq.training.opening import check_artifact, quantizing_of
 from loftq.training.settings import QUANTIZING, TrainSettings
 from loftq.verbs.quantize import quantize
 
-_NAMED = ("bits", "rank", "adapter", "num_labels", "task")  # by the folder's name, the task by its labels
+# Settings that the name of a folder shows; the number of labels also shows the task.
+_NAMED = ("bits", "rank", "adapter", "num_labels", "task")
 
 
-def quantized(settings: TrainSettings, found: Model, *, quiet: bool) -> tuple[TrainSettings, Model]:
-    """The settings and the model, full precision quantized: now, or by an earlier run, which may have been cut off.
+def quantized(settings: TrainSettings, backbone: Model, *, quiet: bool) -> tuple[TrainSettings, Model]:
+    """Quantize a full-precision model, unless an earlier run did, and return the settings and the model to train on.
 
-    Nothing is done for an adapter on full precision. Raises OptionError where what was said of quantizing does not fit,
-    OutputError where the model has changed since it was quantized.
+    A quantization that an earlier run began is finished. An artifact, and a model for a plain LoRA, stay as they are.
+    Raises OptionError if the quantization settings contradict an artifact, and OutputError if the model has changed
+    since it was quantized.
     """
-    if isinstance(found, Artifact):
-        check_artifact(settings, found)
-    if not isinstance(found, Source) or settings.adapter == "lora":
-        return settings, found
-    options = quantizing_of(settings, found)
-    folder = _folder(found, options)
+    if isinstance(backbone, Artifact):
+        check_artifact(settings, backbone)
+    if not isinstance(backbone, Source) or settings.adapter == "lora":
+        return settings, backbone
+    options = quantizing_of(settings, backbone)
+    folder = _folder(backbone, options)
     try:
         quantize(settings.model, output=folder, resume=True, quiet=quiet, **options)
     except OutputError as error:
         if not is_begun(folder):
             raise
-        raise OutputError(f"{error} (options of `loftq quantize`: removing {folder} does the same)") from error
-    unsaid: dict[str, Any] = dict.fromkeys(QUANTIZING)
-    return replace(settings, model=str(folder), **unsaid), open_artifact(folder)
+        raise OutputError(f"{error} (these are options of `loftq quantize`; you can also remove {folder})") from error
+    unset: dict[str, Any] = dict.fromkeys(QUANTIZING)
+    return replace(settings, model=str(folder), **unset), open_artifact(folder)
 
 
 def _folder(source: Source, options: dict[str, Any]) -> Path:
-    """The one that `loftq quantize` would choose; with a digest where that name is another's, or does not say all."""
+    """Choose the folder for the artifact, as `loftq quantize` does.
+
+    A digest follows its name if another artifact has that name, or if the name does not show all settings.
+    """
     bits, rank = (options.get(name, getattr(QuantizeSettings, name)) for name in ("bits", "rank"))
     name = f"{source.label}-{bits:g}bit-{rank}rank"
     labels = [f"{options['num_labels']}labels"] if "num_labels" in options else []
     folder = Path(SAVE_DIR) / "-".join([name, *(["qalora"] if options["adapter"] == "qalora" else []), *labels])
-    if set(options) <= set(_NAMED) and not _is_anothers(folder, source, options):
+    if set(options) <= set(_NAMED) and not _is_in_use(folder, source, options):
         return folder
-    told = json.dumps([source.name, source.revision, options], sort_keys=True)
-    return folder.with_name(f"{folder.name}-{hashlib.sha256(told.encode()).hexdigest()[:8]}")
+    identity = json.dumps([source.name, source.revision, options], sort_keys=True)
+    return folder.with_name(f"{folder.name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}")
 
 
-def _is_anothers(folder: Path, source: Source, options: dict[str, Any]) -> bool:
-    """Whether another model, or another quantization of this one, lies there."""
+def _is_in_use(folder: Path, source: Source, options: dict[str, Any]) -> bool:
+    """Whether the folder holds another model, or this model with another quantization."""
     if not (folder / MANIFEST).is_file():
         return False
     return bool(differences(read_artifact(folder).manifest, make_plan(source, recipe_of(**options))))

@@ -1,7 +1,7 @@
-"""Recipe files: a training as TOML, YAML or JSON, one a file or several by name.
+"""Reads recipe files: TOML, YAML or JSON files with the settings of a single run, or of several runs by name.
 
-The keys are those of `TrainSettings`, with dashes or underscores. A file of tables holds a run in each. The keys of
-FinLoRA's `finetune_configs.json` are read as they are.
+The keys are those of `TrainSettings`, with dashes or underscores. In a file of tables, each table holds a run. The keys
+of FinLoRA's `finetune_configs.json` are understood too.
 """
 
 from __future__ import annotations
@@ -26,49 +26,51 @@ ALIASES = {
     "num_epochs": "epochs",
     "gradient_accumulation_steps": "gradient_accumulation",
 }
-_DORA = "peft_use_dora"  # of FinLoRA's entries: false in the plain ones
-_TABLES = ("columns", "set")  # of one run
+_DORA = "peft_use_dora"  # a key of FinLoRA; false means a plain LoRA
+_TABLES = ("columns", "set")  # settings that are tables themselves
 _PATHS = ("data", "eval_data", "model")
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 
 
 def read_recipe(path: str | Path, *words: str) -> dict[str, Any]:
-    """The settings of a recipe, by their names in `TrainSettings`.
+    """Read the settings of a recipe, by their names in `TrainSettings`.
 
-    `words` name the entry of a file that holds several, and before that a model other than the recipe's. A path that is
-    not there is looked for beside the file. An entry without an `output` goes to a folder of its name. Raises
-    OptionError for a file that cannot be read, or an entry that is not there.
+    The last of `words` names a run in a file that holds several; a word before it names a model instead of the
+    recipe's. A path that does not exist is also looked for beside the file. A run without an `output` gets a folder
+    with the name of the run. Raises OptionError for a file that cannot be read or a run that the file does not hold.
     """
     path = Path(path).expanduser()
     content = _parse(path)
     entries = {key: value for key, value in content.items() if isinstance(value, Mapping) and key not in _TABLES}
     shared = {key: value for key, value in content.items() if key not in entries}
-    named = list(words)
+    arguments = list(words)
     name = None
     if entries:
-        if not named and len(entries) > 1:
+        if not arguments and len(entries) > 1:
             raise OptionError(f"--recipe {path} holds several runs: name one of {', '.join(sorted(entries))}")
-        name = named.pop() if named else next(iter(entries))
+        name = arguments.pop() if arguments else next(iter(entries))
         if name not in entries:
             raise UnknownNameError(f"run in {path}", name, entries)
-    if len(named) > 1:
+    if len(arguments) > 1:
         raise OptionError(
-            f"--recipe {path}: expected {'a model and a run' if entries else 'a model'} at most beside it"
+            f"--recipe {path}: expected at most {'a model and a run' if entries else 'a model'} as arguments"
         )
-    found: dict[str, Any] = {"output": name} if name else {}
+    settings: dict[str, Any] = {"output": name} if name else {}
     for key, value in {**shared, **(entries[name] if name else {})}.items():
         plain = str(key).replace("-", "_")
-        found[ALIASES.get(plain, plain)] = value
-    if found.pop(_DORA, False):
-        raise OptionError(f"--recipe {path}: {_DORA} is true: loftq trains LoRA and has no DoRA; choose a plain entry")
+        settings[ALIASES.get(plain, plain)] = value
+    if settings.pop(_DORA, False):
+        raise OptionError(
+            f"--recipe {path}: {_DORA} is true: loftq trains LoRA and has no DoRA: choose a run without it"
+        )
     for key in _PATHS:
-        if key in found:
-            found[key] = _located(found[key], path.parent)
-    return found | ({"model": named[0]} if named else {})
+        if key in settings:
+            settings[key] = _located(settings[key], path.parent)
+    return settings | ({"model": arguments[0]} if arguments else {})
 
 
 def laid_over(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's settings and those that go before them: of a table, name by name."""
+    """Override the settings of a recipe with those that were given; tables are merged name by name."""
     tables = {
         name: {**recipe[name], **given[name]}
         for name in _TABLES
@@ -95,7 +97,7 @@ def _parse(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise OptionError(f"--recipe {path}: {one_line(error)}") from error
     if not isinstance(content, dict):
-        raise OptionError(f"--recipe {path}: expected names and values")
+        raise OptionError(f"--recipe {path}: expected a table of names and values")
     return {str(key): value for key, value in content.items()}
 
 
@@ -103,7 +105,7 @@ def _yaml(text: str) -> Any:
     import yaml  # the Hub client requires it
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """Reads 2e-4 as the number that it is in TOML and JSON."""
+        """Reads 2e-4 as a number, as TOML and JSON do."""
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
     try:
@@ -113,9 +115,9 @@ def _yaml(text: str) -> Any:
 
 
 def _located(value: Any, folder: Path) -> Any:
-    """A path, or several, as they are from here."""
+    """Resolve a path, or each path of a list: if it exists only beside the recipe, the folder is added."""
     if isinstance(value, list):
-        return [_located(one, folder) for one in value]
+        return [_located(path, folder) for path in value]
     if isinstance(value, str) and (folder / value).exists() and not Path(value).exists():
         return str(folder / value)
     return value

@@ -1,4 +1,4 @@
-"""The folder of a training: `training.json` says what was asked for and, when it is done, what was measured."""
+"""The folder of a training: its checkpoints, and `training.json` with its settings and, once finished, its results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loftq.training.settings import TrainSettings
 
 
 def check_run_folder(output: Path, settings: TrainSettings, *, resume: bool, overwrite: bool) -> None:
-    """Raises OutputError for a folder that is in the way, OptionError for options that contradict each other."""
+    """Raise OutputError for a folder that cannot be used, and OptionError for options that contradict each other."""
     check_resume(resume, overwrite)
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file: name a folder with --output")
@@ -35,13 +35,13 @@ def check_run_folder(output: Path, settings: TrainSettings, *, resume: bool, ove
         raise OutputError(f"{output} holds an unfinished training: add --resume, or --overwrite to start again")
     elif differing := settings.differences(record.get("settings", {})):
         raise OutputError(
-            f"{output} was begun with another {', '.join(differing)}: run it again as it was, or add --overwrite "
-            "instead of --resume"
+            f"{output} was begun with another {', '.join(differing)}: use the same settings again, or add "
+            "--overwrite instead of --resume"
         )
 
 
 def begin(output: Path, settings: TrainSettings, backbone: Mapping[str, str]) -> None:
-    """Note what was asked for. What an earlier training left there goes."""
+    """Remove the files of an earlier training, and write the settings and the backbone of this one."""
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
     for name in (WEIGHTS, CONFIG):
@@ -50,7 +50,7 @@ def begin(output: Path, settings: TrainSettings, backbone: Mapping[str, str]) ->
 
 
 def write_record(output: Path, record: dict[str, Any]) -> None:
-    """The record, whole or not at all."""
+    """Write the record `training.json`, as a whole or not at all."""
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / TRAINING_RECORD, json.dumps(record, indent=1, default=str) + "\n")
 
@@ -66,29 +66,30 @@ def _read(output: Path) -> dict[str, Any] | None:
         raise OutputError(f"{path} is damaged ({error}): remove {output}, or name another --output") from error
 
 
-_PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")  # by torch.save: archives, whose index is at their end
+# Files that torch.save writes: zip archives, whose index is at the end.
+_PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """All of them, the newest first."""
-    found = [path for path in output.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    return sorted(found, key=_step, reverse=True)
+    """The checkpoints of a training, the newest first."""
+    folders = [path for path in output.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    return sorted(folders, key=_step, reverse=True)
 
 
 def last_checkpoint(output: Path) -> Path | None:
-    """The newest that is complete: with others a run would break off, or go on without its optimizer."""
+    """The newest complete checkpoint. With an incomplete one a run would fail, or continue without its optimizer."""
     return next(filter(_is_complete, checkpoints(output)), None)
 
 
 def give_up_after(last: Path | None, output: Path) -> None:
-    """Remove what is newer than the checkpoint that a run goes on from, and say so on stderr."""
+    """Remove the checkpoints that are newer than the one that a run continues from, and report it on stderr."""
     newer = [path for path in checkpoints(output) if last is None or _step(path) > _step(last)]
     for path in newer:
         shutil.rmtree(path)
     if newer:
         names = ", ".join(path.name for path in reversed(newer))
-        where = "begins again" if last is None else f"goes on from {last.name}"
-        print(f"{output}: {names} was cut off while it was written: training {where}", file=sys.stderr, flush=True)
+        where = "starts again" if last is None else f"continues from {last.name}"
+        print(f"{output}: {names} is incomplete: training {where}", file=sys.stderr, flush=True)
 
 
 def _step(checkpoint: Path) -> int:
@@ -105,5 +106,5 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def _are_archives(paths: Iterable[Path]) -> bool:
-    found = list(paths)
-    return bool(found) and all(map(zipfile.is_zipfile, found))
+    files = list(paths)
+    return bool(files) and all(map(zipfile.is_zipfile, files))

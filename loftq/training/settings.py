@@ -19,7 +19,7 @@ from loftq.training.tasks import TRAINING_TASKS
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to train an adapter, and the learning rate that is known to work for it."""
+    """A way to train an adapter, and its default learning rate with the reason for it."""
 
     text: str
     learning_rate: float
@@ -28,16 +28,15 @@ class Mode:
 
 MODES = {
     "lora": Mode("on a full-precision model", 2e-4, "as in the LoRA and QLoRA papers"),
-    "qlora": Mode("on a quantized backbone", 2e-4, "QLoRA's for 7B to 13B; LoftQ's papers took 1e-4 to 4e-4"),
-    "qalora": Mode("on pooled inputs, to merge exactly", 1e-3, "measured: a pooled factor has fewer parameters"),
+    "qlora": Mode("on a quantized backbone", 2e-4, "as in QLoRA for 7B to 13B; LoftQ's paper uses 1e-4 to 4e-4"),
+    "qalora": Mode("on pooled inputs, merges without loss", 1e-3, "measured: its factors have fewer parameters"),
 }
 
-# How a model that is not quantized yet is quantized first: `loftq quantize` has more options.
+# Settings for a model that must be quantized before it is trained; `loftq quantize` has more of them.
 QUANTIZING = ("bits", "rank", "alpha", "dropout", "target_modules", "method", "calibration", "group_size", "num_labels")
-_PROMPTED = ("sft", "gsm8k")  # tasks whose prompts a chat template may write
-# Settings that may differ when a run is resumed: the result does not depend on them.
-_FREE = ("report_to", "save_steps", "output", "push_to_hub")
-_AS_IT_IS = "that of DIR, or as in `loftq quantize`"
+_PROMPTED = ("sft", "gsm8k")  # tasks whose prompts can be written with a chat template
+_FREE = ("report_to", "save_steps", "output", "push_to_hub")  # they may change in a resumed run, the result does not
+_SAME = "the value of DIR, or as in `loftq quantize`"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ class TrainSettings:
         choices=MODES,
         usual="qlora",
     )
-    task: str = setting("sft", "What is learned; see below.", "data", choices=TRAINING_TASKS)
+    task: str = setting("sft", "Task to learn; see below.", "data", choices=TRAINING_TASKS)
     data: tuple[str, ...] = setting(
         (),
         "Files (.txt, .jsonl, .csv, .tsv, .parquet), or a data set OWNER/NAME[:CONFIG][@SPLIT] of the Hub.",
@@ -82,35 +81,35 @@ class TrainSettings:
         "data",
         least=8,
         hint="tokens",
-        usual="1024, or what the model takes",
+        usual="1024, or the longest input of the model",
     )
     max_source_length: int | None = setting(
-        None, "Largest number of tokens of a prompt or document.", "data", least=1, usual="--cutoff-len"
+        None, "Largest number of tokens in a prompt or document.", "data", least=1, usual="--cutoff-len"
     )
     max_target_length: int | None = setting(
-        None, "Largest number of tokens of an answer or summary.", "data", least=1, usual="--cutoff-len"
+        None, "Largest number of tokens in an answer or summary.", "data", least=1, usual="--cutoff-len"
     )
     num_labels: int | None = again(
         QuantizeSettings, "num_labels", help="Number of classes; 1 to learn numbers.", group="data"
     )
-    bits: float | None = again(QuantizeSettings, "bits", usual=_AS_IT_IS)
-    method: str | None = again(QuantizeSettings, "method", usual=_AS_IT_IS)
-    group_size: int | None = again(QuantizeSettings, "group_size", usual=_AS_IT_IS)
+    bits: float | None = again(QuantizeSettings, "bits", usual=_SAME)
+    method: str | None = again(QuantizeSettings, "method", usual=_SAME)
+    group_size: int | None = again(QuantizeSettings, "group_size", usual=_SAME)
     calibration: str | None = again(QuantizeSettings, "calibration")
-    rank: int | None = again(QuantizeSettings, "rank", usual=_AS_IT_IS)
-    alpha: float | None = again(QuantizeSettings, "alpha", usual=_AS_IT_IS)
-    dropout: float | None = again(QuantizeSettings, "dropout", usual=_AS_IT_IS)
-    target_modules: tuple[str, ...] | None = again(QuantizeSettings, "target_modules", usual=_AS_IT_IS)
+    rank: int | None = again(QuantizeSettings, "rank", usual=_SAME)
+    alpha: float | None = again(QuantizeSettings, "alpha", usual=_SAME)
+    dropout: float | None = again(QuantizeSettings, "dropout", usual=_SAME)
+    target_modules: tuple[str, ...] | None = again(QuantizeSettings, "target_modules", usual=_SAME)
     epochs: float = setting(3.0, "Number of passes over the data.", "training", above=0, most=1e6)
     max_steps: int | None = setting(None, "Number of steps, instead of epochs.", "training", least=1)
     learning_rate: float | None = setting(
-        None, "Peak learning rate.", "training", above=0, below=10, hint="such as 2e-4", usual="the adapter's, below"
+        None, "Peak learning rate.", "training", above=0, below=10, hint="such as 2e-4", usual="see Adapters below"
     )
     lr_scheduler: str = setting("cosine", "Schedule of the learning rate, by its name in transformers.", "training")
     warmup_steps: int | None = setting(
-        None, "Number of steps in which the rate rises.", "training", least=0, usual="--warmup-ratio"
+        None, "Number of steps in which the learning rate rises.", "training", least=0, usual="--warmup-ratio"
     )
-    warmup_ratio: float = setting(0.03, "Part of the steps in which the rate rises.", "training", least=0, below=1)
+    warmup_ratio: float = setting(0.03, "Part of the steps in which it rises instead.", "training", least=0, below=1)
     weight_decay: float = setting(0.0, "Weight decay.", "training", least=0)
     batch_size: int = setting(8, "Number of examples on each device in a step.", "training", least=1)
     eval_batch_size: int = setting(
@@ -162,28 +161,29 @@ class TrainSettings:
             if name not in roles:
                 raise UnknownNameError("column", name, roles)
         if self.chat_template and self.task not in _PROMPTED:
-            raise OptionError(f"--chat-template: goes with --task {' or '.join(_PROMPTED)}: {self.task} has no prompts")
+            tasks = " or ".join(_PROMPTED)
+            raise OptionError(f"--chat-template: {self.task} has no prompts: leave it out, or use --task {tasks}")
         _check_arguments(self)
 
     @property
     def quantizing(self) -> dict[str, Any]:
-        """The settings that say how to quantize, or to adapt, a model that is not an artifact yet."""
+        """The given settings of how to quantize, or to adapt, a model that is not an artifact yet."""
         return {name: value for name in QUANTIZING if (value := getattr(self, name)) is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as a recipe file holds them: settings that were left open are left out."""
+        """Return plain values, as in a recipe file, without the settings that were not given."""
         values = {name: value for name, value in to_dict(self).items() if value not in (None, (), {})}
         return dict(json.loads(json.dumps(values)))
 
     def differences(self, earlier: Mapping[str, Any]) -> list[str]:
-        """Names of settings that differ from those of an earlier run, where the result depends on them."""
+        """Return the names of settings that differ from those of an earlier run and that change the result."""
         mine = self.to_dict()
         return sorted(name for name in {*mine, *earlier} if name not in _FREE and mine.get(name) != earlier.get(name))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRun:
-    """How a training is carried out: it does not change the result."""
+    """The settings of a training that do not change its result."""
 
     resume: bool = setting(False, "Continue from the last checkpoint.", "output")
     overwrite: bool = setting(False, "Replace an earlier training.", "output")
@@ -262,8 +262,8 @@ _OWN = {
     "hub_model_id": "--push-to-hub",
     "resume_from_checkpoint": "--resume",
 }
-_FIXED = {"remove_unused_columns": "what is trained on has no column that is not used"}
-# What a setting is called elsewhere: refused from Python and the command line, with the name that it has here.
+_FIXED = {"remove_unused_columns": "the examples have no unused columns"}
+# Names that other programs give to a setting: refused in Python and on the command line, with our name for it.
 _OTHERWISE = {"lr": "learning_rate", **{name: own[2:].replace("-", "_") for name, own in _OWN.items()}, **ALIASES}
 _MISSING = {
     "model": "name a folder that `loftq quantize` wrote, or a model",
@@ -273,7 +273,7 @@ _MISSING = {
 
 
 def settings_of(values: Mapping[str, Any]) -> TrainSettings:
-    """Settings from names and plain values. Raises OptionError for an unknown name, or one that is missing."""
+    """Make settings from names and plain values. Raises OptionError for an unknown or a missing name."""
     check_names(TrainSettings, values, _OTHERWISE, ALIASES)
     for name, advice in _MISSING.items():
         if not values.get(name):
@@ -282,18 +282,18 @@ def settings_of(values: Mapping[str, Any]) -> TrainSettings:
 
 
 def _check_arguments(settings: TrainSettings) -> None:
-    """Raise OptionError for names that transformers does not know, or that are settings of ours."""
+    """Raise OptionError for a name that transformers does not have, and for an argument with a setting of its own."""
     from transformers import SchedulerType, TrainingArguments
     from transformers.training_args import OptimizerNames
 
-    known = {entry.name for entry in fields_of(TrainingArguments)}
+    argument_names = {entry.name for entry in fields_of(TrainingArguments)}
     for name in settings.set:
         if name in _FIXED:
-            raise OptionError(f"--set {name}: is fixed: {_FIXED[name]}")
+            raise OptionError(f"--set {name}: cannot be changed, because {_FIXED[name]}: leave it out")
         if name in _OWN:
-            raise OptionError(f"--set {name}: has an option of its own, {_OWN[name]}")
-        if name not in known:
-            raise UnknownNameError("TrainingArguments name", name, known)
+            raise OptionError(f"--set {name}: use the option {_OWN[name]} instead")
+        if name not in argument_names:
+            raise UnknownNameError("TrainingArguments name", name, argument_names)
     if settings.lr_scheduler not in {*SchedulerType}:
         raise UnknownNameError("lr scheduler", settings.lr_scheduler, [kind.value for kind in SchedulerType])
     if settings.optim is not None and settings.optim not in {*OptimizerNames}:

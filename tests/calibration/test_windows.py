@@ -100,7 +100,7 @@ def test_rows_without_a_text_are_refused(rows: list[Any], match: str, tmp_path: 
         ("t.txt", b"\xff\xfe", "cannot be read as UTF-8 text"),
         ("t.jsonl", b'{"text": "x"}\n{"text": ', "line 2 is not JSON"),
         ("t.json", b'[{"text": "x"}, ', "not JSON"),
-        ("a/b/c", None, "no such file, and no data set on the Hub"),
+        ("a/b/c", None, "no such file, and not the name of a data set on the Hub"),
     ],
 )
 def test_files_that_cannot_be_read_are_refused(name: str, content: bytes | None, match: str, tmp_path: Path) -> None:

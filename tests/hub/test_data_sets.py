@@ -174,7 +174,7 @@ def test_what_is_closed_opens_to_its_token(
     for token in ("", STRANGER):
         monkeypatch.setenv("HF_TOKEN", token)
         why = refusal(read, "user/lines", option)
-        assert why.startswith("no such file, and no data set on the Hub that may be read: check the name; if it is ")
+        assert why.startswith("no such file here, and no such data set on the Hub: check the name; if it is ")
         assert why.endswith("log in with `hf auth login`")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.requests.clear()
@@ -185,7 +185,7 @@ def test_what_is_closed_opens_to_its_token(
 @READERS
 def test_what_does_not_exist_is_refused(read: Read, option: str, hub: Hub, lines: Path) -> None:
     hub.add("user/lines", lines)  # a model of this name
-    assert "no such file, and no data set on the Hub that may be read" in refusal(read, "user/lines", option)
+    assert "no such file here, and no such data set on the Hub" in refusal(read, "user/lines", option)
     assert not contents(hub)
 
 
@@ -197,7 +197,7 @@ def test_a_token_that_the_hub_or_no_header_takes(
     monkeypatch.setenv("HF_TOKEN", "hf_Unknown")
     assert refusal(read, "user/lines", option) == "the Hub refuses the token: log in again with `hf auth login`"
     monkeypatch.setenv("HF_TOKEN", "hf_Secreté")
-    with pytest.raises(OptionError, match="the Hub token holds characters that no token has") as caught:
+    with pytest.raises(OptionError, match="the Hub token contains invalid characters") as caught:
         read("user/lines")
     assert "Secret" not in str(caught.value)
 
@@ -214,7 +214,9 @@ def test_what_lies_here_is_no_data_set(
     (tmp_path / "diary.txt").write_text("not to be learned\n")
     monkeypatch.chdir(tmp_path)
     for name in ("text", "json:default", "lines"):  # the first two are readers of the library
-        assert refusal(read, name, option).startswith("no such file, and no data set on the Hub (OWNER/NAME[:CONFIG]")
+        assert refusal(read, name, option).startswith(
+            "no such file, and not the name of a data set on the Hub (OWNER/NAME[:CONFIG]"
+        )
     assert refusal(read, "user/lines:default", option).startswith("user/lines is a folder here")
     assert hub.requests == []
 
@@ -238,4 +240,6 @@ def test_a_hub_that_cannot_be_reached(read: Read, option: str, tmp_path: Path, m
         pass
     with datasets_of(gone.endpoint, tmp_path / "hf"):
         why = refusal(read, "user/lines", option)
-    assert why.startswith("no such file, and cannot be read from the Hub: Couldn't reach 'user/lines' on the Hub")
+    assert why.startswith(
+        "no such file here, and reading it from the Hub failed: Couldn't reach 'user/lines' on the Hub"
+    )

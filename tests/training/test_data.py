@@ -62,12 +62,12 @@ def test_files_of_one_kind_follow_each_other(tmp_path: Path) -> None:
     first, second = write_rows(tmp_path / "a.jsonl", sums(2)), write_rows(tmp_path / "b.jsonl", sums(3))
     assert read_rows([str(first), str(second)]).to_list() == sums(2) + sums(3)
     (tmp_path / "c.txt").write_text("x", encoding="utf-8")
-    with pytest.raises(OptionError, match="expected files of one kind"):
+    with pytest.raises(OptionError, match="expected files of the same kind"):
         read_rows([str(first), str(tmp_path / "c.txt")])
 
     (tmp_path / "a.csv").write_text("a,b\n1,2\n", encoding="utf-8")
     (tmp_path / "b.tsv").write_text("a\tb\n1\t2\n", encoding="utf-8")
-    with pytest.raises(OptionError, match="expected files of one kind"):
+    with pytest.raises(OptionError, match="expected files of the same kind"):
         read_rows([str(tmp_path / "a.csv"), str(tmp_path / "b.tsv")])
 
 
@@ -86,7 +86,7 @@ def test_labels_of_a_table_are_numbers(tmp_path: Path) -> None:
     assert encode(read_rows([str(tmp_path / "a.csv")]), {}, encoder)["labels"][:] == [1, 0]
     for label in ("fine", "nan", ""):
         (tmp_path / "b.csv").write_text(f"text,label\ngood,{label}\n", encoding="utf-8")
-        with pytest.raises(OptionError, match=f"holds '{label}' where a whole number from 0 to 1 was expected"):
+        with pytest.raises(OptionError, match=f"holds '{label}', but a whole number from 0 to 1 was expected"):
             encode(read_rows([str(tmp_path / "b.csv")]), {}, encoder)
 
 
@@ -102,10 +102,10 @@ def test_bytes_that_are_no_text_are_found_by_their_line(tmp_path: Path) -> None:
     ("name", "content", "problem"),
     [
         ("none.jsonl", None, "no such file"),
-        ("empty.jsonl", "", "holds no rows|cannot be read"),
+        ("empty.jsonl", "", "has no rows|cannot be read"),
         ("bad.jsonl", '{"a": 1}\n{"a"\n', "cannot be read"),
         ("rows.xlsx", "x", r"expected a \.txt, \.jsonl"),
-        ("empty.csv", "", "cannot be read|holds no rows"),
+        ("empty.csv", "", "cannot be read|has no rows"),
     ],
 )
 def test_data_that_cannot_be_read(name: str, content: str | None, problem: str, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_a_row_that_is_no_conversation_is_named(message: dict[str, Any], problem
 def test_a_conversation_has_one_limit(limits: dict[str, int], tokenizer: Any) -> None:
     encoder = Encoder(tokenizer, "causal-lm", 64, chat_template=True, **limits)
     for task, rows in (("sft", sums(2)), ("gsm8k", problems(2))):
-        with pytest.raises(OptionError, match=r"--max-.*has one limit, --cutoff-len"):
+        with pytest.raises(OptionError, match=r"--max-.*--cutoff-len is the only limit"):
             TRAINING_TASKS[task].encode(Dataset.from_list(rows), {}, encoder)
 
 
@@ -245,7 +245,7 @@ def test_the_final_number(answer: str, number: str | None) -> None:
 def test_labels_that_are_none(tokenizer: Any) -> None:
     rows = Dataset.from_list([{"text": "a", "label": 2}])
     encoder = Encoder(tokenizer, "sequence-classification", 16, labels=2)
-    with pytest.raises(OptionError, match="holds 2 where a whole number from 0 to 1 was expected; quantize"):
+    with pytest.raises(OptionError, match="holds 2, but a whole number from 0 to 1 was expected; quantize"):
         TRAINING_TASKS["classification"].encode(rows, {}, encoder)
     found = TRAINING_TASKS["classification"].encode(
         rows, {}, Encoder(tokenizer, "sequence-classification", 16, labels=1)

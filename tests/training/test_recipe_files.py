@@ -100,7 +100,7 @@ def test_a_run_is_named_of_several(tmp_path: Path) -> None:
         ),
         (
             '{"model": "m", "data": "d", "output": "o", "task": "summarization", "chat_template": true}',
-            "--chat-template: goes with --task sft or gsm8k: summarization has no prompts",
+            r"--chat-template: summarization has no prompts: leave it out, or use --task sft or gsm8k",
         ),
         ('{"model": "m", "output": "o"}', "no data is given"),
         ('{"model": "m", "data": 5, "output": "o"}', "data = 5: expected a text or a list of texts"),
@@ -108,7 +108,7 @@ def test_a_run_is_named_of_several(tmp_path: Path) -> None:
         ('{"model": "m", "data": "d", "output": "o", "learning_rate": 20}', "expected a number above 0 and below 10"),
         (
             '{"model": "m", "data": "d", "output": "o", "set": {"remove_unused_columns": true}}',
-            "--set remove_unused_columns: is fixed",
+            "--set remove_unused_columns: cannot be changed",
         ),
         ('{"model": "m", "data": "d", "output": "o", "epochs": "three"}', "epochs = 'three': expected a number"),
         ('{"model": "m", "data": "d", "output": "o", "rank": 1.5}', "rank = 1.5: expected a whole number"),
@@ -116,7 +116,7 @@ def test_a_run_is_named_of_several(tmp_path: Path) -> None:
         ('{"model": "m", "data": "d", "output": "o", "set": {"lerning_rate": 1}}', "TrainingArguments name"),
         (
             '{"model": "m", "data": "d", "output": "o", "set": {"learning_rate": 1}}',
-            "option of its own, --learning-rate",
+            "--set learning_rate: use the option --learning-rate instead",
         ),
         ('{"model": "m", "data": "d", "output": "o", "task": "gsm8"}', "'gsm8'; did you mean gsm8k"),
         ('{"model": "m", "data": "d", "output": "o", "columns": {"answer": "a"}}', "unknown column 'answer'"),
@@ -124,7 +124,7 @@ def test_a_run_is_named_of_several(tmp_path: Path) -> None:
         ('{"model": "m", "data": "d", "output": "o", "optim": "adam"}', "unknown optim 'adam'"),
         ('{"model": "m", "data": "d", "output": "o", "batch_size": 0}', "--batch-size 0: expected 1 or more"),
         ("{", "Expecting property name"),
-        ("[]", "expected names and values"),
+        ("[]", "expected a table of names and values"),
     ],
 )
 def test_what_is_wrong_is_named(text: str, problem: str, tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(
         damaged.write_bytes(kept)
     done = run("train", artifact, *asked, "--resume")
     assert done.exit_code == 0, done.stderr
-    assert "checkpoint-4 was cut off while it was written: training goes on from checkpoint-2" in done.stderr
+    assert "checkpoint-4 is incomplete: training continues from checkpoint-2" in done.stderr
     found = load_file(tmp_path / "cut" / WEIGHTS)
     assert all(torch.equal(whole[name], found[name]) for name in whole)
 
@@ -278,7 +278,7 @@ def test_no_repository_for_what_is_no_artifact(pico: Path, data: str, tmp_path: 
     asked = ["--adapter", "lora", "--rank", 4, "--data", data, "--output", tmp_path / "out", "--push-to-hub", "me/it"]
     refused = run("train", folder, *asked)
     assert refused.exit_code == 2
-    assert "--push-to-hub goes with an artifact of ours" in refused.stderr
+    assert "--push-to-hub applies only to an artifact of loftq" in refused.stderr
     assert "parameters train" not in refused.stderr
 
 
@@ -395,10 +395,13 @@ def test_two_processes_train_together(artifact: Path, data: str, tmp_path: Path)
         ({"dtype": "float16", "cpu": True}, "not on a CPU: use bfloat16 or float32"),
         ({"adapter": "qalora"}, "is a qlora artifact"),
         ({"rank": 8}, r"--rank 8: .* is quantized already, with 4"),
-        ({"chat_template": True, "task": "clm"}, "--chat-template: goes with --task sft or gsm8k"),
+        (
+            {"chat_template": True, "task": "clm"},
+            r"--chat-template: clm has no prompts: leave it out, or use --task sft or gsm8k",
+        ),
         ({"task": "clm"}, "no column for the text"),
         ({"set": {"group_by_length": True}}, "unknown TrainingArguments name"),
-        ({"set": {"save_only_model": True}}, "nothing could go on from such checkpoints"),
+        ({"set": {"save_only_model": True}}, "a training cannot continue from such checkpoints"),
         ({"set": {"max_grad_norm": "abc"}}, "--set max_grad_norm=abc: expected a number"),
         ({"set": {"auto_find_batch_size": "no"}}, "--set auto_find_batch_size=no: expected true or false"),
         ({"set": {"adam_beta1": 2}}, "transformers refuses these settings: .*beta"),

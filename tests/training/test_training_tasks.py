@@ -31,8 +31,13 @@ Run = Callable[..., Any]
 @pytest.mark.parametrize(
     ("name", "model_task", "task", "problem"),
     [
-        ("bert", "masked-lm", "sft", "is a masked-lm one: name another model"),
-        ("bart", "seq2seq-lm", "clm", "is a seq2seq-lm one: choose one that it can do (sft, gsm8k, summarization)"),
+        ("bert", "masked-lm", "sft", "is a masked-lm model: name another model"),
+        (
+            "bart",
+            "seq2seq-lm",
+            "clm",
+            "is a seq2seq-lm model: choose a task that it can do (sft, gsm8k, summarization)",
+        ),
     ],
 )
 def test_a_model_learns_what_it_was_made_for(

@@ -113,7 +113,7 @@ def test_disks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (None, "note", "none: public models alone can be read, nothing pushed (`hf auth login`)"),
         ("hf_good", "ok", "somebody, with a token to write"),
         ("hf_stale", "FAIL", "the token is refused: log in again with `hf auth login`"),
-        ("hf_wörse", "FAIL", "the Hub token holds characters that no token has: copy it again"),
+        ("hf_wörse", "FAIL", "the Hub token contains invalid characters: copy it again"),
     ],
     ids=["none", "good", "stale", "strange"],  # a test's folder is named after it, and its path is in the findings
 )

@@ -111,7 +111,10 @@ def test_revisions(folder: Path, hub: Hub, pico: Path) -> None:
 
 
 def test_a_hub_out_of_reach(tmp_path: Path) -> None:
-    with client_of("http://127.0.0.1:9", tmp_path / "away"), pytest.raises(SourceError, match="cannot get 'user/m' "):
+    with (
+        client_of("http://127.0.0.1:9", tmp_path / "away"),
+        pytest.raises(SourceError, match="cannot download 'user/m' "),
+    ):
         loftq.inspect("user/m")
 
 

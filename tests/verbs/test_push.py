@@ -274,10 +274,10 @@ def test_a_tag_is_of_one_commit(made: Path, trained: Path, hub: WritableHub, run
     first = json.loads(run(*command, "--json").stdout)
     again = json.loads(run(*command, "--json").stdout)
     assert first["commit"] == again["commit"] == hub.repos["alice/pico"].refs["v1"]
-    said = f"--tag v1 names another commit of alice/pico ({first['commit']}): choose another"
+    said = f"--tag v1 names another commit of alice/pico ({first['commit']}): choose another tag"
     error = error_of(run(*command, "--adapter", trained))
     moved = hub.repos["alice/pico"].refs["main"]
-    assert error == f"Error: pushed as {moved}, but {said}"
+    assert error == f"Error: the files were pushed as commit {moved}, but {said}"
     hub.requests.clear()
     assert error_of(run(*command)) == f"Error: {said}"
     assert written(hub) == []
@@ -340,7 +340,9 @@ def test_another_model_is_never_mingled_with(made: Path, pico: Path, hub: Writab
 def test_private_is_not_promised_for_what_is_public(made: Path, run: Run) -> None:
     assert run("push", made, "alice/pico", "--token", TOKEN).exit_code == 0
     error = error_of(run("push", made, "alice/pico", "--token", TOKEN, "--private"))
-    assert error.startswith("Error: alice/pico is there already, and public: --private is for a new one")
+    assert error.startswith(
+        "Error: alice/pico exists already and is public, and --private only applies to a new repository"
+    )
 
 
 def test_a_private_repository_is_made_for_an_organization(made: Path, hub: WritableHub, run: Run) -> None:
@@ -362,7 +364,7 @@ def test_an_upload_that_broke_off_goes_on(made: Path, hub: WritableHub, run: Run
     error = error_of(run(*command))
     assert "500 Internal Server Error" in error
     assert f"{hub.endpoint}/lfs/" in error
-    assert "The same line again goes on from there" in error
+    assert "Run the same command again to continue" in error
     assert "X-Signature" not in error
     assert set(hub.files("alice/pico")) == set(SETTLED)  # nobody sees a part
     hub.upload.breaks_after = None
@@ -424,7 +426,7 @@ def test_a_commit_that_fails_goes_on(
         return found
 
     command = ("push", made, "alice/pico", "--token", TOKEN, *revision)
-    assert "The same line again goes on from there" in error_of(run(*command))
+    assert "Run the same command again to continue" in error_of(run(*command))
     sent = list(hub.upload.puts)
     assert run(*command).exit_code == 0
     assert hub.upload.puts == sent
@@ -437,9 +439,9 @@ def test_a_commit_that_fails_goes_on(
 def test_a_tokens_rights_are_checked_before_anything_is_sent(made: Path, hub: WritableHub, run: Run) -> None:
     refusals = {
         ("alice/pico", None): "no Hub token: log in with `hf auth login`, or pass --token",
-        ("alice/pico", READER): "the token of alice may only read: pass --token with one that may write",
+        ("alice/pico", READER): "the token of alice may only read: create one with write access at ",
         ("alice/pico", "hf_unknown"): "the Hub refuses the token: log in again with `hf auth login`, or pass another",
-        ("carol/pico", TOKEN): "the token is one of alice, who cannot write for carol: push to alice/pico (it may "
+        ("carol/pico", TOKEN): "the token belongs to alice, who cannot write for carol: push to alice/pico (it may "
         "write for: alice, acme)",
     }
     for (repo, token), said in refusals.items():
@@ -457,14 +459,14 @@ def test_what_the_hub_forbids_is_said_in_its_words(made_before: bool, made: Path
     hub.forbidden.add("acme/pico")
     error = error_of(run("push", made, "acme/pico", "--token", TOKEN))
     said = "you do not have write permission" if made_before else "You don't have the rights to create a model"
-    assert error.startswith(f"Error: the token may not do this to acme/pico: {said}")
-    assert error.endswith("pass --token with one that may write there")
+    assert error.startswith(f"Error: the token has no permission for this on acme/pico: {said}")
+    assert error.endswith("pass a --token with write access")
     assert hub.upload.puts == []
 
 
 @pytest.mark.parametrize("name", ["alice/pi co", "alice/pico/more", "pico", "alice/..pico", "", "alice/", "/pico"])
 def test_an_id_that_is_none(name: str, made: Path, hub: WritableHub, run: Run) -> None:
-    assert f"{name!r} is no id of a repository" in error_of(run("push", made, name, "--token", TOKEN), 2)
+    assert f"{name!r} is not a valid repository id" in error_of(run("push", made, name, "--token", TOKEN), 2)
     assert hub.requests == []
 
 
@@ -605,12 +607,12 @@ def test_what_cannot_be_pushed_is_refused_before_the_work(
 ) -> None:
     hub.add("alice/taken", pico, token=TOKEN)
     refusals = {
-        ("alice/pi co", "--token", TOKEN): (2, "is no id of a repository"),
+        ("alice/pi co", "--token", TOKEN): (2, "is not a valid repository id"),
         ("alice/pico",): (1, "no Hub token"),
         ("alice/pico", "--token", READER): (1, "may only read"),
         ("carol/pico", "--token", TOKEN): (1, "cannot write for carol"),
         ("alice/taken", "--token", TOKEN): (1, "holds another model"),
-        ("alice/taken", "--token", TOKEN, "--private"): (1, "is there already, and public"),
+        ("alice/taken", "--token", TOKEN, "--private"): (1, "exists already and is public"),
     }
     for words, (code, said) in refusals.items():
         for more in ([], ["--dry-run"]):
@@ -626,7 +628,7 @@ def test_a_push_that_fails_leaves_the_folder(pico: Path, hub: WritableHub, run: 
     output = tmp_path / "out"
     options = ("--rank", 4, "--iter", 1, "--quiet", "--token", TOKEN, "--output", output)
     error = error_of(run("quantize", pico, *options, "--push", "alice/pico"))
-    assert error.startswith(f"Error: {output} is complete, but not pushed: the Hub does not answer")
+    assert error.startswith(f"Error: {output} is complete, but not pushed: the Hub cannot serve")
     assert error.endswith(f"(`loftq push {output} alice/pico`)")
     hub.upload.breaks_after = None
     assert run("push", output, "alice/pico", "--token", TOKEN).exit_code == 0
