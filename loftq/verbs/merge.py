@@ -7,12 +7,13 @@ from pathlib import Path
 
 from loftq.artifacts.pair import open_pair
 from loftq.artifacts.staging import check_output, open_staging
-from loftq.errors import OptionError, UnknownNameError
+from loftq.errors import UnknownNameError
 from loftq.formats.artifact import read_artifact
 from loftq.formats.checkpoint import parse_size
 from loftq.merging.logits import checked_difference
 from loftq.merging.report import MergeReport
 from loftq.merging.targets import TARGETS
+from loftq.planning.run import check_resume
 
 
 def merge(
@@ -37,8 +38,7 @@ def merge(
     started = time.perf_counter()
     if to not in TARGETS:
         raise UnknownNameError("target", to, TARGETS)
-    if resume and overwrite:
-        raise OptionError("--resume and --overwrite exclude each other: finish the run, or start again")
+    check_resume(resume, overwrite)
     out = Path(output)
     check_output(out, resume=resume, overwrite=overwrite)
     target = TARGETS[to](open_pair(Path(folder), adapter), parse_size(max_shard_size))

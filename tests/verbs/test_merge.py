@@ -1,7 +1,7 @@
 """Merging: what is written, by independent readings, and how the merged model answers.
 
-Covers: cli/merge.py, loftq/artifacts/backbone.py, loftq/artifacts/pair.py, loftq/merging/logits.py,
-loftq/merging/model_folder.py, loftq/merging/report.py, loftq/merging/targets/to_bf16.py,
+Covers: cli/merge.py, loftq/artifacts/backbone.py, loftq/artifacts/pair.py, loftq/merging/model_folder.py,
+loftq/merging/target.py, loftq/merging/logits.py, loftq/merging/report.py, loftq/merging/targets/to_bf16.py,
 loftq/merging/targets/to_gguf_q4_1.py, loftq/merging/targets/to_gptq.py, loftq/merging/targets/to_int.py,
 loftq/merging/targets/to_lora.py, loftq/merging/targets/to_mlx.py.
 """
