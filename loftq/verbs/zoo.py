@@ -92,7 +92,7 @@ def find_recipe(name: str) -> Entry:
     return zoo()[name]
 
 
-def build(name: str, **options: Any) -> Report:
+def build_recipe(name: str, **options: Any) -> Report:
     """Make an artifact as a recipe says. `options` are those of `quantize` that change where and how it runs."""
     entry = find_recipe(name)
     return quantize(None if entry.shipped else entry.model, **{**entry.settings, **options})

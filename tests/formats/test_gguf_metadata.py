@@ -207,15 +207,15 @@ def test_splits_are_those_of_the_models() -> None:
     ],
 )
 def test_what_has_no_place_is_refused(changes: dict[str, Any], bits: int, group: int, said: str) -> None:
-    gguf_q4_1.check(config_of("llama"), 4, 64)
+    gguf_q4_1.check_linears(config_of("llama"), 4, 64)
     with pytest.raises(OptionError, match=said):
-        gguf_q4_1.check(config_of("llama", **changes), bits, group)
+        gguf_q4_1.check_linears(config_of("llama", **changes), bits, group)
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(OptionError, match="pip install gguf"):
-        gguf_q4_1.check(config_of("llama"), 4, 32)
+        gguf_q4_1.check_linears(config_of("llama"), 4, 32)
 
 
 def test_tensors_without_a_place_are_refused(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ class Gguf(Target):
         backbone = self.pair.backbone
         self.pair.require_pools()
         for bits, block in backbone.kinds:
-            gguf_q4_1.check(backbone.config, bits, block)
+            gguf_q4_1.check_linears(backbone.config, bits, block)
 
     def write(self, staging: Staging, quiet: bool) -> None:
         """The file, with a progress bar on stderr."""

@@ -24,7 +24,7 @@ class Mlx(ModelFolder):
         """Raise OptionError where MLX cannot hold the backbone."""
         self.pair.require_pools()
         for bits, block in self.pair.backbone.kinds:
-            mlx.check(bits, block)
+            mlx.check_linears(bits, block)
 
     def loading_lines(self) -> str:
         """The Python that loads the folder, for its card."""
