@@ -185,13 +185,13 @@ def test_gptq_tensors_of_a_wrong_size_are_refused(key: str, gptq: Path, tmp_path
 def test_the_card_of_each_format(gptq: Path, pico: Path, tmp_path: Path) -> None:
     card = (gptq / "README.md").read_text()
     assert "- gptq" in card
-    assert "not needed where gptqmodel" in card
+    assert "not needed if gptqmodel" in card
     assert "14 x" not in card
     assert "int3, groups of 64, integer zero-points" in card
     eight = loftq.quantize(str(pico), output=tmp_path / "out", bits=8, rank=4, iters=1, quiet=True).folder
     card = (eight / "README.md").read_text()
     assert "BitsAndBytesConfig(load_in_8bit=True)" in card
-    assert "int8, one scale a row, symmetric zero-points" in card
+    assert "int8, one scale per row, symmetric zero-points" in card
 
 
 def test_the_plan_and_the_card_say_how_it_loads(falcon: Path) -> None:
