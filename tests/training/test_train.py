@@ -392,7 +392,7 @@ def test_two_processes_train_together(artifact: Path, data: str, tmp_path: Path)
         ({"columns": {"prompt": "ask"}}, r"--column prompt=ask: the data has no such column \(columns: prompt, resp"),
         ({"task": "classification"}, "needs a sequence-classification model"),
         ({"task": "summarization"}, r"no column for the document \(looked for: document, article"),
-        ({"dtype": "float16", "cpu": True}, "not on a CPU: use bfloat16 or float32"),
+        ({"dtype": "float16", "cpu": True}, "--dtype float16 is not supported on a CPU: use bfloat16 or float32"),
         ({"adapter": "qalora"}, "is a qlora artifact"),
         ({"rank": 8}, r"--rank 8: .* is quantized already, with 4"),
         (
@@ -452,16 +452,18 @@ def test_an_adapter_of_another_backbone(artifact: Path, pooled: Path, pico: Path
         with pytest.raises(ArtifactError, match=match):
             loftq.generate(str(model), "x", adapter=str(tmp_path / adapter), max_new_tokens=1)
 
-    refused(other, "out", "was trained on .*here, another backbone than .*other")
-    refused(other, "out/checkpoint-1", "was trained on .*here, another backbone than .*other")
-    refused(pico, "out", "was trained on .*here, whose weights are others")
-    refused(artifact, "plain", "was trained on .*pico-llama, another backbone")
-    refused(tmp_path / "stranger", "plain", "was trained on .*pico-llama, whose weights are others")
+    refused(other, "out", "was trained on .*here, not on the backbone .*other")
+    refused(other, "out/checkpoint-1", "was trained on .*here, not on the backbone .*other")
+    refused(pico, "out", "was trained on .*here, whose weights differ from those of")
+    refused(artifact, "plain", "was trained on .*pico-llama, not on the backbone")
+    refused(tmp_path / "stranger", "plain", "was trained on .*pico-llama, whose weights differ from those of")
     for model, adapter in ((artifact, "out"), (artifact, "out/checkpoint-1"), (pico, "plain"), (twin, "plain")):
         loftq.generate(str(model), "x", adapter=str(tmp_path / adapter), max_new_tokens=1)
     (tmp_path / "plain" / TRAINING_RECORD).unlink()
     refused(
-        tmp_path / "narrow", "plain", "does not fit .*narrow: .* 128 inputs and 64 outputs, and that has 128 and 32"
+        tmp_path / "narrow",
+        "plain",
+        "does not fit .*narrow: .* 128 inputs and 64 outputs, but the module has 128 and 32",
     )
     refused(tmp_path / "bert", "plain", "adapts 'model.layers.0.* does not have")
 
@@ -475,9 +477,9 @@ def test_an_adapter_on_somebody_elses_gptq(pico: Path, data: str, tmp_path: Path
     loftq.train(str(theirs), data=data, output=tmp_path / "out", **short)
     loftq.train(str(pico), data=data, output=tmp_path / "plain", adapter="lora", **short)
     loftq.generate(str(theirs), "x", adapter=str(tmp_path / "out"), max_new_tokens=1)
-    with pytest.raises(ArtifactError, match=r"whose weights are others than those of .*theirs"):
+    with pytest.raises(ArtifactError, match=r"whose weights differ from those of .*theirs"):
         loftq.generate(str(theirs), "x", adapter=str(tmp_path / "plain"), max_new_tokens=1)
-    with pytest.raises(ArtifactError, match=r"whose weights are others than those of .*pico-llama"):
+    with pytest.raises(ArtifactError, match=r"whose weights differ from those of .*pico-llama"):
         loftq.generate(str(pico), "x", adapter=str(tmp_path / "out"), max_new_tokens=1)
 
 

@@ -344,13 +344,18 @@ def test_an_artifact_of_ours_for_a_model(
 
 def test_an_architecture_of_no_task(model: Path, refuse: Callable[..., Refused], out: Path) -> None:
     edit_config(model, architectures=["LlamaForPoetry"])
-    check(refuse(model), 1, [model, "llama", "LlamaForPoetry", "--task (it has: causal-lm, sequence-class"], out)
+    check(
+        refuse(model),
+        1,
+        [model, "llama", "LlamaForPoetry", "--task (transformers has classes for: causal-lm, sequence-class"],
+        out,
+    )
     edit_config(model, architectures=None)
-    check(refuse(model), 1, [model, "no architecture named", "--task (it has: causal-lm"], out)
+    check(refuse(model), 1, [model, "no architecture named", "--task (transformers has classes for: causal-lm"], out)
 
 
 def test_a_task_that_the_family_has_no_class_for(pico: Path, refuse: Callable[..., Refused], out: Path) -> None:
-    names = ["--task seq2seq-lm", "llama", "no class for it", "causal-lm, sequence-classification"]
+    names = ["--task seq2seq-lm", "llama", "no class of model type llama for", "causal-lm, sequence-classification"]
     check(refuse(pico, "--task", "seq2seq-lm"), 2, names, out)
     check(refuse(pico, "--task", "causal"), 2, ["'causal'", "did you mean causal-lm"], out)
 
