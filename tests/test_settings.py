@@ -134,7 +134,7 @@ def test_every_option_has_a_help_text(command: str) -> None:
 def test_a_recipe_has_nothing_left_open_and_knows_what_was_asked() -> None:
     asked = QuantizeSettings(bits=2.5, rank=4)
     recipe = recipe_of(bits=2.5, rank=4)
-    assert recipe.asked == asked
+    assert recipe.requested == asked
     assert asked.method is None
     assert (recipe.method, recipe.allocation, recipe.alpha, recipe.iters) == ("loftq", "auto", 4.0, 5)
     assert recipe_again(recipe.to_dict()) == recipe

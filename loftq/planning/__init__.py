@@ -1,1 +1,1 @@
-"""Everything that is decided before the first weight is read."""
+"""Decides everything about a run before the first weight is read."""

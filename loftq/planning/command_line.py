@@ -1,4 +1,4 @@
-"""The command that makes an artifact again, for its card: from the settings that were asked for."""
+"""Writes the command that makes an artifact again, for its card, from the settings of the user."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ _ALWAYS = ("bits", "rank")
 
 
 def command_line(recipe: Recipe, source: Source) -> str:
-    """`loftq quantize …` with every setting that was asked for and is not the default."""
-    values = {name: getattr(recipe.asked, name) for name in _ALWAYS} | said(recipe.asked)
+    """Return `loftq quantize …` with bits, rank, and every setting of the user that differs from its default.
+
+    Lines are at most about 100 characters long.
+    """
+    values = {name: getattr(recipe.requested, name) for name in _ALWAYS} | said(recipe.requested)
     if recipe.calibration is not None:
         values["calibration"] = public_name(recipe.calibration)
     words = [_option(name, value) for name, value in values.items()]

@@ -1,21 +1,22 @@
-"""How large a planned artifact is, on disk, loaded, and in training: estimates from shapes alone.
+"""Estimates the size of a planned artifact on disk, loaded, and in training, only from shapes.
 
-Training is one step on one sequence, with gradient checkpointing and Adam, as `load_qlora` prepares it. Beside the
-backbone it takes, in bytes:
+The estimate of training is for a step on a single sequence, with gradient checkpointing and Adam, as `load_qlora`
+prepares it. In addition to the backbone, it needs these bytes:
 
-    adapter   16 for each of its parameters: itself, a gradient and two moments in float32
-    blocks    2 · tokens · width for each block, whose input is kept
-    a block   tokens · Σ (4 · in + 2 · out) over its linears, when it is run again: each input in float32 for the
+    adapter   16 for each parameter: the parameter, its gradient and two moments in float32
+    blocks    2 · tokens · width for each block: its input, which is kept
+    a block   tokens · Σ (4 · in + 2 · out) over its linears, while it is run again: each input in float32 for the
               adapter's gradient, each output in 16 bits
-    a linear  2 · in · out, the largest, dequantized
-    logits    12 · tokens · vocabulary: 16 bits and float32, and the gradients of both
+    a linear  2 · in · out: the largest dequantized weight
+    logits    12 · tokens · vocabulary: in 16 bits and in float32, and the gradients of both
 
-Logits and the block's part are not needed at once: the larger of them counts.
+Logits are not in memory at the same time as the block and the linear, so only the larger of the two sums counts.
 
-This differs from `models.training_memory` on purpose. That one runs the model on the meta device, with its adapter, for
-the very batch and options of a training; it takes seconds a model and needs peft. The zoo shows a figure for each
-recipe at once, so here the linears' shapes must do: norms, activation functions and attention's outputs, which a
-block's part keeps too, are left out. For the zoo's models the two agree within a quarter, and a test holds them to it.
+This differs from `models.training_memory` on purpose. That module runs the model with its adapter on the meta device,
+for the exact batch and options of a training; it takes seconds for each model and needs peft. The zoo shows a figure
+for every recipe at once, so this module only uses the shapes of linears. It leaves out norms, activation functions and
+outputs of attention, which a block also keeps. For the models of the zoo the two differ by less than a quarter, and a
+test checks this.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ _LOGIT_BYTES = 12
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes: of the files, of the weights in memory with what one forward of a token needs, of a step of training."""
+    """Sizes in bytes.
+
+    `disk` is for the files, `load` for the weights in memory and a forward pass on a single token, `train` for a
+    training step.
+    """
 
     disk: int
     load: int
@@ -42,7 +47,7 @@ class Footprint:
 
 
 def footprint(plan: Plan, tokens: int = TOKENS) -> Footprint:
-    """The sizes of a plan; a training step sees `tokens` at once."""
+    """Estimate the sizes of a plan, with a training step on `tokens` tokens."""
     disk = plan.backbone_bytes + plan.adapter.nbytes
     item = plan.recipe.dtype.itemsize
     largest = max(layer.weights for layer in plan.layers) * item
@@ -60,5 +65,5 @@ def footprint(plan: Plan, tokens: int = TOKENS) -> Footprint:
 
 def _block(module: str) -> str:
     """The block that a module belongs to: its name up to the first number."""
-    found = re.match(r"(?:.*?\.)?\d+(?=\.)", module)
-    return found[0] if found else module
+    prefix = re.match(r"(?:.*?\.)?\d+(?=\.)", module)
+    return prefix[0] if prefix else module

@@ -1,4 +1,4 @@
-"""What a run does: the settings that were asked for, with everything that they left open decided."""
+"""The recipe of a run: the settings of the user, and a value for each setting that they leave open."""
 
 from __future__ import annotations
 
@@ -29,16 +29,18 @@ from loftq.settings import declared, from_dict
 
 
 def layer_seed(seed: int, module: str) -> int:
-    """The seed of one layer: its own, whatever the order in which layers are solved."""
+    """The seed of a single layer. It does not depend on the order in which layers are solved."""
     digest = hashlib.sha256(f"{seed} {module}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(QuantizeSettings):
-    """Settings with nothing left open. None means that a setting has no part in the run, as `pool_size` in a LoRA's.
+    """Settings of which none is left open. None means that the run does not use a setting, as a LoRA does not use
+    `pool_size`.
 
-    `asked` are the settings from which it was decided: the command that makes the artifact again comes from them.
+    `requested` are the settings of the user, from which the recipe was decided. The command that makes the artifact
+    again is written from them.
     """
 
     quant_type: str
@@ -48,27 +50,27 @@ class Recipe(QuantizeSettings):
     iters: int
     refine: int
     alpha: float
-    asked: QuantizeSettings = dataclasses.field(repr=False, compare=False)
+    requested: QuantizeSettings = dataclasses.field(repr=False, compare=False)
 
     @property
     def solving(self) -> Method:
-        """The method with the scales and the rounding that were chosen instead of its own."""
+        """The method, with the scales and the rounding of this recipe."""
         return replace(METHODS[self.method], scales=self.scales, rounding=self.rounding)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The widths that layers may get, the narrowest first."""
+        """The widths in bits that layers may get, the narrowest first."""
         if self.allocation is None:
             return (int(self.bits),)
         return FIRST_WIDTHS if self.allocation == "first" else TYPES[self.quant_type].widths
 
     @property
     def scaling(self) -> float:
-        """The factor before B·A with which the adapter will run."""
+        """The factor of B·A in the adapter: alpha/rank, or alpha/sqrt(rank) with `rslora`."""
         return scaling(self.alpha, self.rank, self.rslora)
 
     def grid(self, width: int) -> Grid:
-        """The type of a weight of a width."""
+        """The type of a weight that has a width of `width` bits."""
         shared = self.group_size if self.block_size is None else self.block_size
         return Grid(f"{self.quant_type}{width}", cast(int, shared), self.double_quant, self.zero_point)
 
@@ -79,29 +81,29 @@ class Recipe(QuantizeSettings):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype in which the model computes, and in which what is not quantized is stored."""
+        """The dtype in which the model computes, and in which tensors that are not quantized are stored."""
         return COMPUTE_DTYPES[self.compute_dtype]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `loftq.json` has them."""
+        """Return plain values, as in `loftq.json`."""
         return {name: getattr(self, name) for name in declared(QuantizeSettings)}
 
 
 def recipe_of(**settings: Unpack[QuantizeKeywords]) -> Recipe:
-    """The recipe of settings by name. Raises OptionError."""
+    """Make the recipe of settings that are given by name. Raises OptionError."""
     return resolve(from_dict(QuantizeSettings, settings))
 
 
 def recipe_again(values: Mapping[str, Any]) -> Recipe:
-    """The recipe that a `loftq.json` holds. Settings that this version does not know are left out."""
+    """Make the recipe that a `loftq.json` holds. Settings that this version does not have are ignored."""
     return resolve(
         from_dict(QuantizeSettings, {name: values[name] for name in declared(QuantizeSettings) if name in values})
     )
 
 
-def resolve(asked: QuantizeSettings) -> Recipe:
-    """Decide what settings leave open. Raises OptionError for settings that contradict each other."""
-    settings = asked
+def resolve(requested: QuantizeSettings) -> Recipe:
+    """Choose a value for each setting that is left open. Raises OptionError for settings that contradict each other."""
+    settings = requested
     steps: tuple[Callable[[QuantizeSettings], QuantizeSettings], ...] = (
         _with_bits,
         _with_grid,
@@ -113,42 +115,48 @@ def resolve(asked: QuantizeSettings) -> Recipe:
         settings = step(settings)
     alpha = float(settings.rank if settings.alpha is None else settings.alpha)
     values = {name: getattr(settings, name) for name in declared(QuantizeSettings)}
-    recipe = Recipe(**{**values, "alpha": alpha}, asked=asked)
+    recipe = Recipe(**{**values, "alpha": alpha}, requested=requested)
     layouts.choose(recipe.grids, recipe.format)
     return recipe
 
 
 def _with_bits(settings: QuantizeSettings) -> QuantizeSettings:
-    """A whole number of bits as an int, their type, and an allocation for what is not a width."""
+    """Set the bits (an int if they are whole), their type, and the allocation of a budget that is not a width."""
     bits = int(settings.bits) if float(settings.bits).is_integer() else settings.bits
     quant_type = settings.quant_type or _usual_type(bits, settings.adapter)
-    known = FIRST_WIDTHS if settings.allocation == "first" else TYPES[quant_type].widths
-    if not min(known) <= bits <= max(known):
-        widths = f"known: {', '.join(map(str, known))}, and budgets between"
-        raise OptionError(f"--bits {bits}: no {quant_type} type has that width ({widths})")
-    allocation = "auto" if bits not in known and settings.allocation is None else settings.allocation
+    widths = FIRST_WIDTHS if settings.allocation == "first" else TYPES[quant_type].widths
+    if not min(widths) <= bits <= max(widths):
+        listed = ", ".join(map(str, widths))
+        raise OptionError(
+            f"--bits {bits}: {quant_type} does not have this width: choose {listed}, or a budget between them"
+        )
+    allocation = "auto" if bits not in widths and settings.allocation is None else settings.allocation
     return replace(settings, bits=bits, quant_type=quant_type, allocation=allocation)
 
 
 def _usual_type(bits: float, adapter: str) -> str:
-    """The first type that is wide enough; for QA-LoRA the first of integers, which alone have zero-points."""
-    able = [name for name, kind in TYPES.items() if kind.integer or adapter != "qalora"]
-    return next((name for name in able if bits <= max(TYPES[name].widths)), able[-1])
+    """The first type that is wide enough. QA-LoRA needs integers, because only they have zero-points."""
+    usable = [name for name, kind in TYPES.items() if kind.integer or adapter != "qalora"]
+    return next((name for name in usable if bits <= max(TYPES[name].widths)), usable[-1])
 
 
 def _with_grid(settings: QuantizeSettings) -> QuantizeSettings:
-    """How many weights share a scale, and where zero lies: in whole rows if the format has no groups."""
+    """Set the number of weights that share a scale (a whole row if the format has no groups), and the zero-point."""
     kind, name = TYPES[cast(str, settings.quant_type)], settings.quant_type
     if not kind.integer:
         for option, value in (("--group-size", settings.group_size), ("--zero-point", settings.zero_point)):
             if value is not None:
-                raise OptionError(f"{option} {value}: for integers; add --quant-type int ({name} has --block-size)")
+                raise OptionError(
+                    f"{option} {value}: applies only to integers: add --quant-type int ({name} has --block-size)"
+                )
         return replace(settings, block_size=BLOCK_SIZE if settings.block_size is None else settings.block_size)
     if settings.block_size is not None:
         tables = ", ".join(name for name, kind in TYPES.items() if not kind.integer)
-        raise OptionError(f"--block-size {settings.block_size}: for {tables}; integers have --group-size")
+        raise OptionError(
+            f"--block-size {settings.block_size}: applies only to {tables}: use --group-size for integers"
+        )
     rows = (
-        settings.group_size in (None, ROW) and settings.zero_point in (None, "symmetric") and _has_rows_alone(settings)
+        settings.group_size in (None, ROW) and settings.zero_point in (None, "symmetric") and _has_only_rows(settings)
     )
     floating = settings.adapter == "qalora" and _holds(
         settings.format, Grid(f"{name}{kind.widths[-1]}", zero_point="float")
@@ -161,8 +169,8 @@ def _with_grid(settings: QuantizeSettings) -> QuantizeSettings:
     )
 
 
-def _has_rows_alone(settings: QuantizeSettings) -> bool:
-    """Whether the format, or else the first that holds the type, has one scale for each row and no groups."""
+def _has_only_rows(settings: QuantizeSettings) -> bool:
+    """Whether the format, or else the first format that holds the type, has scales for rows but not for groups."""
     if settings.allocation is not None or settings.double_quant or settings.adapter == "qalora":
         return False
     rows = Grid(f"{settings.quant_type}{settings.bits}", ROW, zero_point="symmetric")
@@ -172,20 +180,22 @@ def _has_rows_alone(settings: QuantizeSettings) -> bool:
 
 
 def _holds(format: str | None, grid: Grid) -> bool:
-    """Whether a format, or any, holds a type in blocks of its size."""
+    """Whether a format, or any format if it is None, can hold a type with its block size."""
     names = [format] if format is not None else list(layouts.LAYOUTS)
-    able = (layouts.LAYOUTS[name] for name in names)
-    return any(layout.holds(grid) and grid.block_size in layout.BLOCK_SIZES for layout in able)
+    candidates = (layouts.LAYOUTS[name] for name in names)
+    return any(layout.holds(grid) and grid.block_size in layout.BLOCK_SIZES for layout in candidates)
 
 
 def _with_pool(settings: QuantizeSettings) -> QuantizeSettings:
-    """How many inputs QA-LoRA pools: a group, unless said otherwise."""
+    """Set the number of inputs that QA-LoRA pools: by default those of a group."""
     if settings.adapter != "qalora":
         if settings.pool_size is not None:
-            raise OptionError(f"--pool-size {settings.pool_size}: for --adapter qalora")
+            raise OptionError(f"--pool-size {settings.pool_size}: applies only to --adapter qalora: leave it out")
         return settings
     if not TYPES[cast(str, settings.quant_type)].integer:
-        raise OptionError(f"--quant-type {settings.quant_type}: QA-LoRA merges into zero-points, which int alone has")
+        raise OptionError(
+            f"--quant-type {settings.quant_type}: QA-LoRA merges into zero-points, which only int has: leave it out"
+        )
     group = cast(int, settings.group_size)
     if group == ROW:
         raise OptionError(f"--group-size {ROW}: QA-LoRA pools the inputs of a group: use 32, 64 or 128")
@@ -196,7 +206,7 @@ def _with_pool(settings: QuantizeSettings) -> QuantizeSettings:
 
 
 def _with_method(settings: QuantizeSettings) -> QuantizeSettings:
-    """How scales, codes and factors are found: as the method does, where nothing else is said."""
+    """Set the method, and take from it the scales, rounding, iterations and refinement that are left open."""
     name = settings.method or ("loftq" if settings.calibration is None else "calibrated")
     preset = METHODS[name]
     settings = replace(
@@ -209,27 +219,29 @@ def _with_method(settings: QuantizeSettings) -> QuantizeSettings:
     )
     plain = replace(preset, scales=cast(str, settings.scales), rounding=cast(str, settings.rounding)).plain
     if settings.adapter == "qalora":
-        _refuse_what_pools_leave_out(settings, preset)
+        _check_qalora(settings, preset)
     elif settings.svd == "exact" and (settings.calibration is not None or not plain):
-        raise OptionError("--svd exact: for LoftQ without text: leave it out")
+        raise OptionError("--svd exact: applies only to LoftQ without text: leave it out")
     return settings
 
 
-def _refuse_what_pools_leave_out(settings: QuantizeSettings, preset: Method) -> None:
-    """QA-LoRA fits scales, zero-points and pooled factors together, by a solver of its own."""
-    known = [name for name, method in METHODS.items() if method.metric == "identity" or not method.plain]
-    if settings.method not in known:
-        raise OptionError(f"--method {settings.method}: QA-LoRA has {', '.join(known)}")
+def _check_qalora(settings: QuantizeSettings, preset: Method) -> None:
+    """Raise OptionError for settings that QA-LoRA's solver, which fits scales and pooled factors together, lacks."""
+    methods = [name for name, method in METHODS.items() if method.metric == "identity" or not method.plain]
+    if settings.method not in methods:
+        raise OptionError(f"--method {settings.method}: QA-LoRA only has {', '.join(methods)}")
     for option in ("scales", "rounding"):
         value = getattr(settings, option)
         if not preset.needs_moment and value != getattr(preset, option):
-            raise OptionError(f"--{option} {value}: QA-LoRA without the inputs fits scales to the nearest codes")
+            raise OptionError(
+                f"--{option} {value}: without text, QA-LoRA fits the scales to the nearest codes: leave it out"
+            )
     if settings.svd == "exact":
-        raise OptionError("--svd exact: QA-LoRA's pooled factors always are: leave it out")
+        raise OptionError("--svd exact: QA-LoRA's factors are always exact: leave it out")
 
 
 def _with_text(settings: QuantizeSettings) -> QuantizeSettings:
-    """How much text is used; without text, refuse the settings that need it."""
+    """Set how much text is used. Without text, raise OptionError for settings that need it."""
     if settings.calibration is not None:
         return replace(
             settings,
@@ -237,14 +249,14 @@ def _with_text(settings: QuantizeSettings) -> QuantizeSettings:
             sequence_length=settings.sequence_length or SEQUENCE_LENGTH,
         )
     preset = METHODS[cast(str, settings.method)]
-    wanting = {
+    text_settings = {
         "--calibration-tokens": settings.calibration_tokens,
         "--sequence-length": settings.sequence_length,
         "--refine": settings.refine or None,
         "--method": settings.method if preset.needs_moment else None,
         "--rounding": settings.rounding if settings.rounding != preset.rounding else None,
     }
-    for option, value in wanting.items():
+    for option, value in text_settings.items():
         if value is not None:
-            raise OptionError(f"{option} {value}: needs text; add --calibration FILE, or --calibration default")
+            raise OptionError(f"{option} {value}: needs text: add --calibration FILE, or --calibration default")
     return settings

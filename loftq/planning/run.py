@@ -1,4 +1,4 @@
-"""How a run is carried out: on which device, by how many workers, with which rights. It does not change the result."""
+"""The settings of a run that do not change its result: device, workers, permissions and others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loftq.planning.settings import RunSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The settings of a run with nothing left open; they travel together from the verb to each part of the work."""
+    """Run settings of which none is left open. They are passed as a single value to each part of the work."""
 
     device: torch.device
     workers: int
@@ -27,10 +27,13 @@ class Run:
 
 
 def start(settings: RunSettings) -> Run:
-    """Decide what settings leave open. Raises OptionError for a device that is not there, or a contradiction."""
+    """Choose a value for each setting that is left open.
+
+    Raises OptionError for a device that is not available, and for settings that contradict each other.
+    """
     check_resume(settings.resume, settings.overwrite)
     if settings.private and settings.push is None:
-        raise OptionError("--private: is for a repository: name one with --push")
+        raise OptionError("--private: applies only to a repository: name one with --push")
     device = _device(settings.device)
     usual = min(os.cpu_count() or 1, 8) if device.type == "cpu" else 1
     return Run(
@@ -46,9 +49,11 @@ def start(settings: RunSettings) -> Run:
 
 
 def check_resume(resume: bool, overwrite: bool) -> None:
-    """Raise OptionError where a run is to be both finished and started again."""
+    """Raise OptionError if both options are set: a run cannot be both finished and started again."""
     if resume and overwrite:
-        raise OptionError("--resume and --overwrite exclude each other: finish the run, or start again")
+        raise OptionError(
+            "--resume and --overwrite exclude each other: use --resume to finish the run, or --overwrite to start again"
+        )
 
 
 def _device(name: str | None) -> torch.device:
@@ -57,5 +62,7 @@ def _device(name: str | None) -> torch.device:
         torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
-        raise OptionError(f"--device {name}: not available here ({reason}); cpu always is") from error
+        raise OptionError(
+            f"--device {name}: not available here ({reason}): use --device cpu, which is always available"
+        ) from error
     return device

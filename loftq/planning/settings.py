@@ -1,7 +1,7 @@
-"""The settings of `loftq quantize`: what decides the result, as somebody asks for it, and how and where it is made.
+"""The settings of `loftq quantize`: `QuantizeSettings` decide the result, `RunSettings` only how and where it is made.
 
-`loftq.planning.recipe.resolve` decides what `QuantizeSettings` leaves open, `loftq.planning.run.start` what
-`RunSettings` does.
+`loftq.planning.recipe.resolve` chooses the values that `QuantizeSettings` leave open, and `loftq.planning.run.start`
+those that `RunSettings` leave open.
 """
 
 from __future__ import annotations
@@ -24,28 +24,30 @@ if TYPE_CHECKING:
     import torch
 
 SAVE_DIR = "model_zoo/loftq"
-BLOCK_SIZE = 64  # weights that share one scale, by default
-FIRST_WIDTHS = (2, 4)  # of the allocation `first`, as in the paper
-CALIBRATION_TOKENS, SEQUENCE_LENGTH = 65536, 2048  # by default
+BLOCK_SIZE = 64  # default number of weights that share one scale
+FIRST_WIDTHS = (2, 4)  # widths of the allocation `first`, as in the paper
+CALIBRATION_TOKENS, SEQUENCE_LENGTH = 65536, 2048  # defaults
 ADAPTERS = {
-    "lora": "LoftQ: a plain LoRA that repairs the backbone",
-    "qalora": "QA-LoRA: on pooled inputs, to be merged into the zero-points",
+    "lora": "LoftQ: a plain LoRA that corrects the errors of the backbone",
+    "qalora": "QA-LoRA: a LoRA on pooled inputs, which can be merged into the zero-points",
 }
 ALLOCATIONS = {
     "first": "4 bits for the first layers, 2 for the rest, as in the paper",
-    "auto": "the widths with which the summed error is least",
+    "auto": "the widths that give the least summed error",
 }
 _MOST_STEPS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeSettings:
-    """The settings that decide the result, as they are asked for: None leaves a setting to loftq.
+    """The settings that decide the result. If a setting is None, loftq chooses its value.
 
-    The same settings on the same source give the same bytes. Raises OptionError for a value that no run can have.
+    The same settings on the same source give the same bytes. Raises OptionError for an invalid value.
     """
 
-    bits: float = setting(4, "Bits of a weight: 2, 3, 4, 8, or a budget between them such as 2.5.", "quantization")
+    bits: float = setting(
+        4, "Number of bits of a weight: 2, 3, 4, 8, or a budget between them such as 2.5.", "quantization"
+    )
     quant_type: str | None = setting(
         None,
         f"Type of the codes: {', '.join(f'{name} ({kind.title})' for name, kind in TYPES.items())}.",
@@ -56,25 +58,25 @@ class QuantizeSettings:
     )
     allocation: str | None = setting(
         None,
-        "How a budget of bits is spent: first (4 bits for the first layers, 2 for the rest) or auto (least error).",
+        "How layers share a budget of bits: first (4 bits for the first layers, 2 for the rest) or auto (least error).",
         "quantization",
         choices=ALLOCATIONS,
         usual="auto for a budget such as 2.5",
     )
     method: str | None = setting(
         None,
-        "How the start is computed; `loftq methods` lists the names.",
+        "How backbone and adapter are computed; `loftq methods` lists the methods.",
         "quantization",
         choices=METHODS,
         usual="loftq; with --calibration: calibrated",
     )
     iters: int | None = setting(
         None,
-        "Number of alternations between rounding and adapter; 0 is QLoRA's start.",
+        "Number of alternations between rounding and adapter; with 0 the adapter adds nothing, as in QLoRA.",
         "quantization",
         least=0,
         most=100,
-        hint="(0 is QLoRA's start)",
+        hint="(0 as in QLoRA)",
         option="--iter",
         usual="the method's",
     )
@@ -115,7 +117,7 @@ class QuantizeSettings:
         f"On-disk format of the backbone: {', '.join(LAYOUTS)}.",
         "quantization",
         choices=LAYOUTS,
-        usual="the first that holds the type",
+        usual="the first that can hold the type",
     )
     compute_dtype: str = setting(
         "bfloat16",
@@ -129,10 +131,10 @@ class QuantizeSettings:
         "quantization",
         choices=SVD,
     )
-    seed: int = setting(0, "Seed of everything random.", "quantization", least=0, most=2**63 - 1)
+    seed: int = setting(0, "Seed of all random numbers.", "quantization", least=0, most=2**63 - 1)
     adapter: str = setting(
         "lora",
-        "Kind of adapter: lora, or qalora (on pooled inputs, can be merged without loss).",
+        "Kind of adapter: lora, or qalora (has pooled inputs and can be merged without loss).",
         "adapter",
         choices=ADAPTERS,
     )
@@ -151,12 +153,12 @@ class QuantizeSettings:
     pool_size: int | None = setting(None, "Number of inputs that qalora pools.", "adapter", usual="the group size")
     calibration: str | None = setting(
         None,
-        "Text to calibrate on: a .txt or .jsonl file, a data set OWNER/NAME[:CONFIG] of the Hub, or `default`.",
+        "Text to calibrate on: a .txt or .jsonl file, a data set OWNER/NAME[:CONFIG] on the Hub, or `default`.",
         "calibration",
         metavar="TEXT",
     )
     calibration_tokens: int | None = setting(
-        None, "Number of tokens of the text that are used.", "calibration", least=1, usual=str(CALIBRATION_TOKENS)
+        None, "Number of tokens of the text to use.", "calibration", least=1, usual=str(CALIBRATION_TOKENS)
     )
     sequence_length: int | None = setting(
         None, "Number of tokens in a window of the text.", "calibration", least=16, usual=str(SEQUENCE_LENGTH)
@@ -189,7 +191,7 @@ class QuantizeSettings:
     )
     num_labels: int | None = setting(
         None,
-        "Number of classes of a classifier; a head of another size is initialized anew.",
+        "Number of classes of a classifier; a head of another size gets new weights.",
         "model",
         least=1,
         most=1_000_000,
@@ -202,17 +204,17 @@ class QuantizeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """The settings of a run that do not decide its result: where it goes, on what it is computed, what is sent."""
+    """The settings of a run that do not change its result: its output, its device, and what is pushed to the Hub."""
 
     revision: str | None = setting(None, "Branch, tag or commit of MODEL on the Hub.", "model")
     trust_remote_code: bool = setting(False, "Run the Python code that the model brings.", "model")
     save_dir: str = setting(
-        SAVE_DIR, "Folder in which the output {name}-{bits}bit-{rank}rank is made.", "output", metavar="DIR"
+        SAVE_DIR, "Folder in which the output {name}-{bits}bit-{rank}rank is created.", "output", metavar="DIR"
     )
     output: str | None = setting(None, "The exact folder to write.", "output", metavar="DIR", usual="see --save-dir")
     statistics: str | None = setting(
         None,
-        "Folder that keeps what calibration measured, for other runs.",
+        "Folder that keeps the measurements of the calibration for other runs.",
         "calibration",
         metavar="DIR",
         usual="beside the output",
@@ -223,19 +225,19 @@ class RunSettings:
     push: str | None = setting(
         None, "Push the finished folder to this repository on the Hub; see `loftq push`.", "hub", metavar="REPO_ID"
     )
-    private: bool = setting(False, "Make the repository of --push private.", "hub")
+    private: bool = setting(False, "Create the repository of --push as private.", "hub")
     device: str | None = setting(
         None, "Device on which layers are solved: cpu, cuda, cuda:1 and so on.", "run", usual="a GPU if there is one"
     )
     workers: int | None = setting(
         None,
-        "Number of layers that are solved at a time.",
+        "Number of layers that are solved at the same time.",
         "run",
         least=1,
         most=1024,
         usual="the number of cores, at most 8; 1 on a GPU",
     )
-    dry_run: bool = setting(False, "Show the plan: only headers are read, nothing is written.", "run")
+    dry_run: bool = setting(False, "Show the plan; only headers are read, and nothing is written.", "run")
     quiet: bool = setting(False, "Show no progress bar.", "run")
 
     def __post_init__(self) -> None:

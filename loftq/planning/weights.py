@@ -1,4 +1,4 @@
-"""The weights of a source: read, hashed, and checked to be finite."""
+"""Reads the weights of a source, hashes them, and checks that they are finite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from loftq.planning.plan import Layer, Plan
 
 
 def read_source_weight(plan: Plan, layer: Layer, device: torch.device) -> tuple[torch.Tensor, str]:
-    """A layer's weight (out, in) in float32, and the hash of what is stored."""
+    """Read a layer's weight (out, in) in float32, and the SHA-256 of the stored tensor.
+
+    Raises CheckpointError if the weight holds NaN or Inf.
+    """
     stored = plan.source.checkpoint.read(layer.tensor)
     weight = (stored.t() if layer.transposed else stored).to(device, torch.float32).contiguous()
     check_finite(weight, layer.tensor, plan.source)
@@ -25,6 +28,7 @@ def digest_of(tensor: torch.Tensor) -> str:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf."""
     if tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor)
@@ -32,7 +36,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def check_finite(tensor: torch.Tensor, name: str, source: Source) -> None:
-    """Raise CheckpointError where a tensor of the source holds NaN or Inf."""
+    """Raise CheckpointError if a tensor of the source holds NaN or Inf."""
     if not is_finite(tensor):
         where = source.checkpoint.folder / source.checkpoint.files[name]
         count = int((~torch.isfinite(tensor)).sum())

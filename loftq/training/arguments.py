@@ -65,7 +65,7 @@ def arguments_of(settings: TrainSettings, mode: str) -> TrainingArguments:
 
 
 def default_optimizer(device: torch.device) -> str:
-    """The optimizer where none is asked for, by transformers' name for it."""
+    """The optimizer that is used by default, by its name in transformers."""
     return "paged_adamw_8bit" if device.type == "cuda" else "adamw_torch"
 
 

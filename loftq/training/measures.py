@@ -85,7 +85,7 @@ class Measure:
 
 MEASURES = {
     "perplexity": Measure(
-        "perplexity of a causal model on text, in windows of --window tokens that begin --stride tokens apart",
+        "a causal model on text, in windows of --window tokens that begin --stride tokens apart",
         "clm",
         _perplexity,
         ("window", "stride"),

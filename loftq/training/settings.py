@@ -107,9 +107,9 @@ class TrainSettings:
     )
     lr_scheduler: str = setting("cosine", "Schedule of the learning rate, by its name in transformers.", "training")
     warmup_steps: int | None = setting(
-        None, "Number of steps in which the learning rate rises.", "training", least=0, usual="--warmup-ratio"
+        None, "Number of steps in which the rate rises.", "training", least=0, usual="--warmup-ratio"
     )
-    warmup_ratio: float = setting(0.03, "Part of the steps in which it rises instead.", "training", least=0, below=1)
+    warmup_ratio: float = setting(0.03, "Part of the steps in which the rate rises.", "training", least=0, below=1)
     weight_decay: float = setting(0.0, "Weight decay.", "training", least=0)
     batch_size: int = setting(8, "Number of examples on each device in a step.", "training", least=1)
     eval_batch_size: int = setting(

@@ -134,11 +134,11 @@ def test_its_command_has_the_same_settings(options: str, pico: Path, run: Run) -
 
 
 def test_its_command_says_no_more_than_it_must() -> None:
-    assert said(recipe_of().asked) == {}
-    assert said(recipe_of(bits=8).asked) == {"bits": 8}
-    assert said(recipe_of(bits=2.5).asked) == {"bits": 2.5}
-    assert said(recipe_of(quant_type="int", group_size=32).asked) == {"quant_type": "int", "group_size": 32}
-    assert said(recipe_of(calibration="default", iters=7).asked) == {"calibration": "default", "iters": 7}
+    assert said(recipe_of().requested) == {}
+    assert said(recipe_of(bits=8).requested) == {"bits": 8}
+    assert said(recipe_of(bits=2.5).requested) == {"bits": 2.5}
+    assert said(recipe_of(quant_type="int", group_size=32).requested) == {"quant_type": "int", "group_size": 32}
+    assert said(recipe_of(calibration="default", iters=7).requested) == {"calibration": "default", "iters": 7}
 
 
 def test_its_command_makes_the_same_bytes(pico: Path, hub: Hub, run: Run, tmp_path: Path) -> None:

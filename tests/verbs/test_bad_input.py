@@ -98,8 +98,8 @@ def check(refused: Refused, code: int, names: Sequence[object], out: Path, *, le
 
 
 OPTIONS: list[tuple[list[object], list[str]]] = [
-    (["--bits", 9], ["--bits 9", "known: 2, 3, 4, 8"]),
-    (["--bits", 5, "--quant-type", "nf"], ["--bits 5", "no nf type", "known: 2, 3, 4"]),
+    (["--bits", 9], ["--bits 9", "choose 2, 3, 4, 8"]),
+    (["--bits", 5, "--quant-type", "nf"], ["--bits 5", "nf does not have this width", "choose 2, 3, 4, or"]),
     (["--quant-type", "fp"], ["unknown quant type 'fp'", "int, nf"]),
     (["--group-size", 32], ["--group-size 32", "--quant-type int"]),
     (["--zero-point", "float"], ["--zero-point float", "--quant-type int"]),
@@ -112,13 +112,13 @@ OPTIONS: list[tuple[list[object], list[str]]] = [
     (["--quant-type", "int", "--group-size", 256], ["--group-size 256 does not divide", "use --group-size 64"]),
     (["--quant-type", "int", "--zero-point", "float", "--format", "gptq"], ["float zero-points", "--format loftq"]),
     (["--bits", 8, "--group-size", 32, "--format", "bitsandbytes"], ["holds nf4", "--format gptq or loftq"]),
-    (["--bits", 8.5], ["--bits 8.5", "budgets between"]),
+    (["--bits", 8.5], ["--bits 8.5", "or a budget between them"]),
     (["--bits", "four"], ["'--bits'", "'four'", "float"]),
     (["--alpha", 0], ["--alpha 0", "above 0"]),
     (["--alpha", -1], ["--alpha -1", "above 0"]),
     (["--alpha", "nan"], ["--alpha nan", "above 0"]),
     (["--alpha", "inf"], ["--alpha inf", "at most"]),
-    (["--iter", -1], ["--iter -1", "0 to 100 (0 is QLoRA's start)"]),
+    (["--iter", -1], ["--iter -1", "0 to 100 (0 as in QLoRA)"]),
     (["--iter", 101], ["--iter 101", "to 100"]),
     (["--rank", 0], ["--rank 0", "1 or more"]),
     (["--rank", 65], ["--rank 65", "model.layers.0.self_attn.q_proj", "64 x 64", "at most 64"]),

@@ -208,7 +208,7 @@ def test_anyones_gptq_checkpoint(version: int, act_order: bool, tmp_path: Path) 
         (["--rank", 16], ["--rank 16", "64 x 4, pooled by 16", "at most 4"]),
         (["--group-size", -1], ["--group-size -1", "use 32, 64 or 128"]),
         (["--adapter", "qlora"], ["unknown adapter 'qlora'", "lora, qalora"]),
-        (["--adapter", "lora", "--pool-size", 16], ["--pool-size 16: for --adapter qalora"]),
+        (["--adapter", "lora", "--pool-size", 16], ["--pool-size 16: applies only to --adapter qalora"]),
     ],
 )
 def test_bad_input(options: list[Any], said: list[str], pico: Path, run: Callable[..., Any], tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_bad_input(options: list[Any], said: list[str], pico: Path, run: Callabl
 def test_codebooks_have_no_zero_points(pico: Path, run: Callable[..., Any], tmp_path: Path) -> None:
     ended = run("quantize", pico, "--adapter", "qalora", "--quant-type", "nf", "--output", tmp_path / "out")
     assert ended.exit_code == 2
-    assert "--quant-type nf: QA-LoRA merges into zero-points, which int alone has" in ended.stderr
+    assert "--quant-type nf: QA-LoRA merges into zero-points, which only int has" in ended.stderr
 
 
 def test_the_other_loader_is_named(pico: Path, tmp_path: Path) -> None:
