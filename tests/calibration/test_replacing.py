@@ -94,7 +94,7 @@ def test_of_runs_side_by_side_one_gathers(plan: Plan, tmp_path: Path, monkeypatc
         runs.append(1)
         return run(*arguments)
 
-    monkeypatch.setattr(gathering, "_known", look)
+    monkeypatch.setattr(gathering, "_complete_statistics", look)
     monkeypatch.setattr(gathering, "run_in_lockstep", count)
     with ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(gather, plan, calibration, tmp_path / "known", quiet=True) for _ in range(2)]
