@@ -222,7 +222,7 @@ def test_only_what_fills_windows_counts(plan: Plan, tmp_path: Path) -> None:
     calibration = prepare(plan, tokens=511, sequence_length=128)
     assert calibration.tokens == 384
     assert calibration.notes == (
-        "calibrated on 384 tokens of the 511 that were asked for: of 511 tokens 384 fill whole windows of 128",
+        "calibrated on 384 tokens instead of 511: 384 of 511 tokens fill whole windows of 128",
     )
 
 

@@ -107,8 +107,8 @@ def test_disks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("token", "state", "text"),
     [
-        (None, "note", "none: public models alone can be read, nothing pushed (`hf auth login`)"),
-        ("hf_good", "ok", "somebody, with a token to write"),
+        (None, "note", "none: only public models can be read, and nothing can be pushed (log in with `hf auth login`)"),
+        ("hf_good", "ok", "somebody, with a write token"),
         ("hf_stale", "FAIL", "the Hub refuses the token: log in again with `hf auth login`"),
         ("hf_wörse", "FAIL", "the Hub token holds characters that no token has: copy it again"),
     ],
