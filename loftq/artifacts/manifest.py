@@ -1,4 +1,4 @@
-"""The small files of an artifact: configs, tokenizer, card, and the manifest, which hashes all the others."""
+"""The small files of an artifact: configs, tokenizer, card, and the manifest, which lists the hashes of all others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "safetenso
 
 
 def write_configs(plan: Plan, staging: Staging, folder: Path, trust_remote_code: bool) -> None:
-    """What loaders of the backbone and the adapter read beside the weights."""
+    """Write the files that loaders of the backbone and the adapter read beside the weights."""
     recipe = plan.recipe
     for path in side_files(plan.source.folder, trust_remote_code):
         shutil.copyfile(path, staging.folder / path.name)
@@ -54,8 +54,10 @@ def write_manifest(
     measured: Mapping[str, Any],
     calibration: Mapping[str, Any] | None,
 ) -> None:
-    """The card, and `loftq.json`. `measured` are totals of the run beside those of its layers, `calibration` is what
-    the text came to: tokens, windows and their hashes.
+    """Write the card and `loftq.json`.
+
+    `measured` are totals of the run that are not sums over its layers; `calibration` holds the settings of the
+    calibration with the number of tokens and the hashes of the text.
     """
     sums = {**totals_of(plan, rows), **measured}
     staging.write_text("README.md", card_text(plan, heading(plan), sums, rows))
@@ -76,7 +78,7 @@ def write_manifest(
 
 
 def heading(plan: Plan) -> dict[str, Any]:
-    """What the manifest says of the plan alone: enough to load the folder by."""
+    """The part of the manifest that depends only on the plan. It is enough to load the folder."""
     return {
         "format_version": artifact.VERSION,
         "kind": plan.kind,
@@ -148,14 +150,14 @@ def _write(staging: Staging, manifest: Mapping[str, Any]) -> None:
 
 
 def _config_text(plan: Plan) -> str:
-    """The source's `config.json` with the class that was built, its labels, the dtype, and the quantization."""
+    """The `config.json` of the source with the class of the model, its labels, the dtype, and the quantization."""
     recipe = plan.recipe
     config = json.loads((plan.source.folder / "config.json").read_text(encoding="utf-8"))
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = recipe.compute_dtype
     config["architectures"] = [type(plan.model).__name__]
     if recipe.num_labels is not None:
-        built: Any = plan.model.config
-        config |= {"id2label": built.id2label, "label2id": built.label2id}
+        labels: Any = plan.model.config
+        config |= {"id2label": labels.id2label, "label2id": labels.label2id}
     config["quantization_config"] = plan.layout.quantization_config(
         recipe.grids[0], recipe.dtype, plan.skip_modules, plan.codebooks, plan.quantized_names
     )

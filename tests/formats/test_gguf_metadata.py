@@ -257,7 +257,7 @@ def test_tokenizers_of_other_kinds_are_refused(change: Any, said: str, tmp_path:
 
 
 def test_a_tokenizer_of_another_model_or_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"holds no tokenizer\.json, .*save_pretrained"):
+    with pytest.raises(OptionError, match=r"has no tokenizer\.json, .*save_pretrained"):
         fields(tmp_path, config_of("llama"))
     Tokenizer(models.Unigram([("a", 0.0)])).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(OptionError, match="not Unigram"):

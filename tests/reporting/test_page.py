@@ -242,9 +242,9 @@ def test_files_in_the_way_stay(made: dict[str, Path], tmp_path: Path, monkeypatc
     mine = tmp_path / "page.html"
     mine.write_text("mine")
     for target, message in {
-        mine: "page.html is there already: add --overwrite",
+        mine: "page.html exists already: add --overwrite",
         tmp_path: "is a folder: name a file",
-        tmp_path / "none" / "page.html": "none is not there: make it first",
+        tmp_path / "none" / "page.html": "none does not exist: create it first",
     }.items():
         with pytest.raises(OutputError, match=message):
             loftq.report([made["loftq"]], html=target)
@@ -266,7 +266,7 @@ def test_bad_input(made: dict[str, Path], pico: Path, tmp_path: Path, monkeypatc
     html = tmp_path / "page.html"
     with pytest.raises(OptionError, match="nothing to write: name a page with --html"):
         loftq.report([made["loftq"]])
-    with pytest.raises(OptionError, match="9 folders: a report is of 1 to 8"):
+    with pytest.raises(OptionError, match="9 folders: a report compares 1 to 8"):
         loftq.report([made["loftq"]] * 9, html=html)
     with pytest.raises(ArtifactError, match=r"has no loftq\.json"):
         loftq.report([made["loftq"], pico], html=html)

@@ -413,7 +413,7 @@ def test_output_is_a_folder_of_others(
     refused = refuse(pico, *flags)
     assert refused.exit_code == 1
     assert str(out) in refused.line
-    assert "will not be touched" in refused.line
+    assert "stays unchanged" in refused.line
     assert "--output" in refused.line
     assert [path.name for path in out.iterdir()] == [content]
     assert (out / content).read_text() == "mine"
@@ -423,7 +423,7 @@ def test_output_is_the_model(model: Path, run: Callable[..., Any]) -> None:
     before = sorted(path.name for path in model.iterdir())
     ended = run("quantize", model, *SETTINGS, "--output", model, "--overwrite")
     assert ended.exit_code == 1
-    assert "will not be touched" in ended.stderr
+    assert "stays unchanged" in ended.stderr
     assert sorted(path.name for path in model.iterdir()) == before
 
 

@@ -307,7 +307,7 @@ def test_somebody_elses_gptq_checkpoint(act_order: bool, pico: Path, tmp_path: P
         assert merge(theirs, tmp_path / "trained", tmp_path / "out", to="int").difference < 1e-5
     small = loftq.load_qalora(theirs, rank=2, pool_size=8)
     small.save_pretrained(tmp_path / "small")
-    with pytest.raises(OptionError, match=r"pools 8 inputs, which is not a multiple of the groups of 16|act-order"):
+    with pytest.raises(OptionError, match=r"pools 8 inputs, which is not a multiple of the group size 16|act-order"):
         merge(theirs, tmp_path / "small", tmp_path / "out", to="int", overwrite=True)
     with pytest.raises(OptionError, match="brings no adapter: name a trained one with --adapter"):
         loftq.merge(theirs, to="int", output=tmp_path / "none")

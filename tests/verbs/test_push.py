@@ -227,7 +227,9 @@ def test_an_adapters_folder_is_its_own(
     name: str, option: str, made: Path, trained: Path, hub: WritableHub, run: Run
 ) -> None:
     result = run("push", made, "alice/pico", "--token", TOKEN, "--adapter", trained, option, name)
-    assert error_of(result, 2).startswith(f"Error: --subfolder {name}: expected a name of its own")
+    assert error_of(result, 2).startswith(
+        f"Error: --subfolder {name}: expected a name like gsm8k that the repository does not use yet"
+    )
     assert "--adapter" in error_of(run("push", made, "alice/pico", "--token", TOKEN, option, "x"), 2)
     assert hub.requests == []
 
@@ -499,7 +501,7 @@ def test_an_incomplete_folder_is_not_pushed(made: Path, pico: Path, hub: Writabl
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"kind": "merged"}, "is a merged folder, which no adapter goes with: `hf upload REPO_ID"),
+        ({"kind": "merged"}, "is a merged folder, which has no adapter: upload it unchanged with `hf upload REPO_ID"),
         ({"files": {}}, "is damaged: it does not list loftq_init/adapter_config.json"),
         ({"more": "../secret"}, "lists '../secret', which lies outside its folder"),
         ({"more": "/etc/hostname"}, "lists '/etc/hostname', which lies outside its folder"),
