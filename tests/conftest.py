@@ -1,27 +1,23 @@
-"""Pico models: real transformers models of two layers, made from a config and saved to a temporary folder."""
+"""Pico models: real transformers models of two layers, made from a config and saved to a temporary folder.
+
+Nothing that takes seconds to import is imported before it is used: the process that only hands tests out to the others
+reads this file too.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
 
-from loftq.core import chunks
 from loftq_cli.main import main
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # a GPU's kernels run on the CPU, however slowly
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 SIZES = {
     "vocab_size": 320,
@@ -34,14 +30,30 @@ SIZES = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Without a GPU its kernels run on the CPU, however slowly: Triton reads this when transformers imports it."""
+    hands_out = config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput")
+    if not hands_out:
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pico_llama(**changes: object) -> LlamaForCausalLM:
     """A llama of two layers in bfloat16 with reproducible weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes})).bfloat16()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with a token for each byte and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*alphabet, "<s>", "</s>"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -98,6 +110,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
 @pytest.fixture
 def set_threads() -> Iterator[Callable[[int], None]]:
     """Two threads, whatever the machine, so that compiled loops share their work out; others on demand."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield torch.set_num_threads
@@ -107,6 +121,8 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 @pytest.fixture
 def torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run what runs on devices other than the CPU, several chunks of it."""
+    from loftq.core import chunks
+
     monkeypatch.setattr(chunks, "on_cpu", lambda _: False)
     monkeypatch.setattr(chunks, "CHUNK", 1 << 11)
 
@@ -117,12 +133,17 @@ def triton_path(torch_path: None, monkeypatch: pytest.MonkeyPatch) -> None:  # n
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("with a GPU kernels are compiled for it: test_cuda_*.py run them")
+
+    from loftq.core import chunks
+
     monkeypatch.setattr(chunks, "on_gpu", lambda _: True)
 
 
 @pytest.fixture
 def cuda() -> torch.device:
     """A GPU, or the test is skipped."""
+    import torch
+
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU that CUDA knows")
     return torch.device("cuda")
@@ -131,6 +152,8 @@ def cuda() -> torch.device:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """What a test draws without a seed of its own is the same in every run."""
+    import torch
+
     torch.manual_seed(0)
 
 

@@ -18,6 +18,7 @@ from bitsandbytes.functional import has_avx512bf16
 from conftest import pico_llama, save_model
 from peft import PeftModel
 from picos import save_pico
+from processes import run_python
 from rows import articles, problems, reviews, sums, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -360,18 +361,32 @@ def test_training_loads_no_compiler(artifact: Path, data: str, tmp_path: Path) -
         "import sys, loftq; loftq.train(sys.argv[1], data=sys.argv[2], output=sys.argv[3], max_steps=1, quiet=True); "
         "print('bitsandbytes' in sys.modules, [name for name in ('numba', 'llvmlite') if name in sys.modules])"
     )
-    command = [sys.executable, "-c", code, str(artifact), data, str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_python(code, artifact, data, tmp_path / "out", level="torch")
     assert done.stdout.split("\n")[-2] == "True []", done.stderr
 
 
-def test_two_processes_train_together(artifact: Path, data: str, tmp_path: Path) -> None:
+# What torchrun does after it has read its options, but with processes that are forks.
+FORKED_RUN = """
+import sys
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from loftq_cli.main import main
+
+one_machine = {"min_nodes": 1, "max_nodes": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+elastic_launch(LaunchConfig(**one_machine, nproc_per_node=2, start_method="fork"), main)(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("launcher", ["forks", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_two_processes_train_together(launcher: str, artifact: Path, data: str, tmp_path: Path) -> None:
     """`torchrun` of the same command; oracle: one process with twice the batch."""
     options = ["--data", data, "--output", str(tmp_path / "two"), "--max-steps", "2", "--dtype", "float32", "--cpu"]
     options += ["--batch-size", "2", "--eval-steps", "2", "--lr-scheduler", "constant", "--optim", "sgd"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command = [*command[:3], "--standalone", "--nproc-per-node", "2", "-m", "loftq_cli.main", "train"]
-    done = subprocess.run([*command, str(artifact), *options], capture_output=True, text=True, check=False)
+    if launcher == "forks":
+        done = run_python(FORKED_RUN, "train", artifact, *options)
+    else:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*torchrun, "-m", "loftq_cli.main", "train", str(artifact), *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("adapter in") == 1
     record = json.loads((tmp_path / "two" / RECORD).read_text())
