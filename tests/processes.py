@@ -68,7 +68,9 @@ class Process:
         if self.returncode is None:
             self.connection.settimeout(timeout)
             self.returncode = int(self.answers.readline())
-            self.connection.close()
+            for file in (self.stdin, self.stdout, self.answers, self.connection):
+                if file is not None:
+                    file.close()
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:

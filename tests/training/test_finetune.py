@@ -151,6 +151,21 @@ def options(data: str, output: Path, *, save_steps: int) -> list[Any]:
     return [*asked, "--learning-rate", 3e-2, "--batch-size", 4, "--quiet"]
 
 
+@pytest.fixture(scope="module")
+def whole(artifact: Path, data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The adapter of a run of eight steps in one piece."""
+    return adapter_after(artifact, data, tmp_path_factory.mktemp("whole") / "out", max_steps=8)
+
+
+@pytest.fixture(scope="module")
+def cut(artifact: Path, data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the same run, with a checkpoint every other step, cut off after the fifth. Do not write to it."""
+    folder = tmp_path_factory.mktemp("cut") / "out"
+    with pytest.MonkeyPatch.context() as patch, killed_after(5, patch), pytest.raises(KeyboardInterrupt):
+        loftq.train(str(artifact), data=data, output=folder, **{**FAST, "max_steps": 8, "save_steps": 2})
+    return folder
+
+
 def test_a_killed_training_ends_in_the_same_loss(
     artifact: Path, data: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,10 +194,9 @@ def test_a_killed_training_ends_in_the_same_loss(
 
 
 def test_the_same_command_goes_on_until_it_is_done(
-    artifact: Path, data: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    artifact: Path, data: str, whole: Any, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a requeued job has it: with --resume from the first time on."""
-    whole = adapter_after(artifact, data, tmp_path / "whole", max_steps=8)
     asked = [*options(data, tmp_path / "cut", save_steps=2), "--resume"]
     with killed_after(5, monkeypatch):
         assert run("train", artifact, *asked).exit_code == 130
@@ -203,13 +217,11 @@ def test_the_same_command_goes_on_until_it_is_done(
     ],
 )
 def test_a_checkpoint_that_was_cut_off_is_passed_over(
-    name: str, left: int, artifact: Path, data: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    name: str, left: int, artifact: Path, data: str, whole: Any, cut: Path, tmp_path: Path, run: Run
 ) -> None:
     """Oracle: the run in one piece."""
-    whole = adapter_after(artifact, data, tmp_path / "whole", max_steps=8)
+    shutil.copytree(cut, tmp_path / "cut")
     asked = options(data, tmp_path / "cut", save_steps=2)
-    with killed_after(5, monkeypatch):
-        run("train", artifact, *asked)
     damaged = tmp_path / "cut" / "checkpoint-4" / name
     kept = damaged.read_bytes()[:left]
     damaged.unlink()
@@ -536,13 +548,21 @@ def test_the_in_memory_layer_trains_with_the_plain_trainer(tmp_path: Path) -> No
     assert all("lora_" in name or name.startswith("out.") or "base_layer" not in name for name in changed)
 
 
-def test_loss_falls_on_plain_text_in_half_a_minute(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("blocks", "training"),
+    [
+        (2, {"max_steps": 70, "learning_rate": 1e-2, "batch_size": 4}),
+        pytest.param(4, {"max_steps": 150, "learning_rate": 5e-3}, marks=pytest.mark.slow),
+    ],
+)
+def test_loss_falls_on_plain_text(blocks: int, training: dict[str, Any], tmp_path: Path) -> None:
     """A larger pico model on Shakespeare, packed."""
-    folder = save_model(pico_llama(hidden_size=128, num_hidden_layers=4, intermediate_size=256), tmp_path / "model")
+    sizes = {"hidden_size": 128, "num_hidden_layers": blocks, "intermediate_size": 256}
+    folder = save_model(pico_llama(**sizes), tmp_path / "model")
     made = loftq.quantize(str(folder), output=tmp_path / "made", rank=8, quiet=True).folder
     text = Path(__file__).parent.parent.parent / "benchmarks" / "data" / "shakespeare.txt"
-    options: dict[str, Any] = {"task": "clm", "cutoff_len": 128, "max_steps": 150, "learning_rate": 5e-3}
-    loftq.train(str(made), data=str(text), output=tmp_path / "out", quiet=True, dtype="float32", **options)
+    options: dict[str, Any] = {"task": "clm", "cutoff_len": 128, "dtype": "float32", "quiet": True}
+    loftq.train(str(made), data=str(text), output=tmp_path / "out", **options, **training)
     assert losses(tmp_path / "out")[-1] < 0.88 * losses(tmp_path / "out")[0]
 
 
