@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from conftest import SIZES, save_model
 from peft import PeftModel
 from picos import output_of, pico_model, save_pico
+from processes import run_python
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -243,7 +242,7 @@ def test_the_lines_of_the_card_load_it(name: str, task: str, tmp_path: Path) -> 
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     code = code.replace('MODEL_DIR = "..."', f"MODEL_DIR = {str(folder)!r}")
     code += "\nprint(type(base_model).__name__, sum('lora_A' in name for name, _ in model.named_parameters()))"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ended = run_python(code)
     layers = len(json.loads((folder / "loftq.json").read_text())["layers"])
     built = type(build_meta(folder)[0]).__name__
     assert ended.stdout.split() == [built, str(layers)], ended.stderr

@@ -14,8 +14,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +25,7 @@ from conftest import Result
 from hub import Answer, client_of, serve
 from huggingface_hub import ModelCard, constants, utils
 from peft import PeftConfig
+from processes import run_python, start_python
 from writable_hub import SETTLED, WritableHub
 
 import loftq
@@ -105,7 +104,7 @@ def environment(hub: WritableHub, home: Path, token: str) -> dict[str, str]:
 def in_a_new_process(code: str, hub: WritableHub, home: Path, token: str = "") -> str:
     """What a process that has only an endpoint, a token and an empty cache prints."""
     given = environment(hub, home, token)
-    ended = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, cwd=home)
+    ended = run_python(code, level="torch", env=given, cwd=home)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
@@ -385,14 +384,8 @@ def test_an_upload_that_was_interrupted_goes_on(
     (tmp_path / "clean").mkdir()
     code = "import signal, sys; from loftq_cli.main import main; "
     code += "signal.signal(signal.SIGINT, signal.default_int_handler); main(sys.argv[1:])"  # a shell may ignore it
-    words = [str(word) for word in ("push", made, "alice/pico", "--quiet")]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *words],
-        env=environment(hub, tmp_path / "clean", TOKEN),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = ("push", made, "alice/pico", "--quiet")
+    process = start_python(code, *words, level="torch", env=environment(hub, tmp_path / "clean", TOKEN))
     hub.upload.breaks_after = 2
     hub.upload.meanwhile = lambda: (process.send_signal(number), process.wait(60))
     _, said = process.communicate()
