@@ -36,11 +36,11 @@ def _perplexity(opened: Opened, rows: Any, settings: EvaluateSettings) -> dict[s
 def _gsm8k(opened: Opened, rows: Any, settings: EvaluateSettings) -> dict[str, float]:
     columns = find_columns(rows, gsm8k.ROLES, settings.columns)
     expected = [gsm8k.reference(row, columns["answer"]) for row in rows]
-    most = settings.max_new_tokens or gsm8k.MOST_TOKENS
+    limit = settings.max_new_tokens or gsm8k.MOST_TOKENS
     encoder = _encoder(settings, opened)
-    prompts = [gsm8k.prompt(text_of(row, columns["question"]), encoder, most) for row in rows]
+    prompts = [gsm8k.prompt(text_of(row, columns["question"]), encoder, limit) for row in rows]
     texts = answers(
-        opened, prompts, most, batch_size=settings.batch_size, stop=gsm8k.STOP, quiet=settings.quiet, desc="gsm8k"
+        opened, prompts, limit, batch_size=settings.batch_size, stop=gsm8k.STOP, quiet=settings.quiet, desc="gsm8k"
     )
     right = [gsm8k.final_number(answer) == number for answer, number in zip(texts, expected, strict=True)]
     return {"exact match": sum(right) / len(right), "questions": len(right)}
@@ -48,12 +48,12 @@ def _gsm8k(opened: Opened, rows: Any, settings: EvaluateSettings) -> dict[str, f
 
 def _summarization(opened: Opened, rows: Any, settings: EvaluateSettings) -> dict[str, float]:
     columns = find_columns(rows, summarization.ROLES, settings.columns)
-    most = settings.max_new_tokens or summarization.MOST_TOKENS
-    encoder = _encoder(settings, opened, most)
+    limit = settings.max_new_tokens or summarization.MOST_TOKENS
+    encoder = _encoder(settings, opened, limit)
     prompts = [
-        encoder.prompt(summarization.prompt(text_of(row, columns["document"]), encoder, most), most) for row in rows
+        encoder.prompt(summarization.prompt(text_of(row, columns["document"]), encoder, limit), limit) for row in rows
     ]
-    texts = answers(opened, prompts, most, batch_size=settings.batch_size, quiet=settings.quiet, desc="summarization")
+    texts = answers(opened, prompts, limit, batch_size=settings.batch_size, quiet=settings.quiet, desc="summarization")
     return summarization.rouge(texts, [text_of(row, columns["summary"]) for row in rows]) | {"documents": len(rows)}
 
 

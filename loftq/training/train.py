@@ -100,9 +100,9 @@ def _train(settings: TrainSettings, run: TrainRun) -> Result:
         find_destination(settings.push_to_hub).refuse_other_models()
     with explain_memory(), explain_os_errors(output):
         with arguments.main_process_first():
-            ready, backbone = quantized(settings, backbone, quiet=quiet)
+            ready_settings, backbone = quantized(settings, backbone, quiet=quiet)
         identity = identity_of(backbone)
-        opened = _opened(ready, backbone, arguments, quiet=quiet)
+        opened = _opened(ready_settings, backbone, arguments, quiet=quiet)
         train_examples, eval_examples = examples(settings, opened, rows, evaluation)
         trainer = _trainer(settings, opened, arguments, train_examples, eval_examples, quiet=quiet)
         resume = run.resume and (output / TRAINING_RECORD).is_file()
@@ -112,19 +112,19 @@ def _train(settings: TrainSettings, run: TrainRun) -> Result:
                 give_up_after(last, output)
             else:
                 begin(output, settings, identity)
-        done = trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        trained = trainer.train(resume_from_checkpoint=None if last is None else str(last))
         result = Result(
             output,
             *count_parameters(opened.model),
             steps=trainer.state.global_step,
             examples=len(train_examples),
-            train_loss=_last_loss(trainer, done.training_loss),
+            train_loss=_last_loss(trainer, trained.training_loss),
             evaluation={} if eval_examples is None else _measured(trainer),
             seconds=time.perf_counter() - started,
         )
         if trainer.is_world_process_zero():
-            if not Path(ready.model).expanduser().is_dir():
-                opened.name_backbone(ready.model)  # the name is an id on the Hub
+            if not Path(ready_settings.model).expanduser().is_dir():
+                opened.name_backbone(ready_settings.model)  # the name is an id on the Hub
             _finish(opened, settings, identity, result, trainer.state.log_history)
     return result
 

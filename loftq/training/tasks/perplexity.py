@@ -24,19 +24,19 @@ def perplexity(model: Any, ids: Sequence[int], window: int, stride: int, *, quie
         raise OptionError("the text has fewer than two tokens, so there is nothing to score: use a longer text")
     total, scored, windows = 0.0, 0, 0
     starts = range(0, max(len(ids) - window, 0) + stride, stride)
-    done = 1  # the first token has nothing before it
+    scored_to = 1  # the first token has nothing before it
     with torch.no_grad():
         for start in tqdm(starts, disable=quiet, desc="perplexity", unit="window", dynamic_ncols=True):
             end = min(start + window, len(ids))
-            if end <= done:
+            if end <= scored_to:
                 break
             tokens = torch.tensor([list(ids[start:end])], device=model.device)
-            first = max(done, start + 1)  # the first token of a window has no context
+            first = max(scored_to, start + 1)  # the first token of a window has no context
             logits = model(input_ids=tokens).logits[0, first - start - 1 : -1].float()
             total += float(nn.functional.cross_entropy(logits, tokens[0, first - start :], reduction="sum"))
             scored += end - first
             windows += 1
-            done = end
+            scored_to = end
     mean = torch.tensor(total / scored, dtype=torch.float64)  # its exponential may be infinite
     figures = {"tokens": scored, "windows": windows, "window": window, "stride": stride}
     return {"perplexity": float(mean.exp()), **figures}

@@ -40,10 +40,10 @@ def prompt(document: str, encoder: Encoder, room: int) -> str:
     if encoder.seq2seq:
         return document
     limit = encoder.cutoff_len - min(room, encoder.cutoff_len // 2)
-    most = min(encoder.max_source_length or limit, limit) - len(encoder.ids(_CUE)) - 2
+    room_for_document = min(encoder.max_source_length or limit, limit) - len(encoder.ids(_CUE)) - 2
     ids = encoder.ids(document)
-    if len(ids) > most:
-        document = str(encoder.tokenizer.decode(ids[: max(most, 0)]))
+    if len(ids) > room_for_document:
+        document = str(encoder.tokenizer.decode(ids[: max(room_for_document, 0)]))
     return document + _CUE
 
 
