@@ -627,7 +627,7 @@ def test_a_push_that_fails_leaves_the_folder(pico: Path, hub: WritableHub, run: 
     options = ("--rank", 4, "--iter", 1, "--quiet", "--token", TOKEN, "--output", output)
     error = error_of(run("quantize", pico, *options, "--push", "alice/pico"))
     assert error.startswith(f"Error: {output} is complete, but not pushed: the Hub does not answer")
-    assert error.endswith(f"(`loftq push {output} alice/pico`)")
+    assert error.endswith(f"(push it with `loftq push {output} alice/pico`)")
     hub.upload.breaks_after = None
     assert run("push", output, "alice/pico", "--token", TOKEN).exit_code == 0
 
