@@ -336,7 +336,7 @@ def test_a_shard_that_shrinks_between_header_and_tensor_is_an_error(pico: Path, 
 
 
 def test_a_dtype_that_torch_lacks_is_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"here: tensor 'model\.weight' has dtype F4,"):
+    with pytest.raises(CheckpointError, match=r"here: tensor 'model\.weight' has dtype F4: expected one of F64, "):
         spec_of("model.weight", "F4", [2, 2], "here")
 
 

@@ -244,7 +244,10 @@ def test_values_beyond_float16_are_refused() -> None:
             lambda source: source["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="x+"),
             r"splits text \(x\+;",
         ),
-        (lambda source: source["added_tokens"][0].update(id=400), "up to id 400, the model's embedding has 400 rows"),
+        (
+            lambda source: source["added_tokens"][0].update(id=400),
+            "up to id 400, but the embedding of the model has 400 rows",
+        ),
     ],
 )
 def test_tokenizers_of_other_kinds_are_refused(change: Any, said: str, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_merged_folders_are_compared_by_their_files(to: str, pico: Path, tmp_pat
     content[-1] ^= 1
     (merged / name).write_bytes(content)
     assert named(merged) == {name}
-    with pytest.raises(OptionError, match=f"--source .*: {merged} is a .* folder, without errors of layers"):
+    with pytest.raises(OptionError, match=f"--source .*: {merged} is a .* folder, which has no errors of layers"):
         loftq.verify(merged, pico, quiet=True)
 
 
