@@ -22,7 +22,7 @@ from loftq.planning.planner import make_plan
 from loftq.planning.recipe import recipe_of
 from loftq.training.arguments import default_optimizer
 from loftq.training.model import find_model
-from loftq.training.opening import check_artifact, lora_config, quantizing_of
+from loftq.training.open_model import check_artifact, lora_config, quantizing_of
 from loftq.training.settings import TrainSettings, settings_of
 from loftq.training.tasks import TRAINING_TASKS
 

@@ -22,7 +22,7 @@ from loftq.training.data import read_rows
 from loftq.training.evaluate_settings import EvaluateKeywords, EvaluateSettings
 from loftq.training.measures import MEASURES
 from loftq.training.model import find_model
-from loftq.training.opening import Opened, load_source, open_to_use
+from loftq.training.open_model import Opened, load_source, open_to_use
 from loftq.training.process import explain_memory, hush
 from loftq.training.tasks import TRAINING_TASKS
 from loftq.verbs.quantize import quantize

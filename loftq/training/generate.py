@@ -16,7 +16,7 @@ from loftq.models.devices import compute_dtype, device_to_run
 from loftq.training import encoding
 from loftq.training.encoding import Encoder
 from loftq.training.model import find_model
-from loftq.training.opening import Opened, open_to_use
+from loftq.training.open_model import Opened, open_to_use
 from loftq.training.process import explain_memory, hush
 
 

@@ -11,7 +11,7 @@ from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.models.devices import compute_dtype, device_to_run
 from loftq.training.model import find_model
-from loftq.training.opening import open_to_use
+from loftq.training.open_model import open_to_use
 from loftq.training.process import explain_memory, hush
 
 

@@ -12,7 +12,7 @@ from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Collator, Encoder
 from loftq.training.evaluate_settings import EvaluateSettings
 from loftq.training.generate import answers
-from loftq.training.opening import Opened
+from loftq.training.open_model import Opened
 from loftq.training.tasks import TRAINING_TASKS, classification, gsm8k, summarization
 from loftq.training.tasks.perplexity import perplexity
 

@@ -17,7 +17,7 @@ from loftq.planning.recipe import recipe_of
 from loftq.planning.settings import SAVE_DIR, QuantizeSettings
 from loftq.solving.finished import differences
 from loftq.training.model import Model
-from loftq.training.opening import check_artifact, quantizing_of
+from loftq.training.open_model import check_artifact, quantizing_of
 from loftq.training.settings import QUANTIZING, TrainSettings
 from loftq.verbs.quantize import quantize
 

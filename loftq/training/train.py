@@ -28,7 +28,7 @@ from loftq.training.arguments import arguments_of, explain_settings
 from loftq.training.data import hold_out, read_rows
 from loftq.training.encoding import Collator, Encoder
 from loftq.training.model import Model, find_model, identity_of
-from loftq.training.opening import Opened, count_parameters, mode_of, open_to_train
+from loftq.training.open_model import Opened, count_parameters, mode_of, open_to_train
 from loftq.training.process import explain_memory, hush
 from loftq.training.quantize_first import quantized
 from loftq.training.run_folder import begin, check_run_folder, give_up_after, last_checkpoint, write_record

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq.artifacts.backbone import backbone_of
-from loftq.artifacts.contents import TRAINED, Contents
+from loftq.artifacts.inspection import TRAINED, Inspection
 from loftq.core.grid import ROW, Grid
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats import adapter as adapters
@@ -41,7 +41,7 @@ class _Place:
         return self.read(file)
 
 
-def inspect(folder: str | Path, *, revision: str | None = None, token: str | None = None, worst: int = 5) -> Contents:
+def inspect(folder: str | Path, *, revision: str | None = None, token: str | None = None, worst: int = 5) -> Inspection:
     """Show the contents of a loftq folder, of the folder of a peft adapter, or of such a repository on the Hub.
 
     No weights are read or downloaded. From a repository, only the configurations and, by range requests, the headers of
@@ -58,7 +58,7 @@ def inspect(folder: str | Path, *, revision: str | None = None, token: str | Non
         adapter = _adapter(place, "")
         base = {"model": adapter.config.get("base_model_name_or_path"), "task": adapter.config.get("task_type")}
         sizes = {"adapter": sum(spec.nbytes for spec in place.header(adapters.WEIGHTS))}
-        return Contents(place.name, TRAINED, place.commit, base, sizes, adapter=_described(adapter))
+        return Inspection(place.name, TRAINED, place.commit, base, sizes, adapter=_described(adapter))
     raise ArtifactError(
         f"{place.name} has neither a {MANIFEST} nor an {adapters.CONFIG}: expected a folder or repository that "
         "`loftq quantize` wrote, or one of a peft adapter"
@@ -74,7 +74,7 @@ def _find(name: str, revision: str | None, token: str | None) -> _Place:
     return _Place(str(folder), None, folder, files, cache(lambda file: read_header(folder / file)))
 
 
-def _inspect_artifact(place: _Place, worst: int) -> Contents:
+def _inspect_artifact(place: _Place, worst: int) -> Inspection:
     artifact = read_artifact(place.folder)
     manifest = artifact.manifest
     rows = manifest.get("layers") or []
@@ -95,7 +95,7 @@ def _inspect_artifact(place: _Place, worst: int) -> Contents:
             raise ArtifactError(f"{place.name} lacks the tensor {missing[0]!r}: `loftq verify` lists all problems")
         sizes["linears"] = sum(checkpoint.tensors[name].nbytes for name in backbone.owners)
         types = list(_types(backbone.grids, backbone.shapes))
-    return Contents(
+    return Inspection(
         name=place.name,
         kind=str(manifest["kind"]),
         commit=place.commit,

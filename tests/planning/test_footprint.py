@@ -14,7 +14,7 @@ from peft import get_peft_model
 
 from loftq.models.training_memory import kept_bytes, trained_bytes
 from loftq.planning.footprint import TOKENS, footprint
-from loftq.training.opening import lora_config
+from loftq.training.open_model import lora_config
 from loftq.verbs.zoo import find_recipe
 
 

@@ -27,7 +27,7 @@ from loftq.errors import OptionError, SourceError
 from loftq.models.tasks import TASKS
 from loftq.training import evaluate as measures
 from loftq.training.generate import answers
-from loftq.training.opening import Opened
+from loftq.training.open_model import Opened
 from loftq.training.tasks.classification import scores
 from loftq.training.tasks.perplexity import perplexity
 from loftq.training.tasks.summarization import rouge

@@ -1,6 +1,6 @@
 """Training. Oracles: a stock peft load, the same run without evaluations or in one piece, the bytes of the backbone.
 
-Covers: cli/train.py, loftq/training/arguments.py, loftq/training/opening.py, loftq/training/process.py,
+Covers: cli/train.py, loftq/training/arguments.py, loftq/training/open_model.py, loftq/training/process.py,
 loftq/training/run_folder.py.
 """
 
@@ -34,7 +34,7 @@ from loftq.models.adapters import TRAINING_RECORD
 from loftq.training import train
 from loftq.training.arguments import arguments_of
 from loftq.training.model import find_model
-from loftq.training.opening import mode_of
+from loftq.training.open_model import mode_of
 from loftq.training.settings import TrainSettings
 
 Run = Callable[..., Any]

@@ -21,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from loftq.hub.source import find_source
 from loftq.training.encoding import Collator, Encoder, load_tokenizer
 from loftq.training.model import find_model
-from loftq.training.opening import open_to_use, quantizing_of
+from loftq.training.open_model import open_to_use, quantizing_of
 from loftq.training.settings import TrainSettings
 from loftq.training.tasks import TRAINING_TASKS
 

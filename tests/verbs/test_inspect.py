@@ -1,6 +1,6 @@
 """Inspect: what it says of a folder or a repository, and how little of either it reads.
 
-Covers: cli/inspect.py, loftq/artifacts/contents.py.
+Covers: cli/inspect.py, loftq/artifacts/inspection.py.
 """
 
 from __future__ import annotations

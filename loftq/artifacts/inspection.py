@@ -19,7 +19,7 @@ _SHOWN = ("method", "iters", "scales", "rounding", "refine", "allocation", "comp
 
 
 @dataclass(frozen=True)
-class Contents:
+class Inspection:
     """The contents of a folder or a repository. Sizes are in bytes; a field is empty if the folder lacks that part.
 
     `types` lists the types of the quantized weights, each with its bits and the number of layers and weights.
