@@ -255,7 +255,7 @@ def test_each_kind_has_its_rate(artifact: Path, pooled: Path, pico: Path, data: 
         (pico, "lora", 2e-4),
         (pico, "qalora", 1e-3),
     ):
-        asked = TrainSettings(str(model), (data,), "out", adapter=adapter)
+        asked = TrainSettings(model=str(model), data=(data,), output="out", adapter=adapter)
         mode = mode_of(asked, find_model(asked.model))
         assert arguments_of(asked, mode).learning_rate == rate
         asked = replace(asked, learning_rate=3e-5)

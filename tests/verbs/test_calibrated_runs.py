@@ -213,7 +213,7 @@ def test_a_journal_of_an_older_version_is_resumed(quantize: Any, monkeypatch: py
 def test_full_memory_says_what_lowers_the_need(quantize: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The allocator's own error, while refining."""
     monkeypatch.setattr("loftq.solving.refine._train", lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
-    with pytest.raises(LoftQError, match=r"out of memory: use fewer --workers, .* or --refine 0"):
+    with pytest.raises(LoftQError, match=r"out of memory: use fewer --workers; .* or --refine 0; --dry-run shows"):
         quantize(refine=4)
 
 
@@ -224,7 +224,7 @@ def test_a_finished_run_is_of_its_text(quantize: Any, text: Path, tmp_path: Path
     made = quantize(calibration=own, statistics=None)
     assert quantize(calibration=own, statistics=None, resume=True).layers == made.layers
     own.write_text(TEXT[::-1], encoding="utf-8")
-    with pytest.raises(OutputError, match=f"calibrated on another text.* than {own} by now: add --overwrite"):
+    with pytest.raises(OutputError, match=f"calibrated on another text.* than {own} is now: add --overwrite"):
         quantize(calibration=own, statistics=None, resume=True)
 
 
@@ -235,7 +235,7 @@ def test_statistics_serve_other_runs(quantize: Any, monkeypatch: pytest.MonkeyPa
     def die(*_: Any, **__: Any) -> Any:
         raise AssertionError("the model was run again")
 
-    monkeypatch.setattr(gather, "run", die)
+    monkeypatch.setattr(gather, "run_in_lockstep", die)
     second = quantize("second", bits=3, rank=8)
     assert second.totals["bits_per_weight"] < first.totals["bits_per_weight"]
 
@@ -349,14 +349,17 @@ def test_qalora_is_calibrated_too(format: str, quantize: Any) -> None:
         (["--sequence-length", 512], "--sequence-length 512: needs text"),
         (["--method", "querra"], "unknown method 'querra'; did you mean qera?"),
         (["--scales", "absmin"], "unknown scales 'absmin'; did you mean absmax?"),
-        (["--calibration", "default", "--refine", -1], "--refine -1: expected 0 (none)"),
+        (["--calibration", "default", "--refine", -1], "--refine -1: expected 0 to 100000 steps"),
         (["--calibration", "default", "--svd", "exact"], "--svd exact: applies only to LoftQ without text"),
-        (["--adapter", "qalora", "--svd", "exact"], "--svd exact: QA-LoRA's pooled factors"),
-        (["--adapter", "qalora", "--scales", "search"], "--scales search: QA-LoRA without the inputs"),
+        (["--adapter", "qalora", "--svd", "exact"], "--svd exact: QA-LoRA's factors are always exact"),
+        (
+            ["--adapter", "qalora", "--scales", "search"],
+            "--scales search: without text, QA-LoRA fits the scales to the nearest codes",
+        ),
         (["--adapter", "qalora", "--method", "qera"], "--method qera: QA-LoRA only has qlora, loftq, cloq, calibrated"),
         (["--calibration", "missing.txt"], "--calibration missing.txt: no such file"),
         (["--calibration", "missing.txt", "--dry-run"], "--calibration missing.txt: no such file"),
-        (["--statistics", "known"], "--statistics known: needs text; add --calibration FILE"),
+        (["--statistics", "known"], "--statistics known needs a calibration text: add --calibration FILE"),
         (["--calibration", "default", "--calibration-tokens", 100], "--calibration-tokens 100: expected 512 or more"),
         (["--calibration", "default", "--sequence-length", 4], "--sequence-length 4: expected 16 or more"),
     ],
