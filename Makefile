@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow check format zoo bench
+.PHONY: install demo test test-slow check docs format zoo bench
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,6 +28,10 @@ check: install  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: install  ## the reference pages from the code, then the site in docs/_build: a broken link fails
+	$(BIN)/python docs/generate.py
+	$(BIN)/sphinx-build -q -W --keep-going docs docs/_build
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -36,7 +40,7 @@ zoo: install  ## the page of the zoo
 	$(BIN)/loftq zoo list --markdown > model_zoo/README.md.new
 	mv model_zoo/README.md.new model_zoo/README.md
 
-bench: install  ## the figures of the README
+bench: install  ## the figures of the README and of docs/benchmarks.md
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/model.py
 	$(BIN)/python benchmarks/memory.py

@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import loftq
-from loftq.core.methods import METHODS
-from loftq.pipeline.source import find_source
+from loftq.core.solvers.methods import METHODS
+from loftq.hub.source import find_source
 from loftq_cli.quantize import quantize as command
 
 LENGTH, WINDOWS, TOKENS = 512, 24, 65536

@@ -21,7 +21,7 @@ from typing import Any
 from machine import describe, table
 from memory import make_checkpoint
 
-from loftq.pipeline.report import size
+from loftq.display import size
 
 
 def run(*arguments: object) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     python benchmarks/demo.py [--windows 12] [--data FILE]
 
-Runs `loftq quantize --bits 4 --rank 16 --iter 5` (the default model), loads the folder with the lines of the
-README, and prints size, weight error and perplexity of full precision, plain NF4 (QLoRA's start, quantized
+Runs `loftq quantize --bits 4 --rank 16 --iter 5` (the default model), loads the folder with the lines of
+docs/loading.md, and prints size, weight error and perplexity of full precision, plain NF4 (QLoRA's start, quantized
 by bitsandbytes itself) and LoftQ.
 """
 
@@ -22,10 +22,10 @@ from perplexity import perplexity
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
+from loftq.display import size
 from loftq.formats.artifact import MANIFEST, open_artifact
-from loftq.pipeline.quantize import SAVE_DIR
-from loftq.pipeline.report import size
-from loftq.pipeline.source import find_source
+from loftq.hub.source import find_source
+from loftq.planning.settings import SAVE_DIR
 
 COMMAND = ["quantize", "--bits", "4", "--rank", "16", "--iter", "5"]
 LENGTH = 512

@@ -1,4 +1,4 @@
-"""The picture of the README: starts of the default model side by side, as `loftq report` draws them.
+"""The picture of docs/checking.md: starts of the default model side by side, as `loftq report` draws them.
 
     python benchmarks/figure.py --data FILE [MODEL] [--work DIR] [--png benchmarks/figures/starts.png] [--html PAGE]
 

@@ -20,8 +20,8 @@ import torch
 from machine import SEED, describe, table
 
 import loftq
-from loftq.pipeline.report import size
-from loftq.pipeline.source import find_source
+from loftq.display import size
+from loftq.hub.source import find_source
 
 _CHILD = """
 import json, resource, sys

@@ -18,7 +18,7 @@ from machine import SEED, describe, once, seconds, table
 from published import published
 
 from loftq.core.blockwise import BlockQuantizer
-from loftq.core.solver import solve
+from loftq.core.solvers.loftq import solve_loftq
 
 RANK, ITERATIONS = 16, 5
 
@@ -31,11 +31,11 @@ def compare_solvers(shapes: list[tuple[int, int]], device: str) -> list[tuple[st
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(SEED)).to(device) / shape[1] ** 0.5
         found: list[tuple[torch.Tensor, ...]] = []
         slow = once(lambda w=weight, out=found: out.append(published(w, RANK, ITERATIONS)))
-        fast = seconds(lambda w=weight: solve(w, quantizer, RANK, ITERATIONS, 1.0))
+        fast = seconds(lambda w=weight: solve_loftq(w, quantizer, RANK, ITERATIONS, 1.0))
         backbone, b, a = found[0]
         norm = weight.double().norm()
         before = float((weight.double() - backbone.double() - b.double() @ a.double()).norm() / norm)
-        ours = solve(weight, quantizer, RANK, ITERATIONS, 1.0)
+        ours = solve_loftq(weight, quantizer, RANK, ITERATIONS, 1.0)
         rest = weight.double() - quantizer.decode(ours.codes, ours.scales, weight.shape).double()
         after = float((rest - ours.b.double() @ ours.a.double()).norm() / norm)
         rows.append(

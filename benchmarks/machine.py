@@ -15,6 +15,8 @@ from statistics import median
 
 import torch
 
+from loftq.display import columns
+
 SEED = 0
 _PACKAGES = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "numba")
 
@@ -56,6 +58,5 @@ def settle() -> None:
 
 def table(rows: list[tuple[str, ...]]) -> str:
     """Rows in aligned columns, the first one a heading."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = columns(rows).split("\n")
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

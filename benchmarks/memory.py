@@ -27,9 +27,9 @@ from loftq.formats.checkpoint import ShardWriter, TensorSpec, index_text, lay_ou
 _HIDDEN, _INNER, _VOCABULARY = 4096, 11008, 32000
 _RUN = """
 import json, sys
-import loftq, torch, transformers.models.llama.modeling_llama, loftq.core.kernels
-from loftq.pipeline.quantize import quantize
-from loftq.pipeline.report import peak_memory
+import loftq, torch, transformers.models.llama.modeling_llama, loftq.core.kernels.blocks
+from loftq.verbs.quantize import quantize
+from loftq.solving.report import peak_memory
 before = peak_memory(torch.device("cpu"))
 workers = int(sys.argv[3]) or None
 device = torch.device(sys.argv[4])

@@ -20,12 +20,12 @@ from statistics import median
 
 from machine import describe, table
 
-from loftq.pipeline.source import find_source
+from loftq.hub.source import find_source
 
 RANK, ITERATIONS = 16, 5
 _PUBLISHED = f"""
 import json, sys, torch
-from loftq.pipeline.report import peak_memory
+from loftq.solving.report import peak_memory
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 sys.path.insert(0, sys.argv[3])

@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import loftq
-from loftq.pipeline.report import size
-from loftq.pipeline.source import find_source
+from loftq.display import size
+from loftq.hub.source import find_source
 
 LENGTH = 512
 _TEXT = Path(__file__).parent / "data" / "shakespeare.txt"

@@ -16,7 +16,7 @@ import torch
 from machine import SEED, describe, once, seconds, table
 
 from loftq.core.grid import Grid, Quantizer
-from loftq.core.rounding import descend, feedback, squared_norm
+from loftq.core.rounding import descend, feedback, output_squared_norm
 from loftq.core.scale_search import search
 from loftq.core.scales import Scales
 
@@ -67,7 +67,9 @@ def compare(shapes: list[tuple[int, int]], runs: int, device: str) -> list[tuple
             searched = seconds(lambda: search(weight, quantizer), runs)  # noqa: B023
             down = descend(weight, quantizer, scales, fed, moment)
             rounded = [quantizer.decode(each, scales, weight.shape) for each in (codes, fed, down)]
-            before, *after = (squared_norm(weight - each, moment) for each in (rounded[0], found[0], *rounded[1:]))
+            before, *after = (
+                output_squared_norm(weight - each, moment) for each in (rounded[0], found[0], *rounded[1:])
+            )
             rates = [f"{weight.numel() / each / 1e6:.1f}" for each in (fast, descent, searched)]
             times = [f"{slow:.2f} s", f"{fast:.3f} s", f"{slow / fast:.1f}x"]
             rows.append((f"{shape[0]} x {shape[1]}", name, *times, *rates, *(f"{each / before:.4f}" for each in after)))

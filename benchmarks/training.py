@@ -48,16 +48,16 @@ def timer() -> Any:
 def ours(folder: str, options: argparse.Namespace) -> list[float]:
     """By loftq."""
     import loftq
-    from loftq.training import finetune
+    from loftq.training import train
 
-    clock, made = timer(), finetune._trainer
+    clock, made = timer(), train._trainer
 
     def timed(*arguments: Any, **named: Any) -> Any:
         trainer = made(*arguments, **named)
         trainer.add_callback(clock)
         return trainer
 
-    finetune._trainer = timed
+    train._trainer = timed
     with tempfile.TemporaryDirectory() as scratch:
         loftq.train(
             folder,
@@ -133,7 +133,7 @@ def main() -> None:
         print(json.dumps({"seconds": median(steps), "peak": peak}))
         return
     import loftq
-    from loftq.training.memory import estimate
+    from loftq.training.estimate import estimate
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = loftq.quantize(options.model, rank=16, output=f"{scratch}/made", quiet=True).folder

@@ -27,12 +27,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from loftq.core import calibrated, lowrank
+from loftq.calibration.observer import answer_of
+from loftq.core import lowrank
 from loftq.core.grid import Grid, Quantizer
-from loftq.core.methods import METHODS, Method
 from loftq.core.metric import Metric, damped
-from loftq.pipeline.calibrate import answer_of
-from loftq.pipeline.refine import learn
+from loftq.core.solvers.calibrated import solve_calibrated
+from loftq.core.solvers.methods import METHODS, Method
+from loftq.solving.refine import learn
 
 GRADIENT_TOKENS = 8192
 _IN_ORDER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -159,7 +160,7 @@ class Lab:
 
     def _solved(self, name: str, weight: torch.Tensor, preset: Method, moment: torch.Tensor) -> torch.Tensor:
         quantizer = self.quantizers[name]
-        found = calibrated.solve(weight, quantizer, preset, moment, self.rank, preset.iterations, 1.0)
+        found = solve_calibrated(weight, quantizer, preset, moment, self.rank, preset.iterations, 1.0)
         backbone = quantizer.decode(found.codes, found.scales, weight.shape)
         self.parts[name] = backbone, found.b, found.a
         return backbone + found.b @ found.a

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import loftq
-from loftq.pipeline.source import find_source
+from loftq.hub.source import find_source
 
 LENGTH = 512
 

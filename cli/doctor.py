@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import click
 
-from loftq.pipeline.doctor import doctor as run
+from loftq.verbs.doctor import doctor as run
+
+from .options import Command, as_json, debug
+from .output import show
 
 
-@click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def doctor(as_json: bool, debug: bool) -> None:
-    """Look at this machine: libraries, devices, bitsandbytes on its CPU, disks, the login to the Hub.
+@click.command(cls=Command)
+@as_json
+@debug
+def doctor(as_json: bool) -> None:
+    """Check this machine: libraries, devices, bitsandbytes on its CPU, disks, the login to the Hub.
 
-    Exit code 1 if something is wrong. Paste the output into a bug report: no token is in it.
+    The exit code is 1 if something is wrong. You can paste the output into a bug report: it holds no token.
     """
-    del debug  # read by main
-    found = run()
-    click.echo(json.dumps(found.to_dict()) if as_json else found.table())
-    if not found.healthy:
+    result = run()
+    show(result, as_json)
+    if not result.healthy:
         sys.exit(1)

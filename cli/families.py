@@ -6,7 +6,10 @@ import json
 
 import click
 
+from loftq.display import columns
 from loftq.models.families import FAMILIES, Family, family_of
+
+from .options import Command, as_json
 
 _EPILOG = """\b
 Examples:
@@ -16,19 +19,19 @@ Examples:
 """
 
 
-@click.command(epilog=_EPILOG)
+@click.command(cls=Command, epilog=_EPILOG)
 @click.argument("model_type", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+@as_json
 def families(model_type: str | None, as_json: bool) -> None:
-    """Show which model types are known, and what is quantized in them.
+    """Show the known model types, and the modules that are quantized in them.
 
-    "Loads with" says whether stock transformers and peft load the folder, or need `import loftq` before. "Stays" is
-    what is not quantized beside embeddings, norms and heads. A type without a row is quantized the generic way: every
-    linear of its modules.
+    "Loads with" is "stock" if transformers and peft alone load the folder, and "loftq" if they need `import loftq`
+    first. "Stays" lists modules that are not quantized, in addition to embeddings, norms and heads. In a model type
+    without a row, every linear of its modules is quantized.
     """
-    known = [*FAMILIES.values(), family_of("any other")] if model_type is None else [family_of(model_type)]
-    rows = [_row(family) for family in known]
-    click.echo(json.dumps(rows) if as_json else _table([{name: _cell(row[name]) for name in row} for row in rows]))
+    shown = [*FAMILIES.values(), family_of("any other")] if model_type is None else [family_of(model_type)]
+    rows = [_row(family) for family in shown]
+    click.echo(json.dumps(rows) if as_json else _table(rows))
 
 
 def _row(family: Family) -> dict[str, object]:
@@ -48,8 +51,7 @@ def _cell(value: object) -> str:
     return ", ".join(value) if isinstance(value, list) else str(value)
 
 
-def _table(rows: list[dict[str, str]]) -> str:
-    lines = [{name: "loads with" if name == "loader" else name for name in rows[0]}, *rows]
-    order = ["model type", "tested", "loader", "stays", "targets", "tasks"]
-    widths = {name: max(len(line[name]) for line in lines) for name in order}
-    return "\n".join("  ".join(line[name].ljust(widths[name]) for name in order).rstrip() for line in lines)
+def _table(rows: list[dict[str, object]]) -> str:
+    titles = {"model type": "model type", "tested": "tested", "loader": "loads with"}
+    titles |= {name: name for name in ("stays", "targets", "tasks")}
+    return columns([list(titles.values()), *([_cell(row[name]) for name in titles] for row in rows)])

@@ -9,8 +9,9 @@ import click
 
 from loftq.training.generate import generate as run
 from loftq.training.generate import read_prompt
+from loftq.training.settings import TrainSettings
 
-from .params import cpu, dtype
+from .options import Command, debug, option, options_of
 
 _EPILOG = """\b
 Examples:
@@ -20,20 +21,28 @@ Examples:
 """
 
 
-@click.command(epilog=_EPILOG)
+@click.command(cls=Command, epilog=_EPILOG)
 @click.argument("model", metavar="DIR")
-@click.option("--prompt", required=True, help="What to say to it; `-` reads it from the standard input.")
-@click.option("--adapter", help="The folder of a trained adapter.  [default: the initial one of DIR]")
-@click.option("--system", help="What the chat template puts before.")
-@click.option("--chat-template/--no-chat-template", default=None, help="[default: if the model has one]")
-@click.option("--max-new-tokens", type=int, default=256, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0: the likeliest token always.")
-@click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@dtype
-@cpu
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def generate(model: str, prompt: str, debug: bool, **options: Any) -> None:
-    """Write what DIR, a folder that `loftq quantize` wrote, or any model, says to a prompt, as it comes."""
-    del debug  # read by main
+@option("--prompt", group="data", required=True, help="Text to begin with; `-` reads it from the standard input.")
+@option("--system", group="data", help="System message, for models with a chat template.")
+@option(
+    "--chat-template/--no-chat-template",
+    group="data",
+    default=None,
+    help="Write the prompt with the model's chat template.  [default: if the model has one]",
+)
+@option("--adapter", group="adapter", help="Folder of a trained adapter.  [default: the initial adapter of DIR]")
+@option("--max-new-tokens", type=int, default=256, show_default=True, help="Largest number of tokens to write.")
+@option(
+    "--temperature", type=float, default=0.0, show_default=True, help="Temperature of sampling; 0 takes the likeliest."
+)
+@option("--top-p", type=float, default=1.0, show_default=True, help="Part of the probability that sampling draws from.")
+@option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
+@options_of(TrainSettings, only=("dtype", "cpu"))
+@debug
+def generate(model: str, prompt: str, **options: Any) -> None:
+    """Write text with a model and show it as it comes.
+
+    DIR is a folder that `loftq quantize` wrote, or any model.
+    """
     run(model, read_prompt(prompt), stream=sys.stdout, **options)

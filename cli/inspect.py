@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from loftq.pipeline.inspect import inspect as run
+from loftq.verbs.inspect import inspect as run
+
+from .options import Command, as_json, debug, option, token
+from .output import show
 
 _EPILOG = """\b
 Examples:
@@ -18,20 +20,20 @@ Examples:
 """
 
 
-@click.command(epilog=_EPILOG)
+@click.command(cls=Command, epilog=_EPILOG)
 @click.argument("folder", metavar="DIR|REPO_ID", type=click.Path())
-@click.option("--worst", type=int, default=5, show_default=True, help="How many of the layers with the largest error.")
-@click.option("--revision", help="Branch, tag or commit on the Hub.")
-@click.option("--token", help="Hub token; better: `hf auth login`.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def inspect(folder: str, as_json: bool, debug: bool, **options: Any) -> None:
+@option(
+    "--worst", type=int, default=5, show_default=True, help="Number of layers to show, those with the largest error."
+)
+@option("--revision", group="hub", help="Branch, tag or commit on the Hub.")
+@token
+@as_json
+@debug
+def inspect(folder: str, as_json: bool, **options: Any) -> None:
     """Show what is in a folder or repository that loftq wrote, or in a trained adapter.
 
-    Type, bits per weight, rank, targets, sizes, errors, worst layers, settings: from headers alone. Of a repository no
-    weights are downloaded.
+    It shows the type, bits per weight, rank, targets, sizes, errors, worst layers and settings. Only headers are read;
+    no weights of a repository are downloaded.
     """
-    del debug  # read by main
     disable_progress_bars()  # the Hub client's own: what is fetched is small
-    found = run(folder, **options)
-    click.echo(json.dumps(found.to_dict()) if as_json else found.table())
+    show(run(folder, **options), as_json)

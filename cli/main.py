@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import sys
-import warnings
 from importlib import import_module
-from importlib.metadata import version
-from platform import python_version
 from typing import Any
 
 import click
@@ -25,7 +21,7 @@ _COMMANDS = {
     "merge": "Merge an adapter into the backbone that it was trained on.",
     "push": "Upload a folder to the Hub.",
     "inspect": "Show what is in a folder, a repository or an adapter.",
-    "verify": "Compare a folder with what was noted of it, and with its source.",
+    "verify": "Compare a folder with its loftq.json, and with its source.",
     "report": "Compare folders side by side, as a page or a picture.",
     "zoo": "List, show and build recipes for known models.",
     "methods": "Show what each method minimizes, needs and costs.",
@@ -33,34 +29,42 @@ _COMMANDS = {
     "doctor": "Look at this machine: libraries, devices, what works.",
     "completion": "Print the lines with which a shell completes commands.",
 }
-_GO_ON = {"quantize": "--resume", "train": "--resume", "merge": "--resume", "push": "the same line"}
+_CONTINUE = {
+    "quantize": "add --resume",
+    "train": "add --resume",
+    "merge": "add --resume",
+    "push": "run the same command again",
+}
 _VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub", "numba")
 
 
 def _print_versions(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+        from platform import python_version
+
         click.echo("\n".join([*(f"{name} {version(name)}" for name in _VERSIONS), f"python {python_version()}"]))
         context.exit()
 
 
 class _Commands(click.Group):
-    """Each command is imported when it is run: torch takes seconds, and Ctrl-C may come within them."""
+    """Each command is imported when it is run: torch takes seconds, in which Ctrl-C may come."""
 
     def list_commands(self, _context: click.Context) -> list[str]:
-        """In the order of their use."""
+        """The commands in the order in which they are used."""
         return list(_COMMANDS)
 
     def get_command(self, _context: click.Context, name: str) -> click.Command | None:
-        """The function of a file's own name."""
+        """The command from the file of its name."""
         return getattr(import_module(f".{name}", __package__), name) if name in _COMMANDS else None
 
     def format_commands(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
-        """A line for each of them."""
+        """One line for each command."""
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
 
     def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Names and their lines: a shell waits for this."""
+        """Names with their lines. A shell waits for this, so no command is imported."""
         names = [CompletionItem(name, help=line) for name, line in _COMMANDS.items() if name.startswith(incomplete)]
         return [*names, *click.Command.shell_complete(self, context, incomplete)]
 
@@ -77,22 +81,20 @@ class _Commands(click.Group):
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_versions, help="Show versions."
 )
 def cli() -> None:
-    """A better start for fine-tuning quantized language models: LoftQ and what follows from it."""
+    """A better start for fine-tuning quantized language models: LoftQ and calibrated methods."""
 
 
 def main(args: list[str] | None = None) -> Any:
-    """Run the command line. Exit codes: 0 done, 1 failed, 2 used wrongly, 130 interrupted."""
-    if args is None and not sys.warnoptions:  # a command of its own: silence what libraries tell each other
-        warnings.simplefilter("ignore", FutureWarning)
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of kernels that are optional
+    """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    if args is None and not sys.warnoptions:
+        _silence_libraries()
     gc.set_threshold(100_000)  # torch and transformers make a million objects that stay
     arguments = sys.argv[1:] if args is None else args
     try:
         return cli.main(args=arguments, prog_name="loftq", standalone_mode=False)
     except click.exceptions.Abort:
-        way = _GO_ON.get(next(iter(arguments), ""))
-        click.echo("interrupted" + (f": what was finished is kept, {way} goes on from there" if way else ""), err=True)
+        way = _CONTINUE.get(next(iter(arguments), ""))
+        click.echo("interrupted" + (f": finished work is kept, {way} to continue" if way else ""), err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
@@ -100,14 +102,29 @@ def main(args: list[str] | None = None) -> Any:
     except LoftQError as error:
         if "--debug" in arguments:
             raise
-        bar = "\r\x1b[K" if sys.stderr.isatty() else ""  # over what a progress bar left of its line
-        click.echo(f"{bar}Error: {error}", err=True)
+        _show_error(str(error))
         sys.exit(error.exit_code)
     except MemoryError:
-        click.echo("Error: out of memory: use fewer --workers (--dry-run shows what one needs)", err=True)
+        _show_error("out of memory: use fewer --workers (--dry-run shows how much memory one needs)")
         sys.exit(1)
     finally:
-        gc.freeze()  # nor need they be searched for cycles at the end, which takes a second
+        gc.freeze()  # at the end they need not be searched for cycles, which takes a second
+
+
+def _show_error(message: str) -> None:
+    """Print an error on stderr, over the line that a progress bar may have left."""
+    bar = "\r\x1b[K" if sys.stderr.isatty() else ""
+    click.echo(f"{bar}Error: {message}", err=True)
+
+
+def _silence_libraries() -> None:
+    """Hide what libraries tell each other: in a command of its own nobody can act on it."""
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore", FutureWarning)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # kernels that are optional
 
 
 if __name__ == "__main__":

@@ -7,23 +7,28 @@ from dataclasses import asdict
 
 import click
 
-from loftq.core.methods import METHODS
+from loftq.core.solvers.methods import METHODS
+from loftq.display import columns
+
+from .options import Command, as_json
 
 _NEEDS = {False: "the weights", True: "text"}
 
 
-@click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+@click.command(cls=Command)
+@as_json
 def methods(as_json: bool) -> None:
-    """List the methods of `loftq quantize --method`: what each minimizes, needs and costs.
+    """List the methods of `loftq quantize --method`, with what they minimize, need and cost.
 
     \b
-    scales    absmax: the range of a block; search: the part of it that leaves the least error
-    rounding  nearest; feedback: later weights make up for earlier ones (GPTQ);
-              intrinsic: feedback into the directions that the adapter will hold, too
-    metric    identity: weights; diagonal, full: outputs, by the inputs' variances or their second moment
-    turns     alternations of rounding and adapter
-    refine    steps of distillation of the adapter against the full-precision model's answers
+    scales    absmax: the range of a block; search: the part of the range with the least error
+    rounding  nearest: each weight alone; feedback: later weights correct the errors of
+              earlier ones (GPTQ); intrinsic: feedback that leaves errors to the adapter too
+    metric    identity: error of weights; diagonal, full: error of outputs, from the
+              variances of the inputs or from all of their second moments
+    turns     number of alternations between rounding and adapter
+    refine    number of training steps in which the adapter learns the answers of the
+              full-precision model (distillation)
     """
     if as_json:
         click.echo(json.dumps({name: {**asdict(row), "calibrated": row.calibrated} for name, row in METHODS.items()}))
@@ -44,6 +49,4 @@ def methods(as_json: bool) -> None:
         )
         for name, row in METHODS.items()
     ]
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for row in (header, *rows):
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    click.echo(columns([header, *rows]))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from loftq.pipeline.push import push as run
+from loftq.verbs.push import push as run
+
+from .options import Command, as_json, debug, option, quiet, token
+from .output import show
 
 _EPILOG = """\b
 Examples:
@@ -18,29 +20,37 @@ Examples:
 """
 
 
-@click.command(epilog=_EPILOG)
+@click.command(cls=Command, epilog=_EPILOG)
 @click.argument("folder", metavar="DIR")
 @click.argument("repo_id", metavar="REPO_ID")
-@click.option("--private", is_flag=True, help="Make a new repository private.")
-@click.option("--revision", help="A branch, made where it is new.  [default: main]")
-@click.option("--tag", help="Tag the commit.")
-@click.option("--create-pr", is_flag=True, help="Open a pull request, in a repository of somebody else's too.")
-@click.option("--adapter", metavar="TRAINED", help="The folder of an adapter trained on DIR, to be pushed with it.")
-@click.option("--subfolder", metavar="NAME", help="Where it goes.  [default: its folder's name]")
-@click.option("--overwrite", is_flag=True, help="Replace another loftq model in the repository.")
-@click.option("--token", help="Hub token; better: `hf auth login`.")
-@click.option("--dry-run", is_flag=True, help="Check everything; nothing is sent.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--quiet", is_flag=True, help="No progress bars.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def push(folder: str, repo_id: str, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
-    """Upload DIR, which `loftq quantize` wrote, to REPO_ID (USER/NAME) on the Hub, and print what loads it by its id.
+@option("--private", group="hub", is_flag=True, help="Make a new repository private.")
+@option("--revision", group="hub", help="Branch to push to; it is made if it does not exist.  [default: main]")
+@option("--tag", group="hub", help="Tag for the commit.")
+@option("--create-pr", group="hub", is_flag=True, help="Open a pull request, also in a repository of somebody else.")
+@option("--overwrite", group="hub", is_flag=True, help="Replace another loftq model in the repository.")
+@token
+@option(
+    "--adapter", group="adapter", metavar="TRAINED", help="Folder of an adapter trained on DIR, to be pushed with it."
+)
+@option(
+    "--subfolder",
+    group="adapter",
+    metavar="NAME",
+    help="Folder of the adapter in the repository.  [default: the name of its folder here]",
+)
+@option("--dry-run", is_flag=True, help="Check everything; nothing is sent.")
+@quiet
+@as_json
+@debug
+def push(folder: str, repo_id: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Upload DIR, which `loftq quantize` wrote, to REPO_ID (USER/NAME) on the Hub, and print the lines that load it.
 
-    Files that loftq.json does not list stay here, and DIR stays as it is. A push that broke off goes on where it was:
-    run the same line again. A commit appears when all has arrived, so nobody loads a part.
+    Only the files that loftq.json lists are sent, and DIR stays as it is. If a push is interrupted, run the same
+    command again to continue. The commit appears when everything has arrived, so nobody loads a part of a model.
     """
-    del debug  # read by main
     if quiet:
         disable_progress_bars()
     report = run(folder, repo_id, **options)
-    click.echo(json.dumps(report.to_dict()) if as_json else f"{report.table()}\n\n{report.lines}", nl=as_json)
+    show(report, as_json)
+    if not as_json:
+        click.echo(f"\n{report.lines}", nl=False)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import click
 
-from loftq.pipeline.page import report as run
+from loftq.verbs.report import report as run
+
+from .options import Command, debug, option
 
 _EPILOG = """\b
 Examples:
@@ -13,19 +15,18 @@ Examples:
 """
 
 
-@click.command(epilog=_EPILOG)
+@click.command(cls=Command, epilog=_EPILOG)
 @click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=click.Path())
-@click.option("--html", type=click.Path(), help="The page to write: one file that needs no network.")
-@click.option("--png", type=click.Path(), help="The picture to write.")
-@click.option("--overwrite", is_flag=True, help="Replace files that are there already.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def report(folders: tuple[str, ...], html: str | None, png: str | None, overwrite: bool, debug: bool) -> None:
+@option("--html", group="output", type=click.Path(), help="Page to write: one file that needs no network.")
+@option("--png", group="output", type=click.Path(), help="Picture to write.")
+@option("--overwrite", group="output", is_flag=True, help="Replace files that exist already.")
+@debug
+def report(folders: tuple[str, ...], html: str | None, png: str | None, overwrite: bool) -> None:
     """Compare folders that loftq wrote, side by side.
 
-    Errors by layer and kind of module, what iterations did, bits by layer, what the adapters' singular values hold. Of
-    each folder only loftq.json and the adapter are read. Errors of outputs are shown of what was made with
-    --calibration, whatever its method. Needs `pip install loftq[report]`.
+    The page shows the errors by layer and by kind of module, what each iteration changed, the bits of each layer, and
+    the singular values of the adapters. Only loftq.json and the adapter of each folder are read. Output errors are
+    shown for folders that were made with --calibration. Needs `pip install loftq[report]`.
     """
-    del debug  # read by main
     for path in run(folders, html=html, png=png, overwrite=overwrite):
         click.echo(path)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
 import click
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from loftq.pipeline.verify import verify as run
+from loftq.verbs.verify import verify as run
+
+from .options import Command, as_json, debug, option, quiet, token, trust_remote_code
+from .output import show
 
 _EPILOG = """\b
 Examples:
@@ -18,28 +20,31 @@ Examples:
 """
 
 
-@click.command(epilog=_EPILOG)
+@click.command(cls=Command, epilog=_EPILOG)
 @click.argument("folder", metavar="DIR", type=click.Path())
-@click.option(
-    "--source", metavar="MODEL", type=click.Path(), help="The model it was made of: compute every layer's error again."
+@option(
+    "--source",
+    group="model",
+    metavar="MODEL",
+    type=click.Path(),
+    help="The model from which DIR was made: the error of every layer is computed again.",
 )
-@click.option("--revision", help="Of MODEL on the Hub.  [default: the one that loftq.json names]")
-@click.option("--token", help="Hub token; better: `hf auth login`.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the model brings.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def verify(folder: str, as_json: bool, debug: bool, **options: Any) -> None:
+@option("--revision", group="model", help="Revision of MODEL on the Hub.  [default: the one that loftq.json names]")
+@trust_remote_code
+@token
+@quiet
+@as_json
+@debug
+def verify(folder: str, as_json: bool, **options: Any) -> None:
     """Compare a folder that loftq wrote with its loftq.json: hashes, names, dtypes, shapes, completeness.
 
-    With --source, the layers are read as those who load the folder read them, and their errors must be the ones that
-    were reported. What differs is named, file, tensor or layer, and the exit code is then 1. The card, README.md, may
-    have been edited.
+    With --source, the layers are read as loaders of the folder read them, and their errors are compared with those
+    that were reported. Each file, tensor or layer that differs is named, and the exit code is then 1. The card,
+    README.md, may be edited.
     """
-    del debug  # read by main
     if options["quiet"]:
         disable_progress_bars()  # the Hub client's own
-    found = run(folder, **options)
-    click.echo(json.dumps(found.to_dict()) if as_json else found.table())
-    if not found.sound:
+    result = run(folder, **options)
+    show(result, as_json)
+    if not result.sound:
         sys.exit(1)

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
 import click
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from loftq.pipeline import zoo as recipes
-from loftq.pipeline.command import command_line
-from loftq.pipeline.recipe import Recipe
-from loftq.pipeline.report import size
+from loftq.display import size
+from loftq.planning.command_line import command_line
+from loftq.planning.settings import QuantizeSettings, RunSettings
+from loftq.settings import declared
+from loftq.verbs import zoo as recipes
 
-from .quantize import quantize
-from .reports import show as show_report
+from .options import Command, as_json, debug, given, options_of
+from .output import show_report
 
 _COLUMNS = {"name": "recipe", "model": "model", "bits": "bits", "rank": "rank"}
 _SIZES = {"disk": "on disk", "load": "to load", "train": "to train"}
-_CALIBRATION = {"calibration", "calibration_tokens", "sequence_length", "refine"}  # settings that go with any recipe
-_FIXED = {"model", "model_name_or_path", "revision"} | {
-    field.name for field in dataclasses.fields(Recipe)
-} - _CALIBRATION
+_CALIBRATION = ("calibration", "calibration_tokens", "sequence_length", "refine")  # settings that go with any recipe
+_RUN = tuple(name for name in declared(RunSettings) if name != "revision")
 _EPILOG = """\b
 Examples:
   loftq zoo list
@@ -70,11 +68,13 @@ def show(name: str) -> None:
     click.echo(entry.text + "\n" + "\n".join(f"{title:<{width}}  {value}" for title, value in rows))
 
 
-@zoo.command(epilog=_EPILOG, params=[click.Argument(["name"]), *(p for p in quantize.params if p.name not in _FIXED)])
-def build(name: str, as_json: bool, debug: bool, **options: Any) -> None:
+@zoo.command(cls=Command, epilog=_EPILOG)
+@click.argument("name")
+@options_of(QuantizeSettings, RunSettings, only=(*_CALIBRATION, *_RUN))
+@as_json
+@debug
+def build(name: str, as_json: bool, **options: Any) -> None:
     """Quantize the model of a recipe with its settings."""
-    del debug  # read by main
     if options["quiet"]:
         disable_progress_bars()  # the Hub client's own
-    given = {key: value for key, value in options.items() if key not in _CALIBRATION or value is not None}
-    show_report(recipes.build(name, **given), as_json)
+    show_report(recipes.build_recipe(name, **given(options)), as_json)

@@ -8,27 +8,25 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from loftq.models import plugin
+from loftq.models import register
 
 if TYPE_CHECKING:
     from loftq.errors import LoftQError as LoftQError
     from loftq.models.loading import load_qalora as load_qalora
     from loftq.models.loading import load_qlora as load_qlora
-    from loftq.pipeline.inspect import inspect as inspect
-    from loftq.pipeline.merge import merge as merge
-    from loftq.pipeline.page import report as report
-    from loftq.pipeline.push import push as push
-    from loftq.pipeline.quantize import quantize as quantize
-    from loftq.pipeline.quantize_model import quantize_model as quantize_model
-    from loftq.pipeline.verify import verify as verify
     from loftq.training.evaluate import evaluate as evaluate
-    from loftq.training.finetune import train as train
     from loftq.training.generate import generate as generate
+    from loftq.training.train import train as train
+    from loftq.verbs.inspect import inspect as inspect
+    from loftq.verbs.merge import merge as merge
+    from loftq.verbs.push import push as push
+    from loftq.verbs.quantize import quantize as quantize
+    from loftq.verbs.quantize_model import quantize_model as quantize_model
+    from loftq.verbs.report import report as report
+    from loftq.verbs.verify import verify as verify
 
-__version__ = version("loftq")
 __all__ = [
     "LoftQError",
     "evaluate",
@@ -49,24 +47,28 @@ _HOMES = {
     "LoftQError": "loftq.errors",
     "evaluate": "loftq.training.evaluate",
     "generate": "loftq.training.generate",
-    "inspect": "loftq.pipeline.inspect",
+    "inspect": "loftq.verbs.inspect",
     "load_qalora": "loftq.models.loading",
     "load_qlora": "loftq.models.loading",
-    "merge": "loftq.pipeline.merge",
-    "push": "loftq.pipeline.push",
-    "quantize": "loftq.pipeline.quantize",
-    "quantize_model": "loftq.pipeline.quantize_model",
-    "report": "loftq.pipeline.page",
-    "train": "loftq.training.finetune",
-    "verify": "loftq.pipeline.verify",
+    "merge": "loftq.verbs.merge",
+    "push": "loftq.verbs.push",
+    "quantize": "loftq.verbs.quantize",
+    "quantize_model": "loftq.verbs.quantize_model",
+    "report": "loftq.verbs.report",
+    "train": "loftq.training.train",
+    "verify": "loftq.verbs.verify",
 }
 
 
-plugin.install()  # folders of ours that stock transformers cannot load, it can from here on
+register.install()  # folders of ours that stock transformers cannot load, it can from here on
 
 
 def __getattr__(name: str) -> Any:
     """Public names are imported when they are first used: peft and transformers take seconds."""
+    if name == "__version__":
+        from importlib.metadata import version  # itself takes a tenth of a second
+
+        return version("loftq")
     if name not in _HOMES:
         raise AttributeError(f"module 'loftq' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -122,10 +122,10 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 @pytest.fixture
 def torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run what runs on devices other than the CPU, several chunks of it."""
-    from loftq.core import chunks
+    from loftq.core.kernels import dispatch
 
-    monkeypatch.setattr(chunks, "on_cpu", lambda _: False)
-    monkeypatch.setattr(chunks, "CHUNK", 1 << 11)
+    monkeypatch.setattr(dispatch, "on_cpu", lambda _: False)
+    monkeypatch.setattr(dispatch, "CHUNK", 1 << 11)
 
 
 @pytest.fixture
@@ -135,9 +135,9 @@ def triton_path(torch_path: None, monkeypatch: pytest.MonkeyPatch) -> None:  # n
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("with a GPU kernels are compiled for it: test_cuda_*.py run them")
 
-    from loftq.core import chunks
+    from loftq.core.kernels import dispatch
 
-    monkeypatch.setattr(chunks, "on_gpu", lambda _: True)
+    monkeypatch.setattr(dispatch, "on_gpu", lambda _: True)
 
 
 @pytest.fixture

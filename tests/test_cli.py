@@ -1,4 +1,7 @@
-"""The command line: what it prints where, and that lines written for the original script run."""
+"""The command line: what it prints where, and that lines written for the original script run.
+
+Covers: cli/main.py, cli/output.py, cli/quantize.py, loftq/planning/run.py.
+"""
 
 from __future__ import annotations
 

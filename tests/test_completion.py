@@ -1,4 +1,7 @@
-"""Completion in a real shell where there is one, and by click's protocol for the others."""
+"""Completion in a real shell where there is one, and by click's protocol for the others.
+
+Covers: cli/completion.py.
+"""
 
 from __future__ import annotations
 

@@ -1,34 +1,84 @@
-"""Imports run one way: errors <- core <- formats <- models <- pipeline, training <- cli."""
+"""Imports run one way, floor by floor, and neither rooms nor files import each other in a circle."""
 
 from __future__ import annotations
 
 import ast
+import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"errors": 0, "core": 1, "formats": 2, "models": 3, "pipeline": 4, "training": 4, "cli": 5}
+FLOORS = (
+    ("errors", "settings", "display"),
+    ("core",),
+    ("formats",),
+    ("models", "hub"),
+    ("planning",),
+    ("calibration", "artifacts"),
+    ("solving", "merging", "reporting"),
+    ("verbs",),
+    ("training",),
+    ("cli",),
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 CORE_MAY_IMPORT = {"torch", "numpy", "scipy", "numba", "triton", "loftq"}
-FILES = sorted([*(ROOT / "loftq").glob("*/**/*.py"), *(ROOT / "cli").glob("*.py")])
+FILES = sorted([*(ROOT / "loftq").rglob("*.py"), *(ROOT / "cli").glob("*.py")])
+FRONT = ROOT / "loftq" / "__init__.py"  # the public names: it stands before all floors
+
+
+def module_of(path: Path) -> str:
+    """The dotted name of a file of `loftq/` or `cli/`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
 
 
 def imports_of(path: Path) -> set[str]:
-    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    return plain | {
-        node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level
-    }
+    """The modules that a file imports anywhere: those of our own in full, also `from package import module`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            found |= {f"cli.{node.module}"}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inside & MODULES.keys() or {node.module}
+    return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def room_of(module: str) -> str:
+    """The room of one of our modules: `loftq.formats.gptq` lies in formats, `cli.train` in cli."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "loftq" and len(parts) > 1 else parts[0]
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path != FRONT], ids=module_of)
 def test_imports_point_down(path: Path) -> None:
-    room = path.relative_to(ROOT / "loftq").parts[0] if path.is_relative_to(ROOT / "loftq") else "cli"
+    room = room_of(module_of(path))
     for name in imports_of(path):
         if name.startswith("loftq."):
-            assert ROOMS[name.split(".")[1]] <= ROOMS[room], f"{path.name} in {room} imports {name}"
+            assert FLOOR_OF[room_of(name)] <= FLOOR_OF[room], f"{path.name} in {room} imports {name}"
         if name.startswith("loftq_cli"):
             assert room == "cli", f"{path.name} imports {name}"
-        if room == "core" and not (ROOT / "loftq" / "core" / name).exists():
-            standard = name.split(".")[0] in __import__("sys").stdlib_module_names
-            assert standard or name.split(".")[0] in CORE_MAY_IMPORT, f"core imports {name}"
+        if room == "core":
+            first = name.split(".")[0]
+            assert first in CORE_MAY_IMPORT or first in sys.stdlib_module_names, f"core imports {name}"
+
+
+def test_no_circles() -> None:
+    """Oracle: the standard library's topological sort, of files and of rooms."""
+    files = {module: imports_of(path) & MODULES.keys() for module, path in MODULES.items() if path != FRONT}
+    rooms: dict[str, set[str]] = {}
+    for module, names in files.items():
+        others = {room_of(name) for name in names} - {room_of(module), "loftq"}
+        rooms.setdefault(room_of(module), set()).update(others)
+    for graph in (files, rooms):
+        try:
+            list(TopologicalSorter(graph).static_order())
+        except CycleError as error:
+            pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")

@@ -18,6 +18,8 @@ block scales: a sign, a decimal exponent in unary, and a linear fraction with th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -55,15 +57,43 @@ def integers(bits: int) -> torch.Tensor:
     return torch.arange(-half, half, dtype=torch.float32)
 
 
-NORMAL_FLOATS = {f"nf{bits}": bits for bits in (2, 3, 4)}
-INTEGERS = {f"int{bits}": bits for bits in (2, 3, 4, 8)}
-CODEBOOKS = {**NORMAL_FLOATS, **INTEGERS}  # name to bits a code
+@dataclass(frozen=True)
+class QuantType:
+    """A kind of codebook: its title, the widths that it has, and the levels of each.
+
+    Levels of an integer type are `integers`, and groups of them may have zero-points. Those of another are any
+    ascending table from -1 to 1, of at most 4 bits.
+    """
+
+    title: str
+    widths: tuple[int, ...]
+    levels: Callable[[int], torch.Tensor]
+    integer: bool = False
+
+    @property
+    def sharing(self) -> str:
+        """What the field calls the number of weights that share a scale."""
+        return "group size" if self.integer else "block size"
+
+
+TYPES = {  # the only place that lists types and widths: a name such as "nf4" is a type's with a width after it
+    "nf": QuantType("NormalFloat", (2, 3, 4), normal_float),
+    "int": QuantType("integers", (2, 3, 4, 8), integers, integer=True),
+}
+_TYPE_OF = {f"{name}{bits}": (kind, bits) for name, kind in TYPES.items() for bits in kind.widths}
+CODEBOOKS = {name: bits for name, (_, bits) in _TYPE_OF.items()}  # each with the bits of a code
+INTEGERS = {name: bits for name, (kind, bits) in _TYPE_OF.items() if kind.integer}
+TABLES = {name: bits for name, (kind, bits) in _TYPE_OF.items() if not kind.integer}
+
+
+def type_of(name: str) -> QuantType:
+    """The type that a codebook is a width of."""
+    if name not in _TYPE_OF:
+        raise UnknownNameError("codebook", name, CODEBOOKS)
+    return _TYPE_OF[name][0]
 
 
 @cache
 def codebook(name: str) -> torch.Tensor:
     """Levels of a codebook by name, float32 ascending. The tensor is shared: do not write to it."""
-    if name not in CODEBOOKS:
-        raise UnknownNameError("codebook", name, CODEBOOKS)
-    make = normal_float if name in NORMAL_FLOATS else integers
-    return make(CODEBOOKS[name])
+    return type_of(name).levels(CODEBOOKS[name])

@@ -9,7 +9,7 @@ import torch
 
 from loftq.core.affine import AffineQuantizer
 from loftq.core.blockwise import BlockQuantizer
-from loftq.core.codebooks import CODEBOOKS, INTEGERS
+from loftq.core.codebooks import CODEBOOKS, type_of
 from loftq.core.scales import Scales
 
 ROW = -1  # as a block size: all inputs of an output
@@ -69,9 +69,14 @@ class Grid:
         return CODEBOOKS[self.codebook]
 
     @property
+    def integer(self) -> bool:
+        """Whether codes are whole numbers, which zero-points belong to."""
+        return type_of(self.codebook).integer
+
+    @property
     def sharing(self) -> str:
         """What the field calls weights that share a scale."""
-        return "group size" if self.codebook in INTEGERS else "block size"
+        return type_of(self.codebook).sharing
 
     def __str__(self) -> str:
         kind = f" with {self.zero_point} zero-points" if self.zero_point else ""
@@ -84,7 +89,7 @@ class Grid:
     def quantizer(self, columns: int, scale_dtype: torch.dtype = torch.float32) -> Quantizer:
         """What rounds weights with rows of `columns`."""
         block = self.block(columns)
-        if self.codebook in INTEGERS:
+        if self.integer:
             zero_point = self.zero_point or "symmetric"
             return AffineQuantizer(self.codebook, block, zero_point, self.double_quant, scale_dtype)
         return BlockQuantizer(self.codebook, block, self.double_quant, scale_dtype)

@@ -1,4 +1,4 @@
-"""Codes of 2, 3, 4 and 8 bits as a dense stream of bytes, low bits first.
+"""Codes of 1 to 8 bits as a dense stream of bytes, low bits first.
 
 Code i of k bits lies at bits i·k … i·k + k − 1 of the stream, where bit b of the stream is bit b mod 8 of byte
 b div 8. A 3-bit code may straddle two bytes; eight of them fill three bytes. The last byte is filled with zeros.
@@ -12,24 +12,24 @@ import torch
 
 from loftq.errors import OptionError
 
-WIDTHS = (2, 3, 4, 8)
+WIDTHS = range(1, 9)
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes that `count` codes take."""
+    """Number of bytes that `count` codes take. Raises OptionError for a width that is not in `WIDTHS`."""
     if bits not in WIDTHS:
-        raise OptionError(f"codes of {bits} bits cannot be packed (known: {', '.join(map(str, WIDTHS))})")
+        raise OptionError(f"codes of {bits} bits cannot be packed: use {WIDTHS[0]} to {WIDTHS[-1]}")
     return -(-count * bits // 8)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes uint8 (n,), each below 2**bits, as a stream: uint8 (packed_size(n, bits),)."""
+    """Pack codes uint8 (n,), each below 2**bits, into a stream: uint8 (packed_size(n, bits),)."""
     size = packed_size(len(codes), bits)
-    group, wide = _group(bits)  # the fewest codes that fill whole bytes, and how many
+    group, wide = _group(bits)  # the fewest codes that fill whole bytes, and the number of these bytes
     padded = torch.nn.functional.pad(codes, (0, -len(codes) % group)).view(-1, group)
-    words = torch.zeros(len(padded), dtype=torch.int32, device=codes.device)
+    words = torch.zeros(len(padded), dtype=_word(wide), device=codes.device)
     for i in range(group):
-        words |= padded[:, i].int() << (i * bits)
+        words |= padded[:, i].to(words.dtype) << (i * bits)
     return torch.stack([(words >> (8 * i)) & 255 for i in range(wide)], dim=1).to(torch.uint8).view(-1)[:size].clone()
 
 
@@ -37,9 +37,9 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The first `count` codes of a stream: uint8 (count,)."""
     group, wide = _group(bits)
     padded = torch.nn.functional.pad(packed, (0, -len(packed) % wide)).view(-1, wide)
-    words = torch.zeros(len(padded), dtype=torch.int32, device=packed.device)
+    words = torch.zeros(len(padded), dtype=_word(wide), device=packed.device)
     for i in range(wide):
-        words |= padded[:, i].int() << (8 * i)
+        words |= padded[:, i].to(words.dtype) << (8 * i)
     mask = (1 << bits) - 1
     return torch.stack([(words >> (i * bits)) & mask for i in range(group)], dim=1).to(torch.uint8).view(-1)[:count]
 
@@ -49,11 +49,16 @@ def _group(bits: int) -> tuple[int, int]:
     return common // bits, common // 8
 
 
+def _word(wide: int) -> torch.dtype:
+    """What holds so many bytes without a sign."""
+    return torch.int32 if wide < 4 else torch.int64
+
+
 def paired(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes as the solver leaves them, from codes one a byte."""
+    """Put codes that take a byte each into the solver's form: codes of at most 4 bits two in a byte, first one high."""
     return codes if bits > 4 else (codes[::2] << 4) | codes[1::2]
 
 
 def single(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes one a byte, from how the solver leaves them: of at most 4 bits two a byte, the first in the high half."""
+    """Put codes in the solver's form (`paired`) into a byte each."""
     return codes if bits > 4 else torch.stack([codes >> 4, codes & 15], dim=1).view(-1)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -31,10 +32,19 @@ from loftq.core.grid import ROW, Grid
 from loftq.core.scales import SCALE_BLOCK, NestedScales, Scales, Solved
 from loftq.formats.checkpoint import TensorSpec
 
+METHOD = "bitsandbytes"
 BLOCK_SIZES: tuple[int, ...] = (ROW, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 SIDES = 1
 SCALE_DTYPE = torch.float32
 HOLDS = "nf4 in blocks, and int8 with one symmetric, plain scale a row"
+STOCK = True
+SEVERAL_TYPES = False
+WITHOUT_WEIGHT = False
+IN_MEMORY = True
+LINEARS = "loftq.models.bitsandbytes_linears"
+PLUGIN: str | None = None  # stock transformers know it
+IMPORT_LINE = ""
+PLAN_NOTE = ""
 _OFFSET_WIDTH = 24  # characters of the longest float64 in JSON
 
 
@@ -105,6 +115,37 @@ def read(module: str, shape: Sequence[int], grid: Grid, tensor: Callable[[str], 
     return codes.view(-1), Scales(nested.decode(), nested)
 
 
+def input_groups(
+    _module: str, _shape: Sequence[int], _grid: Grid, _tensor: Callable[[str], torch.Tensor]
+) -> torch.Tensor | None:
+    """None: blocks are always of consecutive inputs."""
+    return None
+
+
+def load_options(recipe: Mapping[str, Any]) -> str:
+    """The `quantization_config` that `from_pretrained` gets, as Python."""
+    if recipe["bits"] == 8:
+        return "BitsAndBytesConfig(load_in_8bit=True)"
+    return f"""BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=torch.{recipe["compute_dtype"]},
+        bnb_4bit_use_double_quant={recipe["double_quant"]},
+        bnb_4bit_quant_type="{recipe["quant_type"]}{recipe["bits"]}",
+    )"""
+
+
+def card_note(grid: Grid) -> str:
+    """What the card says to somebody who loads the folder."""
+    if grid.bits == 8:
+        return (
+            "- bitsandbytes also rounds activations to 8 bits (LLM.int8), so outputs differ a little from those of "
+            "the weights."
+        )
+    return """- On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward in evaluation mode,
+  and training after that is wrong. `loftq.load_qlora` prevents it; with the lines above, set
+  `module.support_avx512bf16_for_cpu = False` on every `Linear4bit` right after loading."""
+
+
 def quantization_config(
     grid: Grid,
     compute_dtype: torch.dtype,
@@ -115,7 +156,7 @@ def quantization_config(
     """The entry of `config.json`. `skip_modules` replaces the library's defaults: it must list the head."""
     eight = grid.bits == 8
     return {
-        "quant_method": "bitsandbytes",
+        "quant_method": METHOD,
         "load_in_4bit": not eight,
         "load_in_8bit": eight,
         "_load_in_4bit": not eight,

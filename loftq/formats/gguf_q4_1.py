@@ -33,6 +33,7 @@ import torch
 from loftq.core.affine import AffineWeight
 from loftq.errors import CheckpointError, OptionError
 from loftq.formats.checkpoint import TensorSpec
+from loftq.formats.disk import replacing
 from loftq.formats.gguf_metadata import ROPE_FREQUENCIES, add_metadata, architecture, rope_factors, rotary_order
 from loftq.formats.gguf_tokenizer import add_tokenizer
 
@@ -53,7 +54,7 @@ class _Entry:
     shape: tuple[int, ...]
 
 
-def check(config: Mapping[str, Any], bits: int, group_size: int) -> None:
+def check_linears(config: Mapping[str, Any], bits: int, group_size: int) -> None:
     """Raise OptionError for a model or codes that have no place in this format, or where gguf is not installed."""
     if importlib.util.find_spec("gguf") is None:
         raise OptionError(f"{OPTION} needs the gguf package: pip install gguf")
@@ -105,26 +106,23 @@ def write(
         return _dense(entry, config, read_dense(entry.source), dense[entry.source])
 
     entries = _lay_out(config, linears, dense)
-    partial = path.with_name(path.name + ".partial")
-    writer = gguf.GGUFWriter(partial, architecture(config).name)
-    add_metadata(writer, config, folder.name)
-    add_tokenizer(writer, folder, int(config["vocab_size"]))
-    for entry in entries:
-        kind = gguf.GGMLQuantizationType[entry.kind]
-        block, nbytes = gguf.GGML_QUANT_SIZES[kind]
-        size = math.prod(entry.shape) // block * nbytes
-        writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), size, kind)  # its type is the last
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+    with replacing(path) as partial:
+        writer = gguf.GGUFWriter(partial, architecture(config).name)
+        add_metadata(writer, config, folder.name)
+        add_tokenizer(writer, folder, int(config["vocab_size"]))
         for entry in entries:
-            writer.write_tensor_data(values(entry).contiguous().view(-1).view(torch.uint8).numpy())
-        writer.close()
-        partial.replace(path)
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
+            kind = gguf.GGMLQuantizationType[entry.kind]
+            block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+            size = math.prod(entry.shape) // block * nbytes
+            writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), size, kind)  # its type is the last
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for entry in entries:
+                writer.write_tensor_data(values(entry).contiguous().view(-1).view(torch.uint8).numpy())
+        finally:
+            writer.close()
 
 
 def _lay_out(

@@ -16,28 +16,41 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from loftq.core.affine import FLOATING, shifts_of
-from loftq.core.codebooks import INTEGERS
 from loftq.core.grid import ROW, Grid
 from loftq.core.packing import pack, paired, single, unpack
 from loftq.core.scales import Scales, Solved
+from loftq.errors import ArtifactError
 from loftq.formats.checkpoint import TensorSpec
 
 METHOD = "gptq"
 CHECKPOINT_FORMAT = "gptq_v2"
-READABLE = {"gptq": 1, CHECKPOINT_FORMAT: 0}  # with how much less than the zero-points is written
+READABLE = {METHOD: 1, CHECKPOINT_FORMAT: 0}  # with how much less than the zero-points is written
 BLOCK_SIZES: tuple[int, ...] = (ROW, 16, 32, 64, 128, 256, 512, 1024)
 SIDES = 32  # codes fill words of 32 bits, along inputs and along outputs
 SCALE_DTYPE = torch.float16
-HOLDS = f"{', '.join(INTEGERS)} with symmetric or integer zero-points and 16-bit scales, one type a folder"
+BITS = (2, 3, 4, 8)
+HOLDS = (
+    f"{', '.join(f'int{bits}' for bits in BITS)} with symmetric or integer zero-points and 16-bit scales, one type a "
+    "folder"
+)
+STOCK = True
+SEVERAL_TYPES = False
+WITHOUT_WEIGHT = True
+IN_MEMORY = False
+LINEARS = "loftq.models.gptq_linear"
+PLUGIN: str | None = "loftq.models.gptq_quantizer"  # where gptqmodel is not installed
+IMPORT_LINE = "import loftq  # not needed if gptqmodel and optimum are installed\n"
+PLAN_NOTE = "stock transformers need gptqmodel and optimum to load GPTQ; without them, import loftq first"
 
 
 def holds(grid: Grid) -> bool:
     """Whether such codes have a place in this format."""
-    return grid.codebook in INTEGERS and grid.zero_point not in FLOATING and not grid.double_quant
+    return grid.integer and grid.bits in BITS and grid.zero_point not in FLOATING and not grid.double_quant
 
 
 def tensor_shapes(shape: Sequence[int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -112,20 +125,11 @@ def _read_zeros(qzeros: torch.Tensor, shape: Sequence[int], bits: int, less: int
     return zeros.view(groups, rows).t().reshape(-1).short() + less
 
 
-def scatter(
-    codes: torch.Tensor, scales: torch.Tensor, shifts: torch.Tensor, g_idx: torch.Tensor, bits: int
-) -> torch.Tensor:
-    """A weight float32 (rows, in) of codes (rows, in) whose inputs say which of the (rows, groups) they are of."""
-    groups = g_idx.long()
-    levels: torch.Tensor = codes.float() - 2 ** (bits - 1)
-    return levels * scales[:, groups] + shifts[:, groups]
-
-
 def is_gptq(folder: Path) -> bool:
     """Whether a folder's `config.json` speaks of GPTQ."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == "gptq")
+        return bool(config["quantization_config"]["quant_method"] == METHOD)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -133,6 +137,44 @@ def is_gptq(folder: Path) -> bool:
 def is_ordered(g_idx: torch.Tensor, block: int) -> bool:
     """Whether groups are of consecutive inputs: not so in act-order checkpoints."""
     return torch.equal(g_idx, torch.arange(len(g_idx), dtype=g_idx.dtype, device=g_idx.device) // block)
+
+
+def input_groups(
+    module: str, shape: Sequence[int], grid: Grid, tensor: Callable[[str], torch.Tensor]
+) -> torch.Tensor | None:
+    """The group of each input, int32 (in), in act-order checkpoints; None where groups are of consecutive inputs."""
+    g_idx = tensor(f"{module}.g_idx")
+    return None if is_ordered(g_idx, grid.block(shape[1])) else g_idx
+
+
+def grid_of(bits: int, group_size: int, symmetric: bool) -> Grid:
+    """The type of the weights of a folder, by what its `config.json` says of them."""
+    return Grid(f"int{bits}", group_size, zero_point="symmetric" if symmetric else "integer")
+
+
+def read_config(entry: Mapping[str, Any], folder: Path) -> tuple[Grid, int]:
+    """The type of a folder's weights, and how much less than the zero-points is written. Raises ArtifactError."""
+    version = entry.get("checkpoint_format") or entry.get("format") or METHOD
+    if version not in READABLE:
+        raise ArtifactError(f"{folder}: GPTQ's format {version!r} cannot be read (known: {', '.join(READABLE)})")
+    return grid_of(entry["bits"], entry["group_size"], entry.get("sym", True)), READABLE[version]
+
+
+def shapes_of(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, int]]:
+    """The shape (out, in) of each linear among the tensors of a checkpoint."""
+    modules = [name.removesuffix(".qweight") for name in specs if name.endswith(".qweight")]
+    return {module: (specs[f"{module}.qweight"].shape[1], specs[f"{module}.g_idx"].numel) for module in modules}
+
+
+def load_options(_recipe: Mapping[str, Any]) -> str:
+    """Nothing: `config.json` says all."""
+    return ""
+
+
+def card_note(_grid: Grid) -> str:
+    """What the card says to somebody who loads the folder."""
+    return """- The format is GPTQ, version 2. Stock transformers load it if gptqmodel and optimum are
+  installed. If they are not, `import loftq` first."""
 
 
 def quantization_config(

@@ -1,10 +1,13 @@
-"""The layouts that a quantized linear can be written in, by name: what each holds it says itself."""
+"""The layouts that a quantized linear can be written in, by name.
+
+A layout is a module that has all of `Layout`: nobody else asks for a format by name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -16,12 +19,23 @@ from loftq.formats.checkpoint import TensorSpec
 
 
 class Layout(Protocol):
-    """What a format's module offers: names and bytes of one linear, and the entry of `config.json`."""
+    """What a format's module offers: the names and bytes of one linear, the entry of `config.json`, and what a user
+    must know to load a folder.
+    """
 
+    METHOD: str  # its name: that of --format, and `quant_method` in `config.json`
     BLOCK_SIZES: tuple[int, ...]
-    SIDES: int  # of which both sides of a linear are multiples
+    SIDES: int  # both sides of a linear are multiples of it
     SCALE_DTYPE: torch.dtype
-    HOLDS: str  # what `holds` says yes to
+    HOLDS: str  # the types that `holds` accepts, in words
+    STOCK: bool  # whether loaders that do not know loftq load it: they convert the stock classes of linears alone
+    SEVERAL_TYPES: bool  # whether the linears of one folder may have several types
+    WITHOUT_WEIGHT: bool  # whether its stock loader takes models of text alone, with linears that have no `weight`
+    IN_MEMORY: bool  # whether a linear of it can be built in memory (`LayoutLinears.build`)
+    LINEARS: str  # the module of its linears: `models.layout_linears.LayoutLinears`
+    PLUGIN: str | None  # the module that registers it with transformers when it is imported
+    IMPORT_LINE: str  # the line of Python before stock loading, or nothing
+    PLAN_NOTE: str  # what the plan says of loading, with {what} is quantized and the {loader}, or nothing
 
     def holds(self, grid: Grid, /) -> bool:
         """Whether such codes have a place in the format."""
@@ -44,6 +58,17 @@ class Layout(Protocol):
     def read(self, module: str, shape: Sequence[int], grid: Grid, tensor: Callable[[str], torch.Tensor], /) -> Solved:
         """The inverse of `tensors`, from a reader of tensors by name."""
 
+    def input_groups(
+        self, module: str, shape: Sequence[int], grid: Grid, tensor: Callable[[str], torch.Tensor], /
+    ) -> torch.Tensor | None:
+        """The group of each input where groups are not of consecutive inputs, and None where they are."""
+
+    def load_options(self, recipe: Mapping[str, Any], /) -> str:
+        """The `quantization_config` that stock `from_pretrained` gets, as Python, or nothing."""
+
+    def card_note(self, grid: Grid, /) -> str:
+        """An item of a list: what somebody who loads such weights should know."""
+
     def quantization_config(
         self,
         grid: Grid,
@@ -56,8 +81,9 @@ class Layout(Protocol):
         """The entry of `config.json`."""
 
 
-LAYOUTS: Mapping[str, Layout] = {"bitsandbytes": bitsandbytes, "gptq": gptq, "loftq": native}
-OURS = "loftq"
+_ALL: tuple[Layout, ...] = (bitsandbytes, gptq, native)  # the first that holds a type is its default
+LAYOUTS: Mapping[str, Layout] = {layout.METHOD: layout for layout in _ALL}
+OURS = native.METHOD  # which holds everything, for all linears
 
 
 def choose(
@@ -87,7 +113,7 @@ def choose(
             known = [size for size in layout.BLOCK_SIZES if layout.holds(replace(grid, block_size=size))]
             sizes = ", ".join(map(str, known))
             raise OptionError(f"{grid.sharing} {grid.block_size} is not one that {wanted} has (known: {sizes})")
-    if len(grids) > 1 and wanted != OURS:
+    if len(grids) > 1 and not layout.SEVERAL_TYPES:
         raise OptionError(f"--format {wanted} holds one width a folder: use --format {OURS} for {grids[0]} and others")
     return wanted
 
@@ -95,7 +121,7 @@ def choose(
 def _fits(name: str, grids: Sequence[Grid], shapes: Collection[tuple[int, int]]) -> bool:
     layout = LAYOUTS[name]
     sides = all(side % layout.SIDES == 0 for shape in shapes for side in shape)
-    return name == OURS or (len(grids) == 1 and layout.holds(grids[0]) and sides)
+    return name == OURS or ((len(grids) == 1 or layout.SEVERAL_TYPES) and all(map(layout.holds, grids)) and sides)
 
 
 def misfit(name: str, grid: Grid, rows: int, columns: int) -> str | None:

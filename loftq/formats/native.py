@@ -20,11 +20,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from loftq.core.affine import FLOATING, ZERO_POINTS, shifts_of
-from loftq.core.codebooks import CODEBOOKS, INTEGERS
+from loftq.core.codebooks import CODEBOOKS
 from loftq.core.grid import ROW, Grid
 from loftq.core.packing import pack, packed_size, paired, single, unpack
 from loftq.core.scales import SCALE_BLOCK, NestedScales, Scales, Solved
@@ -37,11 +38,19 @@ BLOCK_SIZES: tuple[int, ...] = (ROW, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4
 SIDES = 1
 SCALE_DTYPE = torch.float16
 HOLDS = f"{', '.join(CODEBOOKS)} with zero-points of every kind"
+STOCK = False
+SEVERAL_TYPES = True
+WITHOUT_WEIGHT = False
+IN_MEMORY = True
+LINEARS = "loftq.models.native_linears"
+PLUGIN: str | None = "loftq.models.native_quantizer"
+IMPORT_LINE = "import loftq  # teaches transformers this folder's format; without it the folder is refused\n"
+PLAN_NOTE = "stock transformers cannot load {what}: import loftq before from_pretrained, or use loftq.{loader}"
 
 
 def holds(grid: Grid) -> bool:
     """Whether such codes have a place in this format: all that there are, codebooks in blocks."""
-    return grid.codebook in INTEGERS or grid.block_size != ROW
+    return grid.integer or grid.block_size != ROW
 
 
 def tensor_shapes(shape: Sequence[int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -55,9 +64,9 @@ def tensor_shapes(shape: Sequence[int], grid: Grid) -> dict[str, tuple[torch.dty
     if grid.double_quant:
         found["weight_scales_absmax"] = (torch.float32, (-(-groups // SCALE_BLOCK),))
         found["weight_scales_offset"] = (torch.float32, (1,))
-    if grid.codebook in INTEGERS and grid.zero_point == "integer":
+    if grid.integer and grid.zero_point == "integer":
         found["weight_zeros"] = (torch.uint8, (packed_size(groups, grid.bits),))
-    if grid.codebook in INTEGERS and grid.zero_point in FLOATING:
+    if grid.integer and grid.zero_point in FLOATING:
         found["weight_shifts"] = (FLOATING[grid.zero_point], (groups,))
     return found
 
@@ -117,6 +126,23 @@ def read_scales(
 def read_zeros(zeros: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
     """The float32 shifts that packed zero-points stand for under float32 scales."""
     return shifts_of(unpack(zeros, bits, len(scales)), scales, bits)
+
+
+def input_groups(
+    _module: str, _shape: Sequence[int], _grid: Grid, _tensor: Callable[[str], torch.Tensor]
+) -> torch.Tensor | None:
+    """None: groups are always of consecutive inputs."""
+    return None
+
+
+def load_options(_recipe: Mapping[str, Any]) -> str:
+    """Nothing: `config.json` says all."""
+    return ""
+
+
+def card_note(_grid: Grid) -> str:
+    """What the card says to somebody who loads the folder."""
+    return "- The weights stay packed in memory. `merge_and_unload` gives a dense model with the adapter in it."
 
 
 def quantization_config(

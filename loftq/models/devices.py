@@ -1,13 +1,75 @@
-"""The device that work goes to where none is named."""
+"""The device on which work runs if the user names none, and the dtype in which it computes.
+
+There are two choices of a device. `device_to_run` is for models that train, answer or are measured: any accelerator
+that torch finds. `find_gpu` is for solving, which needs float64, so it leaves out Apple's GPUs; folders of packed
+weights are loaded to the same GPU.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+
+from loftq.errors import LoftQError, OptionError
 
 
 def find_gpu() -> torch.device | None:
-    """The GPU that torch finds; None where there is none, and for Apple's, which does not compute in float64."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if found is None or found.type == "mps":
+    """The GPU that torch finds, with its index. None if there is none, or if it is Apple's, which has no float64."""
+    accelerator = _accelerator()
+    if accelerator is None or accelerator.type == "mps":
         return None
-    return torch.device(found.type, torch.accelerator.current_device_index())
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def device_to_run(cpu: bool | None) -> torch.device:
+    """The accelerator that torch finds, or the CPU where it finds none or `cpu` is true.
+
+    It has no index: of several GPUs, transformers gives each process its own.
+    """
+    return (None if cpu else _accelerator()) or torch.device("cpu")
+
+
+def _accelerator() -> torch.device | None:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def compute_dtype(requested: str | None, device: torch.device) -> torch.dtype:
+    """The requested dtype, or by default the best one for the device: bfloat16 where it computes in that.
+
+    Raises OptionError for a dtype in which the device cannot compute.
+    """
+    from bitsandbytes.functional import has_avx512bf16
+
+    if requested == "float16" and device.type == "cpu":
+        raise OptionError("--dtype float16 is not supported on a CPU: use bfloat16 or float32")
+    if requested == "bfloat16" and device.type == "cuda" and not _cuda_has_bfloat16():
+        raise OptionError("--dtype bfloat16 is not supported by this GPU: use float16 or float32")
+    if requested is not None:
+        return COMPUTE_DTYPES[requested]
+    if device.type == "cuda":
+        return torch.bfloat16 if _cuda_has_bfloat16() else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and has_avx512bf16() else torch.float32
+
+
+def _cuda_has_bfloat16() -> bool:
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+_FULL = r"can't allocate memory|not enough memory|Cannot allocate memory"
+
+
+@contextmanager
+def explain_full_memory(advice: str) -> Iterator[None]:
+    """Turn an error that says that memory is full into a LoftQError with advice on how to need less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search(_FULL, str(error)):
+            raise
+        raise LoftQError(f"out of memory: {advice}") from error

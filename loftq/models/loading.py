@@ -16,10 +16,10 @@ from torch import nn
 from loftq.core.grid import ROW
 from loftq.errors import ArtifactError, OptionError, UnknownNameError
 from loftq.formats import gptq
-from loftq.formats.adapter import Adapter, keys, open_adapter, target_names
+from loftq.formats.adapter import open_adapter, target_names
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.formats.checkpoint import dtype_of, read_checkpoint
-from loftq.models.belonging import check_shapes, foreign_adapter, trained_on
+from loftq.models.adapters import check_adapter, check_shapes, foreign_adapter
 from loftq.models.tasks import TASKS, auto_class
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def load_qalora(
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    from loftq.models.integration import has_gptqmodel, read_gptq_by
+    from loftq.models.gptq_quantizer import has_gptqmodel
 
     if backend not in BACKENDS:
         raise UnknownNameError("backend", backend, BACKENDS)
@@ -89,11 +89,7 @@ def load_qalora(
         check_adapter(artifact, chosen)
     elif chosen is not None:
         foreign = foreign_adapter(chosen, str(folder), read_checkpoint(Path(folder)))
-    read_gptq_by(ours=backend == "loftq")
-    try:
-        base = load_base(artifact or Path(folder), is_trainable, device_map, dtype)
-    finally:
-        read_gptq_by(ours=not has_gptqmodel())
+    base = load_base(artifact or Path(folder), is_trainable, device_map, dtype, backend)
     if foreign is not None:
         check_shapes(base, foreign, str(folder))
     if chosen is not None:
@@ -127,9 +123,16 @@ def _group_size(base: Any) -> int:
 
 
 def load_base(
-    source: Artifact | Path, is_trainable: bool = False, device_map: Any = None, dtype: torch.dtype | None = None
+    source: Artifact | Path,
+    is_trainable: bool = False,
+    device_map: Any = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
 ) -> Any:
-    """The backbone of an artifact, or of somebody else's folder, ready to train an adapter on."""
+    """The backbone of an artifact, or of somebody else's folder, ready to train an adapter on.
+
+    `backend`, one of BACKENDS, says what runs GPTQ's layout: by default gptqmodel where it is installed.
+    """
     if isinstance(source, Path):
         folder, task, heads = source, TASKS["causal-lm"], ()
         stored = dtype_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
@@ -138,7 +141,8 @@ def load_base(
         heads = open_adapter(source.adapter).config["modules_to_save"] or ()
         stored = getattr(torch, source.manifest["recipe"]["compute_dtype"])
     with _expecting_a_new_head(task.has_head):
-        base: Any = auto_class(task).from_pretrained(folder, dtype=stored, device_map=device_map)
+        config = _config_for_our_linear(folder) if backend == "loftq" else {}
+        base: Any = auto_class(task).from_pretrained(folder, dtype=stored, device_map=device_map, **config)
     guard_cpu(base)
     if dtype is not None and dtype != stored:
         _change_dtype(base, dtype)
@@ -147,6 +151,19 @@ def load_base(
         base.enable_input_require_grads()
     _heads_in_float32(base, heads)
     return base
+
+
+def _config_for_our_linear(folder: Path) -> dict[str, Any]:
+    """The configuration with which transformers load a folder of GPTQ by our linear, though gptqmodel is installed."""
+    if not gptq.is_gptq(folder):
+        return {}
+    from transformers import AutoConfig
+
+    from loftq.models.gptq_quantizer import OWN_METHOD
+
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config = {**config.quantization_config, "quant_method": OWN_METHOD}
+    return {"config": config}
 
 
 def guard_cpu(model: nn.Module) -> None:
@@ -160,52 +177,6 @@ def guard_cpu(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def check_adapter(artifact: Artifact, folder: Path) -> Adapter:
-    """Open an adapter. Raises ArtifactError unless it was made for, or trained on, this backbone."""
-    adapter = fitting_adapter(artifact, folder)
-    other = other_backbone(artifact, adapter)
-    if other is not None:
-        raise ArtifactError(
-            f"the adapter {folder} was trained on {other}, another backbone than {artifact.folder}: "
-            "name that one, or train an adapter on this one"
-        )
-    return adapter
-
-
-def other_backbone(artifact: Artifact, adapter: Adapter) -> str | None:
-    """The backbone that an adapter was made for, where that can be told and is another one."""
-    if adapter.folder.resolve() == artifact.adapter.resolve():
-        return None
-    made_for = adapter.config.get("base_model_name_or_path")
-    known = trained_on(adapter.folder)
-    if known is None and made_for and (Path(made_for) / MANIFEST).is_file():
-        known = str(made_for), open_artifact(made_for).backbone_hash
-    return None if known is None or known[1] == artifact.backbone_hash else known[0]
-
-
-def fitting_adapter(artifact: Artifact, folder: Path) -> Adapter:
-    """Open an adapter. Raises ArtifactError unless it is of the kind and of the shapes that an artifact takes."""
-    adapter, expected = open_adapter(folder), open_adapter(artifact.adapter)
-    if adapter.kind != expected.kind:
-        raise ArtifactError(
-            f"the adapter {folder} is a {adapter.kind} adapter: {artifact.folder} takes a {expected.kind} one"
-        )
-    unknown = sorted(set(adapter.modules) - set(expected.modules))
-    if unknown:
-        raise ArtifactError(
-            f"the adapter {folder} adapts {unknown[0]!r}, which {artifact.folder} does not have adapted"
-        )
-    for module in adapter.modules:
-        for key, side in zip(keys(module), (1, 0), strict=True):
-            found, ours = adapter.shapes[key], expected.shapes[key]
-            if found[side] != ours[side]:
-                raise ArtifactError(
-                    f"the adapter {folder} does not fit {artifact.folder}: {key} is {found[0]} x {found[1]}, "
-                    f"expected {ours[0]} x {ours[1]}"
-                )
-    return adapter
 
 
 def _change_dtype(model: nn.Module, dtype: torch.dtype) -> None:

@@ -1,1 +1,1 @@
-"""From the artifact to a fine-tuned model, on transformers' Trainer, peft and accelerate."""
+"""Trains, evaluates and runs models with adapters, on top of transformers' Trainer, peft and accelerate."""

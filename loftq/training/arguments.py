@@ -1,4 +1,4 @@
-"""The settings of a training as transformers has them."""
+"""Converts the settings of a training into transformers' TrainingArguments."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from loftq.display import one_line
 from loftq.errors import OptionError
-from loftq.training.opening import compute_dtype, device_of
-from loftq.training.settings import MODES, Settings
+from loftq.models.devices import compute_dtype, device_to_run
+from loftq.training.settings import MODES, TrainSettings
 
-_EVALUATIONS = 0.1  # of the run, between two of them
-_CHECKPOINTS = 2  # that are kept
+_EVALUATION_INTERVAL = 0.1  # part of the run between two evaluations, and between two checkpoints
+_CHECKPOINTS = 2  # number of checkpoints that are kept
 
 
-def arguments_of(settings: Settings, mode: str) -> TrainingArguments:
-    """The settings as transformers has them. Raises OptionError for what it refuses, or the device cannot do."""
-    device = device_of(settings.cpu)
+def arguments_of(settings: TrainSettings, mode: str) -> TrainingArguments:
+    """Return TrainingArguments with these settings.
+
+    Raises OptionError for a setting that transformers refuses or that the device does not support.
+    """
+    device = device_to_run(settings.cpu)
     dtype = compute_dtype(settings.dtype, device)
     cuda = device.type == "cuda"
     values: dict[str, Any] = {
@@ -35,15 +39,15 @@ def arguments_of(settings: Settings, mode: str) -> TrainingArguments:
         "per_device_eval_batch_size": settings.eval_batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation,
         "seed": settings.seed,
-        "optim": settings.optim or ("paged_adamw_8bit" if cuda else "adamw_torch"),
+        "optim": settings.optim or default_optimizer(device),
         "bf16": cuda and dtype == torch.bfloat16,
         "fp16": cuda and dtype == torch.float16,
         "use_cpu": device.type == "cpu",
         "eval_strategy": "steps",
-        "eval_steps": settings.eval_steps or _EVALUATIONS,
-        "prediction_loss_only": settings.task != "classification",  # logits of every token would fill the memory
+        "eval_steps": settings.eval_steps or _EVALUATION_INTERVAL,
+        "prediction_loss_only": settings.task != "classification",  # the logits of all tokens would fill the memory
         "save_strategy": "steps",
-        "save_steps": settings.save_steps or _EVALUATIONS,
+        "save_steps": settings.save_steps or _EVALUATION_INTERVAL,
         "save_total_limit": _CHECKPOINTS,
         "logging_steps": 0.02,
         "logging_first_step": True,
@@ -60,20 +64,24 @@ def arguments_of(settings: Settings, mode: str) -> TrainingArguments:
         return TrainingArguments(**values)
 
 
+def default_optimizer(device: torch.device) -> str:
+    """The optimizer that is used by default, by its name in transformers."""
+    return "paged_adamw_8bit" if device.type == "cuda" else "adamw_torch"
+
+
 @contextmanager
 def explain_settings() -> Iterator[None]:
-    """Turn what transformers says of settings that do not fit into an OptionError."""
+    """Turn the errors that transformers raises for invalid settings into an OptionError."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, ImportError, RuntimeError, AssertionError) as error:
-        said = " ".join(str(error).split())
-        raise OptionError(f"transformers refuses these settings: {said or type(error).__name__}") from error
+        raise OptionError(f"transformers refuses these settings: {one_line(error)}") from error
 
 
 def _check_set(values: Mapping[str, Any]) -> None:
-    """Raises OptionError for a value of another type than its default, which transformers finds out as it trains."""
+    """Raise OptionError for a value whose type is not that of its default: transformers would fail only later."""
     defaults = {entry.name: entry.default for entry in fields(TrainingArguments)}
     for name, value in values.items():
         kind = type(defaults[name])
@@ -82,11 +90,11 @@ def _check_set(values: Mapping[str, Any]) -> None:
             expected = "true or false" if kind is bool else "a number"
             raise OptionError(f"--set {name}={value}: expected {expected}")
     if values.get("save_only_model"):
-        raise OptionError("--set save_only_model=true: nothing could go on from such checkpoints: leave it out")
+        raise OptionError("--set save_only_model=true: a training cannot continue from such checkpoints: leave it out")
 
 
 def _checkpointing() -> dict[str, Any]:
-    """Gradient checkpointing, under the name that this transformers has for it."""
-    known = {entry.name for entry in fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    """The arguments for gradient checkpointing, under the name that the installed transformers uses."""
+    argument_names = {entry.name for entry in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in argument_names else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}

@@ -1,4 +1,4 @@
-"""Rows to train on: text, JSON lines, CSV, TSV or Parquet files, or a data set on the Hub, read by `datasets`."""
+"""Reads rows to train on from text, JSON, CSV, TSV or Parquet files, or from a data set on the Hub."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loftq.display import one_line
 from loftq.errors import OptionError
-from loftq.pipeline.hub_data import explain_data
+from loftq.hub.errors import explain_data
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,15 +23,16 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".tsv": ("from_csv", {"delimiter": "\t"}),
     ".parquet": ("from_parquet", {}),
 }
-_HELD_OUT = 20  # of so many examples, one
+_HELD_OUT = 20  # one example in this many is held out
 _MOST_HELD_OUT = 500
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%-]+))?")
 
 
 def read_rows(names: Sequence[str], option: str = "--data") -> Dataset:
-    """The rows of files of one kind, or of a data set on the Hub: `OWNER/NAME[:CONFIG][@SPLIT]`, by default `train`.
+    """Read the rows of files of the same kind, or of a data set on the Hub.
 
-    Raises OptionError for what cannot be read, and for what holds no rows.
+    A data set is named `OWNER/NAME[:CONFIG][@SPLIT]`; the default split is `train`. Raises OptionError for data that
+    cannot be read or that has no rows.
     """
     datasets = _library(names, option)
     paths = [Path(name).expanduser() for name in names]
@@ -40,27 +42,27 @@ def read_rows(names: Sequence[str], option: str = "--data") -> Dataset:
         _check_files(paths, option)
         rows = _file_rows(datasets, paths, option)
     if not len(rows):
-        raise OptionError(f"{option} {', '.join(names)}: holds no rows")
+        raise OptionError(f"{option} {', '.join(names)}: has no rows: name other data")
     return rows
 
 
 def _check_files(paths: Sequence[Path], option: str) -> None:
     for path in paths:
         if path.is_dir():
-            raise OptionError(f"{option} {path}: is a folder: name the files in it, each with {option}")
+            raise OptionError(f"{option} {path}: is a folder: name each file in it with {option}")
         if not path.is_file():
             raise OptionError(f"{option} {path}: no such file")
         if path.suffix.lower() not in _READERS:
-            raise OptionError(f"{option} {path}: expected a {', '.join(_READERS)} file, or a data set on the Hub")
+            raise OptionError(f"{option} {path}: expected a {', '.join(_READERS)} file or a data set on the Hub")
     if any(_READERS[path.suffix.lower()] != _READERS[paths[0].suffix.lower()] for path in paths):
-        raise OptionError(f"{option} {', '.join(map(str, paths))}: expected files of one kind")
+        raise OptionError(f"{option} {', '.join(map(str, paths))}: expected files of the same kind")
     for path in paths:
         if path.suffix.lower() != ".parquet":
             _check_encoding(path, option)
 
 
 def _check_encoding(path: Path, option: str) -> None:
-    """Readers pass bytes that are no text on, and rows fail later."""
+    """Raise OptionError for a file that is not UTF-8; the readers would accept it, and its rows would fail later."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -87,16 +89,16 @@ def _file_rows(datasets: Any, paths: Sequence[Path], option: str) -> Dataset:
     try:
         if reader == "from_csv":
             settings = {**settings, **_as_text(datasets, files[0], settings.get("delimiter", ","))}
-        return getattr(datasets.Dataset, reader)(files, **settings)  # `load_dataset` would count it on the network
-    except Exception as error:  # of any format's reader
+        return getattr(datasets.Dataset, reader)(
+            files, **settings
+        )  # `load_dataset` would report its use over the network
+    except Exception as error:  # each reader has its own errors
         cause = error.__cause__ or error
-        raise OptionError(
-            f"{option} {', '.join(files)}: cannot be read: {' '.join(str(cause).split())[:300]}"
-        ) from error
+        raise OptionError(f"{option} {', '.join(files)}: cannot be read: {one_line(cause, 300)}") from error
 
 
 def _as_text(datasets: Any, file: str, delimiter: str) -> dict[str, Any]:
-    """Settings by which every cell of a table is the text that it is: 007, NA and 1.50 are answers too."""
+    """Reader settings that keep every cell of a table as text, so that 007, NA and 1.50 stay as they are written."""
     import pandas as pd  # type: ignore[import-untyped]  # datasets requires it
 
     names = pd.read_csv(file, sep=delimiter, nrows=0).columns
@@ -106,7 +108,9 @@ def _as_text(datasets: Any, file: str, delimiter: str) -> dict[str, Any]:
 def _hub_rows(datasets: Any, name: str, option: str) -> Dataset:
     match = _HUB_NAME.fullmatch(name)
     if match is None:
-        raise OptionError(f"{option} {name}: no such file, and no data set on the Hub (OWNER/NAME[:CONFIG][@SPLIT])")
+        raise OptionError(
+            f"{option} {name}: no such file, and not the name of a data set on the Hub (OWNER/NAME[:CONFIG][@SPLIT])"
+        )
     with explain_data(match["name"], f"{option} {name}"):
         return datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train")
 
@@ -114,26 +118,29 @@ def _hub_rows(datasets: Any, name: str, option: str) -> Dataset:
 def find_columns(
     rows: Dataset, roles: Mapping[str, Sequence[str]], chosen: Mapping[str, str], optional: Sequence[str] = ()
 ) -> dict[str, str]:
-    """The column of each role: the one that was chosen, or else the first of its usual names that is there.
+    """Return the column of each role: the chosen column, or else the first of the role's usual names that the data has.
 
-    Raises OptionError where a role has none, and for a chosen one that is not there.
+    Raises OptionError for a chosen column that the data does not have, and for a role without a column unless it is
+    `optional`.
     """
-    found = {}
+    columns = {}
     for role, usual in roles.items():
         if role in chosen:
             if chosen[role] not in rows.column_names:
-                raise OptionError(f"--column {role}={chosen[role]}: the data has no such column ({_columns(rows)})")
-            found[role] = chosen[role]
+                raise OptionError(
+                    f"--column {role}={chosen[role]}: the data has no such column ({_columns(rows)}): name another"
+                )
+            columns[role] = chosen[role]
             continue
-        named = [name for name in usual if name in rows.column_names]
-        if named:
-            found[role] = named[0]
+        present = [name for name in usual if name in rows.column_names]
+        if present:
+            columns[role] = present[0]
         elif role not in optional:
             raise OptionError(
                 f"the data has no column for the {role} (looked for: {', '.join(usual)}; {_columns(rows)}): "
                 f"name it with --column {role}=NAME"
             )
-    return found
+    return columns
 
 
 def _columns(rows: Dataset) -> str:
@@ -141,24 +148,27 @@ def _columns(rows: Dataset) -> str:
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str:
-    """A row's text. Raises OptionError where it holds none."""
+    """Return the text in a column of a row. Raises OptionError if the value is not a text."""
     value = row[column]
     if not isinstance(value, str):
-        raise OptionError(f"column {column!r} of the data holds {value!r:.80} where a text was expected")
+        raise OptionError(f"column {column!r} of the data holds {value!r:.80}, but a text was expected")
     return value
 
 
 def number_of(value: Any) -> Any:
-    """The number that a text says, as a cell of a table; anything else as it is."""
+    """Convert a text that is a finite number, such as the cell of a table; return any other value unchanged."""
     try:
-        found = float(value) if isinstance(value, str) else math.nan
+        number = float(value) if isinstance(value, str) else math.nan
     except ValueError:
         return value
-    return found if math.isfinite(found) else value
+    return number if math.isfinite(number) else value
 
 
 def hold_out(examples: Dataset, seed: int, *, shuffle: bool) -> tuple[Dataset, Dataset | None]:
-    """What to train on and a slice to evaluate on: a twentieth, 500 examples at most; the last ones, or any."""
+    """Split examples into a part to train on and a part to evaluate on, which is None if there are fewer than two.
+
+    The second part is a twentieth of the examples, at most 500: the last ones, or with `shuffle` random ones.
+    """
     count = min(max(len(examples) // _HELD_OUT, 1), _MOST_HELD_OUT)
     if len(examples) < 2:
         return examples, None

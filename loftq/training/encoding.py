@@ -1,45 +1,47 @@
-"""From text to token ids and labels, as a causal or an encoder-decoder model learns them."""
+"""Converts text to token ids and labels for causal and encoder-decoder models."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from loftq.errors import OptionError, SourceError
+from loftq.display import one_line
+from loftq.errors import OptionError
+from loftq.models.tokenizers import read_tokenizer, special_tokens
 
-IGNORED = -100  # a label that is no loss, as torch has it
+IGNORED = -100  # torch's label for a token that adds no loss
 _RESERVED = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<unk>")
 
-Piece = tuple[str, bool]  # a text, and whether it is learned
+Piece = tuple[str, bool]  # a text, and whether the model learns to write it
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer, the limits of an example, and what sort of model reads it."""
+    """Encodes examples for a model: its tokenizer, its task, and the limits of an example in tokens."""
 
     tokenizer: Any
-    task: str  # of loftq.models.tasks.TASKS
+    task: str  # a name in loftq.models.tasks.TASKS
     cutoff_len: int
     max_source_length: int | None = None
     max_target_length: int | None = None
     chat_template: bool | None = None
-    labels: int = 2  # of a classifier
+    labels: int = 2  # number of classes of a classifier
 
     @property
     def seq2seq(self) -> bool:
-        """Whether source and target are read apart."""
+        """Whether the model reads the source and the target separately."""
         return self.task == "seq2seq-lm"
 
     @cached_property
     def _begin(self) -> list[int]:
-        """What the tokenizer puts before a text."""
-        plain, dressed = (self.tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
-        return list(dressed[: dressed.index(plain[0])]) if plain and plain[0] in dressed else []
+        """The special tokens that the tokenizer puts before a text."""
+        return special_tokens(self.tokenizer)[0]
 
     @property
     def _end(self) -> list[int]:
@@ -47,56 +49,59 @@ class Encoder:
         return [] if token is None else [int(token)]
 
     def ids(self, text: str) -> list[int]:
-        """A text's tokens, with no special ones but those that are written out in it."""
+        """The token ids of a text, without any special tokens that are not written in the text itself."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def document(self, text: str) -> list[int]:
-        """A whole text, with its beginning and its end."""
+        """The token ids of a whole text, with the special tokens for its beginning and its end."""
         return [*self._begin, *self.ids(text), *self._end]
 
     def pair(self, prompt: str, response: str) -> dict[str, list[int]]:
-        """A prompt and what is learned as its answer, each with half of the room where both are long.
+        """Encode a prompt and the response that is learned. If both are long, each gets half of the tokens.
 
-        Too long a prompt loses its beginning, as when it is asked, and too long an answer its end.
+        A prompt that is too long loses its beginning, as in generation; a response that is too long loses its end.
         """
         if self.seq2seq:
             source = self.tokenizer(prompt, truncation=True, max_length=self._source_limit).input_ids
             target = self.tokenizer(text_target=response, truncation=True, max_length=self._target_limit).input_ids
             return {"input_ids": list(source), "labels": list(target)}
-        whole = [*self.ids(response), *self._end][: self._target_limit]
-        source = self.prompt(prompt, len(whole))
-        target = whole[: self.cutoff_len - len(source)]
+        answer = [*self.ids(response), *self._end][: self._target_limit]
+        source = self.prompt(prompt, len(answer))
+        target = answer[: self.cutoff_len - len(source)]
         return {"input_ids": source + target, "labels": [IGNORED] * len(source) + target}
 
     def prompt(self, text: str, room: int) -> list[int]:
-        """A prompt that is to be answered in `room` tokens, or half of all; too long a one loses its beginning."""
+        """Encode a prompt and leave `room` tokens for the answer, but at most half of all tokens.
+
+        A prompt that is too long loses its beginning.
+        """
         if self.seq2seq:
             return list(self.tokenizer(text, truncation=True, max_length=self._source_limit).input_ids)
-        ids, most = self.ids(text), self._prompt_limit(room) - len(self._begin)
-        return [*self._begin, *ids[max(len(ids) - most, 0) :]]
+        ids, limit = self.ids(text), self._prompt_limit(room) - len(self._begin)
+        return [*self._begin, *ids[max(len(ids) - limit, 0) :]]
 
     def templated(self, messages: Sequence[dict[str, str]], room: int) -> list[int]:
-        """A prompt as the chat template writes it, special tokens and all, to be answered in `room` tokens.
+        """Encode messages as the chat template writes them, and leave `room` tokens for the answer.
 
-        Raises OptionError for too long a one: cut, it would lose the marks of who speaks.
+        Raises OptionError if the result is too long: a cut would remove the marks of who is speaking.
         """
-        ids, most = self.ids(written(self.tokenizer, messages, answer=True)), self._prompt_limit(room)
-        if len(ids) > most:
+        ids, limit = self.ids(written(self.tokenizer, messages, answer=True)), self._prompt_limit(room)
+        if len(ids) > limit:
             raise OptionError(
-                f"a prompt of {len(ids)} tokens through the chat template, where an answer of {room} within "
-                f"{self.cutoff_len} leaves it {most}: shorten it, lower --max-new-tokens, or add --no-chat-template, "
-                "which cuts it"
+                f"the chat template writes a prompt of {len(ids)} tokens, but with an answer of {room} tokens, within "
+                f"{self.cutoff_len} in all, it may have {limit}: shorten the prompt, lower --max-new-tokens, or add "
+                "--no-chat-template, which cuts long prompts"
             )
         return ids
 
     def conversation(self, pieces: Sequence[Piece]) -> dict[str, list[int]]:
-        """What a chat template wrote, special tokens included, of which parts are learned."""
+        """Encode the pieces that a chat template wrote, with its special tokens; only some of them are learned."""
         ids: list[int] = []
         labels: list[int] = []
         for text, learned in pieces:
-            found = self.ids(text)
-            ids += found
-            labels += found if learned else [IGNORED] * len(found)
+            piece = self.ids(text)
+            ids += piece
+            labels += piece if learned else [IGNORED] * len(piece)
         return {"input_ids": ids[: self.cutoff_len], "labels": labels[: self.cutoff_len]}
 
     def _prompt_limit(self, room: int) -> int:
@@ -112,15 +117,17 @@ class Encoder:
 
 
 def turns(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[Piece]:
-    """A conversation as the tokenizer's chat template writes it: what the assistant says is learned.
+    """Split a conversation, as the chat template writes it, into pieces; the assistant's messages are learned.
 
-    A template may write earlier turns otherwise than the last one: then the last answer alone is learned. Raises
-    OptionError for a conversation without an answer, and where the template does not write a prompt before its answer.
+    Some templates write earlier turns differently from the last one; then only the last answer is learned. Raises
+    OptionError for a conversation that does not end with an answer, and for a template that writes the beginning of an
+    answer differently from the beginning that it writes after a prompt.
     """
     answers = [at for at, message in enumerate(messages) if message.get("role") == "assistant"]
     if not answers or answers[-1] != len(messages) - 1:
         raise OptionError(
-            "a conversation of the data does not end with a message of the assistant: nothing to learn from"
+            "a conversation in the data does not end with a message of the assistant, so there is nothing to learn: "
+            "remove it, or add an answer"
         )
     whole = written(tokenizer, messages)
     for chosen in (answers, answers[-1:]):
@@ -130,7 +137,9 @@ def turns(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[Piece]:
         if all(whole.startswith(after) and after.startswith(before) for before, after in spans):
             break
     else:
-        raise OptionError("the chat template does not begin an answer as it begins a prompt: add --no-chat-template")
+        raise OptionError(
+            "the chat template begins an answer differently in a prompt and in a conversation: add --no-chat-template"
+        )
     pieces: list[Piece] = []
     at = 0
     for before, after in spans:
@@ -140,62 +149,56 @@ def turns(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[Piece]:
 
 
 def written(tokenizer: Any, messages: Sequence[dict[str, str]], *, answer: bool = False) -> str:
-    """Messages as the chat template writes them; `answer`: with the beginning of an answer."""
+    """Write messages with the chat template; with `answer`, the beginning of an answer follows them."""
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer))
-    except Exception as error:  # a template is a program of its own
+    except Exception as error:  # a template is a program and may raise any error
         raise OptionError(
-            f"the chat template refuses a conversation of the data: {' '.join(str(error).split())}"
+            f"the chat template refuses a conversation in the data: {one_line(error)}: add --no-chat-template, or "
+            "correct the conversation"
         ) from error
 
 
 def uses_template(encoder: Encoder, default: bool) -> bool:
-    """Whether prompts go through the chat template. Raises OptionError where one is asked for and there is none."""
+    """Whether prompts are written with the chat template. Raises OptionError if it is requested but does not exist."""
     has = getattr(encoder.tokenizer, "chat_template", None) is not None and not encoder.seq2seq
     if encoder.chat_template and not has:
-        raise OptionError("--chat-template: the model's tokenizer has none; leave it out")
+        raise OptionError("--chat-template: the model's tokenizer has no chat template: leave the option out")
     return has and (default if encoder.chat_template is None else encoder.chat_template)
 
 
-def load_tokenizer(folder: Any, model: nn.Module) -> Any:
-    """The tokenizer beside a model, with a padding token that the model's embeddings hold.
+def load_tokenizer(folder: Path, model: nn.Module) -> Any:
+    """Load the tokenizer of a model, with a padding token that the model's embeddings include.
 
-    Padding is masked in attention and in labels, so any token serves: one that is reserved where there is one, or else
-    the end of text. Embeddings are never resized. Raises SourceError.
+    Padding is masked in attention and in labels, so any token can serve: a reserved one if there is one, otherwise the
+    end of text. Embeddings are never resized. Raises SourceError.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # a tokenizer's own class may raise anything for files that make no sense
-        reason = " ".join(str(error).split())[:200]
-        raise SourceError(
-            f"{folder} has no tokenizer that can be loaded: copy the original model's there ({reason})"
-        ) from error
+    tokenizer = read_tokenizer(folder)
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     config: Any = model.config
     rows = int(embeddings.weight.shape[0])
-    counts_ends = config.is_encoder_decoder and tokenizer.pad_token_id == tokenizer.eos_token_id  # its classifier
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows or counts_ends:
+    # The classifier of an encoder-decoder looks for the end of text, so padding must be another token.
+    pads_with_end = config.is_encoder_decoder and tokenizer.pad_token_id == tokenizer.eos_token_id
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows or pads_with_end:
         vocabulary = tokenizer.get_vocab()
         usable = (*_RESERVED, tokenizer.bos_token) if config.is_encoder_decoder else _RESERVED
         reserved = [token for token in usable if vocabulary.get(token, rows) < rows]
         tokenizer.pad_token = reserved[0] if reserved else tokenizer.eos_token
     for part in (config, config.get_text_config()):  # a classifier looks for the last token before the padding
         part.pad_token_id = tokenizer.pad_token_id
-    if getattr(config, "type_vocab_size", 0) < 2:  # nothing that tells the texts of a pair apart
+    if getattr(config, "type_vocab_size", 0) < 2:  # the model has no token types
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     return tokenizer
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Examples as a batch: padded on the right to the longest, labels with what is no loss."""
+    """Makes a batch of examples: padded on the right to the longest one, labels with `IGNORED`."""
 
     pad_token_id: int
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Token ids and types, attention mask and labels: (batch, longest) int64, or labels (batch,)."""
+        """Return token ids and types, attention mask and labels: int64 (batch, longest). Class labels are (batch,)."""
         ids = _padded([example["input_ids"] for example in examples], self.pad_token_id)
         mask = _padded([[1] * len(example["input_ids"]) for example in examples], 0)
         labels = [example["labels"] for example in examples]

@@ -1,57 +1,39 @@
-"""Measure a model and its adapter, beside what it was made from: one table."""
+"""Measures a model with its adapter, and with `compare` also the models that it comes from, in a single table."""
 
 from __future__ import annotations
 
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
+from loftq.display import columns
 from loftq.errors import OptionError, UnknownNameError
-from loftq.formats.artifact import CARD, MANIFEST, Artifact
-from loftq.pipeline.quantize import quantize
-from loftq.pipeline.recipe import Recipe
-from loftq.training.data import find_columns, read_rows, text_of
-from loftq.training.encoding import Collator, Encoder
-from loftq.training.generate import answers
-from loftq.training.opening import Opened, compute_dtype, device_of, find_model, load_source, open_to_use
-from loftq.training.running import explain_memory, hush
-from loftq.training.settings import option
-from loftq.training.tasks import TASKS, classification, gsm8k, summarization
-from loftq.training.tasks.perplexity import perplexity
+from loftq.formats.artifact import CARD, MANIFEST, Artifact, open_artifact
+from loftq.formats.disk import write_whole
+from loftq.models.devices import compute_dtype, device_to_run
+from loftq.planning.recipe import recipe_again
+from loftq.settings import from_dict, option_name
+from loftq.training.data import read_rows
+from loftq.training.evaluate_settings import EvaluateKeywords, EvaluateSettings
+from loftq.training.measures import MEASURES
+from loftq.training.model import find_model
+from loftq.training.opening import Opened, load_source, open_to_use
+from loftq.training.process import explain_memory, hush
+from loftq.training.tasks import TRAINING_TASKS
+from loftq.verbs.quantize import quantize
 
-_WINDOW = 1024  # tokens, or what the model takes
 _PLAIN = {"method": "qlora", "scales": None, "rounding": None, "iters": None, "refine": None}
 _TEXT = ("calibration", "calibration_tokens", "sequence_length")
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to measure."""
-
-    columns: Mapping[str, str]
-    chat_template: bool | None
-    window: int | None
-    stride: int | None
-    max_new_tokens: int | None
-    cutoff_len: int
-    batch_size: int
-    quiet: bool
-
-    def encoder(self, opened: Opened, most_tokens: int | None = None) -> Encoder:
-        """The tokenizer of a model, and the limits."""
-        limit, config = min(self.cutoff_len, opened.longest), opened.model.config
-        labels = int(config.num_labels)
-        return Encoder(opened.tokenizer, opened.task.name, limit, None, most_tokens, self.chat_template, labels)
-
-
-@dataclass(frozen=True)
 class Evaluation:
-    """What was measured of each model, and how."""
+    """The figures of each measured model, by its name in the table (`rows`), and how they were measured."""
 
     task: str
     data: str
@@ -59,26 +41,20 @@ class Evaluation:
     notes: Sequence[str] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values, for JSON."""
         return {"task": self.task, "data": self.data, "models": self.rows, "notes": list(self.notes)}
 
     def table(self) -> str:
-        """The figures, for a person: a model a line."""
-        lines = self._cells()
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        rows = [
-            "  ".join(f"{cell:<{widths[0]}}" if i == 0 else f"{cell:>{widths[i]}}" for i, cell in enumerate(line))
-            for line in lines
-        ]
-        return "\n".join([*rows, *self.notes])
+        """Return the figures as text for a person, with a line for each model."""
+        return "\n".join([columns(self._cells(), numbers=True), *self.notes])
 
     def _cells(self) -> list[list[str]]:
-        """A heading, and a line for each model."""
+        """The cells of the table: a heading, and a line for each model."""
         names = list(next(iter(self.rows.values())))
         return [["", *names]] + [[name, *(_shown(row[key]) for key in names)] for name, row in self.rows.items()]
 
     def section(self) -> str:
-        """The same for a model card: under a heading that names the task and the data."""
+        """Return the table as a section of a model card, under a heading that names the task and the data."""
         heading, *models = self._cells()
         rows = "\n".join(f"| {' | '.join(line)} |" for line in (heading, ["---"] * len(heading), *models))
         return "\n\n".join([f"### {self.task}, {Path(self.data).name}", rows, *self.notes]) + "\n"
@@ -90,215 +66,108 @@ def _shown(value: float) -> str:
     return f"{value:.4f}" if value < 1e4 else f"{value:.2e}"
 
 
-def evaluate(
-    model: str,
-    *,
-    data: Sequence[str] | str,
-    task: str = "perplexity",
-    adapter: str | None = None,
-    compare: bool = False,
-    source: str | None = None,
-    columns: Mapping[str, str] | None = None,
-    chat_template: bool | None = None,
-    window: int | None = None,
-    stride: int | None = None,
-    max_examples: int | None = None,
-    max_new_tokens: int | None = None,
-    cutoff_len: int = 1024,
-    batch_size: int = 8,
-    card: bool = False,
-    dtype: str | None = None,
-    cpu: bool | None = None,
-    quiet: bool = False,
-) -> Evaluation:
-    """Measure an artifact with its own adapter or a trained one, or a full-precision model, on a task of `MEASURES`.
+def evaluate(model: str, **settings: Unpack[EvaluateKeywords]) -> Evaluation:
+    """Measure a model on a task: an artifact with its own or a trained adapter, or a full-precision model.
 
-    With `compare` the table begins with the full-precision model (`source`, by default the one that the artifact was
-    made from), its plain quantization by the same recipe, and the artifact's own start. With `card` the table goes into
-    the artifact's card. Raises LoftQError.
+    The keywords are the options of `loftq evaluate --help`, with underscores; `data` is required. With `compare` the
+    table begins with the full-precision model (`source`, by default the one that the artifact was made from), its
+    plain quantization by the same recipe, and the artifact with its initial adapter. With `card` the table is also
+    written into the artifact's card. Raises LoftQError.
     """
-    if task not in MEASURES:
-        raise UnknownNameError("task", task, MEASURES)
-    _check_use(
-        task, columns or {}, window=window, stride=stride, max_new_tokens=max_new_tokens, chat_template=chat_template
-    )
-    if source is not None and not compare:
-        raise OptionError(f"--source {source}: goes with --compare, which measures it too")
-    if card and not (Path(model) / MANIFEST).is_file():
-        raise OptionError(f"--card: {model} is no folder that `loftq quantize` wrote: it has no card of ours")
-    for name, value in (("--window", window), ("--stride", stride), ("--max-examples", max_examples)):
-        if value is not None and value < (2 if name == "--window" else 1):
-            raise OptionError(f"{name} {value}: expected {2 if name == '--window' else 1} or more")
-    if min(batch_size, max_new_tokens or 1) < 1 or cutoff_len < 8:
-        raise OptionError("--batch-size, --max-new-tokens: expected 1 or more; --cutoff-len: 8 or more")
-    names = (data,) if isinstance(data, str) else tuple(data)
-    hush(quiet)
-    rows = read_rows(names)
-    if max_examples is not None:
-        rows = rows.select(range(min(max_examples, len(rows))))
-    options = Options(columns or {}, chat_template, window, stride, max_new_tokens, cutoff_len, batch_size, quiet)
-    device = device_of(cpu)
-    chosen = compute_dtype(dtype, device)
-    found: dict[str, dict[str, float]] = {}
+    chosen = from_dict(EvaluateSettings, settings)
+    _check_use(model, chosen)
+    hush(chosen.quiet)
+    rows = read_rows(chosen.data)
+    if chosen.max_examples is not None:
+        rows = rows.select(range(min(chosen.max_examples, len(rows))))
+    device = device_to_run(chosen.cpu)
+    figures: dict[str, dict[str, float]] = {}
     with explain_memory():
-        for name, open_it in _models(model, adapter, source, device, chosen, compare=compare, quiet=quiet):
-            opened = open_it()
-            TASKS[MEASURES[task].like].require(task, opened.task.name, name)
-            found[name] = MEASURES[task].measure(opened, rows, options)
+        for name, open_model in _candidates(model, chosen, device, compute_dtype(chosen.dtype, device)):
+            opened = open_model()
+            TRAINING_TASKS[MEASURES[chosen.task].like].require(chosen.task, opened.task.name, name)
+            figures[name] = MEASURES[chosen.task].measure(opened, rows, chosen)
             del opened
-    evaluation = Evaluation(task, ", ".join(names), found, _notes(task, found))
-    if card:
+    evaluation = Evaluation(chosen.task, ", ".join(chosen.data), figures, _notes(chosen.task, figures))
+    if chosen.card:
         _into_card(Path(model) / CARD, evaluation)
     return evaluation
 
 
-def _check_use(task: str, columns: Mapping[str, str], **options: Any) -> None:
-    """Raises OptionError for a column and for an option that a task does not read."""
-    roles = TASKS[MEASURES[task].like].roles
-    for name in columns:
-        if name not in roles:
-            raise UnknownNameError("column", name, roles)
-    for name, value in options.items():
-        if value is not None and name not in MEASURES[task].options:
-            readers = " and ".join(reader for reader, measure in MEASURES.items() if name in measure.options)
-            raise OptionError(f"{option(name)}: --task {task} does not use it; {readers} would: leave it out")
+def _check_use(model: str, settings: EvaluateSettings) -> None:
+    """Raise OptionError for an unknown task, for a column or an option that the task does not use, and without data."""
+    if settings.task not in MEASURES:
+        raise UnknownNameError("task", settings.task, MEASURES)
+    measure = MEASURES[settings.task]
+    for name in settings.columns:
+        if name not in TRAINING_TASKS[measure.like].roles:
+            raise UnknownNameError("column", name, TRAINING_TASKS[measure.like].roles)
+    for name in ("window", "stride", "max_new_tokens", "chat_template"):
+        if name not in measure.options and getattr(settings, name) is not None:
+            readers = " or ".join(reader for reader, row in MEASURES.items() if name in row.options)
+            raise OptionError(
+                f"{option_name(name)}: --task {settings.task} does not use it, leave it out (--task {readers} uses it)"
+            )
+    if settings.source is not None and not settings.compare:
+        raise OptionError(
+            f"--source {settings.source}: applies only with --compare: add --compare, or leave --source out"
+        )
+    if settings.card and not (Path(model) / MANIFEST).is_file():
+        raise OptionError(
+            f"--card: {model} is not a folder that `loftq quantize` wrote, so it has no card to write into"
+        )
+    if not settings.data:
+        raise OptionError("no data is given: name files or a data set with --data")
 
 
 def _into_card(path: Path, evaluation: Evaluation) -> None:
-    """At the card's end, in place of an earlier measurement of the same."""
+    """Write the table at the end of a card, and remove an earlier one of the same task and data."""
     text = path.read_text(encoding="utf-8")
     section = evaluation.section()
     heading = re.escape(section.partition("\n")[0])
     kept = re.sub(rf"\n{heading}\n.*?(?=\n#|\Z)", "", text, flags=re.DOTALL)
-    scratch = path.with_name(f"{path.name}.partial")
-    scratch.write_text(f"{kept.rstrip()}\n\n{section}", encoding="utf-8")
-    scratch.replace(path)
+    write_whole(path, f"{kept.rstrip()}\n\n{section}")
 
 
-Model = tuple[str, Callable[[], Opened]]
+Candidate = tuple[str, Callable[[], Opened]]
 
 
-def _models(
-    model: str,
-    adapter: str | None,
-    source: str | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    compare: bool,
-    quiet: bool,
-) -> Iterator[Model]:
-    """What is measured, each opened when its turn comes."""
-    found = find_model(model)
-    artifact = found if isinstance(found, Artifact) else None
-    if compare:
+def _candidates(
+    model: str, settings: EvaluateSettings, device: torch.device, dtype: torch.dtype
+) -> Iterator[Candidate]:
+    """Yield the name of each model to measure, and a function that opens it."""
+    adapter, quiet = settings.adapter, settings.quiet
+    backbone = find_model(model)
+    artifact = backbone if isinstance(backbone, Artifact) else None
+    if settings.compare:
         if artifact is None:
             raise OptionError(
-                f"--compare: {model} was not made by `loftq quantize`: there is nothing to compare it with"
+                f"--compare: {model} was not written by `loftq quantize`, so there is nothing to compare it with"
             )
-        origin = source or str(artifact.manifest["source"]["model"])
+        origin = settings.source or str(artifact.manifest["source"]["model"])
         yield "full precision", lambda: load_source(origin, artifact, device, dtype)
         with tempfile.TemporaryDirectory() as folder:
             yield (
                 "plain quantization",
                 lambda: _plain(artifact, origin, Path(folder) / "plain", device, dtype, quiet=quiet),
             )
-        yield "start", lambda: open_to_use(model, None, device, dtype)
+        yield "start", lambda: open_to_use(backbone, None, device, dtype)
         if adapter is None:
             return
     name = "trained" if adapter is not None else "start" if artifact is not None else "model"
-    yield name, lambda: open_to_use(model, adapter, device, dtype)
+    yield name, lambda: open_to_use(backbone, adapter, device, dtype)
 
 
 def _plain(
     artifact: Artifact, source: str, folder: Path, device: torch.device, dtype: torch.dtype, *, quiet: bool
 ) -> Opened:
-    """The same recipe with the nearest codes and an adapter that adds nothing: QLoRA's start."""
-    known = {entry.name for entry in fields(Recipe)}
-    recipe = {name: value for name, value in artifact.manifest["recipe"].items() if name in known} | _PLAIN
-    recipe |= dict.fromkeys(_TEXT)
+    """Quantize with the same recipe, but to the nearest codes and with an adapter that adds nothing, as QLoRA does."""
+    recipe: Any = recipe_again(artifact.manifest["recipe"]).to_dict() | _PLAIN | dict.fromkeys(_TEXT)
     quantize(source, output=folder, quiet=quiet, **recipe)
-    return open_to_use(str(folder), None, device, dtype)
+    return open_to_use(open_artifact(folder), None, device, dtype)
 
 
-# Measures
-
-
-def _perplexity(opened: Opened, rows: Any, options: Options) -> dict[str, float]:
-    column = find_columns(rows, TASKS["clm"].roles, options.columns)["text"]
-    encoder = options.encoder(opened)
-    ids = [token for row in rows for token in encoder.ids(text_of(row, column))]
-    window = min(options.window or _WINDOW, opened.longest)
-    return perplexity(opened.model, ids, window, min(options.stride or window, window), quiet=options.quiet)
-
-
-def _gsm8k(opened: Opened, rows: Any, options: Options) -> dict[str, float]:
-    found = find_columns(rows, gsm8k.ROLES, options.columns)
-    expected = [gsm8k.reference(row, found["answer"]) for row in rows]
-    most = options.max_new_tokens or gsm8k.MOST_TOKENS
-    encoder = options.encoder(opened)
-    prompts = [gsm8k.prompt(text_of(row, found["question"]), encoder, most) for row in rows]
-    said = answers(
-        opened, prompts, most, batch_size=options.batch_size, stop=gsm8k.STOP, quiet=options.quiet, desc="gsm8k"
-    )
-    right = [gsm8k.final_number(answer) == number for answer, number in zip(said, expected, strict=True)]
-    return {"exact match": sum(right) / len(right), "questions": len(right)}
-
-
-def _summarization(opened: Opened, rows: Any, options: Options) -> dict[str, float]:
-    found = find_columns(rows, summarization.ROLES, options.columns)
-    most = options.max_new_tokens or summarization.MOST_TOKENS
-    encoder = options.encoder(opened, most)
-    prompts = [
-        encoder.prompt(summarization.prompt(text_of(row, found["document"]), encoder, most), most) for row in rows
-    ]
-    said = answers(opened, prompts, most, batch_size=options.batch_size, quiet=options.quiet, desc="summarization")
-    return summarization.rouge(said, [text_of(row, found["summary"]) for row in rows]) | {"documents": len(rows)}
-
-
-def _classification(opened: Opened, rows: Any, options: Options) -> dict[str, float]:
-    encoded = classification.encode(rows, options.columns, options.encoder(opened))
-    collator, examples = Collator(opened.tokenizer.pad_token_id), list(encoded)
-    logits = []
-    with torch.no_grad():
-        for start in range(0, len(examples), options.batch_size):
-            batch = {
-                name: tensor.to(opened.model.device)
-                for name, tensor in collator(examples[start : start + options.batch_size]).items()
-            }
-            batch.pop("labels")
-            logits.append(opened.model(**batch).logits.float().cpu())
-    labels = torch.tensor([example["labels"] for example in examples])
-    return classification.scores(torch.cat(logits).numpy(), labels.numpy()) | {"examples": len(examples)}
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A row: what it says, the task whose models can do it, the figures, and the options that it alone reads."""
-
-    text: str
-    like: str  # of TASKS
-    measure: Callable[[Opened, Any, Options], dict[str, float]]
-    options: tuple[str, ...] = ()
-
-
-MEASURES = {
-    "perplexity": Measure(
-        "of a causal model on text, over --window tokens, --stride apart", "clm", _perplexity, ("window", "stride")
-    ),
-    "gsm8k": Measure(
-        "greedy answers, exact match of the final number", "gsm8k", _gsm8k, ("max_new_tokens", "chat_template")
-    ),
-    "classification": Measure(
-        "accuracy, F1, Matthews' correlation; of numbers Pearson's", "classification", _classification
-    ),
-    "summarization": Measure(
-        "ROUGE-1, -2 and -L of greedy summaries", "summarization", _summarization, ("max_new_tokens",)
-    ),
-}
-
-
-def _notes(task: str, found: Mapping[str, Mapping[str, float]]) -> list[str]:
-    if task == "classification" and len(found) > 1:
-        return ["a head that was not trained answers by chance"]
+def _notes(task: str, figures: Mapping[str, Mapping[str, float]]) -> list[str]:
+    if task == "classification" and len(figures) > 1:
+        return ["A classifier head that was not trained answers at random."]
     return []

@@ -1,4 +1,4 @@
-"""Text from a model and its adapter: streamed to a person, or answers to many prompts."""
+"""Generates text with a model and its adapter: streamed to a person, or as answers to many prompts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from tqdm import tqdm
 from transformers import GenerationConfig, TextStreamer, set_seed
 
 from loftq.errors import OptionError
+from loftq.models.devices import compute_dtype, device_to_run
 from loftq.training import encoding
 from loftq.training.encoding import Encoder
-from loftq.training.opening import Opened, compute_dtype, device_of, open_to_use
-from loftq.training.running import explain_memory, hush
+from loftq.training.model import find_model
+from loftq.training.opening import Opened, open_to_use
+from loftq.training.process import explain_memory, hush
 
 
 def generate(
@@ -33,28 +35,28 @@ def generate(
     cpu: bool | None = None,
     stream: TextIO | None = None,
 ) -> str:
-    """What a model says to a prompt, written to `stream` as it comes.
+    """Return the answer of a model to a prompt, and write it to `stream` while it is generated.
 
     `model` is an artifact's folder, with its own adapter unless `adapter` names a trained one, or a full-precision
-    model. The prompt goes through the chat template if there is one, unless `chat_template` is False. A temperature of
-    0 takes the likeliest token always. Raises LoftQError.
+    model. The prompt is written with the chat template if there is one, unless `chat_template` is False. With a
+    temperature of 0 the model always takes the likeliest token. Raises LoftQError.
     """
     if max_new_tokens < 1:
         raise OptionError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
     if not 0 <= temperature < math.inf:
-        raise OptionError(f"--temperature {temperature}: expected 0 (the likeliest token always) or more")
+        raise OptionError(f"--temperature {temperature}: expected 0 (always the likeliest token) or more")
     if not 0 < top_p <= 1:
         raise OptionError(f"--top-p {top_p}: expected a number above 0, at most 1")
     hush(quiet=True)
-    device = device_of(cpu)
+    device = device_to_run(cpu)
     with explain_memory():
-        opened = open_to_use(model, adapter, device, compute_dtype(dtype, device))
+        opened = open_to_use(find_model(model), adapter, device, compute_dtype(dtype, device))
         _require_generator(opened, model)
         encoder = Encoder(opened.tokenizer, opened.task.name, opened.longest, chat_template=chat_template)
         if encoding.uses_template(encoder, default=True):
-            said = [{"role": "system", "content": system}] if system else []
-            said.append({"role": "user", "content": prompt})
-            ids = encoder.templated(said, max_new_tokens)
+            messages = [{"role": "system", "content": system}] if system else []
+            messages.append({"role": "user", "content": prompt})
+            ids = encoder.templated(messages, max_new_tokens)
         else:
             ids = encoder.prompt(prompt if system is None else f"{system}\n{prompt}", max_new_tokens)
         set_seed(seed)
@@ -75,25 +77,28 @@ def answers(
     quiet: bool = False,
     desc: str = "generate",
 ) -> list[str]:
-    """The greedy answers to prompts, given as token ids, in their order; each ends before `stop`.
+    """Return the greedy answers to prompts, which are token ids, in their order; each answer ends before `stop`.
 
-    Where the longest prompt leaves an answer less than `max_new_tokens` of what the model takes, all answers are as
-    short: they do not depend on the batch that they are in.
+    If the longest prompt leaves less than `max_new_tokens` of the model's positions, all answers have this lower limit,
+    so that an answer does not depend on the batch that it is in.
     """
     room = _room(opened, prompts, max_new_tokens)
-    order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))  # of like lengths, less is padded
-    found: dict[int, str] = {}
+    order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))  # prompts of similar lengths need less padding
+    texts_by_place: dict[int, str] = {}
     with tqdm(total=len(prompts), disable=quiet, desc=desc, unit="prompt", dynamic_ncols=True) as bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             texts = _answers(opened, [prompts[at] for at in chosen], room, stop=stop)
-            found |= dict(zip(chosen, texts, strict=True))
+            texts_by_place |= dict(zip(chosen, texts, strict=True))
             bar.update(len(chosen))
-    return [found[at] for at in range(len(prompts))]
+    return [texts_by_place[at] for at in range(len(prompts))]
 
 
 def _room(opened: Opened, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
-    """How many tokens of an answer the model has positions for: behind the longest prompt, or a decoder's first."""
+    """The number of tokens, at most `max_new_tokens`, for which the model has positions after the longest prompt.
+
+    The decoder of an encoder-decoder has its own positions, and its start token takes the first one.
+    """
     taken = 1 if opened.task.name == "seq2seq-lm" else max(map(len, prompts))
     return min(max_new_tokens, opened.longest - taken)
 
@@ -110,7 +115,8 @@ def _answers(
     tokenizer, model = opened.tokenizer, opened.model
     longest = max(map(len, prompts))
     pad = tokenizer.pad_token_id
-    rows = [[pad] * (longest - len(ids)) + list(ids) for ids in prompts]  # on the left: what is written follows
+    # Padding is on the left, because the answer follows on the right.
+    rows = [[pad] * (longest - len(ids)) + list(ids) for ids in prompts]
     masks = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
     settings = GenerationConfig.from_model_config(model.config)
     ends = getattr(model.generation_config, "eos_token_id", None) or tokenizer.eos_token_id
@@ -122,20 +128,20 @@ def _answers(
         stop_strings=None if stop is None else [stop],
     )
     with torch.no_grad():
-        written = model.generate(
+        output = model.generate(
             input_ids=torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor(masks, device=model.device),
             generation_config=settings,
             streamer=streamer,
             **({} if stop is None else {"tokenizer": tokenizer}),
         )
-    new = written if opened.task.name == "seq2seq-lm" else written[:, longest:]
+    new = output if opened.task.name == "seq2seq-lm" else output[:, longest:]
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     return [text if stop is None else text.partition(stop)[0] for text in texts]
 
 
 class _Streamer(TextStreamer):
-    """Writes words as they are complete."""
+    """Writes each word as soon as it is complete."""
 
     def __init__(self, opened: Opened, stream: TextIO) -> None:
         causal = opened.task.name == "causal-lm"
@@ -143,18 +149,18 @@ class _Streamer(TextStreamer):
         self._stream = stream
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """A piece of text; the last one ends the line."""
+        """Write a piece of text, and end the line after the last one."""
         print(text, end="\n" if stream_end else "", flush=True, file=self._stream)
 
 
 def _require_generator(opened: Opened, model: str) -> None:
     if opened.task.name not in ("causal-lm", "seq2seq-lm"):
-        raise OptionError(f"{model} is a {opened.task.name} model, which writes no text: expected a language model")
+        raise OptionError(f"{model} is a {opened.task.name} model, which cannot write text: name a language model")
 
 
 def read_prompt(prompt: str) -> str:
-    """The prompt, or with `-` what stands on the standard input."""
+    """Return the prompt, or if it is `-`, the text on the standard input. Raises OptionError for an empty one."""
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
-        raise OptionError("--prompt is empty: say something, or `-` to read it from the standard input")
+        raise OptionError("--prompt is empty: give a text, or `-` to read it from the standard input")
     return text

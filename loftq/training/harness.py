@@ -1,4 +1,4 @@
-"""EleutherAI's lm-eval on a model and its adapter."""
+"""Runs EleutherAI's lm-eval on a model with its adapter."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loftq.display import one_line
 from loftq.errors import OptionError
-from loftq.training.opening import compute_dtype, device_of, open_to_use
-from loftq.training.running import explain_memory, hush
+from loftq.models.devices import compute_dtype, device_to_run
+from loftq.training.model import find_model
+from loftq.training.opening import open_to_use
+from loftq.training.process import explain_memory, hush
 
 
 @dataclass(frozen=True)
 class Harness:
-    """What lm-eval found, as it gives it."""
+    """The results of lm-eval, in its own form."""
 
     results: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values, for JSON."""
         return {"harness": self.results["results"]}
 
     def table(self) -> str:
-        """The table that lm-eval prints."""
+        """Return the table that lm-eval prints."""
         from lm_eval.utils import make_table
 
         return str(make_table(self.results)).rstrip()
@@ -41,7 +44,7 @@ def run_harness(
     cpu: bool | None = None,
     quiet: bool = False,
 ) -> Harness:
-    """Run tasks of lm-eval, and those of the folder `include`. Raises OptionError for a task that it does not have."""
+    """Run tasks of lm-eval, or tasks that the folder `include` defines. Raises OptionError for an unknown task."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -52,17 +55,18 @@ def run_harness(
     manager = TaskManager(include_path=None if include is None else str(include))
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
-        raise OptionError(f"--harness {unknown[0]}: lm-eval has no such task (`lm-eval ls tasks` lists them)")
-    device = device_of(cpu)
+        raise OptionError(f"--harness {unknown[0]}: lm-eval has no such task: name one that `lm-eval ls tasks` lists")
+    device = device_to_run(cpu)
     with explain_memory():
-        opened = open_to_use(model, adapter, device, compute_dtype(dtype, device))
+        opened = open_to_use(find_model(model), adapter, device, compute_dtype(dtype, device))
         backend = "seq2seq" if opened.task.name == "seq2seq-lm" else "causal"
         wrapped = HFLM(opened.model, backend=backend, tokenizer=opened.tokenizer, batch_size=batch_size)
         try:
-            found = simple_evaluate(model=wrapped, tasks=list(names), task_manager=manager, limit=max_examples)
-        except OSError as error:  # of the network, or of files
-            reason = " ".join(str(error).split())[:300]
+            results = simple_evaluate(model=wrapped, tasks=list(names), task_manager=manager, limit=max_examples)
+        except OSError as error:  # from the network or from files
+            reason = one_line(error, 300)
             raise OptionError(
-                f"--harness {', '.join(names)}: the data cannot be read ({reason}): lm-eval fetches it from the Hub"
+                f"--harness {', '.join(names)}: the data cannot be read ({reason}): lm-eval downloads it from the "
+                "Hub, check the connection"
             ) from error
-    return Harness(found)
+    return Harness(results)

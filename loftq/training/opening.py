@@ -1,4 +1,4 @@
-"""A model with the adapter that trains, or that has been trained: from an artifact, or from a full-precision model."""
+"""Opens a model with its adapter, to train it or to use it: from an artifact or a full-precision model."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
-from loftq.errors import ArtifactError, OptionError
-from loftq.formats import gptq
-from loftq.formats.adapter import CONFIG
-from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
-from loftq.formats.checkpoint import read_checkpoint
-from loftq.models.belonging import check_shapes, foreign_adapter, sampled_hash
+from loftq.errors import OptionError
+from loftq.formats.artifact import Artifact
+from loftq.hub.default_model import default_model
+from loftq.hub.source import Source, find_source
+from loftq.models.adapters import check_shapes, foreign_adapter
+from loftq.models.devices import compute_dtype
 from loftq.models.loading import guard_cpu, load_base, load_qalora, load_qlora
+from loftq.models.positions import longest_input
 from loftq.models.tasks import TASKS, Task, auto_class, build_meta
-from loftq.pipeline.plan import Plan, make_plan
-from loftq.pipeline.recipe import COMPUTE_DTYPES, Recipe
-from loftq.pipeline.source import Source, fetch_all, find_source, zoo_default
+from loftq.planning.plan import Plan
+from loftq.planning.planner import make_plan
+from loftq.planning.recipe import recipe_of
+from loftq.planning.settings import QuantizeSettings
+from loftq.settings import option_name
 from loftq.training import tasks
 from loftq.training.encoding import load_tokenizer
-from loftq.training.settings import Settings, option
-
-Model = Artifact | Source | Path  # ours, full precision, or a folder of GPTQ
-_LONGEST = 1_000_000  # tokens, where neither model nor tokenizer say
+from loftq.training.model import Model
+from loftq.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model with its adapter, its tokenizer, its task, and where the backbone lies."""
+    """A model with its adapter, its tokenizer, its task, and the folder of its backbone."""
 
     model: Any
     tokenizer: Any
@@ -40,143 +42,116 @@ class Opened:
     folder: Path
 
     def name_backbone(self, name: str) -> None:
-        """What the adapter's configuration calls the model that it was trained on."""
+        """Set the name of the backbone in the adapter's configuration."""
         self.model.peft_config["default"].base_model_name_or_path = name
 
     @property
     def longest(self) -> int:
-        """How many tokens model and tokenizer take at once; RoBERTa counts its positions from behind its padding's."""
-        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or _LONGEST
-        for name, module in self.model.named_modules():
-            padding = getattr(module, "padding_idx", None) if name.endswith(".position_embeddings") else None
-            found -= 0 if padding is None else padding + 1
-        return min(int(limit) for limit in (found, self.tokenizer.model_max_length, _LONGEST) if limit)
+        """The largest number of tokens that the model and its tokenizer take at once."""
+        return longest_input(self.model, self.tokenizer.model_max_length)
 
 
-def find_model(name: str) -> Model:
-    """A folder of ours, here or on the Hub, a folder of GPTQ, or a full-precision model. Raises LoftQError."""
-    folder = Path(name).expanduser()
-    if (folder / MANIFEST).is_file():
-        return open_artifact(folder)
-    if (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
-        raise ArtifactError(
-            f"{folder} is an adapter's folder: name its backbone (`loftq evaluate` and `loftq generate` then "
-            "take this folder as --adapter)"
-        )
-    if folder.is_dir() and gptq.is_gptq(folder):
-        return folder
-    source = find_source(name)
-    if not (source.folder / MANIFEST).is_file():
-        return source
-    return open_artifact(fetch_all(source))
+def mode_of(settings: TrainSettings, backbone: Model) -> str:
+    """The name in MODES of how the adapter trains: as the settings say, or else as fits the backbone.
+
+    A full-precision model trains as QLoRA by default.
+    """
+    if settings.adapter is not None:
+        return settings.adapter
+    if isinstance(backbone, Artifact):
+        return str(backbone.manifest["kind"])
+    return "qalora" if isinstance(backbone, Path) else "qlora"
 
 
-def mode_of(settings: Settings, found: Model) -> str:
-    """How the adapter trains, of MODES: as was said, or as the model is; a full-precision one as QLoRA."""
-    own = found.manifest["kind"] if isinstance(found, Artifact) else "qalora" if isinstance(found, Path) else "qlora"
-    return settings.adapter or str(own)
+def quantizing_of(settings: TrainSettings, source: Source) -> dict[str, Any]:
+    """The settings by name with which a full-precision model is quantized, or for a plain LoRA only adapted.
 
-
-def device_of(cpu: bool | None) -> torch.device:
-    """The accelerator that torch finds, or the CPU."""
-    found = None if cpu or not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
-    return found or torch.device("cpu")
-
-
-def compute_dtype(asked: str | None, device: torch.device) -> torch.dtype:
-    """The one asked for, or bfloat16 where the device computes in it. Raises OptionError where it cannot train."""
-    from bitsandbytes.functional import has_avx512bf16
-
-    if asked == "float16" and device.type == "cpu":
-        raise OptionError("--dtype float16: not on a CPU: use bfloat16 or float32")
-    if asked == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise OptionError("--dtype bfloat16: this GPU does not compute in it: use float16 or float32")
-    if asked is not None:
-        return COMPUTE_DTYPES[asked]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and has_avx512bf16() else torch.float32
-
-
-def quantizing_of(settings: Settings, source: Source) -> dict[str, Any]:
-    """How a full-precision model is quantized, or for a plain LoRA only adapted: a recipe's values by name."""
+    Raises OptionError if they do not fit the adapter or the task.
+    """
     options = settings.quantizing
     if settings.adapter == "lora":
         for name in set(options) & {"bits", "method", "calibration", "group_size"}:
-            raise OptionError(f"{option(name)} {options[name]}: --adapter lora does not quantize")
+            raise OptionError(
+                f"{option_name(name)} {options[name]}: --adapter lora does not quantize: leave the option out"
+            )
     options["adapter"] = "qalora" if settings.adapter == "qalora" else "lora"
     meta: Any
     meta, own = build_meta(source.folder)
-    wanted = tasks.TASKS[settings.task]
+    training_task = tasks.TRAINING_TASKS[settings.task]
     model_task = own.name
-    if tasks.CLASSIFIER in wanted.models:  # any model's body takes a new head
+    if tasks.CLASSIFIER in training_task.models:  # a classifier's head can be added to any model
         model_task = tasks.CLASSIFIER
         options.setdefault("num_labels", 2)
-    elif own.name == "feature-extraction" and meta.config.is_encoder_decoder:  # BART's config names no head
+    elif own.name == "feature-extraction" and meta.config.is_encoder_decoder:  # BART's config does not name a head
         model_task = "seq2seq-lm"
-    wanted.require(settings.task, model_task, settings.model)
+    training_task.require(settings.task, model_task, settings.model)
     options["task"] = None if model_task == own.name else model_task
     return options
 
 
-def check_artifact(settings: Settings, artifact: Artifact) -> None:
-    """Raises OptionError where settings ask for another quantization, adapter or task than an artifact has."""
+def check_artifact(settings: TrainSettings, artifact: Artifact) -> None:
+    """Raise OptionError if the settings contradict the quantization, the adapter or the task of an artifact."""
     kind, recipe = artifact.manifest["kind"], artifact.manifest["recipe"]
-    tasks.TASKS[settings.task].require(settings.task, artifact.manifest["source"]["task"], str(artifact.folder))
+    tasks.TRAINING_TASKS[settings.task].require(
+        settings.task, artifact.manifest["source"]["task"], str(artifact.folder)
+    )
     if settings.adapter not in (None, kind):
         raise OptionError(
-            f"--adapter {settings.adapter}: {artifact.folder} is a {kind} artifact: leave the option out, or start "
-            "from the full-precision model"
+            f"--adapter {settings.adapter}: {artifact.folder} is a {kind} artifact: leave the option out, or name the "
+            "full-precision model instead"
         )
     for name, value in settings.quantizing.items():
         if recipe.get(name) != json.loads(json.dumps(value)):
             raise OptionError(
-                f"{option(name)} {value}: {artifact.folder} is quantized already, with {recipe.get(name)}: leave the "
-                "option out, or quantize the model anew"
+                f"{option_name(name)} {value}: {artifact.folder} is quantized already, with {recipe.get(name)}: leave "
+                "the option out, or quantize the model again"
             )
 
 
-def _check_foreign(settings: Settings, folder: Path) -> None:
-    """Raises OptionError for what a GPTQ checkpoint that loftq did not write leaves no choice of."""
+def _check_foreign(settings: TrainSettings, folder: Path) -> None:
+    """Raise OptionError for a quantization setting that a GPTQ checkpoint from another program fixes."""
     for name in sorted(set(settings.quantizing) - {"rank", "alpha"}):
         raise OptionError(
-            f"{option(name)}: {folder} is quantized already, and not by loftq: --rank and --alpha alone are chosen"
+            f"{option_name(name)}: {folder} is quantized already, and not by loftq: only --rank and --alpha can be set"
         )
 
 
 def loader_of(artifact: Artifact) -> Callable[..., PeftModel]:
-    """What loads an artifact of its kind."""
+    """The function that loads an artifact: `load_qalora` or `load_qlora`."""
     return load_qalora if artifact.manifest["kind"] == "qalora" else load_qlora
 
 
-def open_to_train(settings: Settings, found: Model, device: torch.device) -> Opened:
-    """A model as `quantized` gives it, with an adapter to train."""
+def open_to_train(settings: TrainSettings, backbone: Model, device: torch.device) -> Opened:
+    """Open a backbone, as `quantized` returns it, with an adapter to train. Raises OptionError."""
     dtype = compute_dtype(settings.dtype, device)
     place = {"": device}
-    if isinstance(found, Artifact):
-        model: Any = loader_of(found)(found.folder, device_map=place, dtype=dtype)
-        task = TASKS[found.manifest["source"]["task"]]
-        return Opened(model, load_tokenizer(found.folder, model), task, found.folder)
-    if isinstance(found, Path):
-        tasks.TASKS[settings.task].require(settings.task, "causal-lm", str(found))
+    if isinstance(backbone, Artifact):
+        model: Any = loader_of(backbone)(backbone.folder, device_map=place, dtype=dtype)
+        task = TASKS[backbone.manifest["source"]["task"]]
+        return Opened(model, load_tokenizer(backbone.folder, model), task, backbone.folder)
+    if isinstance(backbone, Path):
+        tasks.TRAINING_TASKS[settings.task].require(settings.task, "causal-lm", str(backbone))
         if settings.adapter not in (None, "qalora"):
-            raise OptionError(f"--adapter {settings.adapter}: {found} is a GPTQ checkpoint, which qalora trains on")
-        _check_foreign(settings, found)
-        rank = settings.rank or Recipe.rank
-        model = load_qalora(found, device_map=place, dtype=dtype, rank=rank, alpha=settings.alpha)
-        return Opened(model, load_tokenizer(found, model), TASKS["causal-lm"], found)
-    plan = make_plan(found, Recipe(**quantizing_of(settings, found)))
-    base = load_dense(found.folder, plan.task, dtype, device, num_labels=plan.recipe.num_labels)
+            raise OptionError(
+                f"--adapter {settings.adapter}: {backbone} is a GPTQ checkpoint: leave the option out, or use "
+                "--adapter qalora"
+            )
+        _check_foreign(settings, backbone)
+        rank = settings.rank or QuantizeSettings.rank
+        model = load_qalora(backbone, device_map=place, dtype=dtype, rank=rank, alpha=settings.alpha)
+        return Opened(model, load_tokenizer(backbone, model), TASKS["causal-lm"], backbone)
+    plan = make_plan(backbone, recipe_of(**quantizing_of(settings, backbone)))
+    base = load_dense(backbone.folder, plan.task, dtype, device, num_labels=plan.recipe.num_labels)
     base.enable_input_require_grads()
     model = get_peft_model(base, lora_config(plan))
-    return Opened(model, load_tokenizer(found.folder, model), plan.task, found.folder)
+    return Opened(model, load_tokenizer(backbone.folder, model), plan.task, backbone.folder)
 
 
 def lora_config(plan: Plan) -> LoraConfig:
-    """A plain LoRA of what a plan adapts."""
+    """The configuration of a plain LoRA on the modules that a plan adapts."""
     return LoraConfig(
         r=plan.recipe.rank,
-        lora_alpha=cast(int, plan.recipe.lora_alpha),
+        lora_alpha=cast(int, plan.recipe.alpha),
         lora_dropout=plan.recipe.dropout,
         target_modules=list(plan.target_modules),
         modules_to_save=list(plan.modules_to_save) or None,
@@ -187,41 +162,31 @@ def lora_config(plan: Plan) -> LoraConfig:
 def load_dense(
     folder: Path, task: Task, dtype: torch.dtype, device: torch.device, *, num_labels: int | None = None
 ) -> Any:
-    """A full-precision model."""
+    """Load a full-precision model."""
     labels = {} if num_labels is None else {"num_labels": num_labels}
     model = auto_class(task).from_pretrained(folder, dtype=dtype, device_map={"": device}, **labels)
     guard_cpu(model)
     return model
 
 
-def backbone_of(found: Model) -> dict[str, str]:
-    """What `training.json` says of the model under an adapter: its name, and the hash by which it is known again."""
-    if isinstance(found, Artifact):
-        return {"model": str(found.folder.resolve()), "sha256": found.backbone_hash}
-    if isinstance(found, Path):
-        return {"model": str(found.resolve()), "sha256": sampled_hash(read_checkpoint(found))}
-    return {"model": found.name, "sha256": sampled_hash(found.checkpoint)}
+def open_to_use(backbone: Model, adapter: str | None, device: torch.device, dtype: torch.dtype) -> Opened:
+    """Open a model with a trained adapter or, without one, with the initial adapter that only an artifact has.
 
-
-def open_to_use(name: str, adapter: str | None, device: torch.device, dtype: torch.dtype) -> Opened:
-    """A model with a trained adapter, or with the artifact's own start; without one, where it has none.
-
-    Raises ArtifactError for an adapter of another backbone.
+    Raises ArtifactError for an adapter that was trained on another backbone.
     """
-    found = find_model(name)
     place = {"": device}
-    if isinstance(found, Artifact):
-        model: Any = loader_of(found)(found.folder, adapter, is_trainable=False, device_map=place, dtype=dtype)
-        task, folder = TASKS[found.manifest["source"]["task"]], found.folder
-    elif isinstance(found, Path):
-        base = load_base(found, False, place, dtype) if adapter is None else None
-        model = (
-            base if adapter is None else load_qalora(found, adapter, is_trainable=False, device_map=place, dtype=dtype)
-        )
-        task, folder = TASKS["causal-lm"], found
+    if isinstance(backbone, Artifact):
+        model: Any = loader_of(backbone)(backbone.folder, adapter, is_trainable=False, device_map=place, dtype=dtype)
+        task, folder = TASKS[backbone.manifest["source"]["task"]], backbone.folder
+    elif isinstance(backbone, Path):
+        if adapter is None:
+            model = load_base(backbone, False, place, dtype)
+        else:
+            model = load_qalora(backbone, adapter, is_trainable=False, device_map=place, dtype=dtype)
+        task, folder = TASKS["causal-lm"], backbone
     else:
-        folder = found.folder
-        model, task = _dense_to_use(found, None if adapter is None else Path(adapter), dtype, device)
+        folder = backbone.folder
+        model, task = _dense_to_use(backbone, None if adapter is None else Path(adapter), dtype, device)
     model.eval()
     return Opened(model, load_tokenizer(folder, model), task, folder)
 
@@ -230,22 +195,38 @@ def _dense_to_use(source: Source, adapter: Path | None, dtype: torch.dtype, devi
     if adapter is None:
         task = build_meta(source.folder)[1]
         return load_dense(source.folder, task, dtype, device), task
-    found = foreign_adapter(adapter, source.name, source.checkpoint)
-    kinds = {task.peft_type: task for task in TASKS.values() if task.peft_type}
-    task = kinds.get(str(found.config.get("task_type"))) or build_meta(source.folder)[1]
-    rows = [found.shapes[name][0] for name in found.saved.values() if len(found.shapes[name]) == 2]
-    labels = min(rows) if rows and task.name.endswith("-classification") else None  # of a head of two layers the last
+    trained = foreign_adapter(adapter, source.name, source.checkpoint)
+    tasks_by_type = {task.peft_type: task for task in TASKS.values() if task.peft_type}
+    task = tasks_by_type.get(str(trained.config.get("task_type"))) or build_meta(source.folder)[1]
+    rows = [trained.shapes[name][0] for name in trained.saved.values() if len(trained.shapes[name]) == 2]
+    # If a head has two layers, the last one has as many rows as there are labels.
+    labels = min(rows) if rows and task.name.endswith("-classification") else None
     base = load_dense(source.folder, task, dtype, device, num_labels=labels)
-    check_shapes(base, found, source.name)
+    check_shapes(base, trained, source.name)
     return PeftModel.from_pretrained(base, adapter), task
 
 
 def load_source(name: str, artifact: Artifact, device: torch.device, dtype: torch.dtype) -> Opened:
-    """The full-precision model that an artifact was made from, as the same task. Raises SourceError."""
+    """Load the full-precision model that an artifact was made from, for the same task. Raises SourceError."""
     recipe = artifact.manifest["recipe"]
-    shipped = zoo_default()["model"] == name and not Path(name).is_dir()
+    shipped = default_model()["model"] == name and not Path(name).is_dir()
     source = find_source(None if shipped else name, revision=artifact.manifest["source"]["revision"])
     task = TASKS[artifact.manifest["source"]["task"]]
     model = load_dense(source.folder, task, dtype, device, num_labels=recipe["num_labels"])
     model.eval()
     return Opened(model, load_tokenizer(source.folder, model), task, source.folder)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Count the parameters that train, and all of them. A quantized weight counts as one parameter."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for module in model.modules():
+        rows, columns = getattr(module, "out_features", None), getattr(module, "in_features", None)
+        own = dict(module.named_parameters(recurse=False))
+        if not isinstance(rows, int) or not isinstance(columns, int) or list(module.children()):
+            continue
+        weight = own.get("weight")
+        if weight is None or weight.shape != (rows, columns):
+            total += rows * columns - (0 if weight is None else weight.numel())
+    return trainable, total

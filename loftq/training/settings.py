@@ -1,23 +1,25 @@
-"""What a training was asked to do: every setting, with its default and its bounds."""
+"""The settings of `loftq train`."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import fields as fields_of
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from loftq.errors import OptionError, UnknownNameError
-from loftq.pipeline.recipe import COMPUTE_DTYPES
-from loftq.training.recipes import ALIASES
-from loftq.training.tasks import TASKS
+from loftq.models.devices import COMPUTE_DTYPES
+from loftq.planning.settings import QuantizeSettings
+from loftq.settings import again, check, check_names, from_dict, setting, to_dict
+from loftq.training.recipe_files import ALIASES
+from loftq.training.tasks import TRAINING_TASKS
 
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to train an adapter, and the learning rate that is known to work for it."""
+    """A way to train an adapter, and its default learning rate with the reason for it."""
 
     text: str
     learning_rate: float
@@ -26,144 +28,213 @@ class Mode:
 
 MODES = {
     "lora": Mode("on a full-precision model", 2e-4, "as in the LoRA and QLoRA papers"),
-    "qlora": Mode("on a quantized backbone", 2e-4, "QLoRA's for 7B to 13B; LoftQ's papers took 1e-4 to 4e-4"),
-    "qalora": Mode(
-        "on pooled inputs, to merge exactly",
-        1e-3,
-        "as in the figures of the README: a pooled factor has fewer parameters",
-    ),
+    "qlora": Mode("on a quantized backbone", 2e-4, "as in QLoRA for 7B to 13B; LoftQ's paper uses 1e-4 to 4e-4"),
+    "qalora": Mode("on pooled inputs, merges without loss", 1e-3, "measured: its factors have fewer parameters"),
 }
 
-# What a model that is not quantized yet is quantized by first: `loftq quantize` has more.
+# Settings for a model that must be quantized before it is trained; `loftq quantize` has more of them.
 QUANTIZING = ("bits", "rank", "alpha", "dropout", "target_modules", "method", "calibration", "group_size", "num_labels")
-_PROMPTED = ("sft", "gsm8k")  # tasks whose prompts a chat template may write
-# What may be another when a run is resumed: the result does not depend on it.
-_FREE = ("report_to", "save_steps", "output", "push_to_hub")
+_PROMPTED = ("sft", "gsm8k")  # tasks whose prompts can be written with a chat template
+_FREE = ("report_to", "save_steps", "output", "push_to_hub")  # they may change in a resumed run, the result does not
+_SAME = "the value of DIR, or as in `loftq quantize`"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The settings of `loftq train`. Raises OptionError for a value that none can have."""
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The settings of `loftq train`. Raises OptionError for a value that no training can have."""
 
-    model: str
-    data: tuple[str, ...]
-    output: str
-    task: str = "sft"
-    eval_data: tuple[str, ...] = ()
-    columns: Mapping[str, str] = field(default_factory=dict)
-    chat_template: bool | None = None
-    adapter: str | None = None
-    bits: float | None = None
-    rank: int | None = None
-    alpha: float | None = None
-    dropout: float | None = None
-    target_modules: tuple[str, ...] | None = None
-    method: str | None = None
-    calibration: str | None = None
-    group_size: int | None = None
-    num_labels: int | None = None
-    epochs: float = 3.0
-    max_steps: int | None = None
-    learning_rate: float | None = None
-    lr_scheduler: str = "cosine"
-    warmup_steps: int | None = None
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    batch_size: int = 8
-    eval_batch_size: int = 8
-    gradient_accumulation: int = 1
-    max_source_length: int | None = None
-    max_target_length: int | None = None
-    cutoff_len: int = 1024
-    seed: int = 0
-    eval_steps: int | None = None
-    save_steps: int | None = None
-    report_to: tuple[str, ...] = ()
-    gradient_checkpointing: bool = False
-    optim: str | None = None
-    dtype: str | None = None
-    cpu: bool = False
-    push_to_hub: str | None = None
-    set: Mapping[str, Any] = field(default_factory=dict)
+    model: str = setting("", "Folder that `loftq quantize` wrote, or a model.", "model", hidden=True)
+    adapter: str | None = setting(
+        None,
+        "Way to train a model that is not quantized: lora, qlora or qalora.",
+        "model",
+        choices=MODES,
+        usual="qlora",
+    )
+    task: str = setting("sft", "Task to learn; see below.", "data", choices=TRAINING_TASKS)
+    data: tuple[str, ...] = setting(
+        (),
+        "Files (.txt, .jsonl, .csv, .tsv, .parquet), or a data set OWNER/NAME[:CONFIG][@SPLIT] of the Hub.",
+        "data",
+        repeated=True,
+    )
+    eval_data: tuple[str, ...] = setting(
+        (),
+        "Data to evaluate on, named as for --data.",
+        "data",
+        repeated=True,
+        usual="a twentieth of --data is held out",
+    )
+    columns: Mapping[str, str] = setting(
+        dict,
+        "Name of the column that plays a role, where it differs from the usual names.",
+        "data",
+        option="--column",
+        metavar="ROLE=NAME",
+    )
+    chat_template: bool | None = setting(
+        None, "Write prompts with the model's chat template.", "data", negative=True, usual="in sft"
+    )
+    cutoff_len: int = setting(
+        1024,
+        "Number of tokens after which an example is cut off.",
+        "data",
+        least=8,
+        hint="tokens",
+        usual="1024, or the longest input of the model",
+    )
+    max_source_length: int | None = setting(
+        None, "Largest number of tokens in a prompt or document.", "data", least=1, usual="--cutoff-len"
+    )
+    max_target_length: int | None = setting(
+        None, "Largest number of tokens in an answer or summary.", "data", least=1, usual="--cutoff-len"
+    )
+    num_labels: int | None = again(
+        QuantizeSettings, "num_labels", help="Number of classes; 1 to learn numbers.", group="data"
+    )
+    bits: float | None = again(QuantizeSettings, "bits", usual=_SAME)
+    method: str | None = again(QuantizeSettings, "method", usual=_SAME)
+    group_size: int | None = again(QuantizeSettings, "group_size", usual=_SAME)
+    calibration: str | None = again(QuantizeSettings, "calibration")
+    rank: int | None = again(QuantizeSettings, "rank", usual=_SAME)
+    alpha: float | None = again(QuantizeSettings, "alpha", usual=_SAME)
+    dropout: float | None = again(QuantizeSettings, "dropout", usual=_SAME)
+    target_modules: tuple[str, ...] | None = again(QuantizeSettings, "target_modules", usual=_SAME)
+    epochs: float = setting(3.0, "Number of passes over the data.", "training", above=0, most=1e6)
+    max_steps: int | None = setting(None, "Number of steps, instead of epochs.", "training", least=1)
+    learning_rate: float | None = setting(
+        None, "Peak learning rate.", "training", above=0, below=10, hint="such as 2e-4", usual="see Adapters below"
+    )
+    lr_scheduler: str = setting("cosine", "Schedule of the learning rate, by its name in transformers.", "training")
+    warmup_steps: int | None = setting(
+        None, "Number of steps in which the rate rises.", "training", least=0, usual="--warmup-ratio"
+    )
+    warmup_ratio: float = setting(0.03, "Part of the steps in which the rate rises.", "training", least=0, below=1)
+    weight_decay: float = setting(0.0, "Weight decay.", "training", least=0)
+    batch_size: int = setting(8, "Number of examples on each device in a step.", "training", least=1)
+    eval_batch_size: int = setting(
+        8, "Number of examples on each device in a step of the evaluation.", "training", least=1
+    )
+    gradient_accumulation: int = setting(
+        1, "Number of batches whose gradients are summed before a step.", "training", least=1
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Compute activations again in the backward pass: less memory, a third slower.", "training"
+    )
+    optim: str | None = setting(
+        None,
+        "Optimizer, by its name in transformers.",
+        "training",
+        usual="paged_adamw_8bit on CUDA, adamw_torch elsewhere",
+    )
+    seed: int = setting(0, "Seed of the order of the examples and of dropout.", "training", least=0, most=2**32 - 1)
+    set: Mapping[str, Any] = setting(
+        dict, "Any other argument of transformers' TrainingArguments.", "training", metavar="NAME=VALUE"
+    )
+    eval_steps: int | None = setting(
+        None, "Number of steps between two evaluations.", "evaluation", least=1, usual="ten evaluations a run"
+    )
+    output: str = setting("", "Folder to write: the adapter, checkpoints, training.json.", "output", metavar="DIR")
+    save_steps: int | None = setting(
+        None, "Number of steps between two checkpoints.", "output", least=1, usual="ten a run; the last two are kept"
+    )
+    report_to: tuple[str, ...] = setting((), "Where to log: tensorboard, wandb and others.", "output", repeated=True)
+    push_to_hub: str | None = setting(
+        None,
+        "Push the model to this repository with the adapter in a subfolder, as `loftq push` does.",
+        "hub",
+        metavar="REPO_ID",
+    )
+    dtype: str | None = setting(
+        None,
+        "Dtype in which the model computes: bfloat16, float16 or float32.",
+        "run",
+        choices=COMPUTE_DTYPES,
+        usual="bfloat16 where the device computes in it",
+    )
+    cpu: bool = setting(False, "Run on the CPU even if there is a GPU.", "run")
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise UnknownNameError("task", self.task, TASKS)
-        if self.adapter is not None and self.adapter not in MODES:
-            raise UnknownNameError("adapter", self.adapter, MODES)
-        if self.dtype is not None and self.dtype not in COMPUTE_DTYPES:
-            raise UnknownNameError("dtype", self.dtype, COMPUTE_DTYPES)
+        check(self)
+        roles = TRAINING_TASKS[self.task].roles
         for name in self.columns:
-            if name not in TASKS[self.task].roles:
-                raise UnknownNameError("column", name, TASKS[self.task].roles)
+            if name not in roles:
+                raise UnknownNameError("column", name, roles)
         if self.chat_template and self.task not in _PROMPTED:
-            raise OptionError(f"--chat-template: goes with --task {' or '.join(_PROMPTED)}: {self.task} has no prompts")
-        self._check_numbers()
-        self._check_arguments()
-
-    def _check_numbers(self) -> None:
-        at_least_one = (
-            "max_steps",
-            "batch_size",
-            "eval_batch_size",
-            "gradient_accumulation",
-            "eval_steps",
-            "save_steps",
-        )
-        for name in (*at_least_one, "max_source_length", "max_target_length", "rank"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"{option(name)} {value}: expected 1 or more")
-        if self.cutoff_len < 8:
-            raise OptionError(f"--cutoff-len {self.cutoff_len}: expected 8 tokens or more")
-        if not 0 < self.epochs <= 1e6:
-            raise OptionError(f"--epochs {self.epochs}: expected a number above 0, at most a million")
-        if self.learning_rate is not None and not 0 < self.learning_rate < 10:
-            raise OptionError(
-                f"--learning-rate {self.learning_rate}: expected a number above 0 and below 10, such as 2e-4"
-            )
-        if self.warmup_steps is not None and self.warmup_steps < 0:
-            raise OptionError(f"--warmup-steps {self.warmup_steps}: expected 0 or more")
-        if not 0 <= self.warmup_ratio < 1:
-            raise OptionError(f"--warmup-ratio {self.warmup_ratio}: expected 0 or more, below 1")
-        if self.weight_decay < 0:
-            raise OptionError(f"--weight-decay {self.weight_decay}: expected 0 or more")
-        if not 0 <= self.seed < 2**32:
-            raise OptionError(f"--seed {self.seed}: expected 0 to 2**32 - 1")
-
-    def _check_arguments(self) -> None:
-        from transformers import SchedulerType, TrainingArguments
-        from transformers.training_args import OptimizerNames
-
-        known = {entry.name for entry in dataclasses.fields(TrainingArguments)}
-        for name in self.set:
-            if name in _FIXED:
-                raise OptionError(f"--set {name}: is fixed: {_FIXED[name]}")
-            if name in _OWN:
-                raise OptionError(f"--set {name}: has an option of its own, {_OWN[name]}")
-            if name not in known:
-                raise UnknownNameError("TrainingArguments name", name, known)
-        if self.lr_scheduler not in set(SchedulerType):
-            raise UnknownNameError("lr scheduler", self.lr_scheduler, [kind.value for kind in SchedulerType])
-        if self.optim is not None and self.optim not in set(OptimizerNames):
-            raise UnknownNameError("optim", self.optim, [kind.value for kind in OptimizerNames])
+            tasks = " or ".join(_PROMPTED)
+            raise OptionError(f"--chat-template: {self.task} has no prompts: leave it out, or use --task {tasks}")
+        _check_arguments(self)
 
     @property
     def quantizing(self) -> dict[str, Any]:
-        """What was said of how to quantize, or to adapt, a model that is no artifact."""
+        """The given settings of how to quantize, or to adapt, a model that is not an artifact yet."""
         return {name: value for name in QUANTIZING if (value := getattr(self, name)) is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as a recipe file holds them: what was left unsaid is left out."""
-        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        return dict(
-            json.loads(json.dumps({name: value for name, value in values.items() if value not in (None, (), {})}))
-        )
+        """Return plain values, as in a recipe file, without the settings that were not given."""
+        values = {name: value for name, value in to_dict(self).items() if value not in (None, (), {})}
+        return dict(json.loads(json.dumps(values)))
 
     def differences(self, earlier: Mapping[str, Any]) -> list[str]:
-        """Names of settings that differ from those of an earlier run, where the result depends on them."""
+        """Return the names of settings that differ from those of an earlier run and that change the result."""
         mine = self.to_dict()
         return sorted(name for name in {*mine, *earlier} if name not in _FREE and mine.get(name) != earlier.get(name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRun:
+    """The settings of a training that do not change its result."""
+
+    resume: bool = setting(False, "Continue from the last checkpoint.", "output")
+    overwrite: bool = setting(False, "Replace an earlier training.", "output")
+    quiet: bool = setting(False, "Show no progress bar.", "run")
+
+
+class TrainKeywords(TypedDict, total=False):
+    """The keywords of `loftq.train`, for editors and type checkers: the settings of the two classes above."""
+
+    adapter: str | None
+    task: str
+    data: str | Path | Sequence[str]
+    eval_data: str | Path | Sequence[str]
+    columns: Mapping[str, str]
+    chat_template: bool | None
+    cutoff_len: int
+    max_source_length: int | None
+    max_target_length: int | None
+    num_labels: int | None
+    bits: float | None
+    method: str | None
+    group_size: int | None
+    calibration: str | Path | None
+    rank: int | None
+    alpha: float | None
+    dropout: float | None
+    target_modules: Sequence[str] | None
+    epochs: float
+    max_steps: int | None
+    learning_rate: float | None
+    lr_scheduler: str
+    warmup_steps: int | None
+    warmup_ratio: float
+    weight_decay: float
+    batch_size: int
+    eval_batch_size: int
+    gradient_accumulation: int
+    gradient_checkpointing: bool
+    optim: str | None
+    seed: int
+    set: Mapping[str, Any]
+    eval_steps: int | None
+    output: str | Path
+    save_steps: int | None
+    report_to: str | Sequence[str]
+    push_to_hub: str | None
+    dtype: str | None
+    cpu: bool
+    resume: bool
+    overwrite: bool
+    quiet: bool
 
 
 _OWN = {
@@ -191,39 +262,9 @@ _OWN = {
     "hub_model_id": "--push-to-hub",
     "resume_from_checkpoint": "--resume",
 }
-_FIXED = {"remove_unused_columns": "what is trained on has no column that is not used"}
-# What a setting is called elsewhere: refused from Python and the command line, with the name that it has here.
+_FIXED = {"remove_unused_columns": "the examples have no unused columns"}
+# Names that other programs give to a setting: refused in Python and on the command line, with our name for it.
 _OTHERWISE = {"lr": "learning_rate", **{name: own[2:].replace("-", "_") for name, own in _OWN.items()}, **ALIASES}
-
-
-def option(name: str) -> str:
-    """A setting's name on the command line."""
-    return "--" + name.replace("_", "-")
-
-
-def settings_of(values: Mapping[str, Any]) -> Settings:
-    """Settings from names and plain values. Raises OptionError for an unknown name, or one that is missing."""
-    known = {entry.name for entry in dataclasses.fields(Settings)}
-    for name in values:
-        if name in known:
-            continue
-        if (own := _OTHERWISE.get(name)) in known:
-            raise OptionError(f"unknown setting {name!r}; did you mean {own}?")
-        raise UnknownNameError("setting", name, known | set(ALIASES))
-    for name in ("model", "data", "output"):
-        if not values.get(name):
-            raise OptionError(f"no {name} is given: {_MISSING[name]}")
-    given = dict(values)
-    for name in ("data", "eval_data", "report_to", "target_modules"):
-        if isinstance(given.get(name), (str, Path)):
-            given[name] = (str(given[name]),)
-        elif isinstance(given.get(name), (list, tuple)):
-            given[name] = tuple(map(str, given[name]))
-    given |= {"model": str(given["model"]), "output": str(Path(str(given["output"])).expanduser())}
-    _check_types(given)
-    return Settings(**given)
-
-
 _MISSING = {
     "model": "name a folder that `loftq quantize` wrote, or a model",
     "data": "name files or a data set with --data",
@@ -231,31 +272,29 @@ _MISSING = {
 }
 
 
-def _check_types(values: dict[str, Any]) -> None:
-    """Numbers, flags and tables where they are expected: a file may hold anything."""
-    for entry in dataclasses.fields(Settings):
-        value, kind = values.get(entry.name), str(entry.type)
-        if value is None:
-            continue
-        if kind.startswith("int") and isinstance(value, float) and value.is_integer():
-            value = values[entry.name] = int(value)
-        fits = (
-            (kind.startswith("int") and isinstance(value, int) and not isinstance(value, bool))
-            or (kind.startswith("float") and isinstance(value, (int, float)) and not isinstance(value, bool))
-            or (kind.startswith("bool") and isinstance(value, bool))
-            or (kind.startswith("str") and isinstance(value, str))
-            or (kind.startswith("tuple") and isinstance(value, tuple))
-            or (kind.startswith("Mapping") and isinstance(value, Mapping))
-        )
-        if not fits:
-            raise OptionError(f"{entry.name} = {value!r}: expected {_EXPECTED[kind.split('[')[0].split(' ')[0]]}")
+def settings_of(values: Mapping[str, Any]) -> TrainSettings:
+    """Make settings from names and plain values. Raises OptionError for an unknown or a missing name."""
+    check_names(TrainSettings, values, _OTHERWISE, ALIASES)
+    for name, advice in _MISSING.items():
+        if not values.get(name):
+            raise OptionError(f"no {name} is given: {advice}")
+    return from_dict(TrainSettings, {**values, "output": str(Path(str(values["output"])).expanduser())})
 
 
-_EXPECTED = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "a text",
-    "tuple": "a text or a list of texts",
-    "Mapping": "a table of names and values",
-}
+def _check_arguments(settings: TrainSettings) -> None:
+    """Raise OptionError for a name that transformers does not have, and for an argument with a setting of its own."""
+    from transformers import SchedulerType, TrainingArguments
+    from transformers.training_args import OptimizerNames
+
+    argument_names = {entry.name for entry in fields_of(TrainingArguments)}
+    for name in settings.set:
+        if name in _FIXED:
+            raise OptionError(f"--set {name}: cannot be changed, because {_FIXED[name]}: leave it out")
+        if name in _OWN:
+            raise OptionError(f"--set {name}: use the option {_OWN[name]} instead")
+        if name not in argument_names:
+            raise UnknownNameError("TrainingArguments name", name, argument_names)
+    if settings.lr_scheduler not in {*SchedulerType}:
+        raise UnknownNameError("lr scheduler", settings.lr_scheduler, [kind.value for kind in SchedulerType])
+    if settings.optim is not None and settings.optim not in {*OptimizerNames}:
+        raise UnknownNameError("optim", settings.optim, [kind.value for kind in OptimizerNames])

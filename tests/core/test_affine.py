@@ -1,4 +1,7 @@
-"""Integers in groups against brute force in float64, GPTQ's formulas, and bitsandbytes' INT8."""
+"""Integers in groups against brute force in float64, GPTQ's formulas, and bitsandbytes' INT8.
+
+Covers: loftq/core/kernels/affine.py.
+"""
 
 from typing import Any
 

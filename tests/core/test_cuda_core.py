@@ -5,17 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loftq.core import calibrated, pooled, pooled_calibrated
 from loftq.core.affine import AffineQuantizer
 from loftq.core.grid import Grid, Quantizer
-from loftq.core.methods import METHODS
 from loftq.core.metric import damped
 from loftq.core.moments import Moment, assemble
 from loftq.core.packing import single
 from loftq.core.rounding import descend, feedback
 from loftq.core.scale_search import search
 from loftq.core.scales import NestedScales, Scales
-from loftq.core.solver import Solution, solve
+from loftq.core.solvers.calibrated import solve_calibrated
+from loftq.core.solvers.loftq import Solution, solve_loftq
+from loftq.core.solvers.methods import METHODS
+from loftq.core.solvers.pooled import solve_pooled
+from loftq.core.solvers.pooled_calibrated import solve_pooled_calibrated
 
 GENERATOR = torch.Generator().manual_seed(0)
 WEIGHT = 0.02 * torch.randn(384, 320, generator=GENERATOR)
@@ -75,11 +77,11 @@ def test_rounding_is_the_cpus(grid: Grid, cuda: torch.device) -> None:
 def test_loftq_is_the_cpus(grid: Grid, iterations: int, cuda: torch.device) -> None:
     """Oracle: the trace against float64, and the CPU's trace."""
     quantizer = grid.quantizer(320)
-    solution = solve(WEIGHT.to(cuda), quantizer, 16, iterations, 1.0)
+    solution = solve_loftq(WEIGHT.to(cuda), quantizer, 16, iterations, 1.0)
     assert solution.codes.device == solution.a.device == solution.b.device
     assert solution.trace.final == pytest.approx(float(left_over(solution, quantizer).norm()), rel=1e-4)
     apart = 5e-2 if grid.codebook == "int2" else 5e-3  # its largest values are ties
-    theirs = solve(WEIGHT, quantizer, 16, iterations, 1.0).trace.final
+    theirs = solve_loftq(WEIGHT, quantizer, 16, iterations, 1.0).trace.final
     assert solution.trace.final == pytest.approx(theirs, rel=apart)
 
 
@@ -88,8 +90,8 @@ def test_loftq_is_the_cpus(grid: Grid, iterations: int, cuda: torch.device) -> N
 def test_calibrated_starts_are_the_cpus(grid: Grid, name: str, cuda: torch.device) -> None:
     """Oracle: the trace of outputs against float64, and the CPU's."""
     quantizer, method = grid.quantizer(320), METHODS[name]
-    solution = calibrated.solve(WEIGHT.to(cuda), quantizer, method, MOMENT, 16, method.iterations, 1.0)
-    theirs = calibrated.solve(WEIGHT, quantizer, method, MOMENT, 16, method.iterations, 1.0)
+    solution = solve_calibrated(WEIGHT.to(cuda), quantizer, method, MOMENT, 16, method.iterations, 1.0)
+    theirs = solve_calibrated(WEIGHT, quantizer, method, MOMENT, 16, method.iterations, 1.0)
     assert solution.trace.outputs is not None
     assert theirs.trace.outputs is not None
     assert solution.trace.outputs.final == pytest.approx(output_norm(left_over(solution, quantizer)), rel=1e-3)
@@ -145,11 +147,11 @@ def test_qalora_is_the_cpus(zero: str, calibrated_start: bool, cuda: torch.devic
     traces = []
     for weight in (WEIGHT.to(cuda), WEIGHT):
         if calibrated_start:
-            found = pooled_calibrated.solve(weight, quantizer, METHODS["calibrated"], MOMENT, *asked)
+            found = solve_pooled_calibrated(weight, quantizer, METHODS["calibrated"], MOMENT, *asked)
             assert found.trace.outputs is not None
             traces.append(found.trace.outputs.final)
         else:
-            traces.append(pooled.solve(weight, quantizer, *asked).trace.final)
+            traces.append(solve_pooled(weight, quantizer, *asked).trace.final)
     assert traces[0] == pytest.approx(traces[1], rel=1e-2)
 
 

@@ -34,5 +34,6 @@ def test_codes_one_a_byte(bits: int) -> None:
 
 
 def test_other_widths_are_refused() -> None:
-    with pytest.raises(OptionError, match="5 bits"):
-        packed_size(8, 5)
+    for bits in (0, 9):
+        with pytest.raises(OptionError, match=f"{bits} bits"):
+            packed_size(8, bits)

@@ -1,14 +1,19 @@
-"""QA-LoRA's algebra: the merge identity, its plain form, and what the initialization minimizes."""
+"""QA-LoRA's algebra: the merge identity, its plain form, and what the initialization minimizes.
+
+Covers: loftq/core/solvers/pooled.py.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from loftq.core import chunks, pooled
+from loftq.core import pooled
 from loftq.core.affine import AffineQuantizer, AffineWeight
+from loftq.core.kernels import dispatch
 from loftq.core.packing import single
 from loftq.core.scales import Scales
+from loftq.core.solvers.pooled import solve_pooled
 from loftq.errors import OptionError
 
 KINDS = [(bits, zero) for bits in (2, 3, 4, 8) for zero in ("symmetric", "integer", "float")]
@@ -35,7 +40,7 @@ def test_the_merge_identity(bits: int, group: int, pool: int) -> None:
     before = AffineWeight.of(codes, scales, (96, 256), bits)
     exact = AffineWeight(before.codes, before.scales.double(), before.shifts.double(), bits)
     a, b = factors_of(96, 256 // pool)
-    merged = pooled.merge(exact, pooled.correction(a, b, scaling, pool))
+    merged = pooled.merge_correction(exact, pooled.correction(a, b, scaling, pool))
     x = torch.randn(7, 256, generator=torch.Generator().manual_seed(9)).double()
     means = x.view(7, 256 // pool, pool).mean(dim=2) * (256 // pool)
     wanted = x @ exact.decode(torch.float64).T + scaling * means @ a.T @ b.T
@@ -51,7 +56,7 @@ def test_the_merge_identity(bits: int, group: int, pool: int) -> None:
 def test_pools_of_broken_groups_are_refused() -> None:
     codes, scales = AffineQuantizer("int4", 64, "float").quantize(weight_of())
     with pytest.raises(OptionError, match="not made of whole groups"):
-        pooled.merge(AffineWeight.of(codes, scales, (96, 256), 4), torch.zeros(96, 8))
+        pooled.merge_correction(AffineWeight.of(codes, scales, (96, 256), 4), torch.zeros(96, 8))
 
 
 @pytest.mark.parametrize(("bits", "zero"), KINDS)
@@ -83,7 +88,7 @@ def test_the_trace_is_what_the_returned_tensors_leave(bits: int, zero: str, scal
     """Oracle: decoded weight plus ΔW, in float64. Each step leaves no more than the one before."""
     weight, scaling, pool = weight_of(), 2.0, 64
     quantizer = AffineQuantizer(f"int{bits}", 32, zero, scale_dtype=scale_dtype)
-    solution = pooled.solve(weight, quantizer, 3, 5, scaling, pool)
+    solution = solve_pooled(weight, quantizer, 3, 5, scaling, pool)
     trace = solution.trace
     rounded = quantizer.decode(solution.codes, solution.scales, weight.shape).double()
     delta = pooled.spread(pooled.correction(solution.a.double(), solution.b.double(), scaling, pool), pool)
@@ -105,7 +110,7 @@ def test_the_first_adapter_is_the_closed_form() -> None:
     """Oracle: the SVD of the pooled means of what the fitted rounding leaves, by numpy in float64."""
     weight, pool = weight_of(), 32
     quantizer = AffineQuantizer("int3", 32, "integer")
-    solution = pooled.solve(weight, quantizer, 2, 1, 1.0, pool)
+    solution = solve_pooled(weight, quantizer, 2, 1, 1.0, pool)
     rounded = quantizer.decode(solution.codes, solution.scales, weight.shape).double()
     means = (weight - rounded).view(96, -1, pool).mean(dim=2)
     u, s, v = torch.linalg.svd(means)
@@ -116,7 +121,7 @@ def test_the_first_adapter_is_the_closed_form() -> None:
 
 def test_no_iterations_is_plain_rounding() -> None:
     weight, quantizer = weight_of(), AffineQuantizer("int4", 32, "integer")
-    solution = pooled.solve(weight, quantizer, 2, 0, 1.0, 32)
+    solution = solve_pooled(weight, quantizer, 2, 0, 1.0, 32)
     assert torch.equal(solution.codes, quantizer.quantize(weight)[0])
     assert not solution.b.any()
     assert solution.trace.final == solution.trace.plain == solution.trace.refit
@@ -128,8 +133,8 @@ def test_torch_path_equals_compiled_path(bits: int, zero: str, monkeypatch: pyte
     weight, quantizer = weight_of(), AffineQuantizer(f"int{bits}", 32, zero)
     scales = quantizer.scales(weight)
     compiled = quantizer.refit(weight, scales)
-    monkeypatch.setattr(chunks, "on_cpu", lambda _: False)
-    monkeypatch.setattr(chunks, "CHUNK", 1 << 11)
+    monkeypatch.setattr(dispatch, "on_cpu", lambda _: False)
+    monkeypatch.setattr(dispatch, "CHUNK", 1 << 11)
     found = quantizer.refit(weight, scales)
     torch.testing.assert_close(found.values, compiled.values, rtol=1e-5, atol=0)
     if zero == "float":
@@ -139,4 +144,4 @@ def test_torch_path_equals_compiled_path(bits: int, zero: str, monkeypatch: pyte
 @pytest.mark.parametrize("rank", [0, 9])
 def test_a_rank_that_does_not_fit(rank: int) -> None:
     with pytest.raises(OptionError, match="smaller side of 96 x 8 pools"):
-        pooled.solve(weight_of(), AffineQuantizer("int4", 32), rank, 1, 1.0, 32)
+        solve_pooled(weight_of(), AffineQuantizer("int4", 32), rank, 1, 1.0, 32)

@@ -1,4 +1,7 @@
-"""Rounding that knows its inputs against GPTQ's own formulas in float64, and against every code there is."""
+"""Rounding that knows its inputs against GPTQ's own formulas in float64, and against every code there is.
+
+Covers: loftq/core/kernels/rounding.py, loftq/core/kernels/gpu_rounding.py.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -7,15 +10,16 @@ import pytest
 import torch
 from grids import pairwise
 
-from loftq.core import chunks, rounding
+from loftq.core import rounding
 from loftq.core.affine import ZERO_POINTS
-from loftq.core.codebooks import INTEGERS, NORMAL_FLOATS
+from loftq.core.codebooks import INTEGERS, TABLES
 from loftq.core.grid import Grid, Quantizer
+from loftq.core.kernels import dispatch
 from loftq.core.packing import single
 from loftq.core.scales import Scales
 from loftq.errors import OptionError
 
-KINDS = [(name, None) for name in NORMAL_FLOATS] + [(name, zero) for name in INTEGERS for zero in ZERO_POINTS]
+KINDS = [(name, None) for name in TABLES] + [(name, zero) for name in INTEGERS for zero in ZERO_POINTS]
 # rows, inputs, block: one panel and several, whole rows, blocks that end inside rows, rows that fill no tile
 SHAPES = [(7, 24, 8), (5, 96, 96), (64, 80, 64), (70, 136, 136), (16, 150, 40)]
 pytestmark = pytest.mark.usefixtures("set_threads")
@@ -285,10 +289,10 @@ def test_squared_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the trace, in float64; several parts of the rows."""
     error, moment = weight_of(30, 40), moment_of(40)
     expected = float(torch.trace(error.double() @ moment @ error.double().T))
-    assert rounding.squared_norm(error, moment) == pytest.approx(expected, rel=1e-12)
-    monkeypatch.setattr(chunks, "CHUNK", 400)
-    assert rounding.squared_norm(error, moment) == pytest.approx(expected, rel=1e-12)
-    assert rounding.squared_norm(error, moment.float()) == pytest.approx(expected, rel=1e-5)
+    assert rounding.output_squared_norm(error, moment) == pytest.approx(expected, rel=1e-12)
+    monkeypatch.setattr(dispatch, "CHUNK", 400)
+    assert rounding.output_squared_norm(error, moment) == pytest.approx(expected, rel=1e-12)
+    assert rounding.output_squared_norm(error, moment.float()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_moment_that_is_not_positive_definite_is_refused() -> None:

@@ -1,4 +1,7 @@
-"""Scale search against every factor tried in float64."""
+"""Scale search against every factor tried in float64.
+
+Covers: loftq/core/kernels/nearest.py.
+"""
 
 from collections.abc import Callable
 
@@ -6,14 +9,14 @@ import pytest
 import torch
 from grids import pairwise
 
-from loftq.core import chunks
 from loftq.core.affine import ZERO_POINTS
-from loftq.core.codebooks import INTEGERS, NORMAL_FLOATS
+from loftq.core.codebooks import INTEGERS, TABLES
 from loftq.core.grid import Grid, Quantizer
+from loftq.core.kernels import dispatch
 from loftq.core.scale_search import FACTORS, search
 from loftq.core.scales import Scales, encode_scales
 
-KINDS = [(name, None) for name in NORMAL_FLOATS] + [(name, zero) for name in INTEGERS for zero in ZERO_POINTS]
+KINDS = [(name, None) for name in TABLES] + [(name, zero) for name in INTEGERS for zero in ZERO_POINTS]
 SHAPES = [(7, 24, 8), (5, 96, 96), (48, 320, 64), (64, 80, 64), (20, 264, 264), (16, 150, 40)]  # rows, inputs, block
 pytestmark = pytest.mark.usefixtures("set_threads")
 
@@ -141,7 +144,7 @@ def test_parts_and_threads_do_not_matter(
     for count in (2, 3):
         set_threads(count)
         assert torch.equal(search(weight, quantizer, importance).values, expected)
-    monkeypatch.setattr(chunks, "CHUNK", 3000)
+    monkeypatch.setattr(dispatch, "CHUNK", 3000)
     assert torch.equal(search(weight, quantizer, importance).values, expected)
 
 

@@ -7,12 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from loftq.models.devices import find_gpu
+from loftq.models.devices import device_to_run, find_gpu
 
 
-@pytest.mark.parametrize(("found", "expected"), [(None, None), ("mps", None), ("cuda", "cuda:1"), ("xpu", "xpu:1")])
-def test_a_gpu_that_computes_in_float64(
-    found: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("found", "solving", "running"),
+    [(None, None, "cpu"), ("mps", None, "mps"), ("cuda", "cuda:1", "cuda"), ("xpu", "xpu:1", "xpu")],
+)
+def test_solving_needs_float64_and_running_a_model_does_not(
+    found: str | None, solving: str | None, running: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     accelerator = SimpleNamespace(
         is_available=lambda: found is not None,
@@ -20,4 +23,6 @@ def test_a_gpu_that_computes_in_float64(
         current_device_index=lambda: 1,
     )
     monkeypatch.setattr(torch, "accelerator", accelerator)
-    assert find_gpu() == (None if expected is None else torch.device(expected))
+    assert find_gpu() == (None if solving is None else torch.device(solving))
+    assert device_to_run(None) == device_to_run(False) == torch.device(running)
+    assert device_to_run(True) == torch.device("cpu")

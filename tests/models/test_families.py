@@ -1,5 +1,8 @@
 """Every family of the table and some without a row: quantized, loaded by stock transformers and peft (or, where the
-plan says so, by transformers with our plug-in), and compared with the weights they came from."""
+plan says so, by transformers with our plug-in), and compared with the weights they came from.
+
+Covers: cli/families.py, loftq/planning/notes.py.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
 from loftq.errors import OptionError
 from loftq.models.families import family_of
 from loftq.models.linears import (
-    Dense,
+    DenseLinear,
     Linears,
     bears_other_linears,
     computes_as_linear,
@@ -28,7 +28,7 @@ from loftq.models.tasks import TASKS, auto_class, build_meta
 
 PLAIN = nn.Module()
 NAMES = [f"model.layers.{i}.{part}" for i in (0, 1, 11) for part in ("self_attn.q_proj", "mlp.up_proj", "mlp.gate")]
-LINEARS = Linears({name: Dense((64, 64)) for name in NAMES})
+LINEARS = Linears({name: DenseLinear((64, 64)) for name in NAMES})
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""The packed linear: what it computes, what it keeps alive, how peft, autocast, compile and DDP take it."""
+"""The packed linear: what it computes, what it keeps alive, how peft, autocast, compile and DDP take it.
+
+Covers: loftq/models/custom_ops.py, loftq/models/peft_layers.py.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import loftq
-from loftq.core import chunks
 from loftq.core.grid import ROW, Grid
+from loftq.core.kernels import dispatch
 from loftq.models import packed_linear
 from loftq.models.gptq_linear import GptqLinear
 from loftq.models.packed_linear import PackedLinear
-from loftq.models.packed_lora import PackedLoraLinear
+from loftq.models.peft_layers import PackedLoraLinear
 
 CODEBOOKS = ["nf2", "nf3", "nf4"]
 INTEGERS = ["int2", "int3", "int4", "int8"]
@@ -171,8 +174,8 @@ def test_kernels_read_gptq_as_the_loops_do(
         monkeypatch.setattr(packed_linear, "PART", part)
         found = layer.dequantize()
         with monkeypatch.context() as compiled:
-            compiled.setattr(chunks, "on_cpu", lambda _: True)
-            compiled.setattr(chunks, "on_gpu", lambda _: False)
+            compiled.setattr(dispatch, "on_cpu", lambda _: True)
+            compiled.setattr(dispatch, "on_gpu", lambda _: False)
             assert torch.equal(found, layer.dequantize())
 
 

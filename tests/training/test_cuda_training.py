@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from rows import sums, write_rows
-from test_finetune import FAST, killed_after, losses
+from test_train import FAST, killed_after, losses
 
 import loftq
 from loftq.training.arguments import arguments_of
-from loftq.training.memory import estimate
-from loftq.training.settings import Settings
+from loftq.training.estimate import estimate
+from loftq.training.settings import TrainSettings
 
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": {},
@@ -53,7 +53,7 @@ def test_every_kind_learns(
 
 
 def test_defaults_are_the_gpus(cuda: torch.device, tmp_path: Path) -> None:
-    arguments = arguments_of(Settings(model="m", output=str(tmp_path), data=("d",)), "qlora")
+    arguments = arguments_of(TrainSettings(model="m", output=str(tmp_path), data=("d",)), "qlora")
     assert (arguments.optim, arguments.bf16, arguments.use_cpu) == ("paged_adamw_8bit", True, False)
     assert arguments.device.type == cuda.type
 

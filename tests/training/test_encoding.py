@@ -1,4 +1,7 @@
-"""Examples. Oracle: what the tokens decode to, and transformers' own tokenizers."""
+"""Examples. Oracle: what the tokens decode to, and transformers' own tokenizers.
+
+Covers: loftq/training/tasks/gsm8k.py.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 
 from loftq.errors import OptionError
 from loftq.training.encoding import IGNORED, Collator, Encoder, load_tokenizer, turns
-from loftq.training.tasks import TASKS
+from loftq.training.tasks import TRAINING_TASKS
 from loftq.training.tasks.gsm8k import final_number
 
 TURNS = (
@@ -40,12 +43,12 @@ def learned(tokenizer: Any, example: dict[str, list[int]]) -> str:
 
 def test_text_is_packed_without_loss(tokenizer: Any) -> None:
     rows = Dataset.from_list([{"text": "abcdefgh"}, {"text": "ijklm"}])
-    blocks = TASKS["clm"].encode(rows, {}, Encoder(tokenizer, "causal-lm", 4))
+    blocks = TRAINING_TASKS["clm"].encode(rows, {}, Encoder(tokenizer, "causal-lm", 4))
     assert all(len(ids) == 4 for ids in blocks["input_ids"])
     assert blocks["labels"][:] == blocks["input_ids"][:]
     joined = tokenizer.decode([token for ids in blocks["input_ids"] for token in ids])
     assert joined == "abcdefgh</s>ijk"  # 15 tokens, of which the last three are no block
-    short = TASKS["clm"].encode(Dataset.from_list([{"text": "ab"}]), {}, Encoder(tokenizer, "causal-lm", 64))
+    short = TRAINING_TASKS["clm"].encode(Dataset.from_list([{"text": "ab"}]), {}, Encoder(tokenizer, "causal-lm", 64))
     assert tokenizer.decode(short["input_ids"][0]) == "ab</s>"
 
 
@@ -55,18 +58,18 @@ def test_no_text_is_nothing_to_learn(ends: bool, tokenizer: Any) -> None:
         tokenizer.eos_token = None
     for texts in ([""], ["", ""], *([] if ends else [["a"]])):
         with pytest.raises(OptionError, match="column 'text' of the data holds no text to learn from"):
-            TASKS["clm"].encode(
+            TRAINING_TASKS["clm"].encode(
                 Dataset.from_list([{"text": text} for text in texts]), {}, Encoder(tokenizer, "causal-lm", 64)
             )
 
 
 def test_the_answer_alone_is_learned(tokenizer: Any) -> None:
-    plain = TASKS["sft"].encode(
+    plain = TRAINING_TASKS["sft"].encode(
         Dataset.from_list(sums(3)), {}, Encoder(tokenizer, "causal-lm", 64, chat_template=False)
     )
     assert learned(tokenizer, plain[2]) == "It is 4.</s>"
     assert tokenizer.decode(plain[2]["input_ids"]) == "What is 2+2?\nIt is 4.</s>"
-    chat = TASKS["sft"].encode(Dataset.from_list(sums(3)), {}, Encoder(tokenizer, "causal-lm", 64))
+    chat = TRAINING_TASKS["sft"].encode(Dataset.from_list(sums(3)), {}, Encoder(tokenizer, "causal-lm", 64))
     assert tokenizer.decode(chat[2]["input_ids"]) == "<user>What is 2+2?</><assistant>It is 4.</>"
     assert learned(tokenizer, chat[2]) == "It is 4.</>"
 
@@ -75,9 +78,9 @@ def test_every_answer_of_a_conversation_is_learned(tokenizer: Any) -> None:
     talk = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     rows = [{"messages": [{"role": role, "content": content} for role, content in talk]}]
     rows_of_share_gpt = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]
-    found = TASKS["sft"].encode(Dataset.from_list(rows), {}, Encoder(tokenizer, "causal-lm", 128))
+    found = TRAINING_TASKS["sft"].encode(Dataset.from_list(rows), {}, Encoder(tokenizer, "causal-lm", 128))
     assert learned(tokenizer, found[0]) == "b</>d</>"
-    found = TASKS["sft"].encode(Dataset.from_list(rows_of_share_gpt), {}, Encoder(tokenizer, "causal-lm", 128))
+    found = TRAINING_TASKS["sft"].encode(Dataset.from_list(rows_of_share_gpt), {}, Encoder(tokenizer, "causal-lm", 128))
     assert learned(tokenizer, found[0]) == "b</>"
 
 
@@ -99,21 +102,23 @@ def test_a_template_that_changes_earlier_turns_teaches_the_last_one(tokenizer: A
 
 def test_limits_cut_the_prompt_before_the_answer(tokenizer: Any) -> None:
     rows = Dataset.from_list([{"question": "0123456789", "answer": "#### 7"}])
-    found = TASKS["gsm8k"].encode(rows, {}, Encoder(tokenizer, "causal-lm", 24, max_source_length=12))
+    found = TRAINING_TASKS["gsm8k"].encode(rows, {}, Encoder(tokenizer, "causal-lm", 24, max_source_length=12))
     assert tokenizer.decode(found[0]["input_ids"]) == "6789\nAnswer:"[-12:] + " #### 7</s>"
-    found = TASKS["gsm8k"].encode(rows, {}, Encoder(tokenizer, "causal-lm", 64, max_target_length=3))
+    found = TRAINING_TASKS["gsm8k"].encode(rows, {}, Encoder(tokenizer, "causal-lm", 64, max_target_length=3))
     assert learned(tokenizer, found[0]) == " ##"
     talk = [{"role": "user", "content": "x" * 99}, {"role": "assistant", "content": "y"}]
     long = Dataset.from_list([{"messages": talk}])
     with pytest.raises(OptionError, match="no example has anything to learn"):
-        TASKS["sft"].encode(long, {}, Encoder(tokenizer, "causal-lm", 32))
+        TRAINING_TASKS["sft"].encode(long, {}, Encoder(tokenizer, "causal-lm", 32))
 
 
 def test_a_prompt_and_its_answer_share_the_room(tokenizer: Any) -> None:
     """Neither takes all of it; what the answer leaves is the prompt's, of which the end stays, as when it is asked."""
     encoder = Encoder(tokenizer, "causal-lm", 64, chat_template=False)
     rows = [("P" * 6, "R" * 100), ("Q" * 90 + "END", "R" * 30), ("Q" * 90 + "END", "R" * 100)]
-    found = TASKS["sft"].encode(Dataset.from_list([{"prompt": p, "response": r} for p, r in rows]), {}, encoder)
+    found = TRAINING_TASKS["sft"].encode(
+        Dataset.from_list([{"prompt": p, "response": r} for p, r in rows]), {}, encoder
+    )
     texts = [tokenizer.decode(ids) for ids in found["input_ids"]]
     assert texts == [
         "PPPPPP\n" + "R" * 57,
@@ -125,7 +130,7 @@ def test_a_prompt_and_its_answer_share_the_room(tokenizer: Any) -> None:
 @pytest.mark.parametrize("length", [20, 200, 500])
 def test_a_long_document_leaves_its_cue(length: int, tokenizer: Any) -> None:
     rows = Dataset.from_list([{"document": "D" * 900, "summary": "S" * length}])
-    example = TASKS["summarization"].encode(rows, {}, Encoder(tokenizer, "causal-lm", 512))[0]
+    example = TRAINING_TASKS["summarization"].encode(rows, {}, Encoder(tokenizer, "causal-lm", 512))[0]
     text = tokenizer.decode(example["input_ids"])
     assert text.startswith("DDDD")
     assert "D\n\nSummary: SSSS" in text
@@ -134,7 +139,7 @@ def test_a_long_document_leaves_its_cue(length: int, tokenizer: Any) -> None:
 
 def test_examples_beyond_the_limit_are_left_out(tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     talk = [[{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "y"}] for n in (1, 99, 2)]
-    found = TASKS["sft"].encode(
+    found = TRAINING_TASKS["sft"].encode(
         Dataset.from_list([{"messages": m} for m in talk]), {}, Encoder(tokenizer, "causal-lm", 48)
     )
     assert len(found) == 2
@@ -152,15 +157,15 @@ def test_a_row_that_is_no_conversation_is_named(message: dict[str, Any], problem
     asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     rows = Dataset.from_list([{"messages": [asked, answered]}, {"messages": [asked, message]}])
     with pytest.raises(OptionError, match=rf"row 2: .*{problem}"):
-        TASKS["sft"].encode(rows, {}, Encoder(tokenizer, "causal-lm", 64))
+        TRAINING_TASKS["sft"].encode(rows, {}, Encoder(tokenizer, "causal-lm", 64))
 
 
 @pytest.mark.parametrize("limits", [{"max_source_length": 4}, {"max_target_length": 4}])
 def test_a_conversation_has_one_limit(limits: dict[str, int], tokenizer: Any) -> None:
     encoder = Encoder(tokenizer, "causal-lm", 64, chat_template=True, **limits)
     for task, rows in (("sft", sums(2)), ("gsm8k", problems(2))):
-        with pytest.raises(OptionError, match=r"--max-.*has one limit, --cutoff-len"):
-            TASKS[task].encode(Dataset.from_list(rows), {}, encoder)
+        with pytest.raises(OptionError, match=r"--max-.*--cutoff-len is the only limit"):
+            TRAINING_TASKS[task].encode(Dataset.from_list(rows), {}, encoder)
 
 
 def test_a_batch_is_padded_where_nothing_is_learned() -> None:
@@ -196,7 +201,7 @@ def test_prompts_to_answer_are_those_that_were_learned(tokenizer: Any) -> None:
 
     encoder = Encoder(tokenizer, "causal-lm", 64)
     row = problems(1)[0]
-    example = TASKS["gsm8k"].encode(Dataset.from_list([row]), {}, encoder)[0]
+    example = TRAINING_TASKS["gsm8k"].encode(Dataset.from_list([row]), {}, encoder)[0]
     asked = gsm8k.prompt(row["question"], encoder, 16)
     assert example["input_ids"][: len(asked)] == asked
     assert example["labels"][len(asked) - 1 : len(asked) + 1] == [IGNORED, example["input_ids"][len(asked)]]
@@ -213,7 +218,7 @@ def test_a_template_decides_how_a_prompt_begins(begin: str, tokenizer: Any) -> N
     tokenizer.chat_template = begin + TURNS
     encoder = Encoder(tokenizer, "causal-lm", 64, chat_template=True)
     row = {"question": "1+1?", "answer": "#### 2"}
-    example = TASKS["gsm8k"].encode(Dataset.from_list([row]), {}, encoder)[0]
+    example = TRAINING_TASKS["gsm8k"].encode(Dataset.from_list([row]), {}, encoder)[0]
     asked = gsm8k.prompt(row["question"], encoder, 16)
     assert tokenizer.decode(asked) == f"{begin}<user>1+1?</><assistant>"
     assert example["input_ids"][: len(asked)] == asked
@@ -240,8 +245,10 @@ def test_the_final_number(answer: str, number: str | None) -> None:
 def test_labels_that_are_none(tokenizer: Any) -> None:
     rows = Dataset.from_list([{"text": "a", "label": 2}])
     encoder = Encoder(tokenizer, "sequence-classification", 16, labels=2)
-    with pytest.raises(OptionError, match="holds 2 where a whole number from 0 to 1 was expected; quantize"):
-        TASKS["classification"].encode(rows, {}, encoder)
-    found = TASKS["classification"].encode(rows, {}, Encoder(tokenizer, "sequence-classification", 16, labels=1))
+    with pytest.raises(OptionError, match="holds 2, but a whole number from 0 to 1 was expected; quantize"):
+        TRAINING_TASKS["classification"].encode(rows, {}, encoder)
+    found = TRAINING_TASKS["classification"].encode(
+        rows, {}, Encoder(tokenizer, "sequence-classification", 16, labels=1)
+    )
     assert found[0]["labels"] == 2.0
     assert Collator(0)([found[0]])["labels"].dtype == torch.float32

@@ -1,4 +1,7 @@
-"""Measures. Oracles: transformers' own loss, generation one prompt at a time, figures computed by hand."""
+"""Measures. Oracles: transformers' own loss, generation one prompt at a time, figures computed by hand.
+
+Covers: cli/evaluate.py, loftq/training/measures.py, loftq/training/harness.py, loftq/training/tasks/perplexity.py.
+"""
 
 from __future__ import annotations
 
@@ -149,7 +152,7 @@ def test_the_table_goes_into_the_card(artifact: Path, pico: Path, text: str, tmp
     assert run("verify", folder).exit_code == 0
     refused = run("evaluate", pico, "--data", text, "--card")
     assert refused.exit_code == 2
-    assert "has no card of ours" in refused.stderr
+    assert "is not a folder that `loftq quantize` wrote, so it has no card" in refused.stderr
 
 
 def test_a_source_that_is_gone(artifact: Path, text: str, tmp_path: Path, run: Run) -> None:
@@ -286,8 +289,8 @@ def test_the_harness_runs_a_task(
         (["--data", "TEXT", "--column", "body"], "body"),
         (["--data", "TEXT", "--column", "question=text"], "unknown column 'question' (known: text)"),
         (["--data", "TEXT", "--max-new-tokens", "4"], "--max-new-tokens: --task perplexity does not use it"),
-        (["--data", "TEXT", "--task", "gsm8k", "--stride", "4"], "does not use it; perplexity would"),
-        (["--data", "TEXT", "--source", "x"], "--source x: goes with --compare"),
+        (["--data", "TEXT", "--task", "gsm8k", "--stride", "4"], "leave it out (--task perplexity uses it)"),
+        (["--data", "TEXT", "--source", "x"], "--source x: applies only with --compare"),
         (["--data", "TEXT", "--include", "x"], "--include goes with --harness"),
         (["--harness", "x", "--data", "TEXT"], "--harness takes no --data"),
     ],

@@ -1,4 +1,7 @@
-"""Generating. Oracle: transformers' own greedy generation."""
+"""Generating. Oracle: transformers' own greedy generation.
+
+Covers: cli/generate.py.
+"""
 
 from __future__ import annotations
 
@@ -85,4 +88,4 @@ def test_an_answer_ends_where_the_model_does(name: str, tmp_path: Path, run: Run
 def test_an_encoder_writes_no_text(tmp_path: Path, run: Run) -> None:
     folder = save_pico("bert", "masked-lm", tmp_path / "bert")
     result = run("generate", folder, "--prompt", "x")
-    assert "is a masked-lm model, which writes no text" in result.stderr
+    assert "is a masked-lm model, which cannot write text" in result.stderr

@@ -1,4 +1,7 @@
-"""What is refused before anything is trained or measured, and how an interruption ends. Oracle: the message."""
+"""What is refused before anything is trained or measured, and how an interruption ends. Oracle: the message.
+
+Covers: loftq/training/model.py.
+"""
 
 from __future__ import annotations
 
@@ -75,8 +78,8 @@ def test_a_task_of_the_harness_without_its_data(
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("train", "interrupted: what was finished is kept, --resume goes on from there"),
-        ("push", "interrupted: what was finished is kept, the same line goes on from there"),
+        ("train", "interrupted: finished work is kept, add --resume to continue"),
+        ("push", "interrupted: finished work is kept, run the same command again to continue"),
         ("generate", "interrupted"),
         ("evaluate", "interrupted"),
     ],

@@ -1,4 +1,8 @@
-"""Which model learns which task. Oracle: what transformers builds the model as."""
+"""Which model learns which task. Oracle: what transformers builds the model as.
+
+Covers: loftq/training/tasks/classification.py, loftq/training/tasks/language_modelling.py,
+loftq/training/tasks/summarization.py.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,12 @@ from picos import pico_model, save_pico
 from rows import articles, reviews, sums, write_rows
 from tokenizers.processors import TemplateProcessing
 
-from loftq.pipeline.source import find_source
+from loftq.hub.source import find_source
 from loftq.training.encoding import Collator, Encoder, load_tokenizer
+from loftq.training.model import find_model
 from loftq.training.opening import open_to_use, quantizing_of
-from loftq.training.settings import Settings
-from loftq.training.tasks import TASKS
+from loftq.training.settings import TrainSettings
+from loftq.training.tasks import TRAINING_TASKS
 
 Run = Callable[..., Any]
 
@@ -26,8 +31,13 @@ Run = Callable[..., Any]
 @pytest.mark.parametrize(
     ("name", "model_task", "task", "problem"),
     [
-        ("bert", "masked-lm", "sft", "is a masked-lm one: name another model"),
-        ("bart", "seq2seq-lm", "clm", "is a seq2seq-lm one: choose one that it can do (sft, gsm8k, summarization)"),
+        ("bert", "masked-lm", "sft", "is a masked-lm model: name another model"),
+        (
+            "bart",
+            "seq2seq-lm",
+            "clm",
+            "is a seq2seq-lm model: choose a task that it can do (sft, gsm8k, summarization)",
+        ),
     ],
 )
 def test_a_model_learns_what_it_was_made_for(
@@ -55,7 +65,7 @@ def test_a_model_is_built_with_the_head_of_its_task(
 ) -> None:
     folder = save_pico(name, model_task, tmp_path / name)
     data = write_rows(tmp_path / "rows.jsonl", articles(4))
-    settings = Settings(model=str(folder), data=(str(data),), output=str(tmp_path / "out"), task=task)
+    settings = TrainSettings(model=str(folder), data=(str(data),), output=str(tmp_path / "out"), task=task)
     assert quantizing_of(settings, find_source(str(folder)))["task"] == built
 
 
@@ -63,7 +73,7 @@ def test_a_model_is_built_with_the_head_of_its_task(
 def test_a_model_takes_as_many_tokens_as_it_has_positions(name: str, longest: int, tmp_path: Path) -> None:
     """Of a tokenizer that names no limit. Oracle: the model's forward, which fails with one token more."""
     folder = save_pico(name, "sequence-classification", tmp_path / name)
-    opened = open_to_use(str(folder), None, torch.device("cpu"), torch.float32)
+    opened = open_to_use(find_model(str(folder)), None, torch.device("cpu"), torch.float32)
     assert opened.longest == longest
     ids = torch.full((1, longest + 1), 7)
     with torch.no_grad():
@@ -84,7 +94,7 @@ def classified(model: Any, rows: list[dict[str, Any]], folder: Path) -> torch.Te
     """Logits of rows in one batch, read as in training and in evaluation."""
     typed_tokenizer().save_pretrained(folder)
     tokenizer = load_tokenizer(folder, model)
-    examples = TASKS["classification"].encode(
+    examples = TRAINING_TASKS["classification"].encode(
         Dataset.from_list(rows), {}, Encoder(tokenizer, "sequence-classification", 32)
     )
     batch = Collator(tokenizer.pad_token_id)(list(examples))

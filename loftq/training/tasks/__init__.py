@@ -1,4 +1,4 @@
-"""What can be learned and measured: one row a task."""
+"""The tasks that a model can learn: a row for each."""
 
 from __future__ import annotations
 
@@ -23,44 +23,47 @@ class TrainingTask:
     """A row: the models that can learn it, the columns that it reads, and how rows become examples."""
 
     text: str
-    models: tuple[str, ...]  # names of loftq.models.tasks.TASKS
-    roles: Mapping[str, Sequence[str]]  # a column's role, and the names under which it is looked for
+    models: tuple[str, ...]  # names in loftq.models.tasks.TASKS
+    roles: Mapping[str, Sequence[str]]  # the role of a column, and its usual names
     encode: Callable[[Dataset, Mapping[str, str], Encoder], Dataset]
-    shuffled: bool = True  # whether any examples may be held out, or the last ones
+    shuffled: bool = True  # whether random examples are held out, or the last ones
 
-    def require(self, name: str, model_task: str, what: str) -> None:
-        """Raises OptionError for a model whose class cannot do the task."""
+    def require(self, name: str, model_task: str, model: str) -> None:
+        """Raise OptionError if a model of another task cannot learn this one."""
         if model_task in self.models:
             return
-        able = [task for task, row in TASKS.items() if model_task in row.models]
-        steps = [f"choose one that it can do ({', '.join(able)})"] if able else []
-        if self.models == (CLASSIFIER,):  # a head on any model; of the others each is what it was made as
+        possible = [task for task, row in TRAINING_TASKS.items() if model_task in row.models]
+        steps = [f"choose a task that it can do ({', '.join(possible)})"] if possible else []
+        if self.models == (CLASSIFIER,):  # any model can get a classifier's head; other heads cannot be added
             steps.append(f"quantize the model with `loftq quantize --task {CLASSIFIER}`")
         raise OptionError(
-            f"--task {name} needs a {' or '.join(self.models)} model, and {what} is a {model_task} one: "
+            f"--task {name} needs a {' or '.join(self.models)} model, and {model} is a {model_task} model: "
             f"{', or '.join([*steps, 'name another model'])}"
         )
 
 
-TASKS = {
+TRAINING_TASKS = {
     "clm": TrainingTask(
         "plain text, packed into blocks of --cutoff-len tokens",
         ("causal-lm",),
         language_modelling.TEXT,
-        language_modelling.pack,
+        language_modelling.pack_blocks,
         shuffled=False,
     ),
     "sft": TrainingTask(
-        "answers to prompts, or conversations: loss on the answers alone",
+        "answers to prompts, or conversations; only answers add to the loss",
         _GENERATORS,
         language_modelling.ROLES,
         language_modelling.encode,
     ),
     "gsm8k": TrainingTask(
-        "grade school mathematics: question and answer, loss on the answer", _GENERATORS, gsm8k.ROLES, gsm8k.encode
+        "grade school mathematics: questions and answers; only answers add to the loss",
+        _GENERATORS,
+        gsm8k.ROLES,
+        gsm8k.encode,
     ),
     "classification": TrainingTask(
-        "a label, or with --num-labels 1 a number, for a text or two",
+        "a label, or with --num-labels 1 a number, for a text or a pair of texts",
         (CLASSIFIER,),
         classification.ROLES,
         classification.encode,

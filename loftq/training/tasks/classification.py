@@ -1,4 +1,4 @@
-"""Labels, or numbers, for a text or a pair of texts, as GLUE has them."""
+"""Classification: labels, or numbers, for a text or a pair of texts, as in GLUE."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ ROLES = {
 
 
 def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
-    """Examples of a text, or two, and a label: a number from 0, or with one label any number.
+    """Encode examples of a text or a pair and a label: a class from 0, or any number if `encoder.labels` is 1.
 
-    Token types go with them where the model tells the texts of a pair apart.
+    An example has token types if the model distinguishes the texts of a pair. Raises OptionError for an invalid label.
     """
-    found = find_columns(rows, ROLES, columns, optional=("pair",))
-    pair = found.get("pair")
+    names = find_columns(rows, ROLES, columns, optional=("pair",))
+    pair = names.get("pair")
 
     def example(row: Mapping[str, Any]) -> dict[str, Any]:
         second = None if pair is None else text_of(row, pair)
-        read = encoder.tokenizer(text_of(row, found["text"]), second, truncation=True, max_length=encoder.cutoff_len)
-        tokens = {name: list(read[name]) for name in ("input_ids", "token_type_ids") if name in read}
-        return {**tokens, "labels": _label(row[found["label"]], found["label"], encoder.labels)}
+        encoding = encoder.tokenizer(
+            text_of(row, names["text"]), second, truncation=True, max_length=encoder.cutoff_len
+        )
+        tokens = {name: list(encoding[name]) for name in ("input_ids", "token_type_ids") if name in encoding}
+        return {**tokens, "labels": _label(row[names["label"]], names["label"], encoder.labels)}
 
     return rows.map(example, remove_columns=rows.column_names, load_from_cache_file=False, desc="tokenize")
 
@@ -47,11 +49,15 @@ def _label(value: Any, column: str, labels: int) -> float | int:
         return int(value)
     expected = "a number" if labels == 1 else f"a whole number from 0 to {labels - 1}"
     hint = "" if labels == 1 or not number else "; quantize the model with the right --num-labels"
-    raise OptionError(f"column {column!r} of the data holds {value!r:.80} where {expected} was expected{hint}")
+    raise OptionError(f"column {column!r} of the data holds {value!r:.80}, but {expected} was expected{hint}")
 
 
 def scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, F1 (of class 1 of two; the mean over more), Matthews' correlation; Pearson's of two numbers or more."""
+    """Score logits (examples, classes) against labels (examples,).
+
+    Classes have accuracy, F1 and Matthews' correlation; F1 is that of class 1 if there are two classes, otherwise the
+    mean of all. Numbers, with logits (examples, 1), have Pearson's correlation if there are at least two.
+    """
     from scipy.stats import pearsonr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -60,7 +66,7 @@ def scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     chosen = logits.argmax(-1)
     average = "binary" if logits.shape[-1] == 2 else "macro"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a class that a few examples do not hold: it counts as 0
+        warnings.simplefilter("ignore")  # it warns of classes that no example has; their scores are 0
         return {
             "accuracy": float(accuracy_score(labels, chosen)),
             "f1": float(f1_score(labels, chosen, average=average)),

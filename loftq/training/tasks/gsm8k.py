@@ -16,50 +16,53 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ROLES = {"question": ("question", "prompt"), "answer": ("answer", "response")}
-MOST_TOKENS = 256  # of an answer, where nothing is said
-STOP = "Question:"  # a model that goes on asks itself the next one
+MOST_TOKENS = 256  # default length of an answer
+STOP = "Question:"  # a model that does not stop writes the next question
 _PROMPT = "Question: {}\nAnswer:"
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
-    """Examples of a question and its answer in steps."""
-    found = find_columns(rows, ROLES, columns)
+    """Encode examples of a question and its answer in steps."""
+    names = find_columns(rows, ROLES, columns)
     if encoding.uses_template(encoder, default=False):
-        return conversations(rows, lambda row: _turn(row, found), encoder)
-    asked, said = found["question"], found["answer"]
+        return conversations(rows, lambda row: _turn(row, names), encoder)
+    question, answer = names["question"], names["answer"]
     return encoded(
         rows,
-        lambda row: encoder.pair(_PROMPT.format(text_of(row, asked)), f" {text_of(row, said)}"),
+        lambda row: encoder.pair(_PROMPT.format(text_of(row, question)), f" {text_of(row, answer)}"),
     )
 
 
 def prompt(question: str, encoder: Encoder, room: int) -> list[int]:
-    """What a model is asked, to answer in `room` tokens."""
+    """Encode a question so that `room` tokens are left for the answer."""
     if encoding.uses_template(encoder, default=False):
         return encoder.templated([{"role": "user", "content": question}], room)
     return encoder.prompt(_PROMPT.format(question), room)
 
 
 def final_number(answer: str) -> str | None:
-    """The number after the last `####`, or else the last one of all, in its shortest form: `1,200.00` is `1200`."""
+    """Return the first number after the last `####`, or else the last number in the text; None if there is none.
+
+    It has its shortest form: `1,200.00` becomes `1200`.
+    """
     marked = answer.rpartition("####")
-    found = _NUMBER.findall(marked[2]) if marked[1] else []
-    found = found[:1] or _NUMBER.findall(answer)[-1:]
-    if not found:
+    numbers = _NUMBER.findall(marked[2]) if marked[1] else []
+    numbers = numbers[:1] or _NUMBER.findall(answer)[-1:]
+    if not numbers:
         return None
-    digits = found[0].replace(",", "").replace("$", "")
+    digits = numbers[0].replace(",", "").replace("$", "")
     return f"{float(digits):.10g}" if len(digits) < 16 else digits
 
 
 def reference(row: Mapping[str, Any], column: str) -> str:
-    """The number that an answer is compared with. Raises OptionError where there is none."""
+    """Return the number that an answer is compared with. Raises OptionError if the column holds no number."""
     answer = text_of(row, column)
     number = final_number(answer)
     if number is None:
         raise OptionError(
-            f"column {column!r} of the data holds {answer!r:.80} where an answer with a number was expected: name the "
-            "right one with --column answer=NAME"
+            f"column {column!r} of the data holds {answer!r:.80}, but an answer with a number was expected: name the "
+            "right column with --column answer=NAME"
         )
     return number
 

@@ -1,4 +1,4 @@
-"""Plain text in blocks; prompts and their answers; conversations."""
+"""Language modelling: plain text in blocks, prompts with answers, and conversations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loftq.training.encoding import Encoder
 if TYPE_CHECKING:
     from datasets import Dataset
 
-TEXT = {"text": ("text", "content")}  # of plain text
+TEXT = {"text": ("text", "content")}  # the role for plain text
 ROLES = {
     "messages": ("messages", "conversations"),
     "prompt": ("prompt", "instruction", "question", "context", "source"),
@@ -25,11 +25,11 @@ ROLES = {
 }
 
 
-def pack(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
-    """Blocks of `cutoff_len` tokens, cut from all texts in their order, each with its beginning and its end.
+def pack_blocks(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
+    """Cut all texts, in their order and each with the tokens for its beginning and end, into blocks of `cutoff_len`.
 
-    What is left over at the end is dropped, but where it is all there is. Raises OptionError where that is less than
-    two tokens, of which nothing is learned.
+    The tokens after the last whole block are dropped, unless there is no whole block. Raises OptionError for fewer than
+    two tokens, from which nothing can be learned.
     """
     from datasets import Dataset
 
@@ -37,54 +37,60 @@ def pack(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset
     texts = [text for row in rows if (text := text_of(row, column))]
     ids = np.array([token for text in texts for token in encoder.document(text)], dtype=np.int32)
     if len(ids) < 2:
-        raise OptionError(f"column {column!r} of the data holds no text to learn from: expected two tokens or more")
+        raise OptionError(f"column {column!r} of the data holds no text to learn from: expected at least two tokens")
     length = min(encoder.cutoff_len, len(ids))
     blocks = ids[: len(ids) // length * length].reshape(-1, length)
     return Dataset.from_dict({"input_ids": list(blocks), "labels": list(blocks)})
 
 
 def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
-    """Examples of a prompt and its answer, where those are named or all there is, or else of conversations."""
-    found = find_columns(rows, ROLES, columns, optional=tuple(ROLES))
-    if "messages" in found and ("messages" in columns or not {"prompt", "response"} & set(columns)):
-        return conversations(rows, lambda row: _messages(row, found), encoder)
-    found = find_columns(rows, ROLES, columns, optional=("messages", "input"))
+    """Encode examples of conversations if the data has them, unless columns of prompts or answers are named.
+
+    Otherwise encode examples of a prompt and its answer.
+    """
+    names = find_columns(rows, ROLES, columns, optional=tuple(ROLES))
+    if "messages" in names and ("messages" in columns or not {"prompt", "response"} & set(columns)):
+        return conversations(rows, lambda row: _messages(row, names), encoder)
+    names = find_columns(rows, ROLES, columns, optional=("messages", "input"))
     if encoding.uses_template(encoder, default=True):
-        return conversations(rows, lambda row: _asked(row, found), encoder)
-    return encoded(rows, lambda row: encoder.pair(*_plain(row, found)))
+        return conversations(rows, lambda row: _question(row, names), encoder)
+    return encoded(rows, lambda row: encoder.pair(*_plain(row, names)))
 
 
-Row = Mapping[str, Any]
+Record = Mapping[str, Any]
 
 
-def conversations(rows: Dataset, messages: Callable[[Row], list[dict[str, str]]], encoder: Encoder) -> Dataset:
-    """Examples of what the chat template writes. Raises OptionError for limits of its parts: it is not taken apart."""
+def conversations(rows: Dataset, messages: Callable[[Record], list[dict[str, str]]], encoder: Encoder) -> Dataset:
+    """Encode examples with the chat template. Raises OptionError for limits of prompts or answers alone."""
     limits = {"--max-source-length": encoder.max_source_length, "--max-target-length": encoder.max_target_length}
     for name, limit in limits.items():
         if limit is not None:
             raise OptionError(
-                f"{name} {limit}: what a chat template writes has one limit, --cutoff-len: leave the option out, or "
-                "add --no-chat-template to prompts and answers"
+                f"{name} {limit}: with a chat template, --cutoff-len is the only limit: leave the option out, or add "
+                "--no-chat-template for prompts and answers"
             )
     return encoded(rows, lambda row: encoder.conversation(encoding.turns(encoder.tokenizer, messages(row))))
 
 
-def encoded(rows: Dataset, example: Callable[[Row], dict[str, list[int]]]) -> Dataset:
-    """An example of each row, without those of which the limits leave nothing to learn, whose number it says.
+def encoded(rows: Dataset, example: Callable[[Record], dict[str, list[int]]]) -> Dataset:
+    """Encode an example of each row, and leave out those that have nothing to learn within the limits.
 
-    Raises OptionError where none is left, and with the number of a row, from 1, that makes no example.
+    Their number is reported on stderr. Raises OptionError if no example is left; an OptionError for a row names the
+    number of the row, from 1.
     """
 
-    def numbered(row: Row, at: int) -> dict[str, list[int]]:
+    def numbered(row: Record, index: int) -> dict[str, list[int]]:
         try:
             return example(row)
         except OptionError as error:
-            raise OptionError(f"row {at + 1}: {error}") from error
+            raise OptionError(f"row {index + 1}: {error}") from error
 
     examples = rows.map(
         numbered, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False, desc="tokenize"
     )
-    kept = [at for at, labels in enumerate(examples["labels"]) if any(label != encoding.IGNORED for label in labels)]
+    kept = [
+        index for index, labels in enumerate(examples["labels"]) if any(label != encoding.IGNORED for label in labels)
+    ]
     if not kept:
         raise OptionError(
             "no example has anything to learn within the limits: raise --cutoff-len, or lower --max-source-length"
@@ -92,28 +98,28 @@ def encoded(rows: Dataset, example: Callable[[Row], dict[str, list[int]]]) -> Da
     if len(kept) == len(examples):
         return examples
     left_out = f"{len(examples) - len(kept)} of {len(examples)} examples"
-    print(f"{left_out} are left out: within the limits they have nothing to learn", file=sys.stderr, flush=True)
+    print(f"{left_out} are left out, because they have nothing to learn within the limits", file=sys.stderr, flush=True)
     return examples.select(kept)
 
 
 def _messages(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[dict[str, str]]:
     messages = row[columns["messages"]]
     try:
-        found = [{"role": _ROLE.get(role, role), "content": content} for role, content in _spoken(messages)]
-        if not all(isinstance(message["content"], str) for message in found):
+        turns = [{"role": _ROLE.get(role, role), "content": content} for role, content in _speech(messages)]
+        if not all(isinstance(message["content"], str) for message in turns):
             raise TypeError
-        return found
+        return turns
     except (TypeError, KeyError, AttributeError) as error:
         raise OptionError(
-            f"column {columns['messages']!r} of the data holds {messages!r:.80} where messages with a role and a "
-            "content, a text, were expected"
+            f"column {columns['messages']!r} of the data holds {messages!r:.80}, but messages were expected, each with "
+            "a role and a content that is text"
         ) from error
 
 
-_ROLE = {"human": "user", "gpt": "assistant"}  # as ShareGPT has them
+_ROLE = {"human": "user", "gpt": "assistant"}  # the names in ShareGPT
 
 
-def _spoken(messages: Any) -> Iterator[tuple[str, str]]:
+def _speech(messages: Any) -> Iterator[tuple[str, str]]:
     for message in messages:
         if "from" in message and message.get("role") is None:
             yield message["from"], message["value"]
@@ -121,19 +127,19 @@ def _spoken(messages: Any) -> Iterator[tuple[str, str]]:
             yield message["role"], message["content"]
 
 
-def _asked(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[dict[str, str]]:
-    """A row as a conversation of one question."""
-    more = row.get(columns.get("input", ""))
+def _question(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[dict[str, str]]:
+    """Make a conversation of a single question and its answer."""
+    extra = row.get(columns.get("input", ""))
     prompt = text_of(row, columns["prompt"])
     return [
-        {"role": "user", "content": f"{prompt}\n\n{more}" if more else prompt},
+        {"role": "user", "content": f"{prompt}\n\n{extra}" if extra else prompt},
         {"role": "assistant", "content": text_of(row, columns["response"])},
     ]
 
 
 def _plain(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, str]:
-    """A row's prompt and answer as they stand, a line apart unless white space is there already."""
-    messages = _asked(row, columns)
+    """The prompt and the answer of a row, with a line break between them unless there is white space already."""
+    messages = _question(row, columns)
     prompt, response = (message["content"] for message in messages)
     joint = "" if prompt[-1:].isspace() or response[:1].isspace() else "\n"
     return prompt + joint, response

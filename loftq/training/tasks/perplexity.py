@@ -1,4 +1,4 @@
-"""Perplexity: exp of the mean loss a token, over windows of one long text."""
+"""Perplexity: exp of the mean loss of a token, over windows of a single long text."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from loftq.errors import OptionError
 
 
 def perplexity(model: Any, ids: Sequence[int], window: int, stride: int, *, quiet: bool = False) -> dict[str, float]:
-    """Over windows of `window` tokens that begin `stride` tokens apart.
+    """Measure perplexity over windows of `window` tokens that begin `stride` tokens apart.
 
-    A token is scored once, by all tokens before it in the first window that holds it and one before it: with a stride
-    of the window, which costs least, the first of each window goes unscored; a smaller stride gives each token more to
-    go by. Both stand beside the figure, which means little without them. Raises OptionError for a text of one token.
+    Each token is scored once: in the first window that holds it and a token before it, given all tokens before it in
+    that window. If the stride equals the window, which is fastest, the first token of each window is not scored. A
+    smaller stride gives each token more context. The result includes both numbers, because the perplexity depends on
+    them. Raises OptionError for a text with fewer than two tokens.
     """
     if len(ids) < 2:
-        raise OptionError("the text has fewer than two tokens: nothing to score")
+        raise OptionError("the text has fewer than two tokens, so there is nothing to score: use a longer text")
     total, scored, windows = 0.0, 0, 0
     starts = range(0, max(len(ids) - window, 0) + stride, stride)
-    done = 1  # the first token has nothing before it
+    scored_to = 1  # the first token has nothing before it
     with torch.no_grad():
         for start in tqdm(starts, disable=quiet, desc="perplexity", unit="window", dynamic_ncols=True):
             end = min(start + window, len(ids))
-            if end <= done:
+            if end <= scored_to:
                 break
             tokens = torch.tensor([list(ids[start:end])], device=model.device)
-            first = max(done, start + 1)  # of a window of its own, the first token goes unscored
+            first = max(scored_to, start + 1)  # the first token of a window has no context
             logits = model(input_ids=tokens).logits[0, first - start - 1 : -1].float()
             total += float(nn.functional.cross_entropy(logits, tokens[0, first - start :], reduction="sum"))
             scored += end - first
             windows += 1
-            done = end
-    mean = torch.tensor(total / scored, dtype=torch.float64)  # whose exponential may be infinite
+            scored_to = end
+    mean = torch.tensor(total / scored, dtype=torch.float64)  # its exponential may be infinite
     figures = {"tokens": scored, "windows": windows, "window": window, "stride": stride}
     return {"perplexity": float(mean.exp()), **figures}

@@ -1,4 +1,4 @@
-"""Summaries of documents, by encoder-decoders as they are and by causal models after a prompt."""
+"""Summarization of documents: encoder-decoders read the document, causal models read it with a prompt."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ ROLES = {
     "document": ("document", "article", "dialogue", "text", "source"),
     "summary": ("summary", "highlights", "target"),
 }
-MOST_TOKENS = 128  # of a summary, where nothing is said
+MOST_TOKENS = 128  # default length of a summary
 _CUE = "\n\nSummary:"
 
 
 def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
-    """Examples of a document and its summary."""
-    found = find_columns(rows, ROLES, columns)
+    """Encode examples of a document and its summary."""
+    names = find_columns(rows, ROLES, columns)
 
     def example(row: Mapping[str, Any]) -> dict[str, list[int]]:
-        document, summary = (text_of(row, found[role]) for role in ROLES)
+        document, summary = (text_of(row, names[role]) for role in ROLES)
         if encoder.seq2seq:
             return encoder.pair(document, summary)
         room = min(len(encoder.ids(f" {summary}")) + 1, encoder.max_target_length or encoder.cutoff_len)
@@ -36,24 +36,27 @@ def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Datas
 
 
 def prompt(document: str, encoder: Encoder, room: int) -> str:
-    """What a model reads: the document, and for a causal one the cue, before which the document is cut to fit."""
+    """Return the text that a model reads. A causal model reads the document, cut to fit, and then `Summary:`."""
     if encoder.seq2seq:
         return document
     limit = encoder.cutoff_len - min(room, encoder.cutoff_len // 2)
-    most = min(encoder.max_source_length or limit, limit) - len(encoder.ids(_CUE)) - 2
+    room_for_document = min(encoder.max_source_length or limit, limit) - len(encoder.ids(_CUE)) - 2
     ids = encoder.ids(document)
-    if len(ids) > most:
-        document = str(encoder.tokenizer.decode(ids[: max(most, 0)]))
+    if len(ids) > room_for_document:
+        document = str(encoder.tokenizer.decode(ids[: max(room_for_document, 0)]))
     return document + _CUE
 
 
 def rouge(written: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
-    """Mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L, with stemming. Raises OptionError without the library."""
+    """Return the mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L, with stemming.
+
+    Raises OptionError if the rouge-score package is not installed.
+    """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise OptionError("ROUGE needs the rouge-score package: pip install 'loftq[train]'") from error
     names = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
     scorer = RougeScorer(list(names), use_stemmer=True)
-    found = [scorer.score(reference, summary) for summary, reference in zip(written, expected, strict=True)]
-    return {shown: sum(score[name].fmeasure for score in found) / len(found) for name, shown in names.items()}
+    scores = [scorer.score(reference, summary) for summary, reference in zip(written, expected, strict=True)]
+    return {shown: sum(score[name].fmeasure for score in scores) / len(scores) for name, shown in names.items()}

@@ -1,0 +1,39 @@
+"""The head of a card, which the Hub reads: the base model, the licence, the data sets and the tags."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub import ModelCardData, metadata_load
+
+from loftq.formats.artifact import CARD
+from loftq.hub.source import Source
+from loftq.hub.text import is_dataset
+from loftq.planning.plan import Plan
+
+_TERMS = ("license", "license_name", "license_link")
+
+
+def metadata(plan: Plan) -> str:
+    """The YAML between a card's dashes."""
+    recipe, source = plan.recipe, plan.source
+    base: dict[str, Any] = {} if source.local else {"base_model": source.name, "base_model_relation": "quantized"}
+    text = recipe.calibration
+    data = ModelCardData(
+        library_name="transformers",
+        tags=["loftq", plan.kind, *([plan.format] if plan.stock else []), f"{recipe.bits:g}-bit"],
+        datasets=[text.partition(":")[0]] if text is not None and is_dataset(text) else None,
+        **base,
+        **_terms(source),
+    )
+    return str(data.to_yaml())
+
+
+def _terms(source: Source) -> dict[str, Any]:
+    """The licence of a source, from its own card if it has one."""
+    try:
+        fields: dict[str, Any] = metadata_load(source.folder / CARD) or {}
+    except Exception:  # a card may hold anything; a damaged one names no licence
+        fields = {}
+    terms = {name: fields[name] for name in _TERMS if isinstance(fields.get(name), (str, list))}
+    return terms or ({"license": source.license} if source.license else {})

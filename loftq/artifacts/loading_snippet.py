@@ -1,0 +1,53 @@
+"""The Python lines that load an artifact, for its card and, with the id of a repository, for `loftq push`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from loftq.formats.adapter import FOLDER
+from loftq.formats.layouts import LAYOUTS
+from loftq.models.tasks import TASKS
+
+
+def loading_lines(
+    manifest: Mapping[str, Any], repo_id: str | None = None, revision: str | None = None, trained: str | None = None
+) -> str:
+    """Lines that load the backbone with its initial adapter, or with the adapter in the subfolder `trained`.
+
+    `manifest` is a manifest or the heading of one. Without the id of a repository the place is left open.
+    """
+    recipe, loader = manifest["recipe"], TASKS[manifest["source"]["task"]].auto_class
+    place = '"..."  # this folder or repository' if repo_id is None else f'"{repo_id}"'
+    at = [] if revision is None else [f'revision="{revision}"']
+    dtype = f"torch_dtype=torch.{recipe['compute_dtype']}"
+    layout = LAYOUTS[manifest["format"]]
+    options = layout.load_options(recipe)
+    names = ", ".join([loader, *([options.partition("(")[0]] if options else [])])
+    arguments = ["MODEL_DIR", *at, dtype]
+    base = ", ".join(arguments)
+    if options:
+        arguments.append(f"quantization_config={options}")
+        base = "".join(f"\n    {argument}," for argument in arguments) + "\n"
+    ends = [f'subfolder="{trained or FOLDER}"', *at, *([] if trained else ["is_trainable=True"])]
+    return f"""{layout.IMPORT_LINE}import torch
+from peft import PeftModel
+from transformers import {names}
+
+MODEL_DIR = {place}
+
+base_model = {loader}.from_pretrained({base})
+model = PeftModel.from_pretrained(base_model, MODEL_DIR, {", ".join(ends)})
+"""
+
+
+def loading_section(manifest: Mapping[str, Any], repo_id: str | None = None, revision: str | None = None) -> str:
+    """The part of a card about loading: the lines for stock libraries, and the one line for loftq."""
+    folder = "MODEL_DIR"
+    if repo_id is not None:
+        at = "" if revision is None else f', revision="{revision}"'
+        folder = f"huggingface_hub.snapshot_download(MODEL_DIR{at})"
+    return f"""```python
+{loading_lines(manifest, repo_id, revision)}```
+
+or, with loftq installed, `model = loftq.load_{manifest["kind"]}({folder})`."""

@@ -1,0 +1,95 @@
+"""Computes the errors of the layers of an artifact again, from the source and from the files as loaders read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from loftq.artifacts.checks import Problem
+from loftq.artifacts.pair import BackboneAndAdapter
+from loftq.core.metric import squared
+from loftq.errors import ArtifactError, LoftQError
+from loftq.formats.artifact import MANIFEST, combine_hashes
+from loftq.hub.source import Source
+from loftq.models.layout_linears import read_weight
+from loftq.planning.plan import Layer, Plan
+from loftq.planning.planner import make_plan
+from loftq.planning.recipe import recipe_again
+from loftq.planning.weights import digest_of
+from loftq.planning.weights import read_source_weight as read_source
+
+_TOLERANCE = 1e-4  # relative: the order of sums and the rounding of a processor change an error by less
+_LEAST = 1e-6  # relative to the weight's norm: float32 cannot show smaller errors
+
+
+def plan_again(source: Source, manifest: Mapping[str, Any], trust_remote_code: bool) -> Plan:
+    """The plan by which an artifact was made. Raises ArtifactError if it does not fit this source."""
+    try:
+        plan = make_plan(source, recipe_again(manifest["recipe"]), trust_remote_code=trust_remote_code)
+    except LoftQError as error:
+        raise ArtifactError(f"{_wrong_source(source, manifest)}: {error}") from error
+    planned = {layer.module: list(layer.shape) for layer in plan.layers}
+    if planned != {row["name"]: row["shape"] for row in manifest["layers"]}:
+        raise ArtifactError(f"{_wrong_source(source, manifest)}: the names or shapes of its layers differ")
+    return plan
+
+
+def compare_with_source(
+    pair: BackboneAndAdapter, plan: Plan, manifest: Mapping[str, Any], advance: Callable[[int], object]
+) -> Iterator[Problem]:
+    """Compare the error of every layer with that in the manifest, and every other tensor with that of the source.
+
+    `advance` is called with the number of weights that are done. If the weights of the source differ from those that
+    the artifact was made of, that is reported once, and the comparison of layers stops.
+    """
+    rows = {row["name"]: row for row in manifest["layers"]}
+    digests = {}
+    for layer in plan.layers:
+        weight, digests[layer.tensor] = read_source(plan, layer, torch.device("cpu"))
+        row = rows[layer.module]
+        norm = squared(weight) ** 0.5
+        if _differ(norm, row["weight_norm"], norm):
+            difference = f"its {layer.tensor} has norm {norm:.6g}, {MANIFEST} has {row['weight_norm']:.6g}"
+            yield Problem(plan.source.name, f"{_wrong_source(plan.source, manifest)}: {difference}")
+            return
+        yield from _compare_layer(pair, layer, weight, row)
+        advance(layer.weights)
+    for name, spec in plan.passed.items():
+        stored = plan.source.checkpoint.read(name)
+        digests[name] = digest_of(stored)
+        file = pair.adapter if spec.name in pair.adapter.shapes else pair.backbone.checkpoint
+        if not torch.equal(file.read(spec.name), stored.to(spec.dtype)):
+            yield Problem(spec.name, f"differs from {name} of the source in {plan.recipe.compute_dtype}")
+        advance(spec.numel)
+    if combine_hashes(digests) != manifest["source"].get("sha256"):
+        yield Problem(plan.source.name, f"{_wrong_source(plan.source, manifest)}: SHA-256 mismatch of its weights")
+
+
+def _compare_layer(
+    pair: BackboneAndAdapter, layer: Layer, weight: torch.Tensor, row: Mapping[str, Any]
+) -> Iterator[Problem]:
+    backbone, module = pair.backbone, layer.module
+    try:
+        read = backbone.checkpoint.read
+        residual = weight - read_weight(backbone.format, module, layer.shape, backbone.grids[module], read)
+        added = pair.delta(module)
+    except (RuntimeError, ValueError, KeyError, AssertionError) as error:  # readers raise these for damaged tensors
+        yield Problem(module, f"cannot be read as {backbone.format}: {error}")
+        return
+    if added is not None:
+        residual -= added
+    relative_error = (squared(residual) / (squared(weight) or 1.0)) ** 0.5
+    if _differ(relative_error, row["error"], row["error"]):
+        yield Problem(module, f"has the relative error {relative_error:.6g}, {MANIFEST} has {row['error']:.6g}")
+
+
+def _differ(computed: float, reported: float, unit: float) -> bool:
+    return not abs(computed - reported) <= _TOLERANCE * unit + _LEAST  # written so that NaN differs
+
+
+def _wrong_source(source: Source, manifest: Mapping[str, Any]) -> str:
+    expected = manifest["source"]
+    revision = f" at {expected['revision']}" if expected.get("revision") else ""
+    return f"{source.name} is not the source of this folder, which is {expected['model']}{revision}"

@@ -1,0 +1,1 @@
+"""Computes statistics of the inputs of each layer from text."""

@@ -1,0 +1,206 @@
+"""The statistics of a calibration on disk: a folder that is written once and read a layer at a time.
+
+`calibration.json` is written last. It names the model, text and settings, and for each module the file with the moment
+of its inputs; modules that get the same inputs share a file. `teacher.safetensors` holds the answers of the model: the
+windows as `input_ids`, and at each position the largest log-probabilities (`values`) with their tokens (`indices`), or
+the `hidden` states of a model that has no vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from loftq.calibration.windows import Calibration
+from loftq.core.moments import PANEL, assemble
+from loftq.errors import ArtifactError, OptionError
+from loftq.formats.checkpoint import Checkpoint
+from loftq.planning.plan import Layer, Plan
+
+RECORD = "calibration.json"
+TEACHER = "teacher.safetensors"
+VERSION = 2
+AGAIN = "remove the folder to gather the statistics again, or name another folder with --statistics"
+_SOURCE = dict.fromkeys(("name", "headers_sha256", "config_sha256"), str)
+_SETTINGS = {
+    **dict.fromkeys(("tokens", "sequence_length", "seed"), int),
+    **dict.fromkeys(("task", "text_sha256", "tokenizer_sha256", "windows_sha256"), str),
+}
+_VOLATILE = (
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+)  # entries of a config that do not affect the model's results
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The second moment of each layer's inputs, and the answers of the model. Thread-safe."""
+
+    folder: Path
+    record: dict[str, Any]
+    sizes: Mapping[str, int]  # number of inputs of each module
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that the model was calibrated on."""
+        return int(self.record["settings"]["tokens"])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes for the user, one line each."""
+        return tuple(self.record["notes"])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the calibration: tokens, sequence length, seed, and hashes of text, tokenizer and windows."""
+        return dict(self.record["settings"])
+
+    def count(self, module: str) -> int:
+        """Number of input vectors of a module: 0 if the text never reached it."""
+        return int(self.record["modules"].get(module, {}).get("count", 0))
+
+    def moment(self, module: str) -> torch.Tensor | None:
+        """The moment H (in, in) of a module's inputs, float32; None if it was never reached. Raises ArtifactError."""
+        if not self.count(module):
+            return None
+        path = self.folder / self.record["modules"][module]["file"]
+        panels, size = read_panels(path), self.sizes[module]
+        expected = [(min(PANEL, size - start), size - start) for start in range(0, size, PANEL)]
+        if [tuple(panel.shape) for panel in panels] != expected:
+            raise ArtifactError(f"{path} is damaged (expected the moment of the {size} inputs of {module}): {AGAIN}")
+        if not all(panel.dtype == torch.float32 and bool(torch.isfinite(panel).all()) for panel in panels):
+            raise ArtifactError(f"{path} is damaged (expected finite float32 values): {AGAIN}")
+        return assemble(panels)
+
+    def check_weight(self, layer: Layer, digest: str) -> None:
+        """Raise ArtifactError unless the SHA-256 of a layer's tensor is that of the weights the model was run with."""
+        if self.record["weights"].get(layer.tensor) != digest:
+            raise ArtifactError(f"{self.folder} was gathered with a different {layer.tensor}: {AGAIN}")
+
+    def teacher(self) -> dict[str, torch.Tensor]:
+        """The answers of the model and the tokens that they belong to, by name.
+
+        `input_ids` int32 (windows, length), for seq2seq also `decoder_input_ids`; and either `values` float16 and
+        `indices` int32 (windows, length, k), or `hidden` bfloat16 (windows, length, hidden size). Raises ArtifactError.
+        """
+        path = self.folder / TEACHER
+        tensors = _load(path)
+        answers = {name for name in tensors if not name.endswith("_ids")}
+        shape = (self.tokens // self.settings["sequence_length"], self.settings["sequence_length"])
+        if "input_ids" not in tensors or answers not in ({"values", "indices"}, {"hidden"}):
+            raise ArtifactError(f"{path} is damaged (it holds {', '.join(tensors) or 'nothing'}): {AGAIN}")
+        if any(tensor.shape[:2] != shape for tensor in tensors.values()):
+            raise ArtifactError(f"{path} is damaged (not of {shape[0]} windows of {shape[1]} tokens): {AGAIN}")
+        return tensors
+
+
+def open_statistics(folder: Path, plan: Plan, calibration: Calibration | None = None) -> Statistics:
+    """Open a folder of statistics, and check that it matches the plan's model and task, and the calibration if given.
+
+    Raises ArtifactError if the folder is damaged, if its model, tokenizer or text differs, or if it lacks a layer of
+    the plan; OptionError if its task, number of tokens, sequence length or seed differs.
+    """
+    record = read_record(folder)
+    if record["source"]["headers_sha256"] != headers_digest(plan.source.checkpoint):
+        raise ArtifactError(
+            f"{folder} was gathered with {record['source']['name']}, whose tensors differ from those of "
+            f"{plan.source.name}: {AGAIN}"
+        )
+    if record["source"]["config_sha256"] != config_digest(plan.source.folder):
+        raise ArtifactError(
+            f"{folder} was gathered with a config.json that differs from that of {plan.source.name}: {AGAIN}"
+        )
+    task = record["settings"]["task"]
+    if task != plan.task.name:
+        raise OptionError(f"{folder} was gathered with --task {task}, not {plan.task.name}: {AGAIN}")
+    if calibration is not None:
+        _check_settings(folder, record["settings"], calibration.settings)
+    missing = missing_modules(record, plan)
+    if missing:
+        raise ArtifactError(f"{folder} has no statistics of {missing[0]}: {AGAIN}")
+    return Statistics(folder, record, {layer.module: layer.shape[1] for layer in plan.layers})
+
+
+def missing_modules(record: dict[str, Any], plan: Plan) -> list[str]:
+    """The modules of a plan that a record does not list."""
+    return [layer.module for layer in plan.layers if layer.module not in record["modules"]]
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a folder of statistics, with all entries that are used later. Raises ArtifactError."""
+    path = folder / RECORD
+    try:
+        record = dict(json.loads(path.read_text(encoding="utf-8")))
+        version = record["version"]
+        if version == VERSION:
+            _check_record(record)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{folder} has no {RECORD}: expected a folder of calibration statistics") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{path} is damaged ({error!r}): {AGAIN}") from error
+    if version != VERSION:
+        raise ArtifactError(f"{path} has version {version}, this loftq reads version {VERSION}: {AGAIN}")
+    return record
+
+
+def _check_record(record: dict[str, Any]) -> None:
+    """Raise KeyError or TypeError if an entry of a record is missing or has the wrong type."""
+    rows: list[tuple[Mapping[str, Any], Mapping[str, type]]] = [
+        (record, {"notes": list, "weights": dict}),
+        (record["source"], _SOURCE),
+        (record["settings"], _SETTINGS),
+    ]
+    for row in record["modules"].values():
+        rows.append((row, {"count": int, "file": str if row["count"] else object}))
+    for row, kinds in rows:
+        for key, kind in kinds.items():
+            if not isinstance(row[key], kind):
+                raise TypeError(f"{key} is {row[key]!r}")
+
+
+def headers_digest(checkpoint: Checkpoint) -> str:
+    """A hash of the names, dtypes and shapes of all tensors."""
+    rows = sorted((spec.name, str(spec.dtype), list(spec.shape)) for spec in checkpoint.tensors.values())
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def config_digest(folder: Path) -> str:
+    """A hash of the entries of a model's `config.json` that affect its results."""
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    config = json.loads(text, object_hook=lambda row: {k: v for k, v in row.items() if k not in _VOLATILE})
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def read_panels(path: Path) -> Sequence[torch.Tensor]:
+    """The panels of a moment."""
+    panels = _load(path)
+    names = [str(i) for i in range(len(panels))]
+    if not names or set(panels) != set(names):
+        raise ArtifactError(f"{path} is damaged (it holds {', '.join(panels) or 'nothing'}): {AGAIN}")
+    return [panels[name] for name in names]
+
+
+def _check_settings(folder: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
+    for key in ("tokens", "sequence_length", "seed"):
+        if stored[key] != expected[key]:
+            raise OptionError(f"{folder} was gathered with {key} {stored[key]}, not {expected[key]}: {AGAIN}")
+    for key, what in (("tokenizer_sha256", "tokenizer"), ("text_sha256", "text"), ("windows_sha256", "text")):
+        if stored[key] != expected[key]:
+            raise ArtifactError(f"{folder} was gathered with a different {what}: {AGAIN}")
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is missing or damaged ({error}): {AGAIN}") from error

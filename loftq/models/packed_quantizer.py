@@ -1,0 +1,90 @@
+"""The part that our quantizers for transformers share: packed linears take the place of a model's own."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+
+from loftq.core.grid import Grid
+from loftq.errors import ArtifactError
+from loftq.formats.checkpoint import TensorSpec, read_header
+from loftq.formats.native import METHOD
+from loftq.models.devices import find_gpu
+from loftq.models.linears import DenseLinear, find_linears
+from loftq.models.packed_linear import PackedLinear
+
+
+class PackedQuantizer(HfQuantizer):
+    """Puts packed linears in the place of a model's own before the weights are loaded."""
+
+    requires_calibration = False
+    _linear: type[PackedLinear] = PackedLinear
+
+    @abstractmethod
+    def _grids(self, candidates: dict[str, DenseLinear], names: set[str], model: Any) -> Iterator[tuple[str, Grid]]:
+        """The linears to replace, with the types of their weights. `names` are those of the checkpoint's tensors."""
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        candidates = dict(find_linears(model).candidates)
+        files = [Path(file) for file in (checkpoint_files or () if self.pre_quantized else ())]
+        headers = {file: read_header(file) for file in files}
+        names = {spec.name for specs in headers.values() for spec in specs}
+        for name, grid in self._grids(candidates, names, model):
+            rows, columns = candidates[name].shape
+            old = model.get_submodule(name)
+            packed = self._linear(columns, rows, old.bias is not None, grid=grid, dtype=old.weight.dtype, device="meta")
+            model.set_submodule(name, packed)
+        for file, specs in headers.items():
+            _check_sizes(model, file, specs)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        model.quantization_method = METHOD  # whatever the layout: peft refuses to merge where this says "gptq"
+        return model
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """As transformers has it for bitsandbytes' folders: unless it is said where, a model goes to the GPU."""
+        gpu = find_gpu()
+        return device_map if gpu is None or device_map is not None else {"": gpu}
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the tensors as they were loaded."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """With adapters."""
+        return True
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, PackedLinear):
+                model.set_submodule(name, cast(nn.Module, module.to_dense(dtype)))
+        return model
+
+
+def _check_sizes(model: nn.Module, file: Path, specs: Sequence[TensorSpec]) -> None:
+    """Raise ArtifactError for a packed tensor that is not what config.json makes of it: transformers would only say
+    that something does not match.
+    """
+    expected = {
+        f"{name}.{key}": tensor
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLinear)
+        for key, tensor in module.state_dict().items()
+        if key != "bias"
+    }
+    for spec in specs:
+        wanted = expected.get(spec.name)
+        if wanted is not None and (spec.shape, spec.dtype) != (tuple(wanted.shape), wanted.dtype):
+            raise ArtifactError(
+                f"{file}: {spec.name} is {spec.dtype} {list(spec.shape)}, expected {wanted.dtype} "
+                f"{list(wanted.shape)}: the folder is damaged, or its config.json is another's"
+            )

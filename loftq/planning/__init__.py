@@ -1,0 +1,1 @@
+"""Decides everything about a run before the first weight is read."""

@@ -1,0 +1,135 @@
+"""What a run will do, from headers alone: every check that can be made before the first weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+from loftq.core.grid import Grid, Quantizer
+from loftq.formats.checkpoint import Shard, TensorSpec
+from loftq.formats.layouts import LAYOUTS, Layout
+from loftq.hub.source import Source
+from loftq.models import linears
+from loftq.models.tasks import Task
+from loftq.planning.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear to quantize: its module, the checkpoint tensor it comes from, its shape (out, in).
+
+    The tensor itself is (in, out) where `transposed`.
+    """
+
+    module: str
+    tensor: str
+    shape: tuple[int, int]
+    transposed: bool = False
+    bits: int = 4
+
+    @property
+    def weights(self) -> int:
+        """How many weights it has."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of every tensor, and where all bytes go."""
+
+    recipe: Recipe
+    source: Source
+    model: nn.Module  # on the meta device
+    task: Task
+    layers: tuple[Layer, ...]
+    passed: Mapping[str, TensorSpec]  # tensors of the source that are not quantized, and what they are written as
+    created: Mapping[str, TensorSpec]  # parameters that no tensor of the source provides
+    backbone: tuple[Shard, ...]
+    adapter: Shard
+    target_modules: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    skip_modules: tuple[str, ...]
+    format: str  # a name of LAYOUTS
+    notes: tuple[str, ...]
+
+    @property
+    def model_type(self) -> str:
+        """What transformers calls the architecture."""
+        return str(self.model.config.model_type)  # type: ignore[union-attr]
+
+    @property
+    def layout(self) -> Layout:
+        """How a quantized linear is written."""
+        return LAYOUTS[self.format]
+
+    @property
+    def stock(self) -> bool:
+        """Whether stock transformers and peft load the result."""
+        return self.layout.STOCK
+
+    @property
+    def kind(self) -> str:
+        """The kind of artifact that it becomes: `loftq.load_{kind}` loads it."""
+        return "qlora" if self.recipe.pool_size is None else "qalora"
+
+    def grid(self, layer: Layer) -> Grid:
+        """The type of a layer's weight."""
+        return self.recipe.grid(layer.bits)
+
+    def quantizer(self, layer: Layer, width: int | None = None) -> Quantizer:
+        """What rounds a layer, to its own width or another, with scales as the format stores them."""
+        return self.recipe.grid(width or layer.bits).quantizer(layer.shape[1], self.layout.SCALE_DTYPE)
+
+    @property
+    def codebooks(self) -> dict[str, str]:
+        """The codebook of each quantized module."""
+        return {layer.module: self.grid(layer).codebook for layer in self.layers}
+
+    @property
+    def quantized_names(self) -> list[str]:
+        """Ends of names that reach the quantized modules and no other: peft's, or else the full names."""
+        wanted = {layer.module for layer in self.layers}
+        reached = {name for name, _ in self.model.named_modules() if name.endswith(self.target_modules)}
+        return list(self.target_modules if reached == wanted else sorted(wanted))
+
+    @cached_property
+    def expert_bytes(self) -> int:
+        """Bytes of fused experts, which are not quantized."""
+        return sum(linears.fused_experts(self.model).values()) * self.recipe.dtype.itemsize
+
+    @cached_property
+    def layer_bits(self) -> float:
+        """Bits a weight of the quantized linears, scales and all else counted."""
+        stored = sum(self._stored(layer) for layer in self.layers)
+        return 8 * stored / self.weights
+
+    @cached_property
+    def weights(self) -> int:
+        """Weights in the quantized linears."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the source's tensors."""
+        return sum(spec.nbytes for spec in self.source.checkpoint.tensors.values())
+
+    @property
+    def backbone_bytes(self) -> int:
+        """Bytes of the backbone's files."""
+        return sum(shard.nbytes for shard in self.backbone)
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters of the adapter: factors, and a head that is trained with them."""
+        return sum(spec.numel for _, spec in self.adapter.offsets.values())
+
+    def bits_of(self, layer: Layer) -> float:
+        """Bits a weight of one layer on disk."""
+        return 8 * self._stored(layer) / layer.weights
+
+    def _stored(self, layer: Layer) -> int:
+        specs = self.layout.specs(layer.module, layer.shape, self.grid(layer), self.recipe.dtype)
+        return sum(spec.nbytes for spec in specs)

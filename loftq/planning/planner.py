@@ -1,0 +1,204 @@
+"""Resolves a recipe against a source, from headers alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from loftq.core import allocation
+from loftq.errors import CheckpointError, OptionError, SourceError
+from loftq.formats import adapter
+from loftq.formats.checkpoint import Shard, TensorSpec, lay_out, parse_size
+from loftq.formats.layouts import LAYOUTS, Layout, choose, misfit
+from loftq.hub.source import Source
+from loftq.models import linears, naming
+from loftq.models.families import family_of
+from loftq.models.linears import DenseLinear, Linears
+from loftq.models.naming import NameMap
+from loftq.models.tasks import build_meta
+from loftq.planning.notes import notes_on
+from loftq.planning.plan import Layer, Plan
+from loftq.planning.recipe import Recipe
+
+_POOLER = "pooler"  # checkpoints of masked language models often lack it, and transformers begins it anew
+
+
+def make_plan(
+    source: Source, recipe: Recipe, *, trust_remote_code: bool = False, widths: Mapping[str, int] | None = None
+) -> Plan:
+    """Resolve a recipe against a source. Raises SourceError or OptionError with what to change.
+
+    `widths` are the bits of each module under `--allocation auto`; until they are known, a plan of the same size is
+    made.
+    """
+    _refuse_quantized(source)
+    model, task = build_meta(
+        source.folder, task=recipe.task, num_labels=recipe.num_labels, trust_remote_code=trust_remote_code
+    )
+    if family_of(str(model.config.model_type)).float32:  # type: ignore[union-attr]
+        recipe = replace(recipe, compute_dtype="float32")
+    found = linears.find_linears(model)
+    targets = _targets(model, found, recipe, source)
+    heads = found.heads if task.has_head else ()
+    resized = heads if recipe.num_labels is not None else ()
+    names = naming.map_names(model, source.checkpoint.tensors, new=(*heads, _POOLER), resized=resized)
+    saved = (*heads, *_new_poolers(names)) if task.has_head else ()
+    dense = {target: found.candidates[target] for target in targets}
+    shapes = {layer.shape for layer in dense.values()}
+    format = choose(recipe.grids, recipe.format, shapes=shapes, loadable=_loadable(model, dense, recipe))
+    layers = tuple(_layer(target, layer, names.source, source, recipe, format) for target, layer in dense.items())
+    layers = _allocate(layers, recipe, widths)
+    quantized = {layer.tensor for layer in layers}
+    tensors = source.checkpoint.tensors
+    passed = {
+        name: _kept_spec(key, tensors[name], saved, recipe)
+        for name, key in names.written.items()
+        if name not in quantized
+    }
+    created = {
+        key: _kept_spec(key, TensorSpec(key, torch.float32, shape), saved, recipe)
+        for key, shape in names.created.items()
+    }
+    plan = Plan(
+        recipe=recipe,
+        source=source,
+        model=model,
+        task=task,
+        layers=layers,
+        passed=passed,
+        created=created,
+        backbone=_lay_out_backbone(layers, names, {**passed, **created}, recipe, LAYOUTS[format]),
+        adapter=_lay_out_adapter(layers, {**passed, **created}, recipe),
+        target_modules=tuple(adapter.target_names(targets, [name for name, _ in model.named_modules()])),
+        modules_to_save=saved,
+        skip_modules=tuple(linears.skip_modules(model, found, targets)),
+        format=format,
+        notes=(),
+    )
+    return replace(plan, notes=tuple(notes_on(plan, found, names)))
+
+
+def _refuse_quantized(source: Source) -> None:
+    path = source.folder / "config.json"
+    if not path.is_file():
+        raise SourceError(f"{source.name} has no config.json: expected a model that transformers saved")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    except (ValueError, AttributeError) as error:
+        raise SourceError(f"{path} is not a JSON object ({error}): download it again") from error
+    if found:
+        method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
+        raise SourceError(f"{source.name} is already quantized ({method}): start from its full-precision weights")
+
+
+def _targets(model: nn.Module, found: Linears, recipe: Recipe, source: Source) -> list[str]:
+    """The modules to quantize: those asked for, or the family's, or all."""
+    if not found.candidates:
+        kinds = ", ".join(sorted(set(found.others.values()))) or "none"
+        raise SourceError(f"{source.name} has no linear layer that can be quantized (its other dense layers: {kinds})")
+    wanted = recipe.target_modules
+    if wanted is None:
+        usual = family_of(str(model.config.model_type)).targets  # type: ignore[union-attr]
+        names = list(found.candidates)
+        reached = [p for p in usual or () if any(linears.reaches(p, name) for name in names)]
+        wanted = tuple(reached) or None
+    return linears.select(model, found, wanted, recipe.exclude_modules)
+
+
+def _loadable(model: nn.Module, targets: Mapping[str, DenseLinear], recipe: Recipe) -> list[str]:
+    """The formats whose loaders take the targets."""
+    stock = all(layer.stock for layer in targets.values())
+    text = getattr(model, "main_input_name", "") == "input_ids"
+
+    def loads(layout: Layout) -> bool:
+        if not layout.STOCK:
+            return True
+        if not (stock and layout.WITHOUT_WEIGHT):
+            return stock
+        return text and all(map(layout.holds, recipe.grids)) and linears.bears_other_linears(model, targets)
+
+    return [name for name, layout in LAYOUTS.items() if loads(layout)]
+
+
+def _layer(
+    module: str, dense: DenseLinear, origin: Mapping[str, str], source: Source, recipe: Recipe, format: str
+) -> Layer:
+    key = f"{module}.weight"
+    last = module.rpartition(".")[2]
+    if key not in origin:
+        raise SourceError(
+            f"{key} is made of several checkpoint tensors when it is loaded, which cannot be streamed: "
+            f"add --exclude-modules {last}"
+        )
+    spec = source.checkpoint.tensors[origin[key]]
+    if spec.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise CheckpointError(f"tensor {spec.name!r} has dtype {spec.dtype}: expected 16 or 32 bits, not quantized")
+    rows, columns = dense.shape
+    if recipe.pool_size is not None and columns % recipe.pool_size:
+        raise OptionError(
+            f"--pool-size {recipe.pool_size} does not divide the {columns} inputs of {module}: "
+            f"use --pool-size {recipe.group_size}, or --exclude-modules {last}"
+        )
+    inputs = columns // (recipe.pool_size or 1)
+    if recipe.rank > min(rows, inputs):
+        pooled = "" if recipe.pool_size is None else f", pooled by {recipe.pool_size}"
+        raise OptionError(
+            f"--rank {recipe.rank} is larger than the smaller side of {module} ({rows} x {inputs}{pooled}): "
+            f"use at most {min(rows, inputs)}, or --exclude-modules {last}"
+        )
+    for grid in recipe.grids:
+        problem = misfit(format, grid, rows, columns)
+        if problem is not None:
+            raise OptionError(f"{module} ({rows} x {columns}): {problem}, or --exclude-modules {last}")
+    return Layer(module, spec.name, (rows, columns), dense.transposed)
+
+
+def _new_poolers(names: NameMap) -> list[str]:
+    """Poolers that begin anew before a head: they must be trained with it."""
+    keys = [key.partition(f".{_POOLER}.") for key in names.created]
+    return list(dict.fromkeys(f"{before}.{_POOLER}" for before, found, _ in keys if found))
+
+
+def _allocate(layers: tuple[Layer, ...], recipe: Recipe, widths: Mapping[str, int] | None) -> tuple[Layer, ...]:
+    """The layers with their bits."""
+    if recipe.allocation is None:
+        return tuple(replace(layer, bits=recipe.widths[0]) for layer in layers)
+    if widths is not None:
+        return tuple(replace(layer, bits=widths[layer.module]) for layer in layers)
+    bits = allocation.first([layer.weights for layer in layers], recipe.widths[0], recipe.widths[-1], recipe.bits)
+    return tuple(replace(layer, bits=width) for layer, width in zip(layers, bits, strict=True))
+
+
+def _kept_spec(key: str, spec: TensorSpec, saved: Sequence[str], recipe: Recipe) -> TensorSpec:
+    """What a tensor that is not quantized is written as: in the compute dtype, or, a head's, in the adapter's."""
+    if not spec.dtype.is_floating_point:
+        return TensorSpec(key, spec.dtype, spec.shape)
+    if any(key.startswith(f"{module}.") for module in saved):
+        return TensorSpec(adapter.key_of(key), torch.float32, spec.shape)
+    return TensorSpec(key, recipe.dtype, spec.shape)
+
+
+def _lay_out_backbone(
+    layers: tuple[Layer, ...], names: NameMap, kept: Mapping[str, TensorSpec], recipe: Recipe, layout: Layout
+) -> tuple[Shard, ...]:
+    by_tensor = {layer.tensor: layer for layer in layers}
+    groups = []
+    for name in [*names.written, *names.created]:
+        layer = by_tensor.get(name)
+        if layer is not None:
+            groups.append(layout.specs(layer.module, layer.shape, recipe.grid(layer.bits), recipe.dtype))
+        elif not adapter.is_key(kept[name].name):
+            groups.append([kept[name]])
+    return tuple(lay_out(groups, parse_size(recipe.max_shard_size)))
+
+
+def _lay_out_adapter(layers: tuple[Layer, ...], kept: Mapping[str, TensorSpec], recipe: Recipe) -> Shard:
+    specs = [
+        spec for layer in layers for spec in adapter.specs(layer.module, layer.shape, recipe.rank, recipe.pool_size)
+    ]
+    specs += [spec for spec in kept.values() if adapter.is_key(spec.name)]
+    return lay_out([specs], max(sum(spec.nbytes for spec in specs), 1), f"{adapter.FOLDER}/{adapter.WEIGHTS}")[0]

@@ -1,0 +1,1 @@
+"""The report that compares artifacts: their measured values, the charts, and the page."""

@@ -1,0 +1,97 @@
+"""The distillation as a step of a run: it refines the adapter in the partial folder, then measures the errors again.
+
+The factors of the solver are kept in a separate file until the distilled ones are in place and recorded in the journal,
+so that a run that is interrupted in between repeats the step from the same start.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from loftq.artifacts.manifest import heading
+from loftq.artifacts.staging import Staging
+from loftq.calibration.statistics import Statistics
+from loftq.core import pooled
+from loftq.core.metric import Metric, damped, squared
+from loftq.formats.adapter import FOLDER, WEIGHTS, Adapter, open_adapter
+from loftq.formats.artifact import Artifact
+from loftq.formats.checkpoint import Checkpoint, read_checkpoint
+from loftq.formats.disk import replacing
+from loftq.planning.plan import Layer, Plan
+from loftq.planning.run import Run
+from loftq.planning.weights import read_source_weight
+
+_START = "start.safetensors"
+
+
+def distill(plan: Plan, staging: Staging, statistics: Statistics, run: Run) -> None:
+    """Refine the adapter in the partial folder, unless that is done, and record the remaining error of each layer."""
+    start = staging.folder / _START
+    if staging.distilled is None:
+        weights = staging.folder / FOLDER / WEIGHTS
+        if not start.is_file():
+            _copy(weights, start)
+        else:
+            _copy(start, weights)
+        staging.note_distilled(_distill(plan, staging, start, statistics, run))
+    start.unlink(missing_ok=True)
+
+
+def distilled(staging: Staging) -> dict[str, Any]:
+    """The totals of a run that come from the distillation."""
+    record = staging.distilled or {}
+    return {key: record[key] for key in ("refine_steps", "divergence_before", "divergence") if key in record}
+
+
+def distilled_row(staging: Staging, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a layer with the errors that remain after distillation."""
+    errors: Mapping[str, Mapping[str, float]] = (staging.distilled or {}).get("errors", {})
+    return {**row, **errors.get(row["name"], {})}
+
+
+def _distill(plan: Plan, staging: Staging, start: Path, statistics: Statistics, run: Run) -> dict[str, Any]:
+    from loftq.solving.refine import refine  # imports transformers' trainer, which takes seconds
+
+    artifact = Artifact(staging.folder, heading(plan))
+    refinement, factors = refine(
+        artifact, statistics.teacher(), plan.recipe.refine, run.device, seed=plan.recipe.seed, quiet=run.quiet
+    )
+    record = {"refine_steps": refinement.steps, "divergence_before": refinement.before, "divergence": refinement.after}
+    if not factors:
+        return record
+    with replacing(staging.folder / FOLDER / WEIGHTS) as scratch:
+        save_file({**load_file(start), **factors}, scratch, {"format": "pt"})
+    adapter, checkpoint = open_adapter(artifact.adapter), read_checkpoint(staging.folder)
+    return record | {
+        "errors": {
+            layer.module: _errors(plan, layer, adapter, checkpoint, statistics, run.device) for layer in plan.layers
+        }
+    }
+
+
+def _errors(
+    plan: Plan, layer: Layer, adapter: Adapter, checkpoint: Checkpoint, statistics: Statistics, device: torch.device
+) -> dict[str, float]:
+    """The relative errors of the weight and the outputs of a layer, with codes and factors read back from the files."""
+    weight, _ = read_source_weight(plan, layer, device)
+    codes, scales = plan.layout.read(layer.module, layer.shape, plan.grid(layer), checkpoint.read)
+    backbone = plan.quantizer(layer).decode(codes, scales, weight.shape).to(device)
+    a, b = (factor.to(device) for factor in adapter.factors(layer.module))
+    residual = weight - backbone - pooled.delta(a, b, adapter.scaling, adapter.pool_size)
+    errors = {"error": (squared(residual) / (squared(weight) or 1.0)) ** 0.5}
+    moment = statistics.moment(layer.module)
+    if moment is not None:
+        outputs = Metric.of("full", damped(moment.to(device)))
+        errors["output_error"] = outputs.norm(residual) / (outputs.norm(weight) or 1.0)
+    return errors
+
+
+def _copy(source: Path, target: Path) -> None:
+    with replacing(target) as scratch:
+        shutil.copyfile(source, scratch)

@@ -1,0 +1,75 @@
+"""A folder that is complete already is used again if it is the result of the same run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loftq.calibration.gather import windows_of
+from loftq.calibration.statistics import Statistics
+from loftq.errors import OutputError
+from loftq.formats import artifact
+from loftq.hub.text import find_text
+from loftq.planning.plan import Plan
+from loftq.planning.weights import digest_of
+
+
+def finished_layers(folder: Path, plan: Plan, trust_remote_code: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The layers and totals of a complete folder. Raises OutputError if it is the result of another run."""
+    manifest = artifact.open_artifact(folder).manifest
+    if differing := differences(manifest, plan):
+        raise OutputError(
+            f"{folder} is finished, but its {', '.join(differing)} differs: "
+            "add --overwrite instead of --resume to make it again, or name another --output"
+        )
+    if _is_changed(plan, manifest["source"]):
+        raise OutputError(
+            f"the weights of {plan.source.name} have changed since {folder} was made from it: make it again "
+            f"(`loftq quantize {plan.source.name} ... --output {folder} --overwrite`) or remove it"
+        )
+    text = plan.recipe.calibration
+    calibrated = manifest.get("calibration")
+    if text and calibrated and find_text(text) and windows_of(plan, trust_remote_code).settings != calibrated:
+        raise OutputError(
+            f"{folder} was calibrated on another text or with another tokenizer than {text} is now: "
+            "add --overwrite instead of --resume to make it again, or name another --output"
+        )
+    return list(manifest["layers"]), dict(manifest["totals"])
+
+
+def differences(manifest: Mapping[str, Any], plan: Plan) -> list[str]:
+    """The names of settings that differ between an artifact's manifest and a plan; `source` if the models differ."""
+    planned = json.loads(json.dumps(plan.recipe.to_dict()))
+    differing = [key for key in planned if manifest["recipe"].get(key) != planned[key]]
+    if (manifest["source"]["model"], manifest["source"]["revision"]) != (plan.source.name, plan.source.revision):
+        differing.append("source")
+    return differing
+
+
+def _is_changed(plan: Plan, source: Mapping[str, Any]) -> bool:
+    """Whether the weights of the source have changed, for which all are read; those of a commit never change."""
+    if plan.source.revision is not None or "sha256" not in source:
+        return False
+    names = [*(layer.tensor for layer in plan.layers), *plan.passed]
+    hashes = {name: digest_of(plan.source.checkpoint.read(name)) for name in names}
+    return artifact.combine_hashes(hashes) != str(source["sha256"])
+
+
+def fingerprint_of(plan: Plan, statistics: Statistics | None, device: torch.device) -> dict[str, Any]:
+    """Everything that the bytes of the result depend on. An unfinished run is resumed only if all of it is the same."""
+    return {
+        "source": {
+            "name": plan.source.name,
+            "revision": plan.source.revision,
+            "files": plan.source.file_states(),
+        },
+        "recipe": plan.recipe.to_dict(),
+        "calibration": statistics.settings if statistics is not None else None,
+        "device": device.type,
+        "versions": {name: version(name) for name in ("loftq", "torch", "transformers")},
+    }

@@ -1,0 +1,147 @@
+"""The jobs of a run. Each job brings one tensor of the source to its place in the output.
+
+Jobs are independent and idempotent: any number of workers may run them in any order, and an interrupted job is simply
+run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from loftq.artifacts.rows import layer_row
+from loftq.artifacts.staging import Staging
+from loftq.calibration.statistics import Statistics
+from loftq.core.affine import AffineQuantizer
+from loftq.core.grid import Quantizer
+from loftq.core.solvers.calibrated import solve_calibrated
+from loftq.core.solvers.loftq import Solution, solve_loftq
+from loftq.core.solvers.methods import METHODS, WITHOUT_TEXT
+from loftq.core.solvers.pooled import solve_pooled
+from loftq.core.solvers.pooled_calibrated import solve_pooled_calibrated
+from loftq.errors import OptionError
+from loftq.formats import adapter
+from loftq.formats.checkpoint import ShardWriter
+from loftq.models import naming
+from loftq.planning.plan import Layer, Plan
+from loftq.planning.recipe import Recipe, layer_seed
+from loftq.planning.run import Run
+from loftq.planning.weights import check_finite, digest_of, is_finite, read_source_weight
+
+
+def solve_all(plan: Plan, staging: Staging, statistics: Statistics | None, run: Run) -> None:
+    """Run a job for each tensor that is not in place yet, with a progress bar on stderr.
+
+    `statistics` are those of the layers' inputs, where text was given.
+    """
+    layers = {layer.tensor: layer for layer in plan.layers}
+    # embeddings come first: at the end one worker would be busy with them while the others wait
+    kept = {name: spec.numel for name, spec in {**plan.created, **plan.passed}.items()}
+    sizes = {**kept, **{name: layer.weights for name, layer in layers.items()}}
+    left = [name for name in sizes if name not in staging.done]
+    everything = sum(sizes.values())
+    begun = everything - sum(sizes[name] for name in left)
+    bar = tqdm(total=everything, initial=begun, unit="w", unit_scale=True, disable=run.quiet, dynamic_ncols=True)
+    shards = [*plan.backbone, plan.adapter]
+    with bar, one_thread_each(), ShardWriter(staging.folder, shards) as writer:
+
+        def work(name: str) -> None:
+            layer = layers.get(name)
+            if layer is not None:
+                record = _solve_layer(plan, layer, statistics, writer, run.device)
+            elif name in plan.passed:
+                record = _pass_through(plan, name, writer)
+            else:
+                record = _create(plan, name, writer)
+            staging.note(name, record)
+            bar.set_postfix_str(layer.module if layer else name, refresh=False)
+            bar.update(sizes[name])
+
+        # in this thread: they are drawn from torch's own generator, which all threads share
+        for name in [name for name in left if name in plan.created]:
+            work(name)
+        run_jobs(work, [name for name in left if name not in plan.created], run.workers)
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """One torch thread a job: a matrix product's last bits depend on how many threads share it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_jobs(work: Callable[[str], None], names: Sequence[str], workers: int) -> None:
+    """Run independent, idempotent jobs; the first failure stops those not yet begun and is raised."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="loftq-solver")
+    futures: list[Future[None]] = []
+    try:
+        futures = [pool.submit(work, name) for name in names]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _solve_layer(
+    plan: Plan, layer: Layer, statistics: Statistics | None, writer: ShardWriter, device: torch.device
+) -> dict[str, Any]:
+    recipe = plan.recipe
+    weight, digest = read_source_weight(plan, layer, device)
+    if statistics is not None:
+        statistics.check_weight(layer, digest)
+    moment = None if statistics is None else statistics.moment(layer.module)
+    seed = layer_seed(recipe.seed, layer.module)
+    solution = solve_by(recipe, weight, moment, plan.quantizer(layer), recipe.iters, seed)
+    grid = plan.grid(layer)
+    packed = plan.layout.tensors(layer.module, layer.shape, grid, recipe.dtype, solution.codes, solution.scales)
+    factors = dict(zip(adapter.keys(layer.module), (solution.a, solution.b), strict=True))
+    for name, tensor in {**packed, **factors}.items():
+        writer.write(name, tensor)
+    return {"sha256": digest, "row": layer_row(plan, layer, solution.trace)}
+
+
+def solve_by(
+    recipe: Recipe, weight: torch.Tensor, moment: torch.Tensor | None, quantizer: Quantizer, iters: int, seed: int
+) -> Solution:
+    """Solve one weight by the method of a recipe; without data if no `moment` of its inputs is known."""
+    method, rank, scaling = recipe.solving, recipe.rank, recipe.scaling
+    if moment is None and method.needs_moment:
+        method = METHODS[WITHOUT_TEXT]
+    if isinstance(quantizer, AffineQuantizer) and recipe.pool_size is not None:
+        if moment is None or method.metric == "identity":
+            return solve_pooled(weight, quantizer, rank, iters, scaling, recipe.pool_size, seed=seed)
+        pool = recipe.pool_size
+        return solve_pooled_calibrated(weight, quantizer, method, moment, rank, iters, scaling, pool, seed=seed)
+    if moment is None and method.plain:
+        return solve_loftq(weight, quantizer, rank, iters, scaling, svd=recipe.svd, seed=seed)
+    return solve_calibrated(weight, quantizer, method, moment, rank, iters, scaling, seed=seed)
+
+
+def _pass_through(plan: Plan, name: str, writer: ShardWriter) -> dict[str, Any]:
+    stored = plan.source.checkpoint.read(name)
+    spec = plan.passed[name]
+    if stored.is_floating_point():
+        check_finite(stored, name, plan.source)
+    cast = stored.to(spec.dtype)
+    if cast.is_floating_point() and stored.dtype != cast.dtype and not is_finite(cast):
+        raise OptionError(f"tensor {name!r} does not fit --compute-dtype {plan.recipe.compute_dtype}: use bfloat16")
+    writer.write(spec.name, cast)
+    return {"sha256": digest_of(stored)}
+
+
+def _create(plan: Plan, key: str, writer: ShardWriter) -> dict[str, Any]:
+    """Initialize a parameter that is not in the checkpoint: the head of a new task, a pooler."""
+    seed = layer_seed(plan.recipe.seed, key)
+    spec = plan.created[key]
+    writer.write(spec.name, naming.initial_tensor(plan.model, key, seed).to(spec.dtype))
+    return {}

@@ -1,0 +1,114 @@
+"""Estimates of the peak memory of each part of a run, in bytes beside the program itself. No weight is read for them.
+
+Calibrating needs memory for the weights outside the blocks, one block with the moments of its inputs, an activation for
+each token, and the answers, whose logits are computed a batch at a time. Solving needs memory for one layer for each
+worker. Refining needs memory for the whole quantized model, its adapter with gradients and Adam's moments, the answers,
+and the tensors that autograd keeps for a step.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any, cast
+
+import torch
+
+from loftq.calibration.gather import BATCH_TOKENS
+from loftq.calibration.observer import TOP, VOCABULARY
+from loftq.calibration.windows import check_calibratable
+from loftq.models.lockstep import find_blocks
+from loftq.models.positions import longest_input
+from loftq.models.training_memory import embedding_width, kept_bytes, trained_bytes
+from loftq.planning.plan import Layer, Plan
+
+_SOLVER_BYTES = 13  # per weight of a layer: float32 twice, its source, its codes, their packed form, a sketch
+_CALIBRATED_BYTES = 36  # the same with statistics of inputs: also its residual, errors of columns, factors
+_MOMENT_BYTES = 44  # per entry of the second moment: float32 once, float64 five times
+_SUM_BYTES = 4  # per entry of a moment while it is summed: only half of the entries are kept, in float64
+_ANSWER_BYTES = 6  # per likeliest token: its index, and its log-probability in 16 bits
+_DIVERGENCE_BYTES = 8  # per logit, more than a loss on labels needs: two float32 gradients exist at once
+
+
+def needed(plan: Plan, workers: int, device: torch.device) -> dict[str, int]:
+    """Bytes that each part of a run needs at its peak, in the order of the parts.
+
+    Refining is left out for a model that cannot be run without its weights. Raises OptionError and SourceError if the
+    model cannot be calibrated.
+    """
+    if plan.recipe.calibration is None:
+        return {"solving": _solving(plan, workers)}
+    check_calibratable(plan, _tokens(plan))
+    dtype = torch.float32 if device.type == "cpu" else plan.recipe.dtype
+    parts = {"calibrating": _calibrating(plan, dtype), "solving": _solving(plan, workers)}
+    refining = _refining(plan, dtype, device) if plan.recipe.refine else None
+    return parts if refining is None else {**parts, "refining": refining}
+
+
+def _solving(plan: Plan, workers: int) -> int:
+    largest = max(_layer(plan, layer) for layer in plan.layers)
+    tensors = plan.source.checkpoint.tensors
+    copied = max((2 * tensors[name].nbytes for name in plan.passed), default=0)
+    return workers * max(largest, copied)
+
+
+def _layer(plan: Plan, layer: Layer) -> int:
+    if plan.recipe.calibration is None:
+        return layer.weights * _SOLVER_BYTES
+    return layer.weights * _CALIBRATED_BYTES + layer.shape[1] ** 2 * _MOMENT_BYTES
+
+
+def _calibrating(plan: Plan, dtype: torch.dtype) -> int:
+    model: Any = plan.model
+    blocks = find_blocks(model, [layer.module for layer in plan.layers])
+    sizes = {name: _parameters(model.get_submodule(name)) * dtype.itemsize for name in blocks}
+    outside = _parameters(model) * dtype.itemsize - sum(sizes.values())
+    for layer in plan.layers:
+        block = next((name for name in blocks if layer.module.startswith(f"{name}.")), None)
+        if block is not None:
+            sizes[block] += layer.shape[1] ** 2 * _SUM_BYTES
+    activations = _tokens(plan) * embedding_width(model) * dtype.itemsize
+    logits = BATCH_TOKENS * _vocabulary(plan) * (dtype.itemsize + 4) if plan.task.name in VOCABULARY else 0
+    return outside + activations + max(max(sizes.values(), default=0), logits) + _answers(plan)
+
+
+def _refining(plan: Plan, dtype: torch.dtype, device: torch.device) -> int | None:
+    from peft import LoraConfig, get_peft_model  # importing it takes seconds
+
+    from loftq.solving.refine import LARGE, windows_a_step
+
+    length = min(cast(int, plan.recipe.sequence_length), longest_input(plan.model), _tokens(plan))
+    with torch.device("meta"):
+        model = copy.deepcopy(cast(Any, plan.model)).to(dtype)
+        with warnings.catch_warnings(action="ignore"):  # a warning about GPT-2's transposed weights
+            model = get_peft_model(model, LoraConfig(r=plan.recipe.rank, target_modules=list(plan.target_modules)))
+    batch = windows_a_step(length), length
+    try:
+        kept = kept_bytes(model, batch, (plan.task.name,), device, checkpointing=plan.weights > LARGE)
+    except (RuntimeError, ValueError):  # its code depends on values, which meta tensors do not have
+        return None
+    logits = batch[0] * batch[1] * _vocabulary(plan) if plan.task.name in VOCABULARY else 0
+    unquantized = sum(spec.nbytes // spec.dtype.itemsize for spec in plan.passed.values()) * dtype.itemsize
+    quantized = int(plan.layer_bits * plan.weights / 8)
+    largest = max(layer.weights for layer in plan.layers) * dtype.itemsize
+    trained = trained_bytes(plan.trained_parameters)
+    return quantized + unquantized + largest + trained + kept + logits * _DIVERGENCE_BYTES + _answers(plan)
+
+
+def _answers(plan: Plan) -> int:
+    if plan.task.name in VOCABULARY:
+        return _tokens(plan) * min(TOP, _vocabulary(plan)) * _ANSWER_BYTES
+    return _tokens(plan) * embedding_width(plan.model) * 2
+
+
+def _tokens(plan: Plan) -> int:
+    return cast(int, plan.recipe.calibration_tokens)
+
+
+def _vocabulary(plan: Plan) -> int:
+    model: Any = plan.model
+    return int(model.config.get_text_config().vocab_size)
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

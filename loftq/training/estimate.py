@@ -1,0 +1,123 @@
+"""Estimates the memory of a training before any weight is read, from a batch of the longest examples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from loftq.display import one_line
+from loftq.errors import OptionError
+from loftq.formats.adapter import open_adapter
+from loftq.formats.artifact import Artifact
+from loftq.models.devices import compute_dtype, device_to_run
+from loftq.models.positions import longest_input
+from loftq.models.tasks import build_meta
+from loftq.models.training_memory import kept_bytes, trained_bytes
+from loftq.planning.planner import make_plan
+from loftq.planning.recipe import recipe_of
+from loftq.training.arguments import default_optimizer
+from loftq.training.model import find_model
+from loftq.training.opening import check_artifact, lora_config, quantizing_of
+from loftq.training.settings import TrainSettings, settings_of
+from loftq.training.tasks import TRAINING_TASKS
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate of the memory on each device, in bytes, without that of the program itself."""
+
+    model: str
+    trainable: int
+    total: int
+    batch: tuple[int, int]  # examples, tokens
+    weights: int
+    adapter: int  # with its gradients and the optimizer's state
+    activations: int
+
+    @property
+    def memory(self) -> int:
+        """The sum of all parts, in bytes."""
+        return self.weights + self.adapter + self.activations
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        return {**asdict(self), "batch": list(self.batch), "memory": self.memory}
+
+    def table(self) -> str:
+        """Return the figures as text for a person."""
+        share = 100 * self.trainable / self.total
+        rows, tokens = self.batch
+        lines = [
+            f"{self.trainable:,} of {self.total:,} parameters train ({share:.2f} %)",
+            f"{self.weights / 1e9:8.2f} GB  weights",
+            f"{self.adapter / 1e9:8.2f} GB  adapter, its gradients, the optimizer",
+            f"{self.activations / 1e9:8.2f} GB  activations of {rows} examples of {tokens} tokens",
+            f"{self.memory / 1e9:8.2f} GB  in all, on each device, without the program itself",
+            "To use less, lower --batch-size or --cutoff-len, or add --gradient-checkpointing.",
+        ]
+        return "\n".join(lines)
+
+
+def estimate(model: str | None = None, **settings: Any) -> Estimate:
+    """Estimate the memory that `train` needs with these settings.
+
+    Nothing is written, and only the headers of the weights are read. Raises LoftQError.
+    """
+    train_settings = settings_of({"model": model, **settings})
+    device = device_to_run(train_settings.cpu)
+    dtype = compute_dtype(train_settings.dtype, device)
+    adapted, trainable, weights = _on_meta(train_settings, dtype)
+    total = trainable + sum(p.numel() for p in adapted.parameters() if not p.requires_grad)
+    batch = train_settings.batch_size, min(train_settings.cutoff_len, longest_input(adapted))
+    optimizer = train_settings.optim or default_optimizer(device)
+    try:
+        model_tasks = TRAINING_TASKS[train_settings.task].models
+        activations = kept_bytes(
+            adapted, batch, model_tasks, device, checkpointing=train_settings.gradient_checkpointing
+        )
+    except (RuntimeError, ValueError) as error:  # NotImplementedError is a RuntimeError
+        reason = one_line(error, 200)
+        raise OptionError(
+            f"--dry-run: {type(adapted.get_base_model()).__name__} does not run in {dtype} without its weights "
+            f"({reason}): try another --dtype, or train with --max-steps 1"
+        ) from error
+    return Estimate(
+        train_settings.model, trainable, total, batch, weights, trained_bytes(trainable, optimizer), activations
+    )
+
+
+def _on_meta(settings: TrainSettings, dtype: torch.dtype) -> tuple[Any, int, int]:
+    """Return the model with its adapter on the meta device, the number of parameters that train, and the bytes of all
+    others.
+    """
+    backbone = find_model(settings.model)
+    if isinstance(backbone, Path):
+        raise OptionError(
+            f"--dry-run: {backbone} is a GPTQ checkpoint that loftq did not write, which has no estimate: its "
+            "weights take as much memory as its files"
+        )
+    if isinstance(backbone, Artifact):
+        check_artifact(settings, backbone)
+        recipe, adapter = backbone.manifest["recipe"], open_adapter(backbone.adapter)
+        task = backbone.manifest["source"]["task"]
+        model, _ = build_meta(backbone.folder, task=task, num_labels=recipe["num_labels"], dtype=dtype)
+        config = LoraConfig.from_pretrained(backbone.adapter)
+        trainable = sum(math.prod(shape) for shape in adapter.shapes.values())
+        weights = int(backbone.manifest["totals"]["backbone_bytes"])
+    else:
+        plan = make_plan(backbone, recipe_of(**quantizing_of(settings, backbone)))
+        model, _ = build_meta(backbone.folder, task=plan.task.name, num_labels=plan.recipe.num_labels, dtype=dtype)
+        config = lora_config(plan)
+        trainable = plan.trained_parameters
+        weights = plan.backbone_bytes
+        if settings.adapter == "lora":
+            weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    config.inference_mode = False
+    config.use_qalora = False  # QA-LoRA needs quantized linears; a plain LoRA keeps at least as much
+    with torch.device("meta"):
+        return get_peft_model(model, config), trainable, weights

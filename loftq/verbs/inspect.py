@@ -1,0 +1,155 @@
+"""`loftq inspect`: shows the contents of an artifact or a trained adapter, from headers and configurations alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from loftq.artifacts.backbone import backbone_of
+from loftq.artifacts.contents import TRAINED, Contents
+from loftq.core.grid import ROW, Grid
+from loftq.errors import ArtifactError, OptionError
+from loftq.formats import adapter as adapters
+from loftq.formats.adapter import Adapter, read_config
+from loftq.formats.artifact import MANIFEST, Artifact, read_artifact
+from loftq.formats.checkpoint import Checkpoint, TensorSpec, read_header
+from loftq.formats.layouts import LAYOUTS
+from loftq.hub.repository import open_repository
+from loftq.hub.source import find_folder
+
+_SMALL = (MANIFEST, "config.json", adapters.CONFIG, f"{adapters.FOLDER}/{adapters.CONFIG}")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A folder, or a commit on the Hub. `folder` holds its small files, `read` returns the header of another file."""
+
+    name: str
+    commit: str | None
+    folder: Path
+    files: Collection[str]
+    read: Callable[[str], Sequence[TensorSpec]]
+
+    def header(self, file: str) -> Sequence[TensorSpec]:
+        """The tensors of a safetensors file."""
+        if file not in self.files:
+            raise ArtifactError(f"{self.name} lacks {file}: `loftq verify` lists everything that is missing")
+        return self.read(file)
+
+
+def inspect(folder: str | Path, *, revision: str | None = None, token: str | None = None, worst: int = 5) -> Contents:
+    """Show the contents of a loftq folder, of the folder of a peft adapter, or of such a repository on the Hub.
+
+    No weights are read or downloaded. From a repository, only the configurations and, by range requests, the headers of
+    the safetensors files are read. `worst` is the number of layers to list with the largest error of outputs, or of
+    weights if there was no calibration. Raises ArtifactError if the folder or repository is neither of these, or is
+    damaged, and SourceError if it cannot be found.
+    """
+    if worst < 0:
+        raise OptionError(f"--worst {worst}: expected 0 or more")
+    place = _find(str(folder), revision, token)
+    if MANIFEST in place.files:
+        return _inspect_artifact(place, worst)
+    if adapters.CONFIG in place.files:
+        adapter = _adapter(place, "")
+        base = {"model": adapter.config.get("base_model_name_or_path"), "task": adapter.config.get("task_type")}
+        sizes = {"adapter": sum(spec.nbytes for spec in place.header(adapters.WEIGHTS))}
+        return Contents(place.name, TRAINED, place.commit, base, sizes, adapter=_described(adapter))
+    raise ArtifactError(
+        f"{place.name} has neither a {MANIFEST} nor an {adapters.CONFIG}: expected a folder or repository that "
+        "`loftq quantize` wrote, or one of a peft adapter"
+    )
+
+
+def _find(name: str, revision: str | None, token: str | None) -> _Place:
+    folder = find_folder(name, revision)
+    if folder is None:
+        repository = open_repository(name, revision, token, _SMALL)
+        return _Place(name, repository.commit, repository.folder, repository.files, cache(repository.header))
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return _Place(str(folder), None, folder, files, cache(lambda file: read_header(folder / file)))
+
+
+def _inspect_artifact(place: _Place, worst: int) -> Contents:
+    artifact = read_artifact(place.folder)
+    manifest = artifact.manifest
+    rows = manifest.get("layers") or []
+    adapter_path = next(
+        (path for path in (f"{adapters.FOLDER}/", "") if f"{path}{adapters.CONFIG}" in place.files), None
+    )
+    adapter = None if adapter_path is None else _adapter(place, adapter_path)
+    checkpoint = _checkpoint(place, artifact)
+    total = sum(spec.nbytes for spec in checkpoint.tensors.values())
+    sizes = {"all files": sum(int(entry["bytes"]) for entry in artifact.files.values()), "backbone": total}
+    if adapter_path is not None:
+        sizes["adapter"] = sum(spec.nbytes for spec in place.header(f"{adapter_path}{adapters.WEIGHTS}"))
+    types: list[dict[str, Any]] = []
+    if rows and manifest.get("format") in LAYOUTS:
+        backbone = backbone_of(artifact, checkpoint)
+        missing = sorted(set(backbone.owners) - set(checkpoint.tensors))
+        if missing:
+            raise ArtifactError(f"{place.name} lacks the tensor {missing[0]!r}: `loftq verify` lists all problems")
+        sizes["linears"] = sum(checkpoint.tensors[name].nbytes for name in backbone.owners)
+        types = list(_types(backbone.grids, backbone.shapes))
+    return Contents(
+        name=place.name,
+        kind=str(manifest["kind"]),
+        commit=place.commit,
+        source=manifest.get("source", {}),
+        sizes=sizes,
+        format=manifest.get("format"),
+        types=types,
+        adapter=None if adapter is None else _described(adapter),
+        totals=manifest.get("totals", {}),
+        worst=sorted(rows, key=_badness, reverse=True)[:worst] if manifest.get("totals") else [],
+        settings=manifest["recipe"],
+        versions=manifest.get("versions", {}),
+        notes=manifest.get("notes", []),
+    )
+
+
+def _checkpoint(place: _Place, artifact: Artifact) -> Checkpoint:
+    """The tensors of the backbone, in the files that the manifest lists."""
+    tensors: dict[str, TensorSpec] = {}
+    files: dict[str, str] = {}
+    for file in artifact.files:
+        if file.endswith(".safetensors") and Path(file).name != adapters.WEIGHTS:
+            for spec in place.header(file):
+                tensors[spec.name], files[spec.name] = spec, file
+    return Checkpoint(place.folder, tensors, files)
+
+
+def _adapter(place: _Place, path: str) -> Adapter:
+    folder = place.folder / path
+    shapes = {spec.name: spec.shape for spec in place.header(f"{path}{adapters.WEIGHTS}")}
+    return Adapter(folder, read_config(folder), shapes)
+
+
+def _described(adapter: Adapter) -> dict[str, Any]:
+    config = adapter.config
+    return {
+        "kind": adapter.kind,
+        "rank": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "rslora": bool(config.get("use_rslora")),
+        "pool_size": adapter.pool_size,
+        "target_modules": config.get("target_modules"),
+        "modules_to_save": config.get("modules_to_save"),
+        "layers": len(adapter.modules),
+    }
+
+
+def _types(grids: Mapping[str, Grid], shapes: Mapping[str, tuple[int, int]]) -> Iterator[dict[str, Any]]:
+    """The types of the layers, the most common one first."""
+    for grid, count in Counter(grids.values()).most_common():
+        sharing = "one scale per row" if grid.block_size == ROW else f"{grid.sharing} {grid.block_size}"
+        weights = sum(shapes[module][0] * shapes[module][1] for module, other in grids.items() if other == grid)
+        yield {"type": f"{grid}, {sharing}", "bits": grid.bits, "layers": count, "weights": weights}
+
+
+def _badness(row: Mapping[str, Any]) -> float:
+    return float(row.get("output_error", row["error"]))

@@ -1,0 +1,204 @@
+"""`loftq push`: uploads a folder to a repository on the Hub, which can then be loaded by its id.
+
+The files that `loftq.json` lists and `loftq.json` itself are uploaded. Three of them are changed: the configuration of
+the adapter and the card name the repository, and the manifest, which has the hashes of both, contains no path of this
+machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loftq.artifacts.card_section import replace_marked
+from loftq.artifacts.loading_snippet import loading_lines, loading_section
+from loftq.display import key_values, size
+from loftq.errors import ArtifactError, OptionError
+from loftq.formats.adapter import CONFIG, FOLDER, WEIGHTS
+from loftq.formats.artifact import CARD, MANIFEST, Artifact, open_artifact
+from loftq.formats.disk import is_inside
+from loftq.hub.destination import find_destination
+from loftq.hub.text import public_name
+from loftq.models.adapters import check_adapter
+from loftq.verbs.verify import verify
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """The report of a push, or of a planned one, which has no commit.
+
+    `files` are sizes in bytes by name, `lines` is the code that loads the result.
+    """
+
+    repo_id: str
+    url: str
+    files: Mapping[str, int]
+    removed: Sequence[str]
+    lines: str
+    private: bool
+    revision: str | None = None
+    tag: str | None = None
+    commit: str | None = None
+    pull_request: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain JSON values."""
+        return {**vars(self), "files": dict(self.files), "removed": list(self.removed)}
+
+    def table(self) -> str:
+        """The totals as a table for a person."""
+        planned = "" if self.commit else " (planned, nothing was sent)"
+        rows = [
+            ("repository", self.url + (", private" if self.private else "")),
+            ("files", f"{len(self.files)}, {size(sum(self.files.values()))}{planned}"),
+            *(("removed", name) for name in self.removed),
+        ]
+        named = {"revision": self.revision, "tag": self.tag, "commit": self.commit, "pull request": self.pull_request}
+        rows += [(name, value) for name, value in named.items() if value is not None]
+        return key_values(rows)
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    tag: str | None = None,
+    create_pr: bool = False,
+    adapter: str | Path | None = None,
+    subfolder: str | None = None,
+    overwrite: bool = False,
+    token: str | None = None,
+    dry_run: bool = False,
+) -> PushReport:
+    """Upload a folder that `loftq quantize` wrote to the repository `repo_id`, which is created if it does not exist.
+
+    `revision` is a branch, which is created if it does not exist. `tag` names the commit. `create_pr` opens a pull
+    request instead of changing the repository. `adapter` is the folder of an adapter that was trained on this
+    backbone; it is uploaded to `subfolder`, by default one with the name of its folder. A backbone that the repository
+    has already is replaced only with `overwrite`. `token` is by default that of the login. With `dry_run` nothing is
+    sent. The folder stays unchanged. If interrupted, push again to continue. Raises LoftQError.
+    """
+    artifact = _check_folder(Path(folder))
+    files: dict[str, Path | bytes] = _published(artifact, repo_id, revision)
+    name = None
+    if adapter is not None:
+        name = _check_subfolder(artifact, subfolder or Path(adapter).resolve().name)
+        files |= _trained(artifact, Path(adapter), name, repo_id, revision)
+    elif subfolder is not None:
+        raise OptionError(f"--subfolder {subfolder} needs a trained adapter: name one with --adapter")
+    destination = find_destination(
+        repo_id, private=private, revision=revision, tag=tag, create_pr=create_pr, token=token
+    )
+    stale = destination.stale(artifact.manifest, files, overwrite)
+    commit = None if dry_run else destination.send(files, stale, _message(artifact, name))
+    return PushReport(
+        repo_id=repo_id,
+        url=destination.url,
+        files={
+            name: len(content) if isinstance(content, bytes) else content.stat().st_size
+            for name, content in files.items()
+        },
+        removed=stale,
+        lines=loading_lines(artifact.manifest, repo_id, revision, name),
+        private=private,
+        revision=revision,
+        tag=tag,
+        commit=commit.oid if commit else None,
+        pull_request=commit.pr_url if commit else None,
+    )
+
+
+def _check_folder(folder: Path) -> Artifact:
+    """Open the folder and check that it is complete and has a backbone with an adapter. Raises ArtifactError."""
+    artifact = open_artifact(folder)
+    kind = artifact.manifest["kind"]
+    if kind not in ("qlora", "qalora"):
+        raise ArtifactError(
+            f"{folder} is a {kind} folder, which has no adapter: upload it unchanged with `hf upload REPO_ID {folder}`"
+        )
+    listed = artifact.manifest["files"]
+    for name in (f"{FOLDER}/{CONFIG}", f"{FOLDER}/{WEIGHTS}", CARD, "config.json"):
+        if name not in listed:
+            raise ArtifactError(f"{folder / MANIFEST} is damaged: it does not list {name}")
+    for name in listed:
+        if not is_inside(name):
+            raise ArtifactError(f"{folder / MANIFEST} is damaged: it lists {name!r}, which lies outside its folder")
+    problems = verify(folder, quiet=True).problems
+    if problems:
+        raise ArtifactError(
+            f"{folder} does not match its {MANIFEST}: {problems[0].where}: {problems[0].what} "
+            f"(`loftq verify {folder}` lists all problems): quantize the model again"
+        )
+    return artifact
+
+
+def _published(artifact: Artifact, repo_id: str, revision: str | None) -> dict[str, Path | bytes]:
+    """The files of the artifact by name: a path, or the content of a file that is changed for the repository."""
+    manifest = json.loads(json.dumps(artifact.manifest))
+    card = (artifact.folder / CARD).read_text(encoding="utf-8")
+    changed = {
+        f"{FOLDER}/{CONFIG}": _adapter_config(artifact.adapter, repo_id, revision),
+        CARD: replace_marked(card, loading_section(manifest, repo_id, revision)).encode(),
+    }
+    for name, content in changed.items():
+        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    source, recipe = manifest["source"], manifest["recipe"]
+    if Path(source["model"]).is_absolute():
+        source["model"] = Path(source["model"]).name
+    if recipe["calibration"] is not None:
+        recipe["calibration"] = public_name(recipe["calibration"])
+    changed[MANIFEST] = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
+    return {name: artifact.folder / name for name in manifest["files"]} | changed
+
+
+def _trained(
+    artifact: Artifact, folder: Path, name: str, repo_id: str, revision: str | None
+) -> dict[str, Path | bytes]:
+    """The files of a trained adapter, with its card. Raises ArtifactError if it belongs to another backbone."""
+    check_adapter(artifact, folder)
+    card = f"""# {name}
+
+A LoRA adapter that was trained on the backbone of this repository. Use it only with this backbone: with any other, and
+with the weights that the backbone was made from, it corrects errors that do not exist there.
+
+```python
+{loading_lines(artifact.manifest, repo_id, revision, name)}```
+"""
+    return {
+        f"{name}/{CONFIG}": _adapter_config(folder, repo_id, revision),
+        f"{name}/{WEIGHTS}": folder / WEIGHTS,
+        f"{name}/{CARD}": card.encode(),
+    }
+
+
+def _adapter_config(folder: Path, repo_id: str, revision: str | None) -> bytes:
+    """The configuration of an adapter, with the repository as its base model."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = repo_id
+    if revision is not None:
+        config["revision"] = revision
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _check_subfolder(artifact: Artifact, name: str) -> str:
+    taken = {FOLDER, *(file.partition("/")[0] for file in artifact.manifest["files"])}
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name) or name.partition("/")[0] in taken:
+        raise OptionError(
+            f"--subfolder {name}: expected a name like gsm8k that the repository does not use yet (used: {FOLDER})"
+        )
+    return name
+
+
+def _message(artifact: Artifact, adapter: str | None) -> str:
+    """The message of the commit."""
+    recipe = artifact.manifest["recipe"]
+    source = Path(artifact.manifest["source"]["model"]).name
+    trained = "" if adapter is None else f", and the adapter {adapter}"
+    return f"{source} in {recipe['bits']} bits, rank {recipe['rank']}, by loftq{trained}"

@@ -1,0 +1,147 @@
+"""`loftq quantize`: reads a checkpoint tensor by tensor, and writes a quantized backbone and its adapter."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Unpack
+
+from loftq.artifacts.manifest import write_configs, write_manifest
+from loftq.artifacts.staging import Staging, check_output, is_begun, open_staging
+from loftq.calibration.gather import calibrate
+from loftq.errors import HubError, OptionError
+from loftq.formats import artifact
+from loftq.hub.destination import find_destination
+from loftq.hub.source import Source, find_source
+from loftq.hub.text import find_text
+from loftq.models.devices import explain_full_memory
+from loftq.planning.plan import Plan
+from loftq.planning.planner import make_plan
+from loftq.planning.recipe import Recipe, resolve
+from loftq.planning.run import Run, start
+from loftq.planning.settings import QuantizeKeywords, QuantizeSettings, RunSettings
+from loftq.settings import from_dict, split
+from loftq.solving.allocate import allocate
+from loftq.solving.distill import distill, distilled, distilled_row
+from loftq.solving.finished import fingerprint_of, finished_layers
+from loftq.solving.layers import solve_all
+from loftq.solving.memory import needed
+from loftq.solving.report import Report, peak_memory, planned_report, report_of
+from loftq.verbs.push import push as push_folder
+
+_LESS = (
+    "use fewer --workers; on a GPU, use --device cpu; with calibration, use a smaller --sequence-length or --refine 0; "
+    "--dry-run shows how much memory each part needs"
+)
+
+
+def quantize(model: str | None = None, **settings: Unpack[QuantizeKeywords]) -> Report:
+    """Quantize a model and initialize its LoRA adapter with LoftQ. Calibration on text reduces the error further.
+
+    `model` is a folder or the id of a model on the Hub; by default, it is the default model of the zoo. The keywords
+    are the options of `loftq quantize --help` with underscores; `iters` is `--iter`. The result is the folder `output`,
+    by default `save_dir/{name}-{bits}bit-{rank}rank`. On the same machine, the same source and settings give the same
+    bytes, with any number of workers, and also if the run was interrupted and resumed. Returns the report. Raises
+    LoftQError.
+    """
+    started = time.perf_counter()
+    result_settings, run_settings = split(settings, QuantizeSettings, RunSettings)
+    recipe = resolve(from_dict(QuantizeSettings, result_settings))
+    if run_settings.get("device") is not None:
+        run_settings["device"] = str(run_settings["device"])  # settings are plain values, not a torch.device
+    run_options = from_dict(RunSettings, run_settings)
+    run = start(run_options)
+    _check_text(recipe, run)
+    if run_options.push is not None:
+        find_destination(run_options.push, private=run_options.private, token=run.token).refuse_other_models()
+    source, folder = _find(model, recipe, run_options)
+    plan = make_plan(source, recipe, trust_remote_code=run.trust_remote_code)
+    if run_options.dry_run:
+        return planned_report(plan, folder, needed(plan, run.workers, run.device))
+    if run.resume and not is_begun(folder) and (folder / artifact.MANIFEST).is_file():
+        result = _Result(plan, *finished_layers(folder, plan, run.trust_remote_code))
+    else:
+        with explain_full_memory(_LESS):
+            result = _make(plan, folder, run)
+    memory, seconds = peak_memory(run.device), time.perf_counter() - started
+    report = report_of(result.plan, folder, result.rows, result.totals, memory, seconds)
+    return report if run_options.push is None else replace(report, pushed=_push(folder, run_options))
+
+
+@dataclass(frozen=True)
+class _Result:
+    """The plan after calibration and allocation, a row for each layer, and totals that are not sums of the rows."""
+
+    plan: Plan
+    rows: list[dict[str, Any]]
+    totals: dict[str, Any]
+
+
+def _check_text(recipe: Recipe, run: Run) -> None:
+    """Raise an error for a text that does not exist, and for statistics without a text."""
+    if recipe.calibration is not None:
+        find_text(recipe.calibration)
+    elif run.statistics is not None:
+        raise OptionError(
+            f"--statistics {run.statistics} needs a calibration text: add --calibration FILE or --calibration default"
+        )
+
+
+def _find(model: str | None, recipe: Recipe, run_options: RunSettings) -> tuple[Source, Path]:
+    """The model and the output folder. Raises OutputError if the folder exists and must not be overwritten."""
+
+    def refuse(folder: Path) -> None:
+        if not run_options.dry_run:
+            check_output(folder, resume=run_options.resume, overwrite=run_options.overwrite)
+
+    if run_options.output is not None:
+        refuse(Path(run_options.output))  # before anything is downloaded
+    source = find_source(
+        model,
+        revision=run_options.revision,
+        token=run_options.token,
+        trust_remote_code=run_options.trust_remote_code,
+        headers_only=run_options.dry_run,
+    )
+    default = Path(run_options.save_dir) / f"{source.label}-{recipe.bits:g}bit-{recipe.rank}rank"
+    folder = default if run_options.output is None else Path(run_options.output)
+    refuse(folder)
+    return source, folder
+
+
+def _make(plan: Plan, folder: Path, run: Run) -> _Result:
+    """Write the folder, or the missing part of it."""
+    recipe = plan.recipe
+    statistics = calibrate(plan, folder, run)
+    if recipe.allocation == "auto":
+        widths = allocate(plan, statistics, run)
+        plan = make_plan(plan.source, recipe, trust_remote_code=run.trust_remote_code, widths=widths)
+    if statistics is not None:
+        plan = replace(plan, notes=(*plan.notes, *statistics.notes))
+    with open_staging(folder, fingerprint_of(plan, statistics, run.device), overwrite=run.overwrite) as staging:
+        if not staging.ready:
+            solve_all(plan, staging, statistics, run)
+            write_configs(plan, staging, folder, run.trust_remote_code)
+            if statistics is not None and recipe.refine:
+                distill(plan, staging, statistics, run)
+            calibration = statistics.settings if statistics else None
+            write_manifest(plan, staging, _rows(plan, staging), distilled(staging), calibration)
+        result = _Result(plan, _rows(plan, staging), distilled(staging))
+        staging.publish()
+    return result
+
+
+def _rows(plan: Plan, staging: Staging) -> list[dict[str, Any]]:
+    return [distilled_row(staging, staging.done[layer.tensor]["row"]) for layer in plan.layers]
+
+
+def _push(folder: Path, run_options: RunSettings) -> dict[str, Any]:
+    """The report of the push as plain values. Raises HubError with the command that pushes the folder again."""
+    repo_id = str(run_options.push)
+    try:
+        return push_folder(folder, repo_id, private=run_options.private, token=run_options.token).to_dict()
+    except HubError as error:
+        raise HubError(
+            f"{folder} is complete, but not pushed: {error} (push it with `loftq push {folder} {repo_id}`)"
+        ) from error

@@ -1,0 +1,71 @@
+"""`loftq report`: compares artifacts on a page that needs no network, or in a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+
+from loftq.errors import OptionError, OutputError
+from loftq.formats.disk import replacing
+from loftq.reporting.measured import Measured, measure
+from loftq.reporting.page import write_page, write_picture
+
+_MOST = 8  # number of artifacts that have different colors
+
+
+def report(
+    folders: Sequence[str | Path],
+    *,
+    html: str | Path | None = None,
+    png: str | Path | None = None,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Compare artifacts: write a page `html`, a picture `png`, or both. Returns the paths of the written files.
+
+    The manifest and the factors of the adapter are read from each folder. Raises ArtifactError for a folder that loftq
+    did not write, OptionError if neither file is named or if matplotlib or jinja2 is not installed, and OutputError if
+    a file exists already.
+    """
+    folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
+    if html is None and png is None:
+        raise OptionError("nothing to write: name a page with --html, a picture with --png, or both")
+    if not 1 <= len(folders) <= _MOST:
+        raise OptionError(f"{len(folders)} folders: a report compares 1 to {_MOST}")
+    _require("matplotlib", "jinja2")
+    writers: tuple[Callable[[list[Measured], Path], None], ...] = (write_page, write_picture)
+    targets = [(Path(path), write) for path, write in zip((html, png), writers, strict=True) if path is not None]
+    for path, _ in targets:
+        _check_target(path, overwrite)
+    artifacts = measure(folders)
+    for path, write in targets:
+        with _explain_refusals(path), replacing(path) as scratch:
+            write(artifacts, scratch)
+    return [path for path, _ in targets]
+
+
+def _require(*names: str) -> None:
+    for name in names:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise OptionError(f"a report needs {name}: pip install loftq[report]") from error
+
+
+def _check_target(path: Path, overwrite: bool) -> None:
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder: name a file")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already: add --overwrite, or name another file")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{path.absolute().parent} does not exist: create it first, or name another file")
+
+
+@contextmanager
+def _explain_refusals(path: Path) -> Iterator[None]:
+    """Turn a system error about a file that cannot be written into an OutputError with the next step."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}: name another file") from error

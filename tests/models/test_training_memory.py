@@ -1,0 +1,60 @@
+"""What autograd keeps, counted on the meta device. Oracle: the same model run for real, by the addresses it keeps."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from picos import pico_config
+from transformers import AutoModelForCausalLM
+
+from loftq.models.training_memory import kept_bytes
+
+TOKENS = 48
+
+
+def _adapted(model: Any) -> Any:
+    with warnings.catch_warnings(action="ignore"):  # of GPT-2's transposed weights
+        return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+
+
+def _kept(model: Any, batch: tuple[int, int]) -> tuple[int, int]:
+    """Bytes of all the storages that one forward keeps, and of the largest."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    found: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    ids = torch.zeros(batch, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+    sizes = [tensor.untyped_storage().nbytes() for tensor in found.values()]
+    return sum(sizes), max(sizes)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "phi3"])
+def test_what_is_kept_is_what_a_run_keeps(name: str) -> None:
+    config = pico_config(name, vocab_size=2000, attention_dropout=0.0, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"):
+        planned = _adapted(copy.deepcopy(model).to("meta"))
+    expected, largest = _kept(_adapted(model), (3, TOKENS))
+    found = kept_bytes(planned, (3, TOKENS), ("causal-lm",), torch.device("cuda"), checkpointing=False)
+    assert found - 2 * largest == pytest.approx(expected, rel=0.05)  # kernels lay some outputs out anew
+
+
+def test_a_process_grows_by_more_than_lives_in_it() -> None:
+    with torch.device("meta"):
+        planned = _adapted(AutoModelForCausalLM.from_config(pico_config("llama")))
+    found = [
+        kept_bytes(planned, (1, TOKENS), ("causal-lm",), torch.device(kind), checkpointing=False)
+        for kind in ("cuda", "cpu")
+    ]
+    assert found[1] == int(1.5 * found[0])
