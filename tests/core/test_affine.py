@@ -8,6 +8,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from grids import pairwise
 
 from loftq.core.affine import ZERO_POINTS, AffineQuantizer
 from loftq.core.codebooks import INTEGERS
@@ -37,9 +38,10 @@ def parts(scales: Scales) -> tuple[torch.Tensor, torch.Tensor]:
     return scales.values.double().unsqueeze(1), shifts.double().unsqueeze(1)
 
 
-@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("name", "zero"), KINDS)
-@pytest.mark.parametrize(("rows", "columns", "group"), SHAPES)
+@pytest.mark.parametrize(
+    ("rows", "columns", "group", "name", "zero", "scale_dtype"),
+    pairwise(SHAPES, KINDS, [torch.float32, torch.float16]),
+)
 def test_codes_are_the_nearest_by_brute_force(
     rows: int, columns: int, group: int, name: str, zero: str, scale_dtype: torch.dtype
 ) -> None:
@@ -56,10 +58,9 @@ def test_codes_are_the_nearest_by_brute_force(
     assert bool((excess <= 1e-6 * (scale.unsqueeze(2) + values.abs())).all())
 
 
-@pytest.mark.parametrize(("name", "zero"), KINDS)
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("corrected", [False, True])
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("name", "zero", "double", "corrected", "in_place"), pairwise(KINDS, [False, True], [False, True], [False, True])
+)
 def test_residual_is_the_weight_less_its_rounding(
     name: str, zero: str, double: bool, corrected: bool, in_place: bool
 ) -> None:
@@ -89,9 +90,7 @@ def everything(quantizer: AffineQuantizer, weight: torch.Tensor) -> dict[str, An
     }
 
 
-@pytest.mark.parametrize(("name", "zero"), KINDS)
-@pytest.mark.parametrize(("rows", "columns", "group"), SHAPES)
-@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(("rows", "columns", "group", "name", "zero", "double"), pairwise(SHAPES, KINDS, [False, True]))
 def test_torch_path_equals_compiled_path(
     rows: int, columns: int, group: int, name: str, zero: str, double: bool, request: pytest.FixtureRequest
 ) -> None:

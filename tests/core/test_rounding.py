@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+from grids import pairwise
 
 from loftq.core import rounding
 from loftq.core.affine import ZERO_POINTS
@@ -94,8 +95,7 @@ def assert_codes_are_gptqs(
         inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
 
 
-@pytest.mark.parametrize(("name", "zero"), KINDS)
-@pytest.mark.parametrize(("rows", "columns", "block"), SHAPES)
+@pytest.mark.parametrize(("rows", "columns", "block", "name", "zero"), pairwise(SHAPES, KINDS))
 def test_feedback_is_gptqs(rows: int, columns: int, block: int, name: str, zero: str | None) -> None:
     """Oracle: GPTQ's formulas (arXiv 2210.17323, equations 2 and 3) in float64."""
     weight, moment = weight_of(rows, columns), moment_of(columns)
@@ -135,9 +135,9 @@ def test_directions_leave_less_once_corrected(name: str) -> None:
     assert corrected(rounding.feedback(weight, quantizer, scales, moment, given)) < 0.9 * without
 
 
-@pytest.mark.parametrize(("name", "zero"), KINDS)
-@pytest.mark.parametrize(("rows", "columns", "block"), SHAPES)
-@pytest.mark.parametrize("path", ["compiled", "torch"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "block", "name", "zero", "path"), pairwise(SHAPES, KINDS, ["compiled", "torch"])
+)
 def test_inputs_of_no_correlation_round_to_the_nearest(
     rows: int, columns: int, block: int, name: str, zero: str | None, path: str, request: pytest.FixtureRequest
 ) -> None:
@@ -188,8 +188,7 @@ def test_all_codes_of_short_rows(name: str, zero: str | None) -> None:
     assert -1e-5 <= descended_mean <= fed_mean < 0.8 * plain
 
 
-@pytest.mark.parametrize(("name", "zero"), KINDS)
-@pytest.mark.parametrize("start", ["nearest", "fed back", "random"])
+@pytest.mark.parametrize(("name", "zero", "start"), pairwise(KINDS, ["nearest", "fed back", "random"]))
 def test_descent_only_goes_down_and_ends_where_no_single_code_helps(name: str, zero: str | None, start: str) -> None:
     """Oracle: the error in float64 after each round; at the end, of every level for every weight."""
     weight, moment = weight_of(12, 40), moment_of(40)
@@ -239,8 +238,7 @@ def everything(weight: torch.Tensor, quantizer: Quantizer, moment: torch.Tensor)
     return [fed, towards, rounding.descend(0.9 * weight, quantizer, scales, fed, moment, rounds=2)]
 
 
-@pytest.mark.parametrize(("name", "zero"), KINDS)
-@pytest.mark.parametrize(("rows", "columns", "block"), SHAPES)
+@pytest.mark.parametrize(("rows", "columns", "block", "name", "zero"), pairwise(SHAPES, KINDS))
 def test_torch_path_equals_compiled_path(
     rows: int, columns: int, block: int, name: str, zero: str | None, request: pytest.FixtureRequest
 ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from grids import pairwise
 
 from loftq.core.affine import ZERO_POINTS
 from loftq.core.codebooks import INTEGERS, TABLES
@@ -57,10 +58,10 @@ def test_factors_go_from_two_fifths_to_a_little_above_one() -> None:
     assert FACTORS[0] == 1
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("path", ["compiled", "torch"])
-@pytest.mark.parametrize(("name", "zero"), KINDS)
-@pytest.mark.parametrize(("rows", "columns", "block"), SHAPES)
+@pytest.mark.parametrize(
+    ("rows", "columns", "block", "name", "zero", "path", "weighted"),
+    pairwise(SHAPES, KINDS, ["compiled", "torch"], [False, True]),
+)
 def test_each_block_has_the_best_of_all_factors(
     rows: int, columns: int, block: int, name: str, zero: str, path: str, weighted: bool, request: pytest.FixtureRequest
 ) -> None:

@@ -561,7 +561,7 @@ def test_the_in_memory_layer_trains_with_the_plain_trainer(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("blocks", "training"),
     [
-        (2, {"max_steps": 70, "learning_rate": 1e-2, "batch_size": 4}),
+        (2, {"max_steps": 50, "learning_rate": 7e-3, "batch_size": 4, "lr_scheduler": "constant"}),
         pytest.param(4, {"max_steps": 150, "learning_rate": 5e-3}, marks=pytest.mark.slow),
     ],
 )
