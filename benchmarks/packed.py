@@ -16,7 +16,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from machine import SEED, describe, once, table
 
-from loftq.core.codebooks import CODEBOOKS, INTEGERS, NORMAL_FLOATS
+from loftq.core.codebooks import CODEBOOKS, INTEGERS, TABLES
 from loftq.core.grid import Grid
 from loftq.core.kernels import dispatch
 from loftq.models.gptq_linear import GptqLinear
@@ -37,7 +37,7 @@ def bitsandbytes_linear(side: int, device: str) -> torch.nn.Module:
 
 def packed_linear(side: int, codebook: str, kind: type[PackedLinear] = PackedLinear) -> torch.nn.Module:
     """Random codes and scales: what they are makes no difference to the time."""
-    zero_point = None if codebook in NORMAL_FLOATS else "integer" if kind is GptqLinear else "float"
+    zero_point = None if codebook in TABLES else "integer" if kind is GptqLinear else "float"
     layer = kind(side, side, False, grid=Grid(codebook, zero_point=zero_point))
     for tensor in layer.state_dict().values():
         tensor.uniform_(0.01, 0.02) if tensor.is_floating_point() else tensor.random_(0, 256)

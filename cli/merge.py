@@ -7,13 +7,13 @@ from typing import Any
 import click
 from transformers.utils.logging import disable_progress_bar
 
-from loftq.verbs.merge import TARGETS
+from loftq.merging.targets import TARGETS
 from loftq.verbs.merge import merge as run
 
 from .options import Command, as_json, debug, option, overwrite, quiet, resume
 from .output import show
 
-_TARGETS = "\n".join(f"  {name:<9} {text}" for name, text in TARGETS.items())
+_TARGETS = "\n".join(f"  {name:<9} {target.text}" for name, target in TARGETS.items())
 _EPILOG = f"""\b
 Targets:
 {_TARGETS}

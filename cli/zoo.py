@@ -77,4 +77,4 @@ def build(name: str, as_json: bool, **options: Any) -> None:
     """Quantize the model of a recipe with its settings."""
     if options["quiet"]:
         disable_progress_bars()  # the Hub client's own
-    show_report(recipes.build(name, **given(options)), as_json)
+    show_report(recipes.build_recipe(name, **given(options)), as_json)

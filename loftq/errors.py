@@ -1,13 +1,13 @@
-"""What can go wrong, as a tree. Every message says what, where, what was expected, and the next step.
+"""The errors of this package, as a tree. Every message says what is wrong and where, what was expected, and what to do.
 
 LoftQError
-├── OptionError            an option's value cannot be used           (exit code 2)
-│   └── UnknownNameError   a name that is in no table                 (exit code 2)
+├── OptionError            the value of an option cannot be used      (exit code 2)
+│   └── UnknownNameError   a name is not in its table                 (exit code 2)
 ├── SourceError            the model to quantize cannot be read
 │   └── CheckpointError    its files are damaged or contradict each other
-├── OutputError            the folder to write is in the way, full or read-only
-├── HubError               the Hub refuses what is pushed, or cannot be reached
-└── ArtifactError          a folder of ours that is incomplete or does not fit
+├── OutputError            the output cannot be written: it exists already, its disk is full or read-only
+├── HubError               the Hub refuses an upload, or cannot be reached
+└── ArtifactError          a loftq folder is incomplete, damaged or does not match
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from collections.abc import Iterable
 
 
 class LoftQError(Exception):
-    """Base class of everything this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
     exit_code = 1
 
 
 class OptionError(LoftQError):
-    """A value that an option cannot take. Says which ones it can."""
+    """An option has a value that it cannot take. The message says which values are valid."""
 
     exit_code = 2
 
 
 class UnknownNameError(OptionError):
-    """A name that is not in its table. Lists the names that are, the nearest first."""
+    """A name is not in its table. The message lists the valid names and suggests the nearest one."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
-        import difflib  # here, since every start of the command line would wait for it
+    def __init__(self, kind: str, name: str, valid: Iterable[str]) -> None:
+        import difflib  # imported here, because it would slow down every start of the command line
 
-        names = sorted(known)
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        names = sorted(valid)
+        nearest = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
         super().__init__(f"unknown {kind} {name!r}{hint} (known: {', '.join(names)})")
 
 
@@ -44,16 +44,16 @@ class SourceError(LoftQError):
 
 
 class CheckpointError(SourceError):
-    """A checkpoint's files are damaged, incomplete or contradict each other."""
+    """The files of a checkpoint are damaged, incomplete or contradict each other."""
 
 
 class OutputError(LoftQError):
-    """The output folder cannot be written as asked."""
+    """The output cannot be written."""
 
 
 class HubError(LoftQError):
-    """The Hub refuses what is pushed to it, or cannot be reached."""
+    """The Hub refuses an upload, or cannot be reached."""
 
 
 class ArtifactError(LoftQError):
-    """A loftq folder is incomplete, damaged, or does not belong to what it is used with."""
+    """A loftq folder is incomplete or damaged, or does not match what it is used with."""

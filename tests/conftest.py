@@ -1,27 +1,24 @@
-"""Pico models: real transformers models of two layers, made from a config and saved to a temporary folder."""
+"""Pico models: real transformers models of two layers, made from a config and saved to a temporary folder.
+
+Nothing that takes seconds to import is imported before it is used: the process that only hands tests out to the others
+reads this file too.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
 
-from loftq.core.kernels import dispatch
 from loftq_cli.main import main
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # a GPU's kernels run on the CPU, however slowly
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 SIZES = {
     "vocab_size": 320,
@@ -34,14 +31,30 @@ SIZES = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Without a GPU its kernels run on the CPU, however slowly: Triton reads this when transformers imports it."""
+    hands_out = config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput")
+    if not hands_out:
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pico_llama(**changes: object) -> LlamaForCausalLM:
     """A llama of two layers in bfloat16 with reproducible weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes})).bfloat16()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with a token for each byte and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*alphabet, "<s>", "</s>"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -98,6 +111,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
 @pytest.fixture
 def set_threads() -> Iterator[Callable[[int], None]]:
     """Two threads, whatever the machine, so that compiled loops share their work out; others on demand."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield torch.set_num_threads
@@ -107,6 +122,8 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 @pytest.fixture
 def torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run what runs on devices other than the CPU, several chunks of it."""
+    from loftq.core.kernels import dispatch
+
     monkeypatch.setattr(dispatch, "on_cpu", lambda _: False)
     monkeypatch.setattr(dispatch, "CHUNK", 1 << 11)
 
@@ -117,12 +134,17 @@ def triton_path(torch_path: None, monkeypatch: pytest.MonkeyPatch) -> None:  # n
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("with a GPU kernels are compiled for it: test_cuda_*.py run them")
+
+    from loftq.core.kernels import dispatch
+
     monkeypatch.setattr(dispatch, "on_gpu", lambda _: True)
 
 
 @pytest.fixture
 def cuda() -> torch.device:
     """A GPU, or the test is skipped."""
+    import torch
+
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU that CUDA knows")
     return torch.device("cuda")
@@ -131,13 +153,22 @@ def cuda() -> torch.device:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """What a test draws without a seed of its own is the same in every run."""
+    import torch
+
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def _homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Names of folders that are not there yet: `mktemp` for each test would read thousands of names each time."""
+    parent = tmp_path_factory.mktemp("homes")
+    return (parent / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def _clean_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _clean_home(_homes: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees the caches or the login of whoever runs it."""
-    home = tmp_path_factory.mktemp("home")
+    home = next(_homes)
     monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     monkeypatch.delenv("HF_TOKEN", raising=False)

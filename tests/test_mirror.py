@@ -39,4 +39,4 @@ def test_every_file_has_its_tests(source: str) -> None:
 
 @pytest.mark.parametrize("source", sorted(COVERED))
 def test_what_a_theme_covers_exists(source: str) -> None:
-    assert source in SOURCES, f"{COVERED[source].name} lists a file that does not exist"
+    assert (ROOT / source).is_file(), f"{COVERED[source].name} lists a file that does not exist"

@@ -1,1 +1,1 @@
-"""The folder that a run writes: its staging, its manifest, its model card, and the checks of what is in it."""
+"""The folder that a run writes: its staging, manifest and model card, and the checks of its contents."""

@@ -1,4 +1,4 @@
-"""A quantized backbone on disk, ours or somebody else's GPTQ checkpoint: its linears one by one."""
+"""A quantized backbone on disk, whose linears are read one at a time: a loftq folder or a GPTQ checkpoint."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ CAUSAL_LM = "causal-lm"
 
 @dataclass(frozen=True)
 class Backbone:
-    """Quantized linears by module name, with their types and shapes (out, in), and the checkpoint they lie in.
+    """Quantized linears by module name, with their types and shapes (out, in), and the checkpoint that holds them.
 
-    `artifact` is None for a folder that loftq did not write. `read_linear` is how its linears are read where that is
-    not how the layout reads what loftq writes.
+    `artifact` is None for a folder that loftq did not write. `read_linear` reads a linear if the layout's own reader,
+    which reads files that loftq wrote, does not apply.
     """
 
     checkpoint: Checkpoint
@@ -41,28 +41,28 @@ class Backbone:
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
+        """The folder of the checkpoint."""
         return self.checkpoint.folder
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Its `config.json`."""
+        """The contents of its `config.json`."""
         return dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which it computes."""
+        """The dtype in which it computes."""
         return dtype_of(self.config)
 
     @property
     def kinds(self) -> list[tuple[int, int]]:
-        """The widths and group sizes that its linears have, each pair once."""
-        found = ((grid.bits, grid.block(self.shapes[module][1])) for module, grid in self.grids.items())
-        return list(dict.fromkeys(found))
+        """The pairs of bits and group size that its linears have, each pair once."""
+        pairs = ((grid.bits, grid.block(self.shapes[module][1])) for module, grid in self.grids.items())
+        return list(dict.fromkeys(pairs))
 
     @cached_property
     def owners(self) -> dict[str, str]:
-        """The module of each tensor that is a part of a quantized weight."""
+        """The module of each tensor that is part of a quantized weight."""
         layout = LAYOUTS[self.format]
         return {
             spec.name: module
@@ -71,16 +71,16 @@ class Backbone:
         }
 
     def read(self, module: str) -> Solved:
-        """A module's codes, as the solver leaves them, and scales."""
+        """The codes of a module, in the form in which the solver returns them, and its scales."""
         read = self.read_linear or LAYOUTS[self.format].read
         return read(module, self.shapes[module], self.grids[module], self.checkpoint.read)
 
     def affine(self, module: str) -> AffineWeight:
-        """A module's integers, unpacked."""
+        """The unpacked integers of a module, with scales and shifts."""
         return AffineWeight.of(*self.read(module), self.shapes[module], self.grids[module].bits)
 
     def dense(self, module: str) -> torch.Tensor:
-        """What a module's codes stand for: float32 (out, in)."""
+        """The dequantized weight of a module: float32 (out, in)."""
         shape, grid = torch.Size(self.shapes[module]), self.grids[module]
         groups = self._input_groups(module)
         if groups is not None:
@@ -89,7 +89,7 @@ class Backbone:
         return grid.quantizer(shape[1]).decode(*self.read(module), shape)
 
     def require_zero_points(self) -> None:
-        """Raise OptionError unless adapters on pooled inputs fold into the zero-points of all linears."""
+        """Raise OptionError unless a QA-LoRA adapter can be merged into the zero-points of all linears."""
         for module, grid in self.grids.items():
             if not grid.integer or grid.zero_point in (None, "symmetric"):
                 raise OptionError(
@@ -98,19 +98,19 @@ class Backbone:
                 )
             if self._input_groups(module) is not None:
                 raise OptionError(
-                    f"{self.folder} is an act-order checkpoint: the groups of {module} are not of consecutive "
-                    "inputs, so that no pool is made of whole groups: merge with --to bf16, or requantize with "
+                    f"{self.folder} is an act-order checkpoint: the inputs of a group of {module} are not consecutive, "
+                    "so a pool of inputs does not consist of whole groups: merge with --to bf16, or requantize with "
                     "`loftq quantize --adapter qalora`"
                 )
 
     def _input_groups(self, module: str) -> torch.Tensor | None:
-        """The group of each input where groups are not of consecutive inputs."""
+        """The group of each input, if groups are not of consecutive inputs; None otherwise."""
         layout = LAYOUTS[self.format]
         return layout.input_groups(module, self.shapes[module], self.grids[module], self.checkpoint.read)
 
 
 def open_backbone(folder: Path) -> Backbone:
-    """Open a folder of ours, or a GPTQ checkpoint. Raises ArtifactError."""
+    """Open a loftq folder or a GPTQ checkpoint. Raises ArtifactError."""
     if (folder / MANIFEST).is_file() or not gptq.is_gptq(folder):
         return backbone_of(open_artifact(folder))
     entry = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
@@ -122,11 +122,14 @@ def open_backbone(folder: Path) -> Backbone:
 
 
 def backbone_of(artifact: Artifact, checkpoint: Checkpoint | None = None) -> Backbone:
-    """The quantized backbone of a folder of ours, from headers alone. Raises ArtifactError where it has none."""
+    """The quantized backbone of a loftq folder; only headers are read. Raises ArtifactError if it has none."""
     manifest = artifact.manifest
     recipe, rows = manifest["recipe"], manifest["layers"]
     if not rows or manifest.get("format") not in LAYOUTS:
-        raise ArtifactError(f"{artifact.folder} is a {manifest['kind']} folder without a quantized backbone")
+        raise ArtifactError(
+            f"{artifact.folder} is a {manifest['kind']} folder without a quantized backbone: "
+            "expected a folder that `loftq quantize` wrote"
+        )
     shared = recipe["block_size"] if recipe["group_size"] is None else recipe["group_size"]
     grids = {row["name"]: Grid(row["codebook"], shared, recipe["double_quant"], recipe["zero_point"]) for row in rows}
     shapes = {row["name"]: (row["shape"][0], row["shape"][1]) for row in rows}

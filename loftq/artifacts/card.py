@@ -1,4 +1,4 @@
-"""The model card of an artifact: what it is, how to load it, what was measured."""
+"""The model card of an artifact: a description, how to load it, its settings, and what was measured."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ from loftq.planning.recipe import Recipe
 
 _WORST = 5
 _OUTPUTS = {
-    "error of outputs, rounded alone": "output_plain_error",
-    "error of outputs, with the adapter": "output_error",
-    "divergence from full precision on held-out text, nats a token": "divergence_before",
-    "divergence, refined": "divergence",
+    "output error, rounding alone": "output_plain_error",
+    "output error, with the adapter": "output_error",
+    "divergence from full precision on held-out text, in nats per token": "divergence_before",
+    "divergence after refining": "divergence",
 }
 _INTRODUCTIONS = {
-    "lora": """A quantized backbone and the LoRA adapter that repairs it, made from `{label}` by loftq
-({how}): a start for fine-tuning that is nearer to the full-precision model than rounding alone.""",
-    "qalora": """A backbone of integers in groups, and a QA-LoRA adapter on pooled inputs, made from `{label}` by loftq
-(QA-LoRA, arXiv 2309.14717): once trained, the adapter folds into the zero-points, with nothing lost:
+    "lora": """A quantized backbone with a LoRA adapter that corrects its rounding error. loftq made both from `{label}`
+({how}). As a start for fine-tuning they are closer to the full-precision model than rounding alone.""",
+    "qalora": """A backbone of integers in groups with a QA-LoRA adapter on pooled inputs (arXiv 2309.14717). loftq made
+both from `{label}`. A trained adapter can be merged into the zero-points without loss:
 `loftq merge MODEL_DIR --adapter TRAINED --to int`.""",
 }
 
 
-def card_text(plan: Plan, made: Mapping[str, Any], totals: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """README.md, with metadata that the Hub understands. Holds no date, time or path: the same run, the same card.
+def card_text(
+    plan: Plan, heading: Mapping[str, Any], totals: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> str:
+    """The text of README.md, with metadata for the Hub. It holds no date, time or path: the same run, the same card.
 
-    `made` is the manifest's heading.
+    `heading` is the part of the manifest that comes from the plan alone.
     """
     recipe, label = plan.recipe, plan.source.label
     notes = "".join(f"\n- {note}" for note in plan.notes)
@@ -52,18 +54,18 @@ def card_text(plan: Plan, made: Mapping[str, Any], totals: Mapping[str, Any], ro
 
 ## Load
 
-{marked(loading_section(made))}
+{marked(loading_section(heading))}
 
-- The adapter belongs to this backbone, and so does every adapter that is trained from it. On any other, and on the
-  original weights, it repairs errors that are not there.
+- The adapter belongs to this backbone, and so does every adapter that is trained from it. On another backbone, or on
+  the original weights, it would correct errors that are not there.
 {plan.layout.card_note(recipe.grids[0])}{_head(plan)}{notes}
 
 ## Settings
 
 {_table(_settings(plan))}
 
-With loftq {version("loftq")}, this makes it again, to the same bytes on the same kind of machine (`loftq.json` has all
-versions and hashes):
+With loftq {version("loftq")}, this command makes the folder again, with the same bytes on the same kind of machine.
+`loftq.json` lists all versions and hashes.
 
 ```
 {command_line(recipe, plan.source)}
@@ -71,7 +73,8 @@ versions and hashes):
 
 ## Measured
 
-Errors are Frobenius norms over all quantized weights, relative to the weights' own{_output_errors(plan)}.
+Weight errors are Frobenius norms over all quantized weights, divided by the norm of the
+weights.{_output_errors(plan)}
 
 {_table(_measured(totals))}
 
@@ -81,13 +84,30 @@ The layers with the largest error:
 """
 
 
+def merged_card_text(name: str, kind: str, target: str, lines: str) -> str:
+    """README.md after a merge. `name` is that of the backbone, `kind` that of the adapter; `lines` load it."""
+    return f"""---
+tags:
+- loftq
+---
+
+# {name}, merged
+
+A quantized backbone and its trained {kind} adapter, merged into one model by `loftq merge --to {target}`.
+
+```python
+{lines}  # this folder or repository
+```
+"""
+
+
 def _head(plan: Plan) -> str:
     if not plan.modules_to_save:
         return ""
     names = ", ".join(f"`{name}`" for name in plan.modules_to_save)
     return (
-        f"\n- The head ({names}) is in the adapter, which trains and saves it: transformers says that it begins "
-        "anew, and peft then fills it."
+        f"\n- The head ({names}) is a part of the adapter, which trains and saves it. transformers warns that the head "
+        "is newly initialized; peft then loads it."
     )
 
 
@@ -97,7 +117,7 @@ def _settings(plan: Plan) -> dict[str, str]:
     kinds = "".join(counts) if len(counts) == 1 else ", ".join(f"{n} x {name}" for name, n in sorted(counts.items()))
     grid = recipe.grids[0]
     what = "groups" if grid.zero_point else "blocks"
-    rounding = f"{kinds}, " + ("one scale a row" if grid.block_size == ROW else f"{what} of {grid.block_size}")
+    rounding = f"{kinds}, " + ("one scale per row" if grid.block_size == ROW else f"{what} of {grid.block_size}")
     rounding += f", {grid.zero_point} zero-points" if grid.zero_point else ""
     left = [name for name in plan.skip_modules if not any(name.startswith(saved) for saved in plan.modules_to_save)]
     rounds = f"{recipe.iters} iteration{'s' if recipe.iters > 1 else ''}"
@@ -123,7 +143,7 @@ def _settings(plan: Plan) -> dict[str, str]:
 
 
 def _collapsed(names: Sequence[str]) -> list[str]:
-    """Names that differ in a layer's number alone, once."""
+    """Names in which the number of a layer is replaced by *, each once."""
     return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
 
 
@@ -132,7 +152,7 @@ def _measured(totals: Mapping[str, Any]) -> dict[str, str]:
         "bits per weight of the linears": f"{totals['bits_per_weight']:.3f}",
         "backbone": f"{size(totals['source_bytes'])} -> {size(totals['backbone_bytes'])}",
         "adapter": size(totals["adapter_bytes"]),
-        "weight error, rounded alone": f"{totals['plain_error']:.5f}",
+        "weight error, rounding alone": f"{totals['plain_error']:.5f}",
         **({"weight error, before the adapter": f"{totals['refit_error']:.5f}"} if "refit_error" in totals else {}),
         "weight error, with the adapter": f"{totals['error']:.5f}",
         **{name: f"{totals[key]:.5f}" for name, key in _OUTPUTS.items() if key in totals},
@@ -142,19 +162,21 @@ def _measured(totals: Mapping[str, Any]) -> dict[str, str]:
 def _worst_layers(rows: Sequence[Mapping[str, Any]]) -> str:
     worst = sorted(rows, key=lambda row: -row["error"])[:_WORST]
     lines = [f"| {row['name']} | {row['plain_error']:.5f} | {row['error']:.5f} |" for row in worst]
-    return "\n".join(["| layer | rounded alone | with the adapter |", "| --- | --- | --- |", *lines])
+    return "\n".join(["| layer | rounding alone | with the adapter |", "| --- | --- | --- |", *lines])
 
 
 def _how(recipe: Recipe) -> str:
     method = METHODS[str(recipe.method)]
     published = method.source.startswith("arXiv")
-    return f"{method.title}, {method.source}" if published else f"{method.title}, minimizes {method.minimizes}"
+    return (
+        f"{method.title}, {method.source}" if published else f"{method.title}, which minimizes the {method.minimizes}"
+    )
 
 
 def _output_errors(plan: Plan) -> str:
     if plan.recipe.calibration is None:
         return ""
-    return "; those of outputs are\nroot mean squares over layers, on the calibration text"
+    return "\nOutput errors are root mean squares over the layers, on the calibration text."
 
 
 def _table(rows: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""The head of a card, which the Hub reads: what the model was made from, under which licence, and what it is."""
+"""The head of a card, which the Hub reads: the base model, the licence, the data sets and the tags."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def metadata(plan: Plan) -> str:
 
 
 def _terms(source: Source) -> dict[str, Any]:
-    """The licence of a source, by its own card where it has one."""
+    """The licence of a source, from its own card if it has one."""
     try:
-        found: dict[str, Any] = metadata_load(source.folder / CARD) or {}
-    except Exception:  # a card may hold anything, and licenses nothing then
-        found = {}
-    terms = {name: found[name] for name in _TERMS if isinstance(found.get(name), (str, list))}
+        fields: dict[str, Any] = metadata_load(source.folder / CARD) or {}
+    except Exception:  # a card may hold anything; a damaged one names no licence
+        fields = {}
+    terms = {name: fields[name] for name in _TERMS if isinstance(fields.get(name), (str, list))}
     return terms or ({"license": source.license} if source.license else {})

@@ -1,8 +1,8 @@
-"""The part of a card that changes when the folder is pushed: how to load it, which then names the repository.
+"""The section of a card about loading, which must name the repository instead of the folder after a push.
 
-Marks around the part, which readers of the card do not see, say where it is; its words may change, and a user may
-write what he likes around it. Older cards have no marks: there the part is known by its code, line by line, and one
-that a user has edited stays as it is.
+HTML comments around the section mark its place, so that its wording may change and a user may edit the text around it.
+Older cards have no such marks: there the section is recognized by the lines of its code. If a user has edited those
+lines, the section stays unchanged.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ or, with loftq installed, `model = loftq\.load_\w+\([^`\n]*\)`\."""
 
 
 def marked(section: str) -> str:
-    """The part about loading, with the marks by which it is found again."""
+    """The section about loading, between the marks by which `replace_marked` finds it."""
     return f"{_BEGIN}\n{section}\n{_END}"
 
 
 def replace_marked(card: str, section: str) -> str:
-    """A card with another part about loading. One without such a part stays as it is."""
+    """A card with a new section about loading. A card without such a section stays unchanged."""
     pattern = _MARKED if _MARKED.search(card) else _UNMARKED
     return pattern.sub(lambda _: marked(section), card, count=1)

@@ -1,4 +1,4 @@
-"""What `inspect` found."""
+"""The contents of an artifact or adapter, which `inspect` returns."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _ERRORS = {
     "output_error": ("error of outputs", "output_plain_error", "rounded"),
     "divergence": ("divergence", "divergence_before", "before distillation"),
 }
-TRAINED = "trained adapter"  # the kind of what training left
+TRAINED = "trained adapter"  # the kind of an adapter that training wrote
 _SHOWN = ("method", "iters", "scales", "rounding", "refine", "allocation", "compute_dtype", "seed")
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder or a repository holds: sizes are bytes; of what is not there, nothing is said.
+    """The contents of a folder or a repository. Sizes are in bytes; a field is empty if the folder lacks that part.
 
-    `types` are those of the quantized weights, each with its bits, and how many layers and weights have it.
+    `types` lists the types of the quantized weights, each with its bits and the number of layers and weights.
     """
 
     name: str
@@ -41,12 +41,12 @@ class Contents:
 
     @property
     def weights(self) -> int:
-        """In quantized linears."""
+        """Number of weights in quantized linears."""
         return sum(kind["weights"] for kind in self.types)
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Of the quantized linears, scales and all else counted, by their tensors' sizes."""
+        """Average bits of a weight in quantized linears, including scales, computed from the sizes of the tensors."""
         return 8 * self.sizes["linears"] / self.weights if self.weights else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class Contents:
         return {**asdict(self), "weights": self.weights, "bits_per_weight": self.bits_per_weight}
 
     def table(self) -> str:
-        """For a person."""
+        """The contents as a table for a person."""
         return key_values(self._rows())
 
     def _rows(self) -> Iterator[tuple[str, str]]:
@@ -70,11 +70,11 @@ class Contents:
             yield "bits per weight", f"{self.bits_per_weight:.3f}"
         yield "size", ", ".join(f"{name} {size(nbytes)}" for name, nbytes in self.sizes.items() if nbytes)
         yield from self._adapter_rows()
-        for key, (name, before, what) in _ERRORS.items():
+        for key, (name, before, label) in _ERRORS.items():
             if key in self.totals and before in self.totals:
-                yield name, f"{self.totals[key]:.5f} ({self.totals[before]:.5f} {what})"
+                yield name, f"{self.totals[key]:.5f} ({self.totals[before]:.5f} {label})"
         for row in self.worst:
-            outputs = f", of outputs {row['output_error']:.5f}" if "output_error" in row else ""
+            outputs = f", outputs {row['output_error']:.5f}" if "output_error" in row else ""
             yield "worst layer", f"{row['name']}: {row['error']:.5f} ({row['plain_error']:.5f} rounded){outputs}"
         shown = [f"{name.replace('_', ' ')} {self.settings[name]}" for name in _SHOWN if self.settings.get(name)]
         if self.settings.get("calibration"):
@@ -82,7 +82,7 @@ class Contents:
         if shown:
             yield "settings", ", ".join(shown)
         if self.versions:
-            yield "made with", ", ".join(f"{name} {found}" for name, found in self.versions.items())
+            yield "made with", ", ".join(f"{name} {number}" for name, number in self.versions.items())
         yield from (("note", note) for note in self.notes)
 
     def _adapter_rows(self) -> Iterator[tuple[str, str]]:
@@ -95,4 +95,4 @@ class Contents:
         yield "adapter", f"{kind}, rank {rank}, alpha {alpha:g}{stabilized}, of {self.adapter['layers']} layers"
         yield "targets", targets if isinstance(targets, str) else ", ".join(targets or ())
         if saved:
-            yield "trained whole", ", ".join(saved)
+            yield "trained in full", ", ".join(saved)

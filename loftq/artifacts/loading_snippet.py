@@ -1,4 +1,4 @@
-"""The lines that load an artifact: in its card, and, with the repository's id, as what `loftq push` prints."""
+"""The Python lines that load an artifact, for its card and, with the id of a repository, for `loftq push`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from loftq.models.tasks import TASKS
 
 
 def loading_lines(
-    made: Mapping[str, Any], repo_id: str | None = None, revision: str | None = None, trained: str | None = None
+    manifest: Mapping[str, Any], repo_id: str | None = None, revision: str | None = None, trained: str | None = None
 ) -> str:
-    """Python that loads the backbone and its initial adapter, or the one in the subfolder `trained`.
+    """Lines that load the backbone with its initial adapter, or with the adapter in the subfolder `trained`.
 
-    `made` is a manifest, or the heading of one. Without the id of a repository the place is left open.
+    `manifest` is a manifest or the heading of one. Without the id of a repository the place is left open.
     """
-    recipe, loader = made["recipe"], TASKS[made["source"]["task"]].auto_class
+    recipe, loader = manifest["recipe"], TASKS[manifest["source"]["task"]].auto_class
     place = '"..."  # this folder or repository' if repo_id is None else f'"{repo_id}"'
     at = [] if revision is None else [f'revision="{revision}"']
     dtype = f"torch_dtype=torch.{recipe['compute_dtype']}"
-    layout = LAYOUTS[made["format"]]
+    layout = LAYOUTS[manifest["format"]]
     options = layout.load_options(recipe)
     names = ", ".join([loader, *([options.partition("(")[0]] if options else [])])
     arguments = ["MODEL_DIR", *at, dtype]
@@ -41,13 +41,13 @@ model = PeftModel.from_pretrained(base_model, MODEL_DIR, {", ".join(ends)})
 """
 
 
-def loading_section(made: Mapping[str, Any], repo_id: str | None = None, revision: str | None = None) -> str:
-    """What a card says of loading: the lines, and the one that does with loftq."""
+def loading_section(manifest: Mapping[str, Any], repo_id: str | None = None, revision: str | None = None) -> str:
+    """The part of a card about loading: the lines for stock libraries, and the one line for loftq."""
     folder = "MODEL_DIR"
     if repo_id is not None:
         at = "" if revision is None else f', revision="{revision}"'
         folder = f"huggingface_hub.snapshot_download(MODEL_DIR{at})"
     return f"""```python
-{loading_lines(made, repo_id, revision)}```
+{loading_lines(manifest, repo_id, revision)}```
 
-or, with loftq installed, `model = loftq.load_{made["kind"]}({folder})`."""
+or, with loftq installed, `model = loftq.load_{manifest["kind"]}({folder})`."""

@@ -1,4 +1,4 @@
-"""The small files of an artifact: configs, tokenizer, card, and the manifest, which hashes all the others."""
+"""The small files of an artifact: configs, tokenizer, card, and the manifest, which lists the hashes of all others."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from loftq.artifacts.backbone import Backbone
 from loftq.artifacts.card import card_text
 from loftq.artifacts.rows import totals_of
 from loftq.artifacts.staging import Staging
+from loftq.core.grid import Grid
 from loftq.formats import artifact
 from loftq.formats.adapter import CONFIG, FOLDER, config_text
-from loftq.formats.checkpoint import INDEX, index_text
+from loftq.formats.checkpoint import INDEX, Shard, index_text
 from loftq.hub.source import side_files
 from loftq.planning.plan import Plan
 
@@ -22,7 +24,7 @@ VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "safetenso
 
 
 def write_configs(plan: Plan, staging: Staging, folder: Path, trust_remote_code: bool) -> None:
-    """What loaders of the backbone and the adapter read beside the weights."""
+    """Write the files that loaders of the backbone and the adapter read beside the weights."""
     recipe = plan.recipe
     for path in side_files(plan.source.folder, trust_remote_code):
         shutil.copyfile(path, staging.folder / path.name)
@@ -52,13 +54,14 @@ def write_manifest(
     measured: Mapping[str, Any],
     calibration: Mapping[str, Any] | None,
 ) -> None:
-    """The card, and `loftq.json`. `measured` are totals of the run beside those of its layers, `calibration` is what
-    the text came to: tokens, windows and their hashes.
+    """Write the card and `loftq.json`.
+
+    `measured` are totals of the run that are not sums over its layers; `calibration` holds the settings of the
+    calibration with the number of tokens and the hashes of the text.
     """
     sums = {**totals_of(plan, rows), **measured}
     staging.write_text("README.md", card_text(plan, heading(plan), sums, rows))
-    names = [name for name in staging.files() if name != artifact.MANIFEST]
-    files = artifact.describe_files(staging.folder, names)
+    files = _described(staging)
     hashes = {name: record["sha256"] for name, record in staging.done.items() if "sha256" in record}
     manifest = {
         **heading(plan),
@@ -71,11 +74,11 @@ def write_manifest(
         "files": files,
     }
     manifest["source"]["sha256"] = artifact.combine_hashes(hashes)
-    staging.write_text(artifact.MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    _write(staging, manifest)
 
 
 def heading(plan: Plan) -> dict[str, Any]:
-    """What the manifest says of the plan alone: enough to load the folder by."""
+    """The part of the manifest that depends only on the plan. It is enough to load the folder."""
     return {
         "format_version": artifact.VERSION,
         "kind": plan.kind,
@@ -90,15 +93,71 @@ def heading(plan: Plan) -> dict[str, Any]:
     }
 
 
+def write_merged_manifest(
+    staging: Staging,
+    backbone: Backbone,
+    target: str,
+    format: str,
+    grids: Mapping[str, Grid],
+    shards: Sequence[Shard],
+) -> None:
+    """`loftq.json` of a backbone with its adapter merged in. `grids` are the types of linears that stay quantized."""
+    files = _described(staging)
+    shared = next(iter(grids.values()), None)
+    manifest = {
+        "format_version": artifact.VERSION,
+        "kind": "merged",
+        "format": format,
+        "versions": {"loftq": version("loftq"), "torch": version("torch")},
+        "source": {"model": backbone.folder.name, "task": backbone.task, "target": target},
+        "recipe": {
+            "compute_dtype": str(backbone.dtype).removeprefix("torch."),
+            "block_size": None,
+            "group_size": shared.block_size if shared else None,
+            "zero_point": shared.zero_point if shared else None,
+            "double_quant": shared.double_quant if shared else False,
+        },
+        "backbone_sha256": artifact.combine_hashes({shard.file: files[shard.file]["sha256"] for shard in shards}),
+        "layers": [
+            {"name": module, "shape": list(backbone.shapes[module]), "codebook": grid.codebook}
+            for module, grid in grids.items()
+        ],
+        "files": files,
+    }
+    _write(staging, manifest)
+
+
+def write_export_manifest(staging: Staging, backbone: Backbone, kind: str) -> None:
+    """`loftq.json` of what is no folder of a model: an adapter alone, or a file of another format."""
+    manifest = {
+        "format_version": artifact.VERSION,
+        "kind": kind,
+        "recipe": {},
+        "backbone_sha256": backbone.artifact.backbone_hash if backbone.artifact else "",
+        "layers": [],
+        "files": _described(staging),
+    }
+    _write(staging, manifest)
+
+
+def _described(staging: Staging) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file beside the manifest."""
+    return artifact.describe_files(staging.folder, [name for name in staging.files() if name != artifact.MANIFEST])
+
+
+def _write(staging: Staging, manifest: Mapping[str, Any]) -> None:
+    staging.write_text(artifact.MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
 def _config_text(plan: Plan) -> str:
-    """The source's `config.json` with the class that was built, its labels, the dtype, and the quantization."""
+    """The `config.json` of the source with the class of the model, its labels, the dtype, and the quantization."""
     recipe = plan.recipe
     config = json.loads((plan.source.folder / "config.json").read_text(encoding="utf-8"))
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = recipe.compute_dtype
     config["architectures"] = [type(plan.model).__name__]
     if recipe.num_labels is not None:
-        built: Any = plan.model.config
-        config |= {"id2label": built.id2label, "label2id": built.label2id}
+        labels: Any = plan.model.config
+        config |= {"id2label": labels.id2label, "label2id": labels.label2id}
     config["quantization_config"] = plan.layout.quantization_config(
         recipe.grids[0], recipe.dtype, plan.skip_modules, plan.codebooks, plan.quantized_names
     )

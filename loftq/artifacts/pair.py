@@ -1,69 +1,105 @@
-"""A backbone and the adapter that goes into it."""
+"""A backbone together with the adapter that is merged into it, and how both are opened."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
 
-from loftq.artifacts.backbone import Backbone
+from loftq.artifacts.backbone import Backbone, open_backbone
 from loftq.core import pooled
 from loftq.core.affine import AffineWeight
 from loftq.core.scales import Scales
-from loftq.errors import OptionError
-from loftq.formats.adapter import Adapter
+from loftq.errors import ArtifactError, OptionError
+from loftq.formats.adapter import Adapter, open_adapter
+from loftq.models.adapters import fitting_adapter, other_backbone
+
+_PLAIN = {"use_dora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}
 
 
 @dataclass(frozen=True)
 class BackboneAndAdapter:
-    """A backbone and the adapter that goes into it."""
+    """A backbone and the adapter that is merged into it.
+
+    `other_backbone` names the backbone on which the adapter was trained, if that is another one.
+    """
 
     backbone: Backbone
     adapter: Adapter
+    other_backbone: str | None = None
 
     def kept(self, name: str) -> torch.Tensor:
-        """A tensor that is no part of a quantized weight: the adapter's own, a head's, where it has one."""
+        """A tensor outside the quantized weights. If the adapter has it too (a head), the adapter's is read."""
         saved = self.adapter.saved.get(name)
         return self.backbone.checkpoint.read(name) if saved is None else self.adapter.read(saved)
 
     def delta(self, module: str) -> torch.Tensor | None:
-        """What the adapter adds to a module: (out, in). None where it adds nothing."""
+        """The matrix that the adapter adds to the weight of a module: (out, in). None if it adds nothing."""
         if module not in self.adapter.modules:
             return None
         return pooled.delta(*self.adapter.factors(module), self.adapter.scaling, self.adapter.pool_size)
 
     def correction(self, module: str) -> torch.Tensor | None:
-        """What a QA-LoRA adapter adds to a module's pools: (out, pools). None where it adds nothing."""
+        """The matrix that a QA-LoRA adapter adds to the pools of a module: (out, pools). None if it adds nothing."""
         if module not in self.adapter.modules:
             return None
         return pooled.correction(*self.adapter.factors(module), self.adapter.scaling, cast(int, self.adapter.pool_size))
 
     def shifts(self, module: str, scales: Scales) -> torch.Tensor:
-        """The shifts of a module's groups with the adapter in them: float32 (groups,)."""
+        """The shifts of the groups of a module, with the adapter merged into them: float32 (groups,)."""
         added = self.correction(module)
         if added is None:
             return scales.offsets
         return pooled.merge_shifts(scales.offsets.view(len(added), -1), added).view(-1)
 
     def affine(self, module: str) -> AffineWeight:
-        """A module's integers with the adapter in their shifts."""
+        """The integers of a module, with the adapter merged into their shifts."""
         weight, added = self.backbone.affine(module), self.correction(module)
         return weight if added is None else pooled.merge_correction(weight, added)
 
     def require_pools(self) -> None:
-        """Raise OptionError unless the adapter folds into the backbone's zero-points."""
+        """Raise OptionError unless the adapter can be merged into the zero-points of the backbone."""
         pool = self.adapter.pool_size
         if pool is None:
             raise OptionError(
-                f"{self.adapter.folder} is a plain LoRA: what it adds differs within a group, which no zero-point "
-                "holds: merge with --to bf16, or train a QA-LoRA (`loftq quantize --adapter qalora`)"
+                f"{self.adapter.folder} is a plain LoRA: it adds different values within a group, which a zero-point "
+                "cannot represent: merge with --to bf16, or train a QA-LoRA (`loftq quantize --adapter qalora`)"
             )
         self.backbone.require_zero_points()
         for module in self.adapter.modules:
             block = self.backbone.grids[module].block(self.backbone.shapes[module][1])
             if pool % block:
                 raise OptionError(
-                    f"{self.adapter.folder} pools {pool} inputs, which is not a multiple of the groups of {block} that "
-                    f"{module} has: merge with --to bf16"
+                    f"{self.adapter.folder} pools {pool} inputs, which is not a multiple of the group size {block} of "
+                    f"{module}: merge with --to bf16"
                 )
+
+
+def open_pair(folder: Path, adapter: str | Path | None) -> BackboneAndAdapter:
+    """A folder of ours, or a GPTQ checkpoint, with an adapter: by default the initial one of the folder.
+
+    Raises ArtifactError for an adapter of other linears, and OptionError for one that cannot be merged here.
+    """
+    backbone = open_backbone(folder)
+    ours = backbone.artifact
+    if adapter is None:
+        if ours is None or not ours.adapter.is_dir():
+            raise OptionError(f"{folder} brings no adapter: name a trained one with --adapter")
+        adapter = ours.adapter
+    chosen, other = Path(adapter), None
+    if ours is None:
+        opened = open_adapter(chosen)
+        unknown = sorted(set(opened.modules) - set(backbone.grids))
+        if unknown:
+            raise ArtifactError(f"the adapter {chosen} adapts {unknown[0]!r}, which is no quantized linear of {folder}")
+    else:
+        opened = fitting_adapter(ours, chosen)
+        other = other_backbone(ours, opened)
+    for key, plain in _PLAIN.items():
+        if opened.config.get(key) not in (plain, None):
+            raise OptionError(
+                f"{chosen} has {key} {opened.config[key]!r}, which is not merged here: use peft's own merge"
+            )
+    return BackboneAndAdapter(backbone, opened, other)

@@ -1,4 +1,4 @@
-"""The errors of an artifact's layers, computed again: from the source, and the files as those who load them do."""
+"""Computes the errors of the layers of an artifact again, from the source and from the files as loaders read them."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ from loftq.planning.recipe import recipe_again
 from loftq.planning.weights import digest_of
 from loftq.planning.weights import read_source_weight as read_source
 
-_TOLERANCE = 1e-4  # of an error: sums in another order, and the last bits of a processor, move it less
-_LEAST = 1e-6  # of the weight's norm, below which float32 shows no error
+_TOLERANCE = 1e-4  # relative: the order of sums and the rounding of a processor change an error by less
+_LEAST = 1e-6  # relative to the weight's norm: float32 cannot show smaller errors
 
 
 def plan_again(source: Source, manifest: Mapping[str, Any], trust_remote_code: bool) -> Plan:
-    """The plan by which an artifact was made. Raises ArtifactError where it cannot be that of this source."""
+    """The plan by which an artifact was made. Raises ArtifactError if it does not fit this source."""
     try:
         plan = make_plan(source, recipe_again(manifest["recipe"]), trust_remote_code=trust_remote_code)
     except LoftQError as error:
-        raise ArtifactError(f"{_another(source, manifest)}: {error}") from error
+        raise ArtifactError(f"{_wrong_source(source, manifest)}: {error}") from error
     planned = {layer.module: list(layer.shape) for layer in plan.layers}
     if planned != {row["name"]: row["shape"] for row in manifest["layers"]}:
-        raise ArtifactError(f"{_another(source, manifest)}: its layers have other names or shapes")
+        raise ArtifactError(f"{_wrong_source(source, manifest)}: the names or shapes of its layers differ")
     return plan
 
 
 def compare_with_source(
     pair: BackboneAndAdapter, plan: Plan, manifest: Mapping[str, Any], advance: Callable[[int], object]
 ) -> Iterator[Problem]:
-    """Every layer's error against the manifest's, and every other tensor against the source's.
+    """Compare the error of every layer with that in the manifest, and every other tensor with that of the source.
 
-    `advance` is told of the weights that are done. A source of other weights is said to be one, once.
+    `advance` is called with the number of weights that are done. If the weights of the source differ from those that
+    the artifact was made of, that is reported once, and the comparison of layers stops.
     """
     rows = {row["name"]: row for row in manifest["layers"]}
     digests = {}
@@ -50,21 +51,20 @@ def compare_with_source(
         row = rows[layer.module]
         norm = squared(weight) ** 0.5
         if _differ(norm, row["weight_norm"], norm):
-            what = f"its {layer.tensor} has norm {norm:.6g}, {MANIFEST} says {row['weight_norm']:.6g}"
-            yield Problem(plan.source.name, f"{_another(plan.source, manifest)}: {what}")
+            difference = f"its {layer.tensor} has norm {norm:.6g}, {MANIFEST} has {row['weight_norm']:.6g}"
+            yield Problem(plan.source.name, f"{_wrong_source(plan.source, manifest)}: {difference}")
             return
         yield from _compare_layer(pair, layer, weight, row)
         advance(layer.weights)
     for name, spec in plan.passed.items():
         stored = plan.source.checkpoint.read(name)
         digests[name] = digest_of(stored)
-        holder = pair.adapter if spec.name in pair.adapter.shapes else pair.backbone.checkpoint
-        found = holder.read(spec.name)
-        if not torch.equal(found, stored.to(spec.dtype)):
-            yield Problem(spec.name, f"is not the source's {name} in {plan.recipe.compute_dtype}")
+        file = pair.adapter if spec.name in pair.adapter.shapes else pair.backbone.checkpoint
+        if not torch.equal(file.read(spec.name), stored.to(spec.dtype)):
+            yield Problem(spec.name, f"differs from {name} of the source in {plan.recipe.compute_dtype}")
         advance(spec.numel)
     if combine_hashes(digests) != manifest["source"].get("sha256"):
-        yield Problem(plan.source.name, f"{_another(plan.source, manifest)}: its weights have another hash")
+        yield Problem(plan.source.name, f"{_wrong_source(plan.source, manifest)}: SHA-256 mismatch of its weights")
 
 
 def _compare_layer(
@@ -73,23 +73,23 @@ def _compare_layer(
     backbone, module = pair.backbone, layer.module
     try:
         read = backbone.checkpoint.read
-        left = weight - read_weight(backbone.format, module, layer.shape, backbone.grids[module], read)
+        residual = weight - read_weight(backbone.format, module, layer.shape, backbone.grids[module], read)
         added = pair.delta(module)
-    except (RuntimeError, ValueError, KeyError, AssertionError) as error:  # whatever a reader says of nonsense
+    except (RuntimeError, ValueError, KeyError, AssertionError) as error:  # readers raise these for damaged tensors
         yield Problem(module, f"cannot be read as {backbone.format}: {error}")
         return
     if added is not None:
-        left -= added
-    found = (squared(left) / (squared(weight) or 1.0)) ** 0.5
-    if _differ(found, row["error"], row["error"]):
-        yield Problem(module, f"has an error of {found:.6g} of ‖W‖, {MANIFEST} says {row['error']:.6g}")
+        residual -= added
+    relative_error = (squared(residual) / (squared(weight) or 1.0)) ** 0.5
+    if _differ(relative_error, row["error"], row["error"]):
+        yield Problem(module, f"has the relative error {relative_error:.6g}, {MANIFEST} has {row['error']:.6g}")
 
 
-def _differ(found: float, said: float, unit: float) -> bool:
-    return not abs(found - said) <= _TOLERANCE * unit + _LEAST  # so that NaN differs
+def _differ(computed: float, reported: float, unit: float) -> bool:
+    return not abs(computed - reported) <= _TOLERANCE * unit + _LEAST  # written so that NaN differs
 
 
-def _another(source: Source, manifest: Mapping[str, Any]) -> str:
-    made = manifest["source"]
-    at = f" at {made['revision']}" if made.get("revision") else ""
-    return f"{source.name} is not the model that this was made of, {made['model']}{at}"
+def _wrong_source(source: Source, manifest: Mapping[str, Any]) -> str:
+    expected = manifest["source"]
+    revision = f" at {expected['revision']}" if expected.get("revision") else ""
+    return f"{source.name} is not the source of this folder, which is {expected['model']}{revision}"

@@ -1,4 +1,4 @@
-"""The rows and totals of an artifact, which the table, the card and `loftq.json` all show."""
+"""The rows and totals of an artifact, which appear in the table, the card and `loftq.json`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loftq.planning.plan import Layer, Plan
 
 
 def planned_row(plan: Plan, layer: Layer) -> dict[str, Any]:
-    """One layer as it is planned."""
+    """The row of a layer before it is solved."""
     return {
         "name": layer.module,
         "shape": list(layer.shape),
@@ -21,7 +21,7 @@ def planned_row(plan: Plan, layer: Layer) -> dict[str, Any]:
 
 
 def layer_row(plan: Plan, layer: Layer, trace: Trace) -> dict[str, Any]:
-    """One layer as it was solved: errors are norms relative to the weight's, or, of outputs, to the outputs'."""
+    """The row of a solved layer. Errors are relative to the norm of the weight, or of the outputs (`output_`)."""
     row = planned_row(plan, layer) | {"weight_norm": trace.weight, "kept_iteration": trace.kept}
     for prefix, errors in (("", trace), ("output_", trace.outputs)):
         if errors is not None:
@@ -36,12 +36,12 @@ def layer_row(plan: Plan, layer: Layer, trace: Trace) -> dict[str, Any]:
 
 
 def totals_of(plan: Plan, rows: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """Sizes, and over all layers the relative error of plain rounding and of what was saved.
+    """The sizes, and the relative errors of plain rounding and of the saved result over all layers.
 
-    Weight errors are summed over all weights; of output errors, which layers have on scales of their own, the root of
-    the mean square is taken over the layers that the calibration text reached.
+    Weight errors are summed over all weights. The scales of output errors differ between layers, therefore their total
+    is the root mean square over the layers that the calibration text reached.
     """
-    found: dict[str, Any] = {
+    totals: dict[str, Any] = {
         "layers": len(plan.layers),
         "weights": plan.weights,
         "bits_per_weight": plan.layer_bits,
@@ -50,19 +50,19 @@ def totals_of(plan: Plan, rows: Sequence[Mapping[str, Any]] = ()) -> dict[str, A
         "adapter_bytes": plan.adapter.nbytes,
         "expert_bytes": plan.expert_bytes,
     }
-    return found | (summed_errors(rows) if rows else {})
+    return totals | (summed_errors(rows) if rows else {})
 
 
 def summed_errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The errors of layers together: of weights, relative to all weights' norm; of outputs, the root mean square."""
-    found = {}
+    """The total errors of layers: of weights relative to the norm of all weights; of outputs the root mean square."""
+    totals = {}
     norm = math.sqrt(sum(row["weight_norm"] ** 2 for row in rows)) or 1.0
     for key in ("plain_error", "refit_error", "error"):
         if any(key in row for row in rows):
             errors = [row.get(key, row["plain_error"]) * row["weight_norm"] for row in rows]
-            found[key] = math.sqrt(sum(error**2 for error in errors)) / norm
+            totals[key] = math.sqrt(sum(error**2 for error in errors)) / norm
     for key in ("output_plain_error", "output_refit_error", "output_error"):
-        reached = [row[key] for row in rows if key in row]
-        if reached:
-            found[key] = math.sqrt(sum(error**2 for error in reached) / len(reached))
-    return found
+        errors = [row[key] for row in rows if key in row]
+        if errors:
+            totals[key] = math.sqrt(sum(error**2 for error in errors) / len(errors))
+    return totals

@@ -1,1 +1,1 @@
-"""Text becomes statistics of the inputs of each layer."""
+"""Computes statistics of the inputs of each layer from text."""

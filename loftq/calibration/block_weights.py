@@ -1,4 +1,4 @@
-"""The full-precision model of a plan with the weights of one block at a time, as its checkpoint has them."""
+"""The full-precision model of a plan. It holds the weights of only one block at a time."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from loftq.planning.weights import check_finite, digest_of
 
 
 class BlockWeights:
-    """A model whose blocks are on the meta device but for the one that is loaded; what is in none stays.
+    """A model whose blocks are on the meta device, except the one that is loaded. Weights outside blocks stay loaded.
 
-    `core` is the part that is run: all of the model, or what lies before a task's head. It computes in `dtype`:
-    float32 on the CPU, where it is the fastest, the recipe's elsewhere. `digests` are the SHA-256 of the tensors that
-    were read so far.
+    `core` is the part that is run: the whole model, or the part before the head of a task. It computes in `dtype`:
+    float32 on the CPU, where that is fastest, and the compute dtype of the recipe elsewhere. `digests` holds the
+    SHA-256 of each tensor that was read so far.
     """
 
     def __init__(self, plan: Plan, device: torch.device, *, trust_remote_code: bool = False) -> None:
@@ -43,22 +43,22 @@ class BlockWeights:
         self._origins = _origins(self.model, self._names)
         start = "" if self.core is self.model else f"{cast(Any, self.model).base_model_prefix}."
         needed = [key for key in self.model.state_dict() if key.startswith(start)]
-        meta = [key for key in needed if self._get(key).is_meta]  # buffers stay, wherever they are
+        meta = [key for key in needed if self._get(key).is_meta]  # buffers stay in memory
         self._keys = {name: [key for key in meta if key.startswith(f"{name}.")] for name in self.blocks}
         inside = {key for keys in self._keys.values() for key in keys}
         self._load_outside([key for key in needed if key not in inside])
 
     def load(self, block: str) -> None:
-        """Read a block's weights."""
+        """Read the weights of a block."""
         self._load(self._keys[block])
 
     def drop(self, block: str) -> None:
-        """Forget a block's weights."""
+        """Free the memory of the weights of a block."""
         for key in self._keys[block]:
             self._set(key, self._get(key).to("meta"))
 
     def _load_outside(self, keys: Sequence[str]) -> None:
-        """All that is in no block, and buffers that no checkpoint has."""
+        """Load all weights outside blocks, and move the buffers that no checkpoint contains to the device."""
         self._load(keys)
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -66,7 +66,7 @@ class BlockWeights:
                     module._buffers[name] = buffer.to(self.device)
 
     def _load(self, keys: Sequence[str]) -> None:
-        """Read weights; tied ones once."""
+        """Read weights. Tied weights are read once."""
         read: dict[str, torch.Tensor] = {}
         wanted = set(keys)
         for key, parts in self._names.fused.items():
@@ -76,36 +76,39 @@ class BlockWeights:
         for key in keys:
             origin = self._origins.get(key, key)
             if origin not in read:
-                read[origin] = self._read(origin, key) if key in self._origins else self._begun(key)
+                read[origin] = self._read(origin, key) if key in self._origins else self._initial(key)
             self._set(key, read[origin])
 
     def _read(self, name: str, key: str) -> torch.Tensor:
-        """A tensor of the checkpoint as the model computes with it."""
+        """A tensor of the checkpoint, in the dtype in which the model computes with it."""
         stored = self._plan.source.checkpoint.read(name)
-        if name not in self.digests:  # blocks may be visited again
+        if name not in self.digests:  # a block may be visited more than once
             self.digests[name] = digest_of(stored)
         if not stored.is_floating_point():
             return stored.to(self.device)
         check_finite(stored, name, self._plan.source)
-        # What transformers keeps in float32 beside float16 would overflow in it.
-        kept = self.dtype == torch.float16 and set(key.split(".")) & set(linears.kept_in_float32(self.model))
-        return stored.to(self.device, torch.float32 if kept else self.dtype)
+        # Weights that transformers keeps in float32 in a float16 model would overflow in float16.
+        keep_float32 = self.dtype == torch.float16 and set(key.split(".")) & set(linears.kept_in_float32(self.model))
+        return stored.to(self.device, torch.float32 if keep_float32 else self.dtype)
 
-    def _begun(self, key: str) -> torch.Tensor:
-        """What no tensor provides: a buffer, or a parameter that the model's own class begins."""
-        found = self._get(key)
-        if not found.is_meta:
-            return found
+    def _initial(self, key: str) -> torch.Tensor:
+        """A value that no tensor provides: a buffer, or a parameter that the class of the model initializes."""
+        value = self._get(key)
+        if not value.is_meta:
+            return value
         ignored = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
         if key not in self._plan.created and not any(re.search(pattern, key) for pattern in ignored):
-            raise SourceError(f"transformers makes {key} of no tensor of {self._plan.source.name} that is known here")
-        made = naming.initial_tensor(self._plan.model, key, layer_seed(self._plan.recipe.seed, key))
-        return made.to(self.device, self.dtype)
+            raise SourceError(
+                f"no tensor of {self._plan.source.name} is known to provide {key}: "
+                "quantize this model without --calibration"
+            )
+        initial = naming.initial_tensor(self._plan.model, key, layer_seed(self._plan.recipe.seed, key))
+        return initial.to(self.device, self.dtype)
 
     def _get(self, key: str) -> torch.Tensor:
         owner, _, name = key.rpartition(".")
-        found: torch.Tensor = getattr(self.model.get_submodule(owner), name)
-        return found
+        tensor: torch.Tensor = getattr(self.model.get_submodule(owner), name)
+        return tensor
 
     def _set(self, key: str, tensor: torch.Tensor) -> None:
         owner, _, name = key.rpartition(".")
@@ -116,11 +119,11 @@ class BlockWeights:
             module._buffers[name] = tensor
 
 
-def changed(plan: Plan, digests: Mapping[str, str]) -> Iterator[str]:
-    """The tensors whose bytes are no more those of `digests`, a plan's layers left out.
+def changed_tensors(plan: Plan, digests: Mapping[str, str]) -> Iterator[str]:
+    """The names of tensors whose bytes no longer match `digests`. The quantized layers of the plan are not checked.
 
-    Each is read whole: embeddings, norms, a head, unquantized experts. That takes as long as passing them through to
-    the output does, and is exact. Layers are read to be solved, and checked then (`Statistics.check_weight`).
+    Each tensor is read completely: embeddings, norms, a head, unquantized experts. That is exact, and takes as long as
+    copying them to the output. Layers are checked when they are read to be solved (`Statistics.check_weight`).
     """
     checkpoint, layers = plan.source.checkpoint, {layer.tensor for layer in plan.layers}
     for name, digest in digests.items():
@@ -129,7 +132,7 @@ def changed(plan: Plan, digests: Mapping[str, str]) -> Iterator[str]:
 
 
 def _build(plan: Plan, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
-    """The model without its weights, with its buffers, and without a cache of past tokens, which batches would fill."""
+    """The model with its buffers, but without weights, and without a cache of past tokens, which batches would fill."""
     model, _ = build_meta(
         plan.source.folder,
         task=plan.task.name,
@@ -146,14 +149,14 @@ def _build(plan: Plan, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module
 
 
 def _origins(model: nn.Module, names: NameMap) -> dict[str, str]:
-    """The checkpoint tensor of each weight, tied ones included."""
+    """The checkpoint tensor of each weight, including tied weights."""
     tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
     groups: dict[str, list[str]] = {}
     for key in model.state_dict():
         groups.setdefault(tied.get(key, key), []).append(key)
-    found = dict(names.source)
+    origins = dict(names.source)
     for group in groups.values():
-        held = [names.source[key] for key in group if key in names.source]
-        if held:
-            found |= {key: held[0] for key in group if key not in found}
-    return found
+        sources = [names.source[key] for key in group if key in names.source]
+        if sources:
+            origins |= {key: sources[0] for key in group if key not in origins}
+    return origins

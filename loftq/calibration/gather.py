@@ -1,8 +1,8 @@
-"""Calibrate: run the full-precision model over windows of text, and keep what its linears see.
+"""Calibrate: run the full-precision model over windows of text, and keep statistics of the inputs of its linears.
 
-For every layer that a plan quantizes, the second moment of its inputs; in the same pass, what the model answers, for
-a later distillation. Blocks of layers are in memory one at a time, and so are their moments: what stays is what lies
-outside the blocks, and one activation for each token.
+One pass computes the second moment of the inputs of every layer that a plan quantizes, and records the answers of the
+model for a later distillation. Only one block of layers and its moments are in memory at a time, beside the weights
+outside the blocks and one activation for each token.
 """
 
 from __future__ import annotations
@@ -18,11 +18,21 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from loftq.calibration import statistics
-from loftq.calibration.block_weights import BlockWeights, changed
+from loftq.calibration.block_weights import BlockWeights, changed_tensors
 from loftq.calibration.observer import InputObserver, advice_on_dtype
 from loftq.calibration.progress import PROGRESS, Progress
-from loftq.calibration.statistics import AGAIN, RECORD, TEACHER, Statistics, open_statistics, read_record
+from loftq.calibration.statistics import (
+    AGAIN,
+    RECORD,
+    TEACHER,
+    VERSION,
+    Statistics,
+    config_digest,
+    headers_digest,
+    missing_modules,
+    open_statistics,
+    read_record,
+)
 from loftq.calibration.windows import Calibration, prepare
 from loftq.display import few_of
 from loftq.errors import ArtifactError, SourceError
@@ -31,7 +41,7 @@ from loftq.models.lockstep import run as run_in_lockstep
 from loftq.planning.plan import Plan
 from loftq.planning.run import Run
 
-BATCH_TOKENS = 2048  # that run at once: more make the products no faster
+BATCH_TOKENS = 2048  # number of tokens that run at once; more tokens do not make the matrix products faster
 
 
 def gather(
@@ -43,78 +53,81 @@ def gather(
     trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> Statistics:
-    """The statistics of a plan's model on a calibration's windows, in a folder, which is reused where it has them.
+    """Gather the statistics of a plan's model on the windows of a calibration in a folder, and open them.
 
-    The model runs in float32 on the CPU and in the compute dtype elsewhere, with a progress bar on stderr unless
-    `quiet`. A folder of the same model and calibration that lacks a layer is made again. Raises what `open_statistics`
-    does for one of another, SourceError for a model whose activations are not finite, and OutputError where the disk is
-    full. Another run that is gathering the same is waited for; one that was cut off is gone on with.
+    A folder that already has them is reused; one of the same model and calibration that lacks a layer is replaced. If
+    another run is gathering into the folder, this one waits for it; an interrupted run is continued. The model runs in
+    float32 on the CPU and in the compute dtype elsewhere, with a progress bar on stderr unless `quiet`. Raises the
+    errors of `open_statistics` for a folder of another model or calibration, SourceError for a model whose activations
+    are not finite, and OutputError if the disk is full.
     """
-    known = _known(plan, calibration, folder)
-    if known is not None:
-        return known
+    statistics = _complete_statistics(plan, calibration, folder)
+    if statistics is not None:
+        return statistics
     with explain_os_errors(folder, "--statistics"), scratch_beside(folder, PROGRESS) as scratch:
-        known = _known(plan, calibration, folder)  # what another run has gathered meanwhile
-        if known is not None:
-            return known
-        asked = scratch, plan, calibration, torch.device(device), trust_remote_code, quiet
-        if not _gather_into(*asked):
-            _gather_into(*asked)  # from the beginning
+        statistics = _complete_statistics(plan, calibration, folder)  # another run may have gathered them meanwhile
+        if statistics is not None:
+            return statistics
+        arguments = scratch, plan, calibration, torch.device(device), trust_remote_code, quiet
+        if not _gather_into(*arguments):
+            _gather_into(*arguments)  # from the beginning
         move_into_place(scratch, folder)
         return open_statistics(folder, plan, calibration)
 
 
-def _known(plan: Plan, calibration: Calibration, folder: Path) -> Statistics | None:
-    """The statistics that a folder has of all of a plan's layers; None where it is free, or ours to replace."""
+def _complete_statistics(plan: Plan, calibration: Calibration, folder: Path) -> Statistics | None:
+    """The statistics in a folder if they cover all layers of a plan; None if the folder may be written or replaced."""
     if (folder / RECORD).is_file():
-        lacking = statistics.lacks(read_record(folder), plan)
-        ours = replace(plan, layers=()) if lacking else plan
-        found = open_statistics(folder, ours, calibration)
-        for name in changed(ours, found.record["weights"]):
-            raise ArtifactError(f"{folder} was gathered with another {name}: {AGAIN}")
-        return None if lacking else found
+        lacking = missing_modules(read_record(folder), plan)
+        checked_plan = replace(plan, layers=()) if lacking else plan
+        statistics = open_statistics(folder, checked_plan, calibration)
+        for name in changed_tensors(checked_plan, statistics.record["weights"]):
+            raise ArtifactError(f"{folder} was gathered with a different {name}: {AGAIN}")
+        return None if lacking else statistics
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtifactError(f"{folder} is in the way and holds no calibration statistics: name another folder")
+        raise ArtifactError(
+            f"{folder} exists and is not a folder of calibration statistics: name another folder with --statistics"
+        )
     return None
 
 
 def _gather_into(
     folder: Path, plan: Plan, calibration: Calibration, device: torch.device, trust_remote_code: bool, quiet: bool
 ) -> bool:
-    """Whether that went well. Where a model does not go on from what an earlier run has left, that is removed."""
+    """Gather the statistics. Returns False, and empties the folder, if an interrupted run could not be continued."""
     weights = BlockWeights(plan, device, trust_remote_code=trust_remote_code)
     head = _head(plan, calibration, weights)
-    seen = {"files": plan.source.file_states(), "modules": [layer.module for layer in plan.layers]}
-    progress = Progress(folder, {**head, **seen, "device": device.type})
+    inputs = {"files": plan.source.file_states(), "modules": [layer.module for layer in plan.layers]}
+    progress = Progress(folder, {**head, **inputs, "device": device.type})
     resumed = progress.rounds > 0
     try:
-        found = _run(folder, plan, calibration, weights, progress, quiet)
+        modules = _run(folder, plan, calibration, weights, progress, quiet)
     except Exception as error:
         progress.forget()
         if resumed and not isinstance(error, (OSError, MemoryError)):
             return False
         raise
     progress.finish()
-    never = [layer.module for layer in plan.layers if layer.module not in found]
+    unreached = [layer.module for layer in plan.layers if layer.module not in modules]
     record = {
         **head,
         "weights": weights.digests,
-        "modules": {**found, **{name: {"file": None, "count": 0} for name in never}},
-        "notes": [*calibration.notes, *_never_reached(never)],
+        "modules": {**modules, **{name: {"file": None, "count": 0} for name in unreached}},
+        "notes": [*calibration.notes, *_never_reached(unreached)],
     }
     (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return True
 
 
 def _head(plan: Plan, calibration: Calibration, weights: BlockWeights) -> dict[str, Any]:
-    """What a record says before anything is run."""
+    """The part of a record that is known before the model runs."""
     return {
-        "version": statistics.VERSION,
+        "version": VERSION,
         "source": {
             "name": plan.source.name,
             "revision": plan.source.revision,
-            "headers_sha256": statistics.headers_digest(plan.source.checkpoint),
-            "config_sha256": statistics.config_digest(plan.source.folder),
+            "headers_sha256": headers_digest(plan.source.checkpoint),
+            "config_sha256": config_digest(plan.source.folder),
         },
         "text": calibration.text,
         "settings": calibration.settings,
@@ -126,41 +139,41 @@ def _head(plan: Plan, calibration: Calibration, weights: BlockWeights) -> dict[s
 def _run(
     folder: Path, plan: Plan, calibration: Calibration, weights: BlockWeights, progress: Progress, quiet: bool
 ) -> dict[str, dict[str, Any]]:
-    """Write moments and answers: the file of each module, and how many vectors it has seen."""
+    """Run the model and write moments and answers. Returns the file and the number of input vectors of each module."""
     size = max(1, BATCH_TOKENS // calibration.sequence_length)
     batches = [_batch(plan, weights, part) for part in torch.split(calibration.windows, size)]
-    steps, done = (len(batches) * rounds for rounds in (max(1, len(weights.blocks)), progress.rounds))
-    bar = tqdm(total=steps, initial=done, unit="block", disable=quiet, dynamic_ncols=True, desc="calibration")
+    steps, served = (len(batches) * rounds for rounds in (max(1, len(weights.blocks)), progress.rounds))
+    bar = tqdm(total=steps, initial=served, unit="block", disable=quiet, dynamic_ncols=True, desc="calibration")
     answers: list[dict[str, torch.Tensor]] = [{} for _ in batches]
     with bar:
-        found = InputObserver(plan, weights, folder, bar, answers, progress)
-        with found.watching():
-            run_in_lockstep(weights.core, batches, weights.blocks, found, progress)
-        found.save(None)
-    ids = {name: tensor.int() for name, tensor in _joined(batches).items() if name.endswith("_ids")}
-    answered = _joined(answers)
-    if any(bool(tensor.isnan().any()) for tensor in answered.values()):
-        raise SourceError(f"calibration: answers of {plan.source.name} are not numbers {advice_on_dtype(weights)}")
-    save_file({**ids, **answered}, folder / TEACHER)
-    return found.modules
+        observer = InputObserver(plan, weights, folder, bar, answers, progress)
+        with observer.watching():
+            run_in_lockstep(weights.core, batches, weights.blocks, observer, progress)
+        observer.save(None)
+    token_ids = {name: tensor.int() for name, tensor in _joined(batches).items() if name.endswith("_ids")}
+    answer_tensors = _joined(answers)
+    if any(bool(tensor.isnan().any()) for tensor in answer_tensors.values()):
+        raise SourceError(f"calibration: {plan.source.name} answers with NaN {advice_on_dtype(weights)}")
+    save_file({**token_ids, **answer_tensors}, folder / TEACHER)
+    return observer.modules
 
 
 def _never_reached(modules: list[str]) -> Iterator[str]:
     if modules:
-        yield f"calibration never reached {few_of(modules)}"
+        yield f"the calibration text never reached {few_of(modules)}"
 
 
 def _batch(plan: Plan, weights: BlockWeights, windows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the model takes."""
+    """The inputs of the model for some windows."""
     ids = windows.to(weights.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     config: Any = weights.model.config
     if config.is_encoder_decoder:
-        named = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad"))
-        start = next((token for token in named if token is not None), 0)
+        tokens = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad"))
+        start = next((token for token in tokens if token is not None), 0)
         batch["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
     if plan.model_type == "gemma3":
-        batch["token_type_ids"] = torch.zeros_like(ids)  # text alone
+        batch["token_type_ids"] = torch.zeros_like(ids)  # all tokens are text
     return batch
 
 
@@ -169,19 +182,21 @@ def _joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def calibrate(plan: Plan, folder: Path, run: Run) -> Statistics | None:
-    """The statistics of the layers' inputs, gathered now or by an earlier run; None where no text is given.
+    """The statistics of the layers' inputs, gathered now or by an earlier run. None if the recipe has no text.
 
     They are kept beside the output `folder`, unless the run names another folder.
     """
     if plan.recipe.calibration is None:
         return None
     text = windows_of(plan, run.trust_remote_code)
-    where = Path(run.statistics) if run.statistics else folder.parent / f"{plan.source.label}-calibration-{text.key}"
-    return gather(plan, text, where, run.device, trust_remote_code=run.trust_remote_code, quiet=run.quiet)
+    statistics_folder = (
+        Path(run.statistics) if run.statistics else folder.parent / f"{plan.source.label}-calibration-{text.key}"
+    )
+    return gather(plan, text, statistics_folder, run.device, trust_remote_code=run.trust_remote_code, quiet=run.quiet)
 
 
 def windows_of(plan: Plan, trust_remote_code: bool) -> Calibration:
-    """The text of a plan's recipe, cut into windows."""
+    """The calibration text of a plan's recipe, cut into windows."""
     recipe = plan.recipe
     return prepare(
         plan,

@@ -19,12 +19,12 @@ from loftq.core.moments import Moment
 from loftq.errors import SourceError
 from loftq.planning.plan import Plan
 
-TOP = 256  # answers that are kept at each position
-VOCABULARY = ("causal-lm", "seq2seq-lm", "masked-lm")  # tasks whose models answer with a token
+TOP = 256  # number of tokens whose log-probabilities are kept at each position
+VOCABULARY = ("causal-lm", "seq2seq-lm", "masked-lm")  # tasks whose models predict tokens
 
 
 class _Input(NamedTuple):
-    """A tensor that modules got, and how often it had been written to by then."""
+    """An input tensor of modules, and its version, which counts the times that it was written to."""
 
     tensor: torch.Tensor
     version: int
@@ -32,11 +32,11 @@ class _Input(NamedTuple):
 
 
 class InputObserver:
-    """Sums up what the layers see; a visitor of `lockstep.run`.
+    """Sums up the inputs of the layers. It is a visitor of `lockstep.run`.
 
-    Inputs are held until their batch has passed the block, for what modules share one is known only then. A module
-    may get several, and share each with others (DeBERTa's projections of positions): each set of modules has a sum
-    of its own, and a module's moment is that of all the sets it is in.
+    Inputs are kept until their batch has passed the block, because only then is it known which modules share an input.
+    A module may have several inputs and share each with other modules (DeBERTa's projections of positions). Therefore
+    each set of modules has its own sum, and the moment of a module is the total of all sets that contain it.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class InputObserver:
         answers: list[dict[str, torch.Tensor]],
         progress: Progress,
     ) -> None:
-        self.modules = progress.modules  # the file of each, and how many vectors it has seen
+        self.modules = progress.modules  # the file and the number of input vectors of each
         weights.digests |= progress.digests
         self._progress = progress
         self._plan, self._weights, self._folder, self._bar, self._answers = plan, weights, folder, bar, answers
@@ -58,10 +58,10 @@ class InputObserver:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """See what the plan's layers get."""
+        """Record the inputs of the plan's layers while the model runs."""
         handles = [
             self._weights.model.get_submodule(layer.module).register_forward_pre_hook(
-                partial(self._see, layer.module), with_kwargs=True
+                partial(self._record_input, layer.module), with_kwargs=True
             )
             for layer in self._plan.layers
         ]
@@ -71,11 +71,11 @@ class InputObserver:
             for handle in handles:
                 handle.remove()
 
-    def _see(self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _record_input(self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         tensor = args[0] if args else next(iter(kwargs.values()))
-        found = self._inputs.setdefault(id(tensor), _Input(tensor, tensor._version, []))
-        self._check_unchanged(found)
-        found.modules.append(name)
+        entry = self._inputs.setdefault(id(tensor), _Input(tensor, tensor._version, []))
+        self._check_unchanged(entry)
+        entry.modules.append(name)
 
     def enter(self, block: str) -> None:
         self._weights.load(block)
@@ -90,11 +90,11 @@ class InputObserver:
         self._progress.end(rounds, len(self._answers), self.modules, self._weights.digests, self._files)
 
     def passed(self, block: str | None) -> None:
-        for found in self._inputs.values():
-            self._check_unchanged(found)
-            if found.tensor.numel():
-                key, size = tuple(found.modules), found.tensor.shape[-1]
-                self._sums.setdefault(key, Moment(size, found.tensor.device)).add(found.tensor)
+        for entry in self._inputs.values():
+            self._check_unchanged(entry)
+            if entry.tensor.numel():
+                modules, size = tuple(entry.modules), entry.tensor.shape[-1]
+                self._sums.setdefault(modules, Moment(size, entry.tensor.device)).add(entry.tensor)
         self._inputs.clear()
         if block is not None or not self._weights.blocks:
             self._bar.update(1)
@@ -103,18 +103,19 @@ class InputObserver:
         self._answers[index] = answer_of(output, self._plan.task.name in VOCABULARY)
 
     def save(self, block: str | None) -> None:
-        """Write the moments of a block's layers, or of all that are left, and forget their sums."""
-        taken = [key for key in self._sums if block is None or key[0].startswith(f"{block}.")]
-        sums = {key: self._sums.pop(key) for key in taken}
+        """Write the moments of a block's layers, or of all remaining layers, and free their sums."""
+        keys = [key for key in self._sums if block is None or key[0].startswith(f"{block}.")]
+        sums = {key: self._sums.pop(key) for key in keys}
         sharing: dict[tuple[Any, ...], list[str]] = {}
         for module in dict.fromkeys(module for key in sums for module in key):
-            earlier = self.modules.get(module, {}).get("file")  # of an earlier visit to the block
+            earlier = self.modules.get(module, {}).get("file")  # written at an earlier visit to the block
             sets = tuple(key for key in sums for name in key if name == module)
             sharing.setdefault((earlier, sets), []).append(module)
         for (earlier, sets), modules in sharing.items():
-            own = len(sets) == 1 and earlier is None  # then nothing is added to a sum that others may need
-            total = sums[sets[0]] if own else Moment(sums[sets[0]].size, sums[sets[0]].panels[0].device)
-            for key in () if own else sets:
+            # A sum that other modules may need must not change; here nothing is added to it.
+            unshared = len(sets) == 1 and earlier is None
+            total = sums[sets[0]] if unshared else Moment(sums[sets[0]].size, sums[sets[0]].panels[0].device)
+            for key in () if unshared else sets:
                 total.merge(sums[key])
             if earlier is not None:
                 total.merge_mean(read_panels(self._folder / earlier), self.modules[modules[0]]["count"])
@@ -134,28 +135,33 @@ class InputObserver:
         for module in modules:
             self.modules[module] = {"file": file, "count": total.count}
 
-    def _check_unchanged(self, found: _Input) -> None:
-        if found.tensor._version != found.version:
+    def _check_unchanged(self, entry: _Input) -> None:
+        if entry.tensor._version != entry.version:
             raise SourceError(
-                f"{found.modules[0]} computes on an input that is overwritten later in its block: "
-                f"add --exclude-modules {found.modules[0].rpartition('.')[2]}"
+                f"{entry.modules[0]} cannot be calibrated, because its input is overwritten later in its block: "
+                f"add --exclude-modules {entry.modules[0].rpartition('.')[2]}"
             )
 
 
 def advice_on_dtype(weights: BlockWeights) -> str:
+    """The dtype in which the model computes, and the next step if its values are not finite."""
     dtype = str(weights.dtype).removeprefix("torch.")
-    cure = "damaged weights" if dtype == "float32" else "use --compute-dtype bfloat16, or --device cpu"
-    return f"in {dtype}: {cure}"
+    advice = (
+        "the weights may be damaged, download them again"
+        if dtype == "float32"
+        else "use --compute-dtype bfloat16, or --device cpu"
+    )
+    return f"in {dtype}: {advice}"
 
 
 def answer_of(output: Any, vocabulary: bool) -> dict[str, torch.Tensor]:
-    """The greatest log-probabilities at each position, or the last hidden states, on the CPU."""
+    """The largest log-probabilities at each position, or else the last hidden states, on the CPU."""
     if not vocabulary:
         return {"hidden": output[0].to("cpu", torch.bfloat16)}
     logits = output.logits
     k = min(TOP, logits.shape[-1])
     values, indices = [], []
-    for rows in torch.split(logits.flatten(0, 1), 512):  # a vocabulary in float32 is large
+    for rows in torch.split(logits.flatten(0, 1), 512):  # the logits of a whole vocabulary in float32 are large
         rows = rows.float()
         top = rows.topk(k)
         values.append((top.values - rows.logsumexp(-1, keepdim=True)).to("cpu", torch.float16))

@@ -1,8 +1,8 @@
-"""How far a calibration has come, on disk: one that is cut off goes on from there when it is asked for again.
+"""The progress of a calibration on disk, from which an interrupted run continues.
 
-After a block, at most once a minute, what it returned for each batch is written, with a record of what is known by
-then. A run that goes on gives the model these outputs in place of that block's, and NaN in place of those before it: a
-model that passes anything on from them gives answers that are not numbers, and is run from the beginning.
+After a block, at most once a minute, the output of the block for each batch is written, with a record of the results
+so far. A run that continues uses these outputs instead of running that block, and NaN for the outputs of earlier
+blocks. If a model uses any of those later, its answers become NaN, and it is run again from the beginning.
 """
 
 from __future__ import annotations
@@ -23,58 +23,58 @@ _EVERY = 60.0  # seconds
 
 
 class Progress:
-    """What an earlier run of the same `identity` has left in a folder, and what this one leaves.
+    """The progress that an earlier run of the same `identity` left in a folder, and that this run writes there.
 
-    `rounds` have been served (`lockstep.run`), which left `modules` with their files and counts, `files` numbered so
-    far, and the `digests` of tensors.
+    `rounds` is the number of completed rounds (`lockstep.run`), `modules` the file and count of each module, `files`
+    the number of files so far, and `digests` the hashes of the tensors that were read.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self._folder, self._identity = folder, json.loads(json.dumps(identity))
-        self._kept: set[int] = set()  # batches of the present round
+        self._kept: set[int] = set()  # batches of the current round whose output is written
         self._due, self._last = False, time.monotonic()
         self._lost: dict[int, Any] = {}
-        self._turn = 0  # which of two sets of states counts
+        self._turn = 0  # which of the two sets of state files is valid
         self.rounds, self.files = 0, 0
         self.modules: dict[str, dict[str, Any]] = {}
         self.digests: dict[str, str] = {}
-        found = self._read()
-        if found:
-            self._turn, self.rounds, self.files = (found[key] for key in ("turn", "rounds", "files"))
-            self.modules, self.digests = found["modules"], found["digests"]
+        record = self._read()
+        if record:
+            self._turn, self.rounds, self.files = (record[key] for key in ("turn", "rounds", "files"))
+            self.modules, self.digests = record["modules"], record["digests"]
         else:
             self._remove("*")
 
     def output(self, index: int) -> Any:
-        """What the last round's block returned for a batch."""
+        """The output of the last completed round's block for a batch."""
         return torch.load(self._state(self._turn, index), weights_only=True)
 
     def lost(self, index: int) -> Any:
-        """The like of it, of NaN: what an earlier block returned is known no more."""
+        """The same structure filled with NaN, in place of an earlier block's output, which is no longer known."""
         if index not in self._lost:
-            self._lost[index] = _mapped(self.output(index), _nothing)
+            self._lost[index] = _mapped(self.output(index), _filled_with_nan)
         return self._lost[index]
 
     def begin(self) -> None:
-        """A block has its turn."""
+        """Start a round: decide whether the outputs of its block are written."""
         self._due = time.monotonic() - self._last >= _EVERY
         self._kept.clear()
 
     def keep(self, index: int, output: Any) -> None:
-        """Write what the block returned for a batch, where it is time to."""
+        """Write the output of the block for a batch, if this round is written."""
         if not self._due or not _is_plain(output):
             return
         try:
             torch.save(_mapped(output, torch.clone), self._state(1 - self._turn, index))
             self._kept.add(index)
-        except (OSError, RuntimeError):  # no room: the run goes on without
+        except (OSError, RuntimeError):  # the disk is full: the run continues without writing its progress
             self._due, self._last = False, math.inf
             self._remove(f"state-{1 - self._turn}-*")
 
     def end(
         self, rounds: int, batches: int, modules: Mapping[str, Any], digests: Mapping[str, str], files: int
     ) -> None:
-        """The block has had all `batches`: what is kept takes the place of what was."""
+        """All `batches` have passed the block: the new outputs and record replace the older ones."""
         if not self._due or len(self._kept) < batches:
             return
         self._turn = 1 - self._turn
@@ -84,12 +84,12 @@ class Progress:
         self._last = time.monotonic()
 
     def finish(self) -> None:
-        """Leave nothing of it."""
-        self._remove(f"*{PROGRESS}*")  # and what a killed run was about to put in its place
+        """Remove the files of the progress, but not the results."""
+        self._remove(f"*{PROGRESS}*")  # including the temporary file of a killed run
         self._remove("state-*")
 
     def forget(self) -> None:
-        """Leave nothing at all: another begins anew."""
+        """Remove everything, so that the next run starts from the beginning."""
         self._remove("*")
 
     def _remove(self, names: str) -> None:
@@ -100,24 +100,24 @@ class Progress:
         return self._folder / f"state-{turn}-{index:05d}.pt"
 
     def _read(self) -> dict[str, Any]:
-        """The record, where it is of the same calibration and all its files are there."""
+        """The record, if it is that of the same calibration and all its files exist; an empty one otherwise."""
         try:
-            found = dict(json.loads((self._folder / PROGRESS).read_text(encoding="utf-8")))
-            wanted = {self._folder / row["file"] for row in found["modules"].values()}
-            wanted |= {self._state(found["turn"], index) for index in range(found["batches"])}
-            known = found["identity"] == self._identity and all(path.is_file() for path in wanted)
+            record = dict(json.loads((self._folder / PROGRESS).read_text(encoding="utf-8")))
+            needed_files = {self._folder / row["file"] for row in record["modules"].values()}
+            needed_files |= {self._state(record["turn"], index) for index in range(record["batches"])}
+            usable = record["identity"] == self._identity and all(path.is_file() for path in needed_files)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
-        return found if known else {}
+        return record if usable else {}
 
 
-def _nothing(tensor: torch.Tensor) -> torch.Tensor:
+def _filled_with_nan(tensor: torch.Tensor) -> torch.Tensor:
     value = torch.nan if tensor.is_floating_point() else 0
     return torch.full((), value, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
 def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A block's output with all of its tensors changed."""
+    """The output of a block with `change` applied to all of its tensors."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, (tuple, list)):
@@ -126,7 +126,7 @@ def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it can be read back without running anything."""
+    """Whether a value can be read back without running any code."""
     if type(value) in (tuple, list):
         return all(map(_is_plain, value))
     if type(value) is dict:

@@ -1,9 +1,9 @@
-"""What calibration knows of a model, on disk: a folder that is written once and read a layer at a time.
+"""The statistics of a calibration on disk: a folder that is written once and read a layer at a time.
 
-`calibration.json` is written last. It says of which model, text and settings the folder is, and which file holds
-the moment of each module's inputs; modules that get the same inputs share a file. `teacher.safetensors` holds what
-the model answered: the windows as `input_ids`, and the greatest log-probabilities at each position with their
-tokens, `values` and `indices`, or where a model has no vocabulary its `hidden` states.
+`calibration.json` is written last. It names the model, text and settings, and for each module the file with the moment
+of its inputs; modules that get the same inputs share a file. `teacher.safetensors` holds the answers of the model: the
+windows as `input_ids`, and at each position the largest log-probabilities (`values`) with their tokens (`indices`), or
+the `hidden` states of a model that has no vocabulary.
 """
 
 from __future__ import annotations
@@ -28,109 +28,116 @@ from loftq.planning.plan import Layer, Plan
 RECORD = "calibration.json"
 TEACHER = "teacher.safetensors"
 VERSION = 2
-AGAIN = "remove the folder to gather them again, or name another with --statistics"
+AGAIN = "remove the folder to gather the statistics again, or name another folder with --statistics"
 _SOURCE = dict.fromkeys(("name", "headers_sha256", "config_sha256"), str)
 _SETTINGS = {
     **dict.fromkeys(("tokens", "sequence_length", "seed"), int),
     **dict.fromkeys(("task", "text_sha256", "tokenizer_sha256", "windows_sha256"), str),
 }
-_VOLATILE = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")  # of a config: no part of the model
+_VOLATILE = (
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+)  # entries of a config that do not affect the model's results
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Second moments of each layer's inputs, and a model's answers. Thread-safe."""
+    """The second moment of each layer's inputs, and the answers of the model. Thread-safe."""
 
     folder: Path
     record: dict[str, Any]
-    sizes: Mapping[str, int]  # inputs of each module
+    sizes: Mapping[str, int]  # number of inputs of each module
 
     @property
     def tokens(self) -> int:
-        """How many tokens the model was calibrated on."""
+        """Number of tokens that the model was calibrated on."""
         return int(self.record["settings"]["tokens"])
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know, a line each."""
+        """Notes for the user, one line each."""
         return tuple(self.record["notes"])
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of the calibration: tokens, sequence length, seed, and hashes of text, tokenizer and windows."""
+        """The settings of the calibration: tokens, sequence length, seed, and hashes of text, tokenizer and windows."""
         return dict(self.record["settings"])
 
     def count(self, module: str) -> int:
-        """How many vectors a module got: 0 where it was never reached."""
+        """Number of input vectors of a module: 0 if the text never reached it."""
         return int(self.record["modules"].get(module, {}).get("count", 0))
 
     def moment(self, module: str) -> torch.Tensor | None:
-        """H (in, in) of a module's inputs in float32, or None for one that was never reached. Raises ArtifactError."""
+        """The moment H (in, in) of a module's inputs, float32; None if it was never reached. Raises ArtifactError."""
         if not self.count(module):
             return None
         path = self.folder / self.record["modules"][module]["file"]
         panels, size = read_panels(path), self.sizes[module]
         expected = [(min(PANEL, size - start), size - start) for start in range(0, size, PANEL)]
         if [tuple(panel.shape) for panel in panels] != expected:
-            raise ArtifactError(f"{path} is damaged (no moment of {size} inputs, which {module} has): {AGAIN}")
+            raise ArtifactError(f"{path} is damaged (expected the moment of the {size} inputs of {module}): {AGAIN}")
         if not all(panel.dtype == torch.float32 and bool(torch.isfinite(panel).all()) for panel in panels):
-            raise ArtifactError(f"{path} is damaged (not finite, or not of float32): {AGAIN}")
+            raise ArtifactError(f"{path} is damaged (expected finite float32 values): {AGAIN}")
         return assemble(panels)
 
     def check_weight(self, layer: Layer, digest: str) -> None:
-        """Raise ArtifactError unless a layer's tensor, by its SHA-256, is the one that the model was run with."""
+        """Raise ArtifactError unless the SHA-256 of a layer's tensor is that of the weights the model was run with."""
         if self.record["weights"].get(layer.tensor) != digest:
-            raise ArtifactError(f"{self.folder} was gathered with another {layer.tensor}: {AGAIN}")
+            raise ArtifactError(f"{self.folder} was gathered with a different {layer.tensor}: {AGAIN}")
 
     def teacher(self) -> dict[str, torch.Tensor]:
-        """What the model answered, by name: `input_ids` int32 (windows, length), for seq2seq `decoder_input_ids`, and
-        `values` float16 and `indices` int32 (windows, length, k), or `hidden` bfloat16 (windows, length, hidden size).
+        """The answers of the model and the tokens that they belong to, by name.
 
-        Raises ArtifactError.
+        `input_ids` int32 (windows, length), for seq2seq also `decoder_input_ids`; and either `values` float16 and
+        `indices` int32 (windows, length, k), or `hidden` bfloat16 (windows, length, hidden size). Raises ArtifactError.
         """
         path = self.folder / TEACHER
-        found = _load(path)
-        answers = {name for name in found if not name.endswith("_ids")}
+        tensors = _load(path)
+        answers = {name for name in tensors if not name.endswith("_ids")}
         shape = (self.tokens // self.settings["sequence_length"], self.settings["sequence_length"])
-        if "input_ids" not in found or answers not in ({"values", "indices"}, {"hidden"}):
-            raise ArtifactError(f"{path} is damaged (it holds {', '.join(found) or 'nothing'}): {AGAIN}")
-        if any(tensor.shape[:2] != shape for tensor in found.values()):
+        if "input_ids" not in tensors or answers not in ({"values", "indices"}, {"hidden"}):
+            raise ArtifactError(f"{path} is damaged (it holds {', '.join(tensors) or 'nothing'}): {AGAIN}")
+        if any(tensor.shape[:2] != shape for tensor in tensors.values()):
             raise ArtifactError(f"{path} is damaged (not of {shape[0]} windows of {shape[1]} tokens): {AGAIN}")
-        return found
+        return tensors
 
 
 def open_statistics(folder: Path, plan: Plan, calibration: Calibration | None = None) -> Statistics:
-    """Open a folder of statistics that belong to a plan's model and task, and to a calibration where one is given.
+    """Open a folder of statistics, and check that it matches the plan's model and task, and the calibration if given.
 
-    Raises ArtifactError for one that is damaged, of another model, tokenizer or text, or lacks a layer of the plan;
-    OptionError for one of another task, number of tokens, sequence length or seed.
+    Raises ArtifactError if the folder is damaged, if its model, tokenizer or text differs, or if it lacks a layer of
+    the plan; OptionError if its task, number of tokens, sequence length or seed differs.
     """
-    found = read_record(folder)
-    if found["source"]["headers_sha256"] != headers_digest(plan.source.checkpoint):
+    record = read_record(folder)
+    if record["source"]["headers_sha256"] != headers_digest(plan.source.checkpoint):
         raise ArtifactError(
-            f"{folder} was gathered with {found['source']['name']}, whose tensors are not those of "
+            f"{folder} was gathered with {record['source']['name']}, whose tensors differ from those of "
             f"{plan.source.name}: {AGAIN}"
         )
-    if found["source"]["config_sha256"] != config_digest(plan.source.folder):
-        raise ArtifactError(f"{folder} was gathered with another config.json than that of {plan.source.name}: {AGAIN}")
-    task = found["settings"]["task"]
+    if record["source"]["config_sha256"] != config_digest(plan.source.folder):
+        raise ArtifactError(
+            f"{folder} was gathered with a config.json that differs from that of {plan.source.name}: {AGAIN}"
+        )
+    task = record["settings"]["task"]
     if task != plan.task.name:
         raise OptionError(f"{folder} was gathered with --task {task}, not {plan.task.name}: {AGAIN}")
     if calibration is not None:
-        _check_settings(folder, found["settings"], calibration.settings)
-    lacking = lacks(found, plan)
-    if lacking:
-        raise ArtifactError(f"{folder} has no statistics of {lacking[0]}: {AGAIN}")
-    return Statistics(folder, found, {layer.module: layer.shape[1] for layer in plan.layers})
+        _check_settings(folder, record["settings"], calibration.settings)
+    missing = missing_modules(record, plan)
+    if missing:
+        raise ArtifactError(f"{folder} has no statistics of {missing[0]}: {AGAIN}")
+    return Statistics(folder, record, {layer.module: layer.shape[1] for layer in plan.layers})
 
 
-def lacks(record: dict[str, Any], plan: Plan) -> list[str]:
-    """The modules of a plan of which a record knows nothing."""
+def missing_modules(record: dict[str, Any], plan: Plan) -> list[str]:
+    """The modules of a plan that a record does not list."""
     return [layer.module for layer in plan.layers if layer.module not in record["modules"]]
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record of a folder of statistics, with all that is read of it. Raises ArtifactError."""
+    """The record of a folder of statistics, with all entries that are used later. Raises ArtifactError."""
     path = folder / RECORD
     try:
         record = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -142,12 +149,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged ({error!r}): {AGAIN}") from error
     if version != VERSION:
-        raise ArtifactError(f"{path} is of version {version}, and this is for version {VERSION}: {AGAIN}")
+        raise ArtifactError(f"{path} has version {version}, this loftq reads version {VERSION}: {AGAIN}")
     return record
 
 
 def _check_record(record: dict[str, Any]) -> None:
-    """Raise KeyError or TypeError where a record lacks something, or has it of another type."""
+    """Raise KeyError or TypeError if an entry of a record is missing or has the wrong type."""
     rows: list[tuple[Mapping[str, Any], Mapping[str, type]]] = [
         (record, {"notes": list, "weights": dict}),
         (record["source"], _SOURCE),
@@ -168,7 +175,7 @@ def headers_digest(checkpoint: Checkpoint) -> str:
 
 
 def config_digest(folder: Path) -> str:
-    """A hash of what a model's `config.json` says of what it computes."""
+    """A hash of the entries of a model's `config.json` that affect its results."""
     text = (folder / "config.json").read_text(encoding="utf-8")
     config = json.loads(text, object_hook=lambda row: {k: v for k, v in row.items() if k not in _VOLATILE})
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
@@ -183,13 +190,13 @@ def read_panels(path: Path) -> Sequence[torch.Tensor]:
     return [panels[name] for name in names]
 
 
-def _check_settings(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
+def _check_settings(folder: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
     for key in ("tokens", "sequence_length", "seed"):
-        if found[key] != asked[key]:
-            raise OptionError(f"{folder} was gathered with {key} {found[key]}, not {asked[key]}: {AGAIN}")
+        if stored[key] != expected[key]:
+            raise OptionError(f"{folder} was gathered with {key} {stored[key]}, not {expected[key]}: {AGAIN}")
     for key, what in (("tokenizer_sha256", "tokenizer"), ("text_sha256", "text"), ("windows_sha256", "text")):
-        if found[key] != asked[key]:
-            raise ArtifactError(f"{folder} was gathered with another {what}: {AGAIN}")
+        if stored[key] != expected[key]:
+            raise ArtifactError(f"{folder} was gathered with a different {what}: {AGAIN}")
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

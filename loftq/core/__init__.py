@@ -1,1 +1,1 @@
-"""Mathematics: tensors in, tensors out. Imports torch, numpy, scipy and numba alone."""
+"""The mathematics: functions from tensors to tensors. Imports only torch, numpy, scipy and numba."""

@@ -1,7 +1,7 @@
-"""Integers in groups: scales, zero-points, codes, and back.
+"""Quantization to integers in groups: computes scales, zero-points and codes, and decodes them.
 
 A weight W (out, in) is read row by row as groups of `block_size` consecutive values. Codes are whole numbers of b
-bits; with the level l = code − 2^(b−1), centered on zero, a group with its scale and shift is read back as
+bits. With the level l = code − 2^(b−1), centered on zero, and the scale and shift of its group, a code is read back as
 
     W~ = scale · l + shift.
 
@@ -12,11 +12,12 @@ The kinds of zero-point, for values from lo to hi in a group:
     float       scale = (hi − lo) / (2^b − 1)             shift = (lo + hi + scale) / 2, in 16 bits
 
 At 8 bits a symmetric scale is max|w| / 127 and −128 does not occur, as in bitsandbytes' INT8 (arXiv 2208.07339).
-`integer` is GPTQ's layout (arXiv 2210.17323), W~ = scale · (code − z). `float` carries any shift of a whole group: what
-QA-LoRA merges (arXiv 2309.14717, section 3.3). The shift belongs to the center, where 16 bits are fine enough.
+`integer` is GPTQ's layout (arXiv 2210.17323), W~ = scale · (code − z). `float` can represent any shift of a whole
+group, which is what merging a QA-LoRA adapter needs (arXiv 2309.14717, section 3.3). The shift is that of the group's
+center, for which 16 bits are precise enough.
 
-Codes are chosen under scales and shifts as they are stored. Up to 4 bits they are kept two a byte, the first in the
-high half. On the CPU the loops are compiled (`affine_kernels`); elsewhere the same arithmetic runs in torch.
+Codes are chosen under scales and shifts as they are stored. Two codes of at most 4 bits share a byte, the first in the
+high half. On the CPU the loops are compiled (`kernels.affine`); elsewhere the same arithmetic runs in torch.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ from loftq.core.scales import Scales, stored_scales
 from loftq.errors import OptionError, UnknownNameError
 
 ZERO_POINTS = {
-    "symmetric": "none: levels lie around zero",
+    "symmetric": "no zero-point: levels lie around zero",
     "integer": "a whole number of steps",
-    "float": "anywhere, in 16 bits",
-    "float32": "anywhere, in 32 bits: what a merge leaves",
+    "float": "any number, stored in 16 bits",
+    "float32": "any number, stored in 32 bits: the result of a merge",
 }
-FLOATING = {"float": torch.float16, "float32": torch.float32}  # with the dtype of their shifts
+FLOATING = {"float": torch.float16, "float32": torch.float32}  # zero-points that float, and the dtypes of their shifts
 
 
 def shifts_of(zeros: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """The float32 shifts that whole zero-points stand for under float32 scales."""
+    """The float32 shifts that belong to whole zero-points and float32 scales."""
     steps: torch.Tensor = 2 ** (bits - 1) - zeros.float()
     return scales * steps
 
@@ -52,14 +53,14 @@ def shifts_of(zeros: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Ten
 class AffineQuantizer:
     """Integers applied in groups of `block_size`, a multiple of 8 that divides the number of values.
 
-    `codebook` is a name of `codebooks.INTEGERS`, `zero_point` one of `ZERO_POINTS`. Tensors are float32 and contiguous.
+    `codebook` is a name in `codebooks.INTEGERS`, `zero_point` one in `ZERO_POINTS`. Tensors are float32 and contiguous.
     """
 
     codebook: str
     block_size: int = 64
     zero_point: str = "integer"
     double_quant: bool = False
-    scale_dtype: torch.dtype = torch.float32  # in which scales are stored, where they are not doubly quantized
+    scale_dtype: torch.dtype = torch.float32  # the dtype of stored scales, unless they are doubly quantized
 
     def __post_init__(self) -> None:
         if self.codebook not in INTEGERS:
@@ -71,12 +72,12 @@ class AffineQuantizer:
 
     @property
     def bits(self) -> int:
-        """Bits a code."""
+        """Number of bits of a code."""
         return INTEGERS[self.codebook]
 
     @property
     def levels(self) -> torch.Tensor:
-        """What codes stand for before scale and shift: float32 (2**bits,)."""
+        """The values that codes stand for before scale and shift: float32 (2**bits,)."""
         return codebook(self.codebook)
 
     def scales(self, weight: torch.Tensor, correction: torch.Tensor | None = None) -> Scales:
@@ -91,9 +92,10 @@ class AffineQuantizer:
         return torch.stack(target.view(-1, self.block_size).aminmax(dim=1))
 
     def covering(self, extent: torch.Tensor, factor: torch.Tensor | float = 1.0, *, nested: bool = True) -> Scales:
-        """Scales and zero-points whose grid spans `factor` of an extent, doubly quantized if `nested` and asked.
+        """Scales and zero-points whose grid spans `factor` of an extent.
 
-        The extent shrinks towards zero; where zero-points float, towards its middle.
+        Scales are doubly quantized if `nested` and `double_quant`. The extent shrinks towards zero or, if zero-points
+        float, towards its middle.
         """
         low, high = extent
         half = 2 ** (self.bits - 1)
@@ -112,9 +114,10 @@ class AffineQuantizer:
         return replace(scales, shifts=self._shift((low + high + scales.values).div_(2)))
 
     def refit(self, weight: torch.Tensor, scales: Scales) -> Scales:
-        """The scales, and floating zero-points, that fit a weight best for the codes which `scales` give it.
+        """The scales, and floating zero-points, that fit a weight best for the codes that it gets under `scales`.
 
-        Least squares in each group: of W = scale · l + shift, or, where the zero-point stays, of W = scale · (l − l₀).
+        This is a least-squares fit in each group: of W = scale · l + shift if the zero-point floats, and of
+        W = scale · (l − l₀) if it stays.
         """
         levels, squares, values, products = self._moments(weight, scales).double()
         count = self.block_size
@@ -127,26 +130,26 @@ class AffineQuantizer:
             spread = squares - 2 * origin * levels + count * origin.square()
             slopes = (products - origin * values) / spread
         slopes = torch.where((spread > 0) & (slopes > 0), slopes, scales.values.double())
-        found = self.fitted(slopes, None, scales)
+        refitted = self.fitted(slopes, None, scales)
         if self.zero_point in FLOATING:
-            return replace(found, shifts=self._shift((values - found.values.double() * levels).float() / count))
-        return found
+            return replace(refitted, shifts=self._shift((values - refitted.values.double() * levels).float() / count))
+        return refitted
 
     def fitted(self, slopes: torch.Tensor, shifts: torch.Tensor | None, before: Scales) -> Scales:
-        """Scales, and floating shifts where there are some, as stored; those `before` where a slope is not above zero.
+        """Fitted `slopes` as stored scales, with floating `shifts` if they are given.
 
-        Whole zero-points stay as they are.
+        A group whose slope is not above zero keeps its scale and shift `before`. Whole zero-points stay as they are.
         """
         usable = torch.isfinite(slopes) & (slopes > 0)
-        found = self._stored(torch.where(usable, slopes, before.values).float())
+        stored = self._stored(torch.where(usable, slopes, before.values).float())
         if before.zeros is not None:
-            return replace(found, shifts=shifts_of(before.zeros, found.values, self.bits), zeros=before.zeros)
+            return replace(stored, shifts=shifts_of(before.zeros, stored.values, self.bits), zeros=before.zeros)
         if shifts is None:
-            return found
-        return replace(found, shifts=self._shift(torch.where(usable, shifts, before.offsets).float()))
+            return stored
+        return replace(stored, shifts=self._shift(torch.where(usable, shifts, before.offsets).float()))
 
     def _moments(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
-        """Sums over each group of levels, their squares, values, and levels times values: float32 (4, groups)."""
+        """For each group the sums of levels, their squares, values, and levels times values: float32 (4, groups)."""
         if dispatch.on_cpu(weight):
             return kernels.moments(weight, scales.values, scales.offsets, self.bits, self.block_size)
         parts = []
@@ -190,9 +193,9 @@ class AffineQuantizer:
         out: torch.Tensor,
         scales: Scales | None = None,
     ) -> float:
-        """`out = W − decode(encode(W − correction))`, and its squared norm. `out` may be `correction`.
+        """Compute `out = W − decode(encode(W − correction))` and return its squared norm. `out` may be `correction`.
 
-        Scales are those of `W − correction` unless given.
+        The scales are those of `W − correction`, unless others are given.
         """
         scales = scales or self.scales(weight, correction)
         if dispatch.on_cpu(weight):
@@ -205,7 +208,7 @@ class AffineQuantizer:
         return dispatch.subtract(weight, rounded, self.block_size, out)
 
     def _shift(self, exact: torch.Tensor) -> torch.Tensor:
-        """Shifts float32 as they are read back."""
+        """Floating shifts as they are read back: float32."""
         dtype = FLOATING[self.zero_point]
         limit = torch.finfo(dtype).max
         return exact.clamp(-limit, limit).to(dtype).float()
@@ -231,9 +234,9 @@ class AffineQuantizer:
 
 @dataclass(frozen=True)
 class AffineWeight:
-    """A weight of integers in groups of consecutive inputs, unpacked: what merging changes and exporting writes.
+    """An unpacked weight of integers in groups of consecutive inputs, which a merge changes and an export writes.
 
-    Codes uint8 (out, in) from 0 to 2**bits − 1; scales and shifts float32 (out, groups).
+    Codes are uint8 (out, in) from 0 to 2**bits − 1; scales and shifts are float32 (out, groups).
     """
 
     codes: torch.Tensor
@@ -243,19 +246,19 @@ class AffineWeight:
 
     @classmethod
     def of(cls, codes: torch.Tensor, scales: Scales, shape: Sequence[int], bits: int) -> AffineWeight:
-        """From codes as the solver leaves them, and scales."""
+        """Unpack codes in the solver's form, of a weight of `shape`, and their scales."""
         rows, columns = shape
         values, shifts = scales.values.view(rows, -1), scales.offsets.view(rows, -1)
         return cls(single(codes, bits).view(rows, columns), values, shifts, bits)
 
     @property
     def group_size(self) -> int:
-        """Inputs that share a scale and a shift."""
+        """Number of inputs that share a scale and a shift."""
         return self.codes.shape[1] // self.scales.shape[1]
 
     @property
     def biases(self) -> torch.Tensor:
-        """What a code of 0 stands for: float32 (out, groups). The weight is code · scale + bias."""
+        """The values of a code of 0: float32 (out, groups). The weight is code · scale + bias."""
         return torch.sub(self.shifts, self.scales, alpha=2 ** (self.bits - 1))
 
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:

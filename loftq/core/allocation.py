@@ -1,12 +1,12 @@
-"""How many bits each layer gets under a budget of bits a weight.
+"""Choice of the number of bits of each layer under a budget of mean bits per weight.
 
-With n_l weights in layer l, and e_lb the squared error that is left in it at b bits,
+With n_l weights in layer l, and the squared error e_l,b that b bits leave in it,
 
-    minimize Σ e_l,b(l)   subject to   Σ n_l · b(l) ≤ budget · Σ n_l,
+    minimize Σ e_l,b(l)   subject to   Σ n_l · b(l) ≤ budget · Σ n_l.
 
-a knapsack with a choice of one width a layer, solved exactly as an integer program (HiGHS, through scipy). The
-paper's own way (LoftQ, arXiv 2310.08659, section 4) needs no errors: the first layers get the most bits, the rest
-the fewest.
+This is a knapsack problem with one choice of width per layer, solved exactly as an integer program (HiGHS, through
+scipy). The paper's own rule (LoftQ, arXiv 2310.08659, section 4) needs no errors: the first layers get the most bits,
+the others the fewest.
 """
 
 from __future__ import annotations
@@ -19,18 +19,24 @@ from loftq.errors import OptionError
 
 
 def first(weights: Sequence[int], narrow: int, wide: int, budget: float) -> list[int]:
-    """`wide` bits for as many layers from the first on as the budget allows, `narrow` for the others."""
+    """Give `wide` bits to as many layers from the first on as the budget allows, and `narrow` to the others.
+
+    `weights` are the layers' numbers of weights. Raises OptionError for a budget that the widths cannot meet.
+    """
     _check(narrow, wide, budget)
-    left = (budget - narrow) * sum(weights) / (wide - narrow) * (1 + 1e-9)
-    found = []
+    wide_weights = (budget - narrow) * sum(weights) / (wide - narrow) * (1 + 1e-9)  # that may still get `wide` bits
+    widths = []
     for count in weights:
-        left -= count
-        found.append(wide if left >= 0 else narrow)
-    return found
+        wide_weights -= count
+        widths.append(wide if wide_weights >= 0 else narrow)
+    return widths
 
 
 def least_error(weights: Sequence[int], errors: Mapping[int, Sequence[float]], budget: float) -> list[int]:
-    """The width of each layer with which the summed errors are least. `errors` has those of all layers by width."""
+    """The widths of layers that minimize the sum of their errors. `errors` maps a width to the errors of all layers.
+
+    `weights` are the layers' numbers of weights. Raises OptionError for a budget that the widths cannot meet.
+    """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
@@ -41,18 +47,21 @@ def least_error(weights: Sequence[int], errors: Mapping[int, Sequence[float]], b
     counts = np.asarray(weights, np.float64)
     spent = (counts[:, None] * np.asarray(widths)[None]).reshape(1, -1) / counts.sum()
     rows = np.repeat(np.arange(layers), len(widths))
-    one = csr_array((np.ones(cost.size), (rows, np.arange(cost.size))), shape=(layers, cost.size))
-    found = milp(
+    choices = csr_array((np.ones(cost.size), (rows, np.arange(cost.size))), shape=(layers, cost.size))
+    optimum = milp(
         cost.reshape(-1) / max(cost.max(), 1e-300),
         integrality=np.ones(cost.size),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one, 1, 1), LinearConstraint(spent, ub=budget * (1 + 1e-9))],
+        constraints=[LinearConstraint(choices, 1, 1), LinearConstraint(spent, ub=budget * (1 + 1e-9))],
         options={"mip_rel_gap": 0},
     )
-    chosen = found.x.reshape(layers, len(widths)).argmax(axis=1)
+    chosen = optimum.x.reshape(layers, len(widths)).argmax(axis=1)
     return [widths[i] for i in chosen]
 
 
 def _check(narrow: float, wide: float, budget: float) -> None:
     if not narrow <= budget <= wide:
-        raise OptionError(f"a budget of {budget:g} bits is outside {narrow} to {wide}, the widths there are")
+        raise OptionError(
+            f"a budget of {budget:g} bits per weight is outside {narrow} to {wide}, the range of the possible widths: "
+            "choose a budget in this range"
+        )

@@ -1,12 +1,12 @@
-"""Quantization to a codebook in blocks: scales, codes, and back.
+"""Quantization to a codebook in blocks: computes scales and codes, and decodes them.
 
-A weight W (out, in) is read row by row as blocks of `block_size` consecutive values. Block b has one scale,
-its largest magnitude unless something better is given, and each value becomes the nearest level:
+A weight W (out, in) is read row by row as blocks of `block_size` consecutive values. Each block has one scale,
+its largest magnitude unless a better one is given, and each value becomes the nearest level:
 
     code = #{ midpoints of the codebook below W / scale },     W~ = level[code] * scale.
 
-Codes are kept two to a byte, the first in the high half (bitsandbytes' order for 4 bits). They are chosen under
-the scales as they will be read back (`scales`): no error is left out of account.
+Two codes share a byte, the first in the high half (bitsandbytes' order for 4 bits). Codes are chosen under the
+scales as they will be read back (`scales`), so that they account for the rounding of the scales too.
 
 On the CPU the loops are compiled (`kernels`); elsewhere the same arithmetic runs in torch.
 """
@@ -29,15 +29,15 @@ from loftq.errors import OptionError, UnknownNameError
 class BlockQuantizer:
     """A codebook applied in blocks.
 
-    `codebook` is a name of `codebooks.TABLES`; `block_size` is a multiple of 8 and divides the number of values.
+    `codebook` is a name in `codebooks.TABLES`; `block_size` is a multiple of 8 and divides the number of values.
     Codes are chosen under the scales as they will be stored.
-    Tensors are float32 and contiguous; a scale of zero belongs to a block of zeros.
+    Tensors are float32 and contiguous; a block of zeros has a scale of zero.
     """
 
     codebook: str
     block_size: int = 64
     double_quant: bool = False
-    scale_dtype: torch.dtype = torch.float32  # in which scales are stored, where they are not doubly quantized
+    scale_dtype: torch.dtype = torch.float32  # the dtype of stored scales, unless they are doubly quantized
 
     def __post_init__(self) -> None:
         if self.codebook not in TABLES:
@@ -57,14 +57,14 @@ class BlockQuantizer:
     @cached_property
     def _boundaries(self) -> torch.Tensor:
         midpoints = (self.levels[:-1] + self.levels[1:]) / 2
-        return torch.cat([midpoints, torch.tensor([torch.inf])])  # even in number: kernels take them in pairs
+        return torch.cat([midpoints, torch.tensor([torch.inf])])  # an even number, because kernels take them in pairs
 
     @cached_property
     def _padded_levels(self) -> torch.Tensor:
         return torch.cat([self.levels, self.levels[-1:]])
 
     def scales(self, weight: torch.Tensor, correction: torch.Tensor | None = None) -> Scales:
-        """Scales of `weight - correction`: each block's largest magnitude, doubly quantized where asked."""
+        """Scales of `weight - correction`: each block's largest magnitude, doubly quantized if `double_quant`."""
         return self.covering(self.extent(weight, correction))
 
     def extent(self, weight: torch.Tensor, correction: torch.Tensor | None = None) -> torch.Tensor:
@@ -75,11 +75,11 @@ class BlockQuantizer:
         return target.view(-1, self.block_size).abs().amax(dim=1)
 
     def covering(self, extent: torch.Tensor, factor: torch.Tensor | float = 1.0, *, nested: bool = True) -> Scales:
-        """Scales whose grid reaches to `factor` times an extent, doubly quantized if `nested` and asked."""
+        """Scales whose grid reaches to `factor` times an extent, doubly quantized if `nested` and `double_quant`."""
         return stored_scales(extent * factor, self.scale_dtype, self.double_quant and nested)
 
     def encode(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
-        """Codes under given scales, two a byte: uint8 (numel / 2,)."""
+        """Codes under given scales, two in each byte: uint8 (numel / 2,)."""
         if dispatch.on_cpu(weight):
             codes, _ = blocks.encode_blocks(weight, self._boundaries, self.block_size, scales.values)
             return codes
@@ -89,7 +89,7 @@ class BlockQuantizer:
         return torch.cat(parts)
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, Scales]:
-        """Codes and scales of a weight, in one pass where nothing stands between the two."""
+        """Codes and scales of a weight, in one pass if scales are stored without rounding."""
         if dispatch.on_cpu(weight) and not self._rounds_scales:
             codes, absmax = blocks.encode_blocks(weight, self._boundaries, self.block_size)
             return codes, Scales(absmax)
@@ -113,16 +113,16 @@ class BlockQuantizer:
         out: torch.Tensor,
         scales: Scales | None = None,
     ) -> float:
-        """`out = W − decode(encode(W − correction))`, and its squared norm. `out` may be `correction`.
+        """Compute `out = W − decode(encode(W − correction))` and return its squared norm. `out` may be `correction`.
 
-        Scales are those of `W − correction` unless given.
+        The scales are those of `W − correction`, unless others are given.
         """
         if dispatch.on_cpu(weight):
             if scales is None and self._rounds_scales:
                 scales = self.scales(weight, correction)
-            given = None if scales is None else scales.values
+            values = None if scales is None else scales.values
             table = self._padded_levels
-            return blocks.residual(weight, correction, out, self._boundaries, table, self.block_size, given)
+            return blocks.residual(weight, correction, out, self._boundaries, table, self.block_size, values)
         target = weight if correction is None else weight - correction
         levels = self.levels.to(weight.device)
         parts = self._chunks(target, (scales or self.scales(target)).values)

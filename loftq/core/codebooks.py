@@ -84,7 +84,6 @@ _TYPE_OF = {f"{name}{bits}": (kind, bits) for name, kind in TYPES.items() for bi
 CODEBOOKS = {name: bits for name, (_, bits) in _TYPE_OF.items()}  # each with the bits of a code
 INTEGERS = {name: bits for name, (kind, bits) in _TYPE_OF.items() if kind.integer}
 TABLES = {name: bits for name, (kind, bits) in _TYPE_OF.items() if not kind.integer}
-NORMAL_FLOATS = {f"nf{bits}": bits for bits in TYPES["nf"].widths}
 
 
 def type_of(name: str) -> QuantType:

@@ -1,16 +1,17 @@
-"""Rank-r factors of a residual E (out, in): the best approximation in the Frobenius norm, found cheaply.
+"""Rank-r factors of a residual E (out, in): its best approximation in the Frobenius norm, at a low cost.
 
 The residual of rounding has a flat spectrum, so a single randomized pass captures too little of it
 (Halko, Martinsson, Tropp, arXiv 0909.4061, bound the loss by the decay of the spectrum). Block Krylov
-iteration (Musco and Musco, arXiv 1504.05477) converges in a few passes over E, fewer still from the factors
-of the residual one alternation earlier. Plain subspace iteration, one step from the same start, was tried:
-it follows the moving residual too slowly, and five alternations end 0.5 to 1.3 % above exact ones.
+iteration (Musco and Musco, arXiv 1504.05477) converges in a few passes over E, and in fewer if it starts from
+the factors of the previous alternation. Plain subspace iteration, one step from the same start, was tried:
+it follows the changing residual too slowly, and five alternations end with an error 0.5 to 1.3 % above the exact one.
 
 With U orthonormal, `U Uᵀ E` is the best approximation of E in the span of U, and
 
     ‖E − U Uᵀ E‖² = ‖E‖² − ‖Uᵀ E‖²,
 
-so the error after the factors needs no second pass over E. The published procedure is `exact`, a full SVD.
+so computing the error that the factors leave needs no second pass over E. The published procedure is `exact`, a
+full SVD.
 """
 
 from __future__ import annotations
@@ -19,24 +20,27 @@ from dataclasses import dataclass
 
 import torch
 
-_SMALL = 128  # a side up to which all of the spectrum costs little
-_NARROWEST = 8  # columns of a Krylov block: fewer cost as much, since reading E is what takes the time
+_SMALL = 128  # length of a side up to which the whole spectrum costs little
+_NARROWEST = 8  # least columns of a Krylov block: fewer cost as much, since most of the time goes into reading E
 
 
 @dataclass(frozen=True)
 class Factors:
-    """`left @ right` approximates E: left (out, k) orthonormal (or zero), right (k, in) = leftᵀ E, by falling norm."""
+    """`left @ right` approximates E: left (out, k) orthonormal (or zero), right (k, in) = leftᵀ E.
+
+    Directions are sorted by falling singular value.
+    """
 
     left: torch.Tensor
     right: torch.Tensor
     singular_values: torch.Tensor  # (k,) float64: the norms of right's rows
 
     def captured(self, rank: int) -> float:
-        """The part of ‖E‖² that the first `rank` directions hold."""
+        """The part of ‖E‖² that lies in the first `rank` directions."""
         return float(self.singular_values[:rank].square().sum())
 
     def adapter(self, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (rank, in) and B (out, rank) with `scaling * B @ A = left @ right`, the norm shared evenly."""
+        """A (rank, in) and B (out, rank), of equal norms, with `scaling * B @ A = left @ right`."""
         values = self.singular_values[:rank]
         inverse_root = torch.where(values > 0, values.rsqrt(), 0).to(self.left.dtype)  # exact zeros stay zero
         root = values.sqrt().to(self.left.dtype)
@@ -47,16 +51,16 @@ class Factors:
 
 
 def exact(residual: torch.Tensor, rank: int) -> Factors:
-    """The published step: a full SVD, of which `rank` directions are kept."""
+    """The leading `rank` factors by a full SVD, as published."""
     u, s, vh = torch.linalg.svd(residual, full_matrices=False)
     s = s[:rank]
     return Factors(u[:, :rank], s.unsqueeze(1) * vh[:rank], s.double())
 
 
 def gram(residual: torch.Tensor, rank: int) -> Factors:
-    """All of the spectrum through the Gram matrix of the smaller side: cheap where that side is small.
+    """The leading `rank` factors by way of the Gram matrix of the smaller side, which is cheap if that side is small.
 
-    Squaring loses singular values below about 1e-4 of the largest, whose share of ‖E‖² float32 cannot show.
+    Squaring loses singular values below about 1e-4 of the largest; float32 cannot represent their share of ‖E‖².
     """
     out_features, in_features = residual.shape
     if out_features <= in_features:
@@ -69,9 +73,9 @@ def gram(residual: torch.Tensor, rank: int) -> Factors:
 
 
 def krylov(residual: torch.Tensor, start: torch.Tensor, depth: int) -> Factors:
-    """The best approximation of as many columns as `start` within span[K, (EEᵀ)K, …, (EEᵀ)^(depth-1) K], K = E · start.
+    """The best b factors of E within span[K, (EEᵀ)K, …, (EEᵀ)^(depth-1) K], where K = E · start.
 
-    Reads E twice a step. `start` is (in, b) with b * depth at most the smaller side of E.
+    Each step reads E twice. `start` is (in, b) with b * depth at most the smaller side of E.
     """
     width = start.shape[1]
     left = residual.new_empty(residual.shape[0], depth * width)
@@ -83,8 +87,8 @@ def krylov(residual: torch.Tensor, start: torch.Tensor, depth: int) -> Factors:
         for _ in range(2):  # twice is enough: the basis stays orthogonal to working precision
             block -= basis @ (basis.T @ block)
         block, triangle = torch.linalg.qr(block)
-        # Where E has fewer directions than the Krylov space, what is left of a column is noise, and QR fills it
-        # with a direction that the basis may hold already. Counted twice, it would claim energy that E lacks.
+        # If E has fewer directions than the Krylov space, the rest of a column is noise, and QR replaces it by a
+        # direction that the basis may already hold. Counted twice, it would add energy that E does not have.
         new = triangle.diagonal().abs() > 1e-5 * before
         span = slice(step * width, (step + 1) * width)
         left[:, span] = block * new
@@ -95,9 +99,10 @@ def krylov(residual: torch.Tensor, start: torch.Tensor, depth: int) -> Factors:
 def factorize(
     residual: torch.Tensor, rank: int, depth: int, previous: Factors | None, generator: torch.Generator
 ) -> Factors:
-    """The leading `rank` factors, from `previous` ones or from Gaussian columns drawn on the CPU.
+    """The leading `rank` factors. The iteration starts from `previous` ones, or from Gaussian columns drawn on the CPU.
 
-    Where the smaller side is small, or `depth` Krylov blocks would span half of it, all of the spectrum costs no more.
+    If the smaller side is small, or `depth` Krylov blocks would span half of it, the whole spectrum costs no more, and
+    is computed instead.
     """
     width = max(rank, _NARROWEST)
     if min(residual.shape) <= max(_SMALL, 2 * depth * width):
@@ -112,5 +117,5 @@ def factorize(
 def _leading(left: torch.Tensor, right: torch.Tensor, count: int) -> Factors:
     """The leading singular directions of E within an orthonormal basis `left`, where right = leftᵀ E."""
     energy, vectors = torch.linalg.eigh((right @ right.T).double())
-    turn = vectors[:, -count:].flip(1).to(left.dtype)  # eigh's order is rising
+    turn = vectors[:, -count:].flip(1).to(left.dtype)  # eigh sorts in rising order
     return Factors(left @ turn, turn.T @ right, energy[-count:].flip(0).clamp(min=0).sqrt())

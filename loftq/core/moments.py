@@ -1,14 +1,15 @@
-"""Second moments of a linear's inputs: what calibrated quantization knows of its data.
+"""Second moments of a linear's inputs: the statistics of the data that calibrated quantization uses.
 
-For y = W x with W (out, in), and x over n calibration tokens,
+For y = W x with W (out, in), and x over n calibration tokens, the output error of a layer depends on the data only
+through
 
-    H = 1/n · Σ x xᵀ        (in, in)
+    H = 1/n · Σ x xᵀ        (in, in),
 
-is all that the output error of a layer depends on: E‖(W − Q) x‖² = tr((W − Q) H (W − Q)ᵀ) (arXiv 2410.06040, eq. 9;
-GPTQ's Hessian, arXiv 2210.17323, is 2 n H). Products are float32, their sum over batches float64.
+since E‖(W − Q) x‖² = tr((W − Q) H (W − Q)ᵀ) (arXiv 2410.06040, eq. 9; GPTQ's Hessian, arXiv 2210.17323, is 2 n H).
+Products are float32, their sum over batches is float64.
 
-H is symmetric: of each panel of rows only what lies on and right of the diagonal's block is computed and kept,
-hardly more than half of the work and of the memory.
+H is symmetric, so each panel of rows is computed and stored only from the block on its diagonal to the right: this
+takes little more than half of the work and of the memory.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Self
 
 import torch
 
-PANEL = 512  # rows that are computed at a time: below, matrix products get slower
+PANEL = 512  # rows that are computed at a time: with fewer rows, matrix products get slower
 
 
 class Moment:
@@ -41,21 +42,21 @@ class Moment:
         self.count += len(x)
 
     def merge(self, other: Moment) -> Self:
-        """Add another's sum."""
+        """Add the sum of another moment."""
         for panel, more in zip(self.panels, other.panels, strict=True):
             panel += more
         self.count += other.count
         return self
 
     def merge_mean(self, panels: Sequence[torch.Tensor], count: int) -> Self:
-        """Add a sum that is known by its mean."""
+        """Add the sum over `count` vectors whose mean is given, by panels."""
         for panel, mean in zip(self.panels, panels, strict=True):
             panel.add_(mean.to(panel.device), alpha=count)
         self.count += count
         return self
 
     def mean(self) -> list[torch.Tensor]:
-        """H by panels, float32 on the CPU."""
+        """The panels of H, float32 on the CPU."""
         return [(panel / self.count).float().cpu() for panel in self.panels]
 
 

@@ -16,16 +16,16 @@ WIDTHS = range(1, 9)
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes that `count` codes take."""
+    """Number of bytes that `count` codes take. Raises OptionError for a width that is not in `WIDTHS`."""
     if bits not in WIDTHS:
-        raise OptionError(f"codes of {bits} bits cannot be packed (known: {WIDTHS[0]} to {WIDTHS[-1]})")
+        raise OptionError(f"codes of {bits} bits cannot be packed: use {WIDTHS[0]} to {WIDTHS[-1]}")
     return -(-count * bits // 8)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes uint8 (n,), each below 2**bits, as a stream: uint8 (packed_size(n, bits),)."""
+    """Pack codes uint8 (n,), each below 2**bits, into a stream: uint8 (packed_size(n, bits),)."""
     size = packed_size(len(codes), bits)
-    group, wide = _group(bits)  # the fewest codes that fill whole bytes, and how many
+    group, wide = _group(bits)  # the fewest codes that fill whole bytes, and the number of these bytes
     padded = torch.nn.functional.pad(codes, (0, -len(codes) % group)).view(-1, group)
     words = torch.zeros(len(padded), dtype=_word(wide), device=codes.device)
     for i in range(group):
@@ -55,10 +55,10 @@ def _word(wide: int) -> torch.dtype:
 
 
 def paired(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes as the solver leaves them, from codes one a byte."""
+    """Put codes that take a byte each into the solver's form: codes of at most 4 bits two in a byte, first one high."""
     return codes if bits > 4 else (codes[::2] << 4) | codes[1::2]
 
 
 def single(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes one a byte, from how the solver leaves them: of at most 4 bits two a byte, the first in the high half."""
+    """Put codes in the solver's form (`paired`) into a byte each."""
     return codes if bits > 4 else torch.stack([codes >> 4, codes & 15], dim=1).view(-1)

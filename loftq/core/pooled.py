@@ -1,16 +1,16 @@
-"""QA-LoRA (arXiv 2309.14717): an adapter on pooled inputs, which folds into the zero-points of a group-wise backbone.
+"""QA-LoRA (arXiv 2309.14717): an adapter on pooled inputs, which can be merged into the zero-points of a backbone.
 
-With pools of p consecutive inputs, L = in / p of them, peft's forward adds
+With L = in / p pools of p consecutive inputs, peft's forward adds
 
     s · (L · mean_pool(x)) Aᵀ Bᵀ,   A (r, L), B (out, r),   so   ΔW[o, i] = C[o, i div p],   C = s · (L / p) · B A.
 
-(The paper's factor is 1, its authors' code has 1 / p: peft's L / p is the one that stock loaders apply.) ΔW is
-constant within a pool. Where a pool is made of whole quantization groups with W~ = scale · level + shift,
+(The paper's factor is 1, and its authors' code has 1 / p; stock loaders apply peft's L / p.) ΔW is constant within a
+pool. If a pool consists of whole quantization groups with W~ = scale · level + shift,
 
     shift' = shift + C
 
-is an exact merge: codes and scales stay. As a plain LoRA, the same adapter is A_full = (L / p) · A with each column
-repeated p times.
+is an exact merge: codes and scales do not change. The same adapter as a plain LoRA is A_full = (L / p) · A with each
+column repeated p times.
 """
 
 from __future__ import annotations
@@ -24,38 +24,44 @@ from loftq.errors import OptionError
 
 
 def factor(columns: int, pool: int) -> float:
-    """L / p: what peft's forward puts before B A, beside the scaling, for an input of `columns`."""
+    """L / p, the factor that peft's forward applies to B A besides the scaling, for `columns` inputs."""
     return columns / pool / pool
 
 
 def correction(a: torch.Tensor, b: torch.Tensor, scaling: float, pool: int) -> torch.Tensor:
-    """C (out, L), what an adapter A (r, L), B (out, r) adds to the weights of each pool."""
+    """C (out, L), the number that an adapter A (r, L), B (out, r) adds to each weight of a pool."""
     return scaling * factor(a.shape[1] * pool, pool) * (b @ a)
 
 
 def spread(pooled: torch.Tensor, pool: int) -> torch.Tensor:
-    """ΔW (out, in) of C (out, L)."""
+    """ΔW (out, in) from C (out, L): each column repeated for the inputs of its pool."""
     return pooled.repeat_interleave(pool, dim=1)
 
 
 def delta(a: torch.Tensor, b: torch.Tensor, scaling: float, pool: int | None) -> torch.Tensor:
-    """ΔW (out, in), what an adapter adds to a weight: on inputs pooled by `pool`, or a plain LoRA."""
+    """ΔW (out, in), which an adapter adds to a weight: a QA-LoRA with pools of `pool` inputs, a plain LoRA for None."""
     return scaling * (b @ a) if pool is None else spread(correction(a, b, scaling, pool), pool)
 
 
 def plain_lora(a: torch.Tensor, pool: int) -> torch.Tensor:
-    """The A (r, in) with which a plain LoRA of the same B and scaling computes the same as A (r, L) does pooled."""
+    """The A (r, in) of the plain LoRA, with the same B and scaling, that computes the same as A (r, L) on pools."""
     return spread(a * factor(a.shape[1] * pool, pool), pool)
 
 
 def merge_correction(weight: AffineWeight, pooled: torch.Tensor) -> AffineWeight:
-    """The weight with C (out, L) in its shifts, codes and scales as they are. A pool must be whole groups."""
+    """Add C (out, L) to a weight's shifts; codes and scales do not change.
+
+    Raises OptionError unless a pool consists of whole groups.
+    """
     return replace(weight, shifts=merge_shifts(weight.shifts, pooled))
 
 
 def merge_shifts(shifts: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-    """Shifts (out, groups) with C (out, L) in them."""
+    """Add C (out, L) to shifts (out, groups). Raises OptionError unless a pool consists of whole groups."""
     groups, pools = shifts.shape[1], pooled.shape[1]
     if groups % pools:
-        raise OptionError(f"{pools} pools are not made of whole groups, of which there are {groups}")
+        raise OptionError(
+            f"{pools} pools are not made of whole groups, since there are {groups} groups: "
+            "the number of groups must be a multiple of the number of pools"
+        )
     return shifts + spread(pooled.to(shifts.dtype), groups // pools)

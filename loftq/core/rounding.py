@@ -1,25 +1,27 @@
-"""Rounding that knows the second moment of a layer's inputs, on a grid whose scales stay.
+"""Rounding that uses the second moment of a layer's inputs, under scales that stay as they are.
 
-With H the mean of x xᵀ (in, in), the outputs of W (out, in) and of its rounding Q differ by tr(E H Eᵀ), E = W − Q.
-Columns are rounded in their order, each from where the errors of the others want it:
+With H the mean of x xᵀ (in, in), the squared difference between the outputs of W (out, in) and of its rounding Q is
+tr(E H Eᵀ), E = W − Q. Columns are rounded one after the other. Each is first shifted to make up for the errors of the
+others:
 
     x_j = W_j + Σ_i E_i C_ij,      Q_j = the level nearest to x_j,      E_j = W_j − Q_j.
 
 Error feedback (GPTQ, arXiv 2210.17323). With H = U D Uᵀ, U unit upper triangular, the error is Σ_j D_j (x_j − Q_j)²
-for C = U − I: each column repays what those before it owe. GPTQ writes the same through the Cholesky factor of H⁻¹,
-whose rows are those of U⁻¹ but for their length (arXiv 2307.13304, theorem 6); U itself needs no inverse of H.
+for C = U − I: each column makes up for the errors of those before it. GPTQ computes the same from the Cholesky factor
+of H⁻¹, whose rows are those of U⁻¹ up to their length (arXiv 2307.13304, theorem 6); U itself needs no inverse of H.
 
-Descent. With C_ij = H_ij / H_jj but for C_jj = 0, x_j is where the error as a function of column j alone is least,
-given all the others as they stand: no step makes the error larger.
+Descent. With C_ij = H_ij / H_jj and C_jj = 0, x_j is where the error, as a function of column j alone, is least while
+all other columns stay as they are: no step makes the error larger.
 
-Directions V (in, r) that an adapter will correct: for the best B, E − B Vᵀ costs tr(E S Eᵀ) with
+Directions V (in, r) that an adapter will correct. With the best B, the error of E − B Vᵀ is tr(E S Eᵀ), where
 
     S = H − H V (Vᵀ H V + λ I)⁻¹ Vᵀ H,      λ = 0.01 · mean(diag H), V orthonormal,
 
 so feedback under S is feedback under [[H, HV], [VᵀH, VᵀHV + λI]] with r last columns that are never rounded.
 
-Columns go in panels: what a panel owes to columns outside is one product, what lies within goes column by column, on
-the CPU in a compiled loop (`kernels.rounding`), on a GPU in a kernel (`kernels.gpu_rounding`). Rows do not meet.
+Columns are processed in panels. One matrix product carries the errors of other columns into a panel; within the panel,
+columns follow one another in a compiled loop on the CPU (`kernels.rounding`) and in a kernel on a GPU
+(`kernels.gpu_rounding`). Rows do not depend on each other.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ from loftq.core.packing import paired
 from loftq.core.scales import Scales
 from loftq.errors import OptionError
 
-_PANEL = 128  # columns
-_DAMPING = 0.01  # of directions that an adapter will correct
+_PANEL = 128  # columns in a panel
+_DAMPING = 0.01  # λ relative to the mean of diag H, for directions that an adapter will correct
 
 
 def feedback(
@@ -46,9 +48,9 @@ def feedback(
     moment: torch.Tensor,
     directions: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Codes of `weight` (out, in), float32, by error feedback under `scales`; as `quantizer.encode` gives them.
+    """Codes of `weight` (out, in), float32, by error feedback under `scales`, in the form of `quantizer.encode`.
 
-    `moment` is H (in, in), symmetric and positive definite (damped); of `directions` (in, r) only the span counts.
+    `moment` is H (in, in), symmetric and positive definite (damped). Only the span of `directions` (in, r) matters.
     Raises OptionError where H is not positive definite.
     """
     metric = moment.double() if directions is None else _relieved(moment.double(), directions.double())
@@ -65,7 +67,7 @@ def descend(
     moment: torch.Tensor,
     rounds: int = 1,
 ) -> torch.Tensor:
-    """Codes that come nearer to `target` (out, in) than `codes`, by `rounds` of coordinate descent under `scales`.
+    """Improve `codes` of `target` (out, in) by `rounds` passes of coordinate descent under `scales`: the new codes.
 
     `moment` is H (in, in), symmetric with a diagonal above 0.
     """
@@ -77,7 +79,7 @@ def descend(
 
 
 def output_squared_norm(error: torch.Tensor, moment: torch.Tensor) -> float:
-    """tr(E H Eᵀ) of E (out, in), with products in H's dtype, summed in float64."""
+    """tr(E H Eᵀ) of E (out, in), with products in H's dtype and their sum in float64."""
     total = 0.0
     for rows in torch.split(error, max(dispatch.CHUNK // error.shape[1], 1)):
         rows = rows.to(moment.dtype)
@@ -87,16 +89,16 @@ def output_squared_norm(error: torch.Tensor, moment: torch.Tensor) -> float:
 
 def _relieved(moment: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     basis, _ = torch.linalg.qr(directions)
-    seen = basis.T @ moment  # (r, in)
-    inner = seen @ basis
+    projected = basis.T @ moment  # (r, in)
+    inner = projected @ basis
     inner.diagonal().add_(_DAMPING * moment.diagonal().mean())
-    half = torch.linalg.solve_triangular(_cholesky(inner), seen, upper=False)
+    half = torch.linalg.solve_triangular(_cholesky(inner), projected, upper=False)
     relieved: torch.Tensor = moment - half.T @ half
     return relieved
 
 
 def _repayments(moment: torch.Tensor) -> torch.Tensor:
-    """U − I of H = U D Uᵀ: float32. Cholesky's factor is lower: that of H turned round, turned back."""
+    """U − I for H = U D Uᵀ: float32. Cholesky's factor is lower triangular, so H is reversed before and U after."""
     root = _cholesky(moment.flip(0, 1)).flip(0, 1)
     return root.div_(root.diagonal().clone()).float().triu_(1)
 
@@ -105,7 +107,7 @@ def _cholesky(matrix: torch.Tensor) -> torch.Tensor:
     lower: torch.Tensor
     lower, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed):
-        raise OptionError(f"the second moment {tuple(matrix.shape)} is not positive definite: damp it more")
+        raise OptionError(f"the second moment {tuple(matrix.shape)} is not positive definite: add more damping to it")
     return lower
 
 
@@ -118,7 +120,10 @@ def _round(
     *,
     triangular: bool,
 ) -> torch.Tensor:
-    """One pass over all columns. `errors` (in, out), those of the codes so far (or zeros), become those of the new."""
+    """Round all columns once and return their codes.
+
+    `errors` (in, out) are those of the codes before (or zeros), and become those of the new codes.
+    """
     columns = errors.shape[0]
     levels = Levels.of(quantizer.levels)
     codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
@@ -126,13 +131,13 @@ def _round(
     for start in range(0, columns, _PANEL):
         panel = slice(start, min(start + _PANEL, columns))
         goal = target[:, panel].T.contiguous()  # (width, out)
-        known = start if triangular else columns  # errors further on are zero yet
-        x = torch.addmm(goal, coefficients[:known, panel].T, errors[:known])
+        sources = start if triangular else columns  # under feedback, the errors from here on are still zero
+        x = torch.addmm(goal, coefficients[:sources, panel].T, errors[:sources])
         within = coefficients[panel, panel]
-        found = loop(
+        panel_codes = loop(
             x, goal, errors[panel], within, levels, scales.values, scales.offsets, start, columns, quantizer.block_size
         )
-        codes[:, panel] = found.T
+        codes[:, panel] = panel_codes.T
     return paired(codes.view(-1), levels.bits)
 
 
@@ -158,10 +163,11 @@ def sweep_columns(
     columns: int,
     block: int,
 ) -> torch.Tensor:
-    """Round a panel of columns one by one: codes uint8 (width, out).
+    """Round a panel of columns one by one, and return their codes: uint8 (width, out).
 
-    `x` (width, out) is where errors outside the panel, and those that columns of it had, want its columns;
-    `coefficients` (width, width) are its own. `start` of `columns` is its first. Changes `errors` (width, out), and x.
+    `x` (width, out) are the panel's columns, shifted for the errors of all columns before this call; `coefficients`
+    (width, width) are those within the panel. The panel begins at column `start` of `columns`. Changes `errors`
+    (width, out) and x.
     """
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     table = levels.values.to(x.device)

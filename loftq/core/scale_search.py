@@ -1,13 +1,13 @@
-"""Scales by search: those under which a block's own rounding leaves the least weighted error.
+"""Search for the scales under which rounding each block to the nearest levels leaves the least weighted error.
 
-A scale that reaches a block's largest magnitude spends levels on one value. For each block the search takes, of the
-factors f from 0.4 to 1.05 in steps of 0.025, the one that leaves the least of
+A scale that reaches a block's largest magnitude spends levels on a single value. The search tries the factors f from
+0.4 to 1.05 in steps of 0.025 for each block, and takes the one that minimizes
 
-    Σ_j h_j (w_j − q(w_j; f · extent))²,      h = diag H (in,) for H the mean of x xᵀ, or 1,
+    Σ_j h_j (w_j − q(w_j; f · extent))²,      h = diag H (in,) where H is the mean of x xᵀ, or h = 1,
 
-with q under scales and zero-points as they are stored (the search for clipped ranges of GPTQ's authors and of AWQ,
-arXiv 2306.00978, section 4). f = 1 is among the factors, so no block is worse for it; double quantization, in
-which blocks depend on each other, rounds what was chosen.
+where q rounds under scales and zero-points as they are stored (this is the search for clipped ranges of GPTQ's authors
+and of AWQ, arXiv 2306.00978, section 4). f = 1 is among the factors, so the search makes no block worse. Double
+quantization, under which blocks depend on each other, is applied after the search, to the scales that it chose.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from loftq.core.kernels.compiled import TILE, TINY, flat, for_block, over_blocks
 from loftq.core.kernels.nearest import Levels, nearest
 from loftq.core.scales import Scales
 
-FACTORS = tuple(n / 40 for n in sorted(range(16, 43), key=lambda n: abs(n - 40)))  # of equals the nearest to 1 wins
+FACTORS = tuple(n / 40 for n in sorted(range(16, 43), key=lambda n: abs(n - 40)))  # on a tie the nearest to 1 wins
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
 def search(weight: torch.Tensor, quantizer: Quantizer, importance: torch.Tensor | None = None) -> Scales:
-    """Scales of `weight` (out, in), float32, as they will be read back; `importance` is h (in,), 0 or above."""
+    """Scales of `weight` (out, in), float32, as they will be read back; `importance` is h (in,), at least 0."""
     extent = quantizer.extent(weight)
     measure = _compiled if dispatch.on_cpu(weight) else _torch
     levels = Levels.of(quantizer.levels)
@@ -35,15 +35,15 @@ def search(weight: torch.Tensor, quantizer: Quantizer, importance: torch.Tensor 
     block = quantizer.block_size
     step = dispatch.step(block)
     factors = torch.tensor(FACTORS, device=weight.device)
-    found = []
+    best_factors = []
     for part in range(0, weight.numel(), step):
         values = weight.view(-1)[part : part + step]
         reach = extent[..., part // block : (part + step) // block]
         candidates = [quantizer.covering(reach, factor, nested=False) for factor in factors]
         scales = torch.stack([each.values for each in candidates])  # (factors, blocks)
         shifts = torch.stack([each.offsets for each in candidates])
-        found.append(measure(values, importance.float(), part, levels, scales, shifts))
-    return quantizer.covering(extent, factors[torch.cat(found)])
+        best_factors.append(measure(values, importance.float(), part, levels, scales, shifts))
+    return quantizer.covering(extent, factors[torch.cat(best_factors)])
 
 
 def _torch(
@@ -54,9 +54,9 @@ def _torch(
     scales: torch.Tensor,
     shifts: torch.Tensor,
 ) -> torch.Tensor:
-    """The best row of `scales` and `shifts` (factors, blocks) for each block: int64 (blocks,).
+    """Index of the best row of `scales` and `shifts` (factors, blocks) for each block: int64 (blocks,).
 
-    `values` are those from `start` of a weight that has `importance` (in,) for each row.
+    `values` are the part of a weight that begins at value `start`; `importance` (in,) holds for each of its rows.
     """
     blocks = values.view(scales.shape[1], -1)  # (blocks, block_size)
     at = torch.arange(start, start + values.numel(), device=values.device) % len(importance)
@@ -81,9 +81,9 @@ def _compiled(
     best = torch.zeros(scales.shape[1], dtype=torch.int64)
     block = values.numel() // len(best)
     boundaries, table, _ = levels.arrays()
-    given = (flat(values), flat(importance), start, scales.numpy(), shifts.numpy(), boundaries, table, flat(best))
+    arrays = (flat(values), flat(importance), start, scales.numpy(), shifts.numpy(), boundaries, table, flat(best))
     loop = for_block(_search, block)
-    over_blocks(len(best), block, lambda first, last: loop(*given, first, last))
+    over_blocks(len(best), block, lambda first, last: loop(*arrays, first, last))
     return best
 
 
@@ -112,11 +112,11 @@ def _search(  # type: ignore[no-untyped-def]
             nearest(unit[:n], boundaries, levels, low, high, rounded[:n])
             for b in range(tile, end):
                 at = slice((b - tile) * block, (b - tile + 1) * block)
-                values, kept, heavy = x[b * block : (b + 1) * block], rounded[at], weights[at]
+                values, level, weight = x[b * block : (b + 1) * block], rounded[at], weights[at]
                 scale, shift = scales[f, b], shifts[f, b]
                 total = _ZERO
                 for j in range(block):
-                    error = values[j] - (kept[j] * scale + shift)
-                    total += heavy[j] * error * error
+                    error = values[j] - (level[j] * scale + shift)
+                    total += weight[j] * error * error
                 if total < least[b - tile]:
                     least[b - tile], best[b] = total, f

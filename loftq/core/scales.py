@@ -1,6 +1,6 @@
-"""Scales as they are stored, so that codes are chosen under what will be read back.
+"""Scales as they are stored and read back, so that codes are chosen under the values that a reader will use.
 
-In float32 or float16, or with double quantization (QLoRA, arXiv 2305.14314, section 3) in 8 bits:
+Scales are stored in float32 or float16, or with double quantization (QLoRA, arXiv 2305.14314, section 3) in 8 bits:
 
     scale~ = dynamic_map[c] * absmax_of_256(scale − mean) + mean.
 """
@@ -18,14 +18,14 @@ SCALE_BLOCK = 256  # scales that share one float32 under double quantization, as
 
 @dataclass(frozen=True)
 class NestedScales:
-    """Scales stored in 8 bits: codes uint8 (blocks,), absmax float32 (blocks / 256 rounded up,), offset."""
+    """Scales stored in 8 bits: codes uint8 (blocks,), absmax float32 (blocks / 256 rounded up,), and the mean."""
 
     codes: torch.Tensor
     absmax: torch.Tensor
-    offset: float
+    offset: float  # the mean, which was subtracted before scales were rounded
 
     def decode(self) -> torch.Tensor:
-        """The float32 scales that a reader of the codes obtains, in bitsandbytes' order of operations."""
+        """The float32 scales that a reader of the codes gets, computed in bitsandbytes' order of operations."""
         levels = dynamic_map().to(self.codes.device)[self.codes.int()]
         spread = self.absmax.repeat_interleave(SCALE_BLOCK)[: len(levels)]
         return levels * spread + self.offset
@@ -33,10 +33,11 @@ class NestedScales:
 
 @dataclass(frozen=True)
 class Scales:
-    """What a reader of a weight's blocks will see: float32 (blocks,) each.
+    """Scales and zero-points of a weight's blocks as a reader will get them: (blocks,) each.
 
-    `nested` is the 8-bit form of the scales where there is one. Integers in groups may have zero-points too:
-    `shifts` is what is added to level times scale, and `zeros` uint8 the zero-points where those are whole numbers.
+    `values` are the scales in float32, and `nested` their 8-bit form if they are doubly quantized. Groups of integers
+    may also have zero-points: `shifts` float32 are added to level times scale, and `zeros` uint8 are the zero-points
+    themselves if they are whole numbers.
     """
 
     values: torch.Tensor
@@ -46,15 +47,15 @@ class Scales:
 
     @property
     def offsets(self) -> torch.Tensor:
-        """The shifts; zeros where there are none."""
+        """The shifts, or zeros if there are none."""
         return torch.zeros_like(self.values) if self.shifts is None else self.shifts
 
 
-Solved = tuple[torch.Tensor, Scales]  # a weight's codes, as the solver leaves them, and its scales
+Solved = tuple[torch.Tensor, Scales]  # a weight's codes, in the solver's form, and its scales
 
 
 def stored_scales(exact: torch.Tensor, dtype: torch.dtype, double_quant: bool) -> Scales:
-    """Scales float32 (blocks,) as their stored form gives them back."""
+    """Scales float32 (blocks,) as they are read back from their stored form."""
     if double_quant:
         nested = encode_scales(exact)
         return Scales(nested.decode(), nested)
@@ -62,7 +63,7 @@ def stored_scales(exact: torch.Tensor, dtype: torch.dtype, double_quant: bool) -
 
 
 def representable(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Numbers, 0 or above, as a dtype gives them back: only a zero becomes zero, and none becomes infinite."""
+    """Numbers of at least 0 as they are read back from a dtype: only zeros become zero, and none becomes infinite."""
     if dtype == torch.float32:
         return exact
     kind = torch.finfo(dtype)
@@ -70,9 +71,9 @@ def representable(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def encode_scales(scales: torch.Tensor) -> NestedScales:
-    """Double quantization of scales float32 (blocks,)."""
+    """Quantize scales float32 (blocks,) to 8 bits (double quantization)."""
     table = dynamic_map().to(scales.device)
-    offset = scales.double().mean().float()  # in float32 its last bits would depend on the threads
+    offset = scales.double().mean().float()  # in float32 its last bits would depend on the number of threads
     centered = torch.nn.functional.pad(scales - offset, (0, -len(scales) % SCALE_BLOCK))
     groups = centered.view(-1, SCALE_BLOCK)  # (ceil(blocks / 256), 256)
     absmax = groups.abs().amax(dim=1)

@@ -1,7 +1,7 @@
 """The adapter folder as peft reads it: `adapter_config.json` and `adapter_model.safetensors`.
 
-Only fields that every peft since 0.10 knows are written: older releases refuse what they do not know.
-`init_lora_weights` is true, because any other value makes peft initialize again on load, and
+Only fields that every peft since 0.10 supports are written, because older releases refuse unknown fields.
+`init_lora_weights` is true, because any other value makes peft initialize the adapter again when it is loaded.
 `loftq_config` is an empty object, because null has crashed loaders.
 """
 
@@ -23,11 +23,11 @@ from loftq.formats.checkpoint import TensorSpec
 FOLDER = "loftq_init"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # peft's name for the model within its own
+_PREFIX = "base_model.model."  # peft's name for the wrapped model
 
 
 def scaling(alpha: float, rank: int, rslora: bool) -> float:
-    """The factor that peft puts before B·A: alpha / r, or alpha / sqrt(r) with rank-stabilized LoRA."""
+    """The factor by which peft multiplies B·A: alpha / r, or alpha / sqrt(r) with rank-stabilized LoRA."""
     return alpha / (rank**0.5 if rslora else rank)
 
 
@@ -37,17 +37,17 @@ def keys(module: str) -> tuple[str, str]:
 
 
 def key_of(parameter: str) -> str:
-    """The name in the adapter's file of a parameter that is saved beside the factors: a head's."""
+    """The name in the adapter's file of a parameter that is saved beside the factors, such as a head's."""
     return f"{_PREFIX}{parameter}"
 
 
 def is_key(name: str) -> bool:
-    """Whether a name is one of the adapter's file."""
+    """Whether a name has the form of the names in the adapter's file."""
     return name.startswith(_PREFIX)
 
 
 def specs(module: str, shape: Sequence[int], rank: int, pool_size: int | None = None) -> list[TensorSpec]:
-    """A (rank, in), or of QA-LoRA (rank, in / pool), and B (out, rank), in float32, in which peft trains them."""
+    """A (rank, in), for QA-LoRA (rank, in / pool), and B (out, rank), in float32, in which peft trains them."""
     a, b = keys(module)
     inputs = shape[1] // (pool_size or 1)
     return [TensorSpec(a, torch.float32, (rank, inputs)), TensorSpec(b, torch.float32, (shape[0], rank))]
@@ -65,7 +65,7 @@ def config_text(
     modules_to_save: Sequence[str] = (),
     pool_size: int | None = None,
 ) -> str:
-    """`adapter_config.json`; of QA-LoRA, which peft has since 0.18, where there is a pool size."""
+    """The text of `adapter_config.json`. With a pool size it is that of a QA-LoRA, which peft supports since 0.18."""
     config: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -88,27 +88,27 @@ def config_text(
 
 
 def target_names(targets: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """The shortest list with which peft finds `targets`, and nothing else, among a model's `modules`.
+    """The shortest list of names with which peft finds exactly the `targets` among the `modules` of a model.
 
-    Last components (`q_proj`) where they are unambiguous, full names otherwise. peft takes a name for the end of
-    others too: OptionError where even the full ones reach more than they name.
+    The list has last components (`q_proj`) if they are unambiguous, full names otherwise. peft also matches modules
+    whose name ends with a listed name. Raises OptionError if even the full names match other modules.
     """
-    wanted, existing = set(targets), list(modules)
-    suffixes = {name.rpartition(".")[2] for name in wanted}
-    for names in (suffixes, wanted):
+    target_set, existing = set(targets), list(modules)
+    suffixes = {name.rpartition(".")[2] for name in target_set}
+    for names in (suffixes, target_set):
         ends = tuple(f".{name}" for name in names)
-        more = {name for name in existing if name in names or name.endswith(ends)} - wanted
-        if not more:
+        unwanted = {name for name in existing if name in names or name.endswith(ends)} - target_set
+        if not unwanted:
             return sorted(names)
     raise OptionError(
-        f"peft cannot adapt the targets without {sorted(more)[0]!r}, which ends with the name of one of them: "
+        f"peft cannot adapt the targets without {sorted(unwanted)[0]!r}, which ends with the name of a target: "
         "target both or neither"
     )
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's folder: its configuration, and the shapes of its tensors by name."""
+    """The folder of an adapter: its configuration, and the shapes of its tensors by name."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -116,34 +116,34 @@ class Adapter:
 
     @property
     def kind(self) -> str:
-        """What sort of adapter it is, for a person."""
+        """The kind of adapter, in words for a person."""
         if self.config.get("peft_type") != "LORA":
             return str(self.config.get("peft_type"))
         return "plain LoRA" if self.pool_size is None else f"QA-LoRA (pools of {self.pool_size})"
 
     @property
     def pool_size(self) -> int | None:
-        """The inputs that QA-LoRA pools; None for a plain LoRA."""
+        """Number of inputs in a pool of QA-LoRA; None for a plain LoRA."""
         return int(self.config["qalora_group_size"]) if self.config.get("use_qalora") else None
 
     @property
     def scaling(self) -> float:
-        """The factor before B·A."""
+        """The factor by which B·A is multiplied."""
         return scaling(self.config["lora_alpha"], self.config["r"], bool(self.config.get("use_rslora")))
 
     @cached_property
     def modules(self) -> list[str]:
-        """The modules that have factors, by their names in the model."""
+        """The names in the model of the modules that have factors."""
         end = ".lora_A.weight"
         return [name.removeprefix(_PREFIX).removesuffix(end) for name in self.shapes if name.endswith(end)]
 
     @cached_property
     def saved(self) -> dict[str, str]:
-        """Parameters that are saved whole beside the factors, a head's: their names in the model, and in the file."""
+        """Parameters that are saved in full beside the factors (a head): name in the model to name in the file."""
         return {name.removeprefix(_PREFIX): name for name in self.shapes if ".lora_" not in name}
 
     def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (rank, in), pooled inputs in QA-LoRA, and B (out, rank) of a module: float32."""
+        """A (rank, in), for QA-LoRA (rank, in / pool), and B (out, rank) of a module: float32."""
         a, b = (self.read(key).float() for key in keys(module))
         return a, b
 
@@ -155,27 +155,29 @@ class Adapter:
                 tensor: torch.Tensor = file.get_tensor(name)
                 return tensor
         except (SafetensorError, OSError) as error:
-            raise ArtifactError(f"cannot read tensor {name!r} of {path}: {error}") from error
+            raise ArtifactError(
+                f"cannot read tensor {name!r} of {path} ({error}): copy or download the adapter again"
+            ) from error
 
 
 def open_adapter(folder: Path) -> Adapter:
-    """Open a peft adapter's folder. Raises ArtifactError where it is none, or damaged."""
+    """Open the folder of a peft adapter. Raises ArtifactError if it is not one, or is damaged."""
     config = read_config(folder)
     path = folder / WEIGHTS
     try:
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
+        raise ArtifactError(f"{path} cannot be read ({error}): copy or download the adapter again") from error
     return Adapter(folder, config, shapes)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration in a peft adapter's folder. Raises ArtifactError where there is none, or it is damaged."""
+    """The configuration in the folder of a peft adapter. Raises ArtifactError if it is missing or damaged."""
     path = folder / CONFIG
     if not path.is_file():
         raise ArtifactError(f"{folder} holds no {CONFIG}: expected the folder of a peft adapter")
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise ArtifactError(f"{path} is not valid JSON: {error}") from error
+        raise ArtifactError(f"{path} is not valid JSON ({error}): copy or download the adapter again") from error

@@ -1,9 +1,9 @@
-"""Safetensors checkpoints, one tensor at a time: a lazy reader, and a writer with a layout known beforehand.
+"""Safetensors checkpoints, one tensor at a time: a lazy reader, and a writer whose layout is planned in advance.
 
-The reader opens a shard for one tensor and closes it again, so that no more of the file than that tensor
-stays mapped. The writer knows every name, dtype and shape before the first byte: it lays out the shards,
-reserves their bytes on disk (a full disk is found out at once, not after an hour), and writes each tensor
-at its offset, in any order, from any thread, as often as it likes. Only headers are kept in memory.
+The reader opens a shard for one tensor and closes it again, so that only that tensor of the file stays mapped. The
+writer gets every name, dtype and shape before the first byte: it plans the shards and reserves their bytes on disk,
+so that a full disk is an error at the start and not after an hour. Then tensors can be written at their offsets in any
+order, from any thread, and more than once. Only headers are kept in memory.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def dtype_of(config: Mapping[str, object]) -> torch.dtype:
-    """In which a model computes, by its `config.json`: float16 where it does not say."""
-    found: torch.dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float16"))
-    return found
+    """The dtype in which a model computes, from its `config.json`; float16 if that has no dtype."""
+    dtype: torch.dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float16"))
+    return dtype
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a header says of a tensor."""
+    """The name, dtype and shape of a tensor, as in a header."""
 
     name: str
     dtype: torch.dtype
@@ -69,28 +69,28 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a checkpoint by name, from headers alone, and the file each lies in."""
+    """The tensors of a checkpoint by name, from its headers, and the file that holds each tensor."""
 
     folder: Path
     tensors: Mapping[str, TensorSpec]
     files: Mapping[str, str]
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor; its bytes stay mapped for as long as it lives."""
+        """Read a tensor. Its bytes of the file stay mapped as long as the tensor exists."""
         path = self.folder / self.files[name]
         try:
             with safe_open(path, "pt") as shard:
                 tensor: torch.Tensor = shard.get_tensor(name)
                 return tensor
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read tensor {name!r} of {path}: {error}") from error
+            raise CheckpointError(f"cannot read tensor {name!r} of {path} ({error}): download it again") from error
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Open a checkpoint folder: `model.safetensors`, or else the shards that its index names.
 
-    Raises CheckpointError where there are no safetensors, where the index names a shard or a tensor that
-    does not exist, and where a shard is truncated or damaged.
+    Raises CheckpointError if there are no safetensors files, if the index names a shard or a tensor that does not
+    exist, or if a shard is truncated or damaged.
     """
     index = folder / INDEX
     names = [path.name for path in folder.iterdir()]
@@ -100,7 +100,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     files: dict[str, str] = {}
     for file in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
         if not (folder / file).is_file():
-            raise CheckpointError(f"{index} names the shard {file!r}, which is not there: download it again")
+            raise CheckpointError(f"{index} names the shard {file!r}, which does not exist: download it again")
         for spec in read_header(folder / file):
             if weight_map is None or weight_map.get(spec.name) == file:
                 tensors[spec.name], files[spec.name] = spec, file
@@ -108,7 +108,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if missing and weight_map is not None:
         file = weight_map[missing[0]]
         raise CheckpointError(
-            f"{index} names the tensor {missing[0]!r}, which {file!r} does not hold: download both again"
+            f"{index} names the tensor {missing[0]!r}, which {file!r} does not contain: download both again"
         )
     return Checkpoint(folder, tensors, files)
 
@@ -120,24 +120,24 @@ def check_listing(where: Path | str, names: Collection[str]) -> None:
     pickled = sorted(name for name in names if re.search(r"\.(bin|pth?|ckpt)$", name))
     if pickled:
         raise CheckpointError(
-            f"{where} holds pickled weights only ({pickled[0]}), which are never read: they can run code. "
-            "Save the model with `save_pretrained(..., safe_serialization=True)` first"
+            f"{where} has only pickled weights ({pickled[0]}), which loftq never reads, because they can run code: "
+            "save the model with `save_pretrained(..., safe_serialization=True)` first"
         )
-    raise CheckpointError(f"{where} holds no {SINGLE} and no {INDEX}: expected a checkpoint in safetensors")
+    raise CheckpointError(f"{where} has no {SINGLE} and no {INDEX}: expected a checkpoint in safetensors format")
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """The file of each tensor, by the index of a sharded checkpoint. Raises CheckpointError."""
+    """The file of each tensor, from the index of a sharded checkpoint. Raises CheckpointError."""
     path = folder / INDEX
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         return {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a safetensors index: {error!r}: download it again") from error
+        raise CheckpointError(f"{path} is not a safetensors index ({error!r}): download it again") from error
 
 
 def read_header(path: Path) -> list[TensorSpec]:
-    """The tensors of one safetensors file. Raises CheckpointError where it is truncated or damaged."""
+    """The tensors of one safetensors file. Raises CheckpointError if it is truncated or damaged."""
     try:
         with safe_open(path, "pt") as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a mapping)
@@ -148,9 +148,9 @@ def read_header(path: Path) -> list[TensorSpec]:
 
 
 def spec_of(name: str, code: str, shape: Sequence[int], where: str) -> TensorSpec:
-    """A spec from a header's dtype code."""
+    """The spec of a tensor, from the dtype code in a header. Raises CheckpointError if torch lacks the dtype."""
     if code not in DTYPES:
-        raise CheckpointError(f"{where}: tensor {name!r} has dtype {code}, which torch cannot hold here")
+        raise CheckpointError(f"{where}: tensor {name!r} has dtype {code}: expected one of {', '.join(DTYPES)}")
     return TensorSpec(name, DTYPES[code], tuple(shape))
 
 
@@ -158,7 +158,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of a size as transformers writes it: `5GB`, `500MB`, `2GiB`, or a number."""
+    """The bytes of a size, which is written as in transformers: `5GB`, `500MB`, `2GiB`, or a number."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B?)\s*", str(text), re.IGNORECASE)
     size = int(float(match[1]) * _UNITS[match[2].upper()]) if match and match[2].upper() in _UNITS else 0
     if size < 1:
@@ -168,7 +168,7 @@ def parse_size(text: str | int) -> int:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file to be: its header, and where each tensor's bytes go."""
+    """A planned file: its header, and the offset of the bytes of each tensor."""
 
     file: str
     header: bytes
@@ -182,9 +182,9 @@ def lay_out(
     name: str = SINGLE,
     metadata: Mapping[str, str] | None = None,
 ) -> list[Shard]:
-    """Pack groups of tensors into shards of at most `max_bytes`; a group is never parted.
+    """Pack groups of tensors into shards of at most `max_bytes`. A group is never split.
 
-    One shard is called `name`; several are numbered as transformers numbers them.
+    A single shard is called `name`; several shards are numbered as in transformers.
     """
     shards: list[list[TensorSpec]] = [[]]
     filled = 0
@@ -205,7 +205,7 @@ def _lay_out_one(file: str, specs: Sequence[TensorSpec], metadata: Mapping[str, 
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offsets: dict[str, tuple[int, TensorSpec]] = {}
     at = 0
-    # Wide dtypes first, as safetensors itself does: every tensor is aligned to its item size.
+    # Wide dtypes come first, as in files that safetensors writes, so that every tensor is aligned to its item size.
     for spec in sorted(specs, key=lambda s: (-s.dtype.itemsize, s.name)):
         end = at + spec.nbytes
         header[spec.name] = {"dtype": _CODES[spec.dtype], "shape": spec.shape, "data_offsets": [at, end]}
@@ -218,7 +218,7 @@ def _lay_out_one(file: str, specs: Sequence[TensorSpec], metadata: Mapping[str, 
 
 
 class ShardWriter:
-    """Writes tensors into laid-out shards of a folder. Thread-safe; a context manager."""
+    """Writes tensors into the planned shards of a folder. It is thread-safe, and a context manager."""
 
     def __init__(self, folder: Path, shards: Iterable[Shard]) -> None:
         self._folder = folder
@@ -246,11 +246,11 @@ class ShardWriter:
             os.close(self._descriptors.popitem()[1])
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a tensor where the layout has it; it must be as the layout says."""
+        """Write a tensor at its planned offset. Raises CheckpointError if its dtype or shape is not the planned one."""
         shard, offset, spec = self._places[name]
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
             raise CheckpointError(
-                f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, planned {spec.dtype} {spec.shape}"
+                f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected {spec.dtype} {spec.shape}"
             )
         if tensor.numel():
             flat = tensor.detach().cpu().contiguous().view(-1)
@@ -271,7 +271,7 @@ def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def index_text(shards: Sequence[Shard]) -> str:
-    """The index of several shards, as transformers writes it."""
+    """The text of the index of several shards, as transformers writes it."""
     weight_map = {name: shard.file for shard in shards for name in shard.offsets}
     total = sum(spec.nbytes for shard in shards for _, spec in shard.offsets.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

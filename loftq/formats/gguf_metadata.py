@@ -1,13 +1,14 @@
-"""What a GGUF file says of a model: its architecture, hyperparameters and rotary embedding.
+"""The metadata of a model in a GGUF file: its architecture, hyperparameters and rotary embedding.
 
-A model type of transformers has a row in ARCHITECTURES if llama.cpp computes the same from the same tensors, renamed.
-Rotary scaling of type `linear` and `yarn` is stated; `llama3` is a tensor of divisors of the frequencies, one for
-each pair i of a head's d dimensions, of wavelength λ = 2π · theta^(2i/d) positions:
+A model type of transformers has a row in ARCHITECTURES if llama.cpp computes the same from the same tensors with other
+names. Rotary scaling of type `linear` and `yarn` is written as metadata. Scaling of type `llama3` is written as a
+tensor of divisors of the frequencies, one for each pair i of the d dimensions of a head, whose wavelength is
+λ = 2π · theta^(2i/d) positions:
 
     smooth  = (original / λ − low) / (high − low), between 0 and 1
     divisor = 1 / ((1 − smooth) / factor + smooth)
 
-Sliding windows are not stated: where one would begin, the context ends, so that within it nothing differs.
+Sliding windows are not written. Instead, the context length is limited to the window, within which nothing differs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _YARN_EXTRAS = ("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "be
 
 @dataclass(frozen=True)
 class Architecture:
-    """What llama.cpp calls a model, and whether its rotary embedding pairs neighbours rather than halves of a head."""
+    """A model type of llama.cpp, and whether its rotary embedding pairs neighbours instead of halves of a head."""
 
     name: str
     neighbours: bool = False
@@ -43,7 +44,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
-    """The row of a model by its `config.json`. Raises OptionError for one that has none."""
+    """The row of a model, from its `config.json`. Raises UnknownNameError if the model type has no row."""
     kind = str(config.get("model_type"))
     if kind not in ARCHITECTURES:
         raise UnknownNameError("model type for --to gguf-q4_1", kind, ARCHITECTURES)
@@ -51,24 +52,24 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def rotary_order(name: str, rows: int, config: Mapping[str, Any]) -> torch.Tensor | None:
-    """Which row of transformers' q_proj or k_proj each row of the file is; None for tensors that stay as they are.
+    """The row of transformers' q_proj or k_proj for each row of the file; None for tensors whose rows keep their order.
 
-    Within a head, rows 0, 1, …, d/2 − 1, d/2, … come in the order 0, d/2, 1, d/2 + 1, ….
+    Within a head, rows 0, 1, …, d/2 − 1, d/2, … are written in the order 0, d/2, 1, d/2 + 1, ….
     """
     heads = {".attn_q.": _heads(config), ".attn_k.": _key_heads(config)}
-    of_name = [count for part, count in heads.items() if part in name]
-    if not of_name or not architecture(config).neighbours:
+    counts = [count for part, count in heads.items() if part in name]
+    if not counts or not architecture(config).neighbours:
         return None
-    return torch.arange(rows).view(of_name[0], 2, -1).transpose(1, 2).reshape(-1)  # (heads, halves, pairs)
+    return torch.arange(rows).view(counts[0], 2, -1).transpose(1, 2).reshape(-1)  # (heads, halves, pairs)
 
 
 def add_metadata(writer: Any, config: Mapping[str, Any], name: str) -> None:
-    """State what both readers need to build the model."""
+    """Write the metadata that llama.cpp and transformers need to build the model."""
     import gguf
 
     head = _head_size(config)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name("Mistral" if name == "mistral" else name)  # that name makes transformers expect an architecture
+    writer.add_name("Mistral" if name == "mistral" else name)  # transformers takes "mistral" for an architecture
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(int(config["vocab_size"]))
@@ -86,14 +87,14 @@ def add_metadata(writer: Any, config: Mapping[str, Any], name: str) -> None:
 
 
 def rope_factors(config: Mapping[str, Any]) -> list[float] | None:
-    """What divides each rotary frequency, for scaling of type `llama3`. Raises OptionError for unknown types."""
+    """The divisors of the rotary frequencies for scaling of type `llama3`. Raises OptionError for unknown types."""
     rope = _rope(config)
     kind = _rope_type(rope)
     if kind not in ROPE_TYPES:
         raise UnknownNameError("rotary scaling for --to gguf-q4_1", kind, ROPE_TYPES)
     extras = [key for key in _YARN_EXTRAS if kind == "yarn" and rope.get(key) is not None]
     if extras:
-        raise OptionError(f"--to gguf-q4_1: rotary scaling with {extras[0]!r} has no place in it: use --to mlx")
+        raise OptionError(f"--to gguf-q4_1 cannot store rotary scaling with {extras[0]!r}: use --to mlx")
     if kind != "llama3":
         return None
     head, theta = _head_size(config), float(rope["rope_theta"])
@@ -122,10 +123,10 @@ def _add_rope(writer: Any, config: Mapping[str, Any]) -> None:
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary embedding, as transformers 5 writes it (`rope_parameters`) or as it was written before."""
-    stated = {"rope_theta": config.get("rope_theta")} | (config.get("rope_scaling") or {})
-    stated |= config.get("rope_parameters") or {}
-    return stated | {"rope_theta": stated["rope_theta"] or 10000.0}
+    """The settings of the rotary embedding, in the entry of transformers 5 (`rope_parameters`) or of older versions."""
+    rope = {"rope_theta": config.get("rope_theta")} | (config.get("rope_scaling") or {})
+    rope |= config.get("rope_parameters") or {}
+    return rope | {"rope_theta": rope["rope_theta"] or 10000.0}
 
 
 def _rope_type(rope: Mapping[str, Any]) -> str:

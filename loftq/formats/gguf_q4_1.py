@@ -54,7 +54,7 @@ class _Entry:
     shape: tuple[int, ...]
 
 
-def check(config: Mapping[str, Any], bits: int, group_size: int) -> None:
+def check_linears(config: Mapping[str, Any], bits: int, group_size: int) -> None:
     """Raise OptionError for a model or codes that have no place in this format, or where gguf is not installed."""
     if importlib.util.find_spec("gguf") is None:
         raise OptionError(f"{OPTION} needs the gguf package: pip install gguf")

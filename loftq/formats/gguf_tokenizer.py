@@ -1,15 +1,16 @@
-"""What a GGUF file says of a tokenizer, from its `tokenizer.json`: tokens, types, merges or scores, special ids.
+"""The metadata of a tokenizer in a GGUF file, from its `tokenizer.json`: tokens, types, merges or scores, special ids.
 
-Two kinds of byte-pair encoding are held, which the file calls after their first models:
+Two kinds of byte-pair encoding are supported. The file names them after the first models that had them:
 
-    gpt2    on bytes spelled as letters; merges as they are. How text is split before is a name that llama.cpp knows
-            (SPLITS), found by the regular expression.
+    gpt2    on bytes that are spelled as letters. The merges are copied. Before that, text is split in a way that has a
+            name in llama.cpp (SPLITS), which is looked up by the regular expression of the tokenizer.
     llama   on characters, with tokens for bytes (SentencePiece). A reader of the file joins any two tokens whose union
-            is one, the union with the highest score first: the score is minus the rank of the first merge that makes
-            it. That is the same if all such pairs are merges, and those that make one token follow each other: so it
-            is in what was converted from SentencePiece, and other tokenizers are refused.
+            is a token, and starts with the union of the highest score. The score is minus the rank of the first merge
+            that makes the token. The result is the same if all such pairs are merges, and if the merges that make the
+            same token follow each other. Tokenizers that were converted from SentencePiece fulfil that; others are
+            refused.
 
-The vocabulary is filled up to the rows of the embedding with tokens of type UNUSED.
+The vocabulary is filled up to the number of rows of the embedding with tokens of type UNUSED.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from typing import Any
 from loftq.errors import OptionError
 
 FILE = "tokenizer.json"
-SPACE = "▁"  # how SentencePiece spells a space
+SPACE = "▁"  # stands for a space in SentencePiece
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# How text is cut into words, by regular expressions in tokenizer.json; the first two are of the tokenizers library.
+# Names of ways to split text into words, by the regular expressions in tokenizer.json, or the types of its steps.
 SPLITS: Mapping[str, str] = {
     "ByteLevel": "gpt-2",
     "Digits ByteLevel": "smollm",
@@ -40,16 +41,16 @@ SPLITS: Mapping[str, str] = {
 
 
 def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
-    """State the tokenizer of a folder for a model of `vocab_size` tokens.
+    """Write the tokenizer of a folder for a model of `vocab_size` tokens.
 
-    Raises OptionError where there is no tokenizer.json, or one of another kind.
+    Raises OptionError if there is no tokenizer.json, or if its kind is not supported.
     """
     import gguf
 
     file = folder / FILE
     if not file.is_file():
         raise OptionError(
-            f"{folder} holds no {FILE}, from which --to gguf-q4_1 takes the tokenizer: "
+            f"{folder} has no {FILE}, from which --to gguf-q4_1 takes the tokenizer: "
             "save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     source = json.loads(file.read_text(encoding="utf-8"))
@@ -76,7 +77,7 @@ def _kind(source: Mapping[str, Any], file: Path) -> str:
         if "ByteLevel" in parts:
             return "gpt2"
     raise OptionError(
-        f"{file}: --to gguf-q4_1 holds byte-pair encodings with merges, on bytes or with byte_fallback, "
+        f"{file}: --to gguf-q4_1 supports byte-pair encodings with merges, on bytes or with byte_fallback, "
         f"not {model.get('type')} with {len(model.get('merges') or ())} merges: use --to mlx"
     )
 
@@ -87,28 +88,28 @@ def _split(source: Mapping[str, Any], file: Path) -> str:
     key = " | ".join(patterns) if patterns else " ".join(part["type"] for part in parts)
     if key not in SPLITS:
         raise OptionError(
-            f"{file}: --to gguf-q4_1 knows no name for how this tokenizer splits text ({key}; "
-            f"known are those of {', '.join(SPLITS.values())}): use --to mlx"
+            f"{file}: --to gguf-q4_1 does not support the way in which this tokenizer splits text ({key}; "
+            f"supported are those of {', '.join(SPLITS.values())}): use --to mlx"
         )
     return SPLITS[key]
 
 
 def _tokens(source: Mapping[str, Any], vocab_size: int, file: Path) -> list[tuple[str, str]]:
-    """Each token and the name of its type, in the order of ids."""
+    """Each token and the name of its type, in the order of the token ids."""
     model = source["model"]
-    found = {index: (token, _type(token, model)) for token, index in model["vocab"].items()}
+    tokens = {index: (token, _type(token, model)) for token, index in model["vocab"].items()}
     for added in source.get("added_tokens") or ():
         text, index = added["content"], added["id"]
-        if found.get(index, ("", ""))[1] != "UNKNOWN":
+        if tokens.get(index, ("", ""))[1] != "UNKNOWN":
             control = bool(added["special"])
             spaced = text if control else text.replace(SPACE, " ")
-            found[index] = (spaced, "CONTROL" if control else "USER_DEFINED")
-    if max(found) >= vocab_size:
+            tokens[index] = (spaced, "CONTROL" if control else "USER_DEFINED")
+    if max(tokens) >= vocab_size:
         raise OptionError(
-            f"{file} has tokens up to id {max(found)}, the model's embedding has {vocab_size} rows: "
-            "take the tokenizer that belongs to the model"
+            f"{file} has tokens up to id {max(tokens)}, but the embedding of the model has {vocab_size} rows: "
+            "use the tokenizer that belongs to the model"
         )
-    return [found.get(index, (f"[PAD{index}]", "UNUSED")) for index in range(vocab_size)]
+    return [tokens.get(index, (f"[PAD{index}]", "UNUSED")) for index in range(vocab_size)]
 
 
 def _type(token: str, model: Mapping[str, Any]) -> str:
@@ -119,25 +120,25 @@ def _type(token: str, model: Mapping[str, Any]) -> str:
 
 
 def _scores(source: Mapping[str, Any], tokens: list[str], file: Path) -> list[float]:
-    """Minus the rank of the first merge that makes a token; what no merge makes comes last."""
+    """The score of each token: minus the rank of the first merge that makes it. Tokens without a merge come last."""
     merges = [_pair(merge) for merge in source["model"]["merges"]]
-    made = ["".join(pair) for pair in merges]
+    merged = ["".join(pair) for pair in merges]
     ranks: dict[str, int] = {}
-    for rank, token in enumerate(made):
+    for rank, token in enumerate(merged):
         ranks.setdefault(token, rank)
-    parted = [token for before, token in pairwise(made) if ranks[before] > ranks[token]]
-    wrong = parted + _not_merged(ranks, source["model"]["vocab"], set(merges))
+    separated = [token for before, token in pairwise(merged) if ranks[before] > ranks[token]]
+    wrong = separated + _not_merged(ranks, source["model"]["vocab"], set(merges))
     if wrong:
         raise OptionError(
             f"{file}: the merges that make {wrong[0]!r} are not those of SentencePiece, "
-            "which --to gguf-q4_1 holds: use --to mlx"
+            "which --to gguf-q4_1 needs: use --to mlx"
         )
     return [-float(ranks.get(token, len(merges))) for token in tokens]
 
 
-def _not_merged(made: Iterable[str], vocab: Mapping[str, int], merges: Set[tuple[str, str]]) -> list[str]:
-    """Of the tokens that merges make, those that another pair of tokens would make too."""
-    cuts = ((token, token[:i], token[i:]) for token in made for i in range(1, len(token)))
+def _not_merged(merged: Iterable[str], vocab: Mapping[str, int], merges: Set[tuple[str, str]]) -> list[str]:
+    """The merged tokens that a pair of tokens without a merge would make too."""
+    cuts = ((token, token[:i], token[i:]) for token in merged for i in range(1, len(token)))
     return [token for token, left, right in cuts if left in vocab and right in vocab and (left, right) not in merges]
 
 
@@ -155,7 +156,7 @@ def _prefixes_space(source: Mapping[str, Any]) -> bool:
 
 
 def _parts(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, one after the other."""
+    """The steps of a normalizer or pre-tokenizer in their order, with nested sequences expanded."""
     if step is None:
         return []
     if step["type"] != "Sequence":

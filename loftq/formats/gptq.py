@@ -44,8 +44,8 @@ WITHOUT_WEIGHT = True
 IN_MEMORY = False
 LINEARS = "loftq.models.gptq_linear"
 PLUGIN: str | None = "loftq.models.gptq_quantizer"  # where gptqmodel is not installed
-IMPORT_LINE = "import loftq  # not needed where gptqmodel and optimum are installed\n"
-PLAN_NOTE = "stock transformers need gptqmodel and optimum to load GPTQ: without them, import loftq before"
+IMPORT_LINE = "import loftq  # not needed if gptqmodel and optimum are installed\n"
+PLAN_NOTE = "stock transformers need gptqmodel and optimum to load GPTQ; without them, import loftq first"
 
 
 def holds(grid: Grid) -> bool:
@@ -173,8 +173,8 @@ def load_options(_recipe: Mapping[str, Any]) -> str:
 
 def card_note(_grid: Grid) -> str:
     """What the card says to somebody who loads the folder."""
-    return """- The layout is GPTQ's, version 2. Stock transformers load it where gptqmodel and optimum are
-  installed; where they are not, `import loftq` does."""
+    return """- The format is GPTQ, version 2. Stock transformers load it if gptqmodel and optimum are
+  installed. If they are not, `import loftq` first."""
 
 
 def quantization_config(

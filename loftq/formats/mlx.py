@@ -37,7 +37,7 @@ SCALE_DTYPE = torch.float32
 METADATA = {"format": "mlx"}  # of each shard, as mlx-lm writes it
 
 
-def check(bits: int, group_size: int) -> None:
+def check_linears(bits: int, group_size: int) -> None:
     """Raise OptionError for codes that have no place in this format."""
     if bits not in BITS:
         raise OptionError(f"--to mlx holds integers of {_listed(BITS)} bits, not of {bits}: quantize to one of these")

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from loftq.artifacts.pair import BackboneAndAdapter
+from loftq.artifacts.staging import Staging
+from loftq.errors import ArtifactError
+from loftq.merging.target import Target
 from loftq.models.loading import load_base
 from loftq.models.tasks import TASKS, auto_class
+
+
+def checked_difference(target: Target, staging: Staging) -> float | None:
+    """The difference of logits. Raises ArtifactError, and removes what was made, where the target tolerates less."""
+    difference, tolerated = logit_difference(target.pair, staging.folder), target.tolerated
+    if difference is not None and tolerated is not None and not difference <= tolerated:
+        shutil.rmtree(staging.folder)
+        if not any(staging.output.iterdir()):
+            staging.output.rmdir()
+        raise ArtifactError(
+            f"the merged model answers otherwise than the adapter on its backbone: its logits differ by "
+            f"{difference:.2g} of their norm (at most {tolerated:g} was expected). Nothing was written"
+        )
+    return difference
 
 
 def logit_difference(pair: BackboneAndAdapter, merged: Path) -> float | None:

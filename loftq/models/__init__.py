@@ -1,1 +1,1 @@
-"""What transformers and peft call things."""
+"""The interface to transformers and peft: names, tasks, modules, loading."""

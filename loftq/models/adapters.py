@@ -1,7 +1,7 @@
-"""Which model an adapter was trained on: an adapter counts on the weights of one.
+"""Checks that an adapter belongs to a model: an adapter works only on the weights on which it was trained.
 
-`training.json` beside a trained adapter holds a hash of them. That of an artifact is its manifest's; of any other
-checkpoint it is one of samples, since to read all weights again takes longer than to load them.
+`training.json` beside a trained adapter holds a hash of these weights. For an artifact, it is the hash in the manifest.
+For any other checkpoint, it is a hash of samples, because reading all weights once more takes longer than loading them.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ from loftq.formats.artifact import MANIFEST, Artifact, combine_hashes, open_arti
 from loftq.formats.checkpoint import Checkpoint
 
 TRAINING_RECORD = "training.json"
-_SAMPLE = 256  # values of each tensor: a training that touches a tensor at all touches its first rows
-_SIDES = (("in_features", "nx"), ("out_features", "nf"))  # of linears, and of transformers' Conv1D
+_SAMPLE = 256  # number of values of each tensor: if training changes a tensor, it also changes its first rows
+_SIDES = (("in_features", "nx"), ("out_features", "nf"))  # attributes of linears, and of transformers' Conv1D
 
 
 def sampled_hash(checkpoint: Checkpoint) -> str:
-    """Identifies a checkpoint's weights, however they are sharded; in float32 as in the bfloat16 that it rounds to."""
+    """Hash that identifies a checkpoint's weights.
+
+    It does not depend on how they are sharded, and is the same for float32 weights and their rounding to bfloat16.
+    """
     hashes = {}
     for name, spec in checkpoint.tensors.items():
         values = checkpoint.read(name).flatten()[:_SAMPLE]
         values = values.bfloat16() if values.is_floating_point() else values
-        shown = values.contiguous().view(torch.uint8).numpy().tobytes()
-        hashes[name] = hashlib.sha256(str(spec.shape).encode() + shown).hexdigest()
+        data = values.contiguous().view(torch.uint8).numpy().tobytes()
+        hashes[name] = hashlib.sha256(str(spec.shape).encode() + data).hexdigest()
     return combine_hashes(hashes)
 
 
 def trained_on(adapter: Path) -> tuple[str, str] | None:
-    """Name and hash of the model that an adapter, or a checkpoint of it, was trained on; None where none is told."""
+    """Name and hash of the model on which an adapter, or a checkpoint of it, was trained; None if not recorded."""
     folder = adapter.resolve()
     path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / TRAINING_RECORD
     try:
@@ -46,81 +49,89 @@ def trained_on(adapter: Path) -> tuple[str, str] | None:
 
 
 def foreign_adapter(folder: Path, name: str, checkpoint: Checkpoint) -> Adapter:
-    """Open an adapter. Raises ArtifactError where it was trained on another model than `name`, which is no artifact."""
+    """Open an adapter for the model `name`, which is not an artifact.
+
+    Raises ArtifactError if the adapter was trained on a different model.
+    """
     adapter = open_adapter(folder)
-    made_for = adapter.config.get("base_model_name_or_path")
-    if made_for and (Path(made_for) / MANIFEST).is_file():
+    base_model = adapter.config.get("base_model_name_or_path")
+    if base_model and (Path(base_model) / MANIFEST).is_file():
         raise ArtifactError(
-            f"the adapter {folder} was trained on the quantized backbone {made_for}: on the original weights it "
-            f"counts the rounding error twice: name {made_for} instead of {name}"
+            f"the adapter {folder} was trained on the quantized backbone {base_model}; on the original weights it "
+            f"counts the rounding error twice: use {base_model} instead of {name}"
         )
-    known = trained_on(folder)
-    if known is not None and known[1] != sampled_hash(checkpoint):
+    trained = trained_on(folder)
+    if trained is not None and trained[1] != sampled_hash(checkpoint):
         raise ArtifactError(
-            f"the adapter {folder} was trained on {known[0]}, whose weights are others than those of {name}: "
-            "name that model, or train an adapter on this one"
+            f"the adapter {folder} was trained on {trained[0]}, whose weights differ from those of {name}: "
+            f"use {trained[0]}, or train an adapter on {name}"
         )
     return adapter
 
 
 def check_shapes(model: nn.Module, adapter: Adapter, name: str) -> None:
-    """Raises ArtifactError where a model lacks a module that an adapter adapts, or has it in another shape."""
+    """Raise ArtifactError if a model lacks a module that an adapter adapts, or if the module's shape differs."""
     modules = dict(model.named_modules())
     for module in adapter.modules:
         if module not in modules:
-            raise ArtifactError(f"the adapter {adapter.folder} adapts {module!r}, which {name} does not have")
-        layer = modules[module]
-        ours = [getattr(layer, of, getattr(layer, conv, None)) for of, conv in _SIDES]
-        a, b = (adapter.shapes[key] for key in keys(module))
-        found = [a[1] * (adapter.pool_size or 1), b[0]]
-        if None not in ours and found != ours:
             raise ArtifactError(
-                f"the adapter {adapter.folder} does not fit {name}: it adapts {module!r} of {found[0]} inputs and "
-                f"{found[1]} outputs, and that has {ours[0]} and {ours[1]}"
+                f"the adapter {adapter.folder} adapts {module!r}, which {name} does not have: "
+                "use an adapter that was trained on this model"
+            )
+        layer = modules[module]
+        expected = [getattr(layer, linear, getattr(layer, conv, None)) for linear, conv in _SIDES]
+        a, b = (adapter.shapes[key] for key in keys(module))
+        sizes = [a[1] * (adapter.pool_size or 1), b[0]]
+        if None not in expected and sizes != expected:
+            raise ArtifactError(
+                f"the adapter {adapter.folder} does not fit {name}: it is for {module!r} with {sizes[0]} inputs and "
+                f"{sizes[1]} outputs, but the module has {expected[0]} and {expected[1]}: "
+                "use an adapter that was trained on this model"
             )
 
 
 def check_adapter(artifact: Artifact, folder: Path) -> Adapter:
-    """Open an adapter. Raises ArtifactError unless it was made for, or trained on, this backbone."""
+    """Open an adapter. Raises ArtifactError unless it was initialized for, or trained on, this backbone."""
     adapter = fitting_adapter(artifact, folder)
     other = other_backbone(artifact, adapter)
     if other is not None:
         raise ArtifactError(
-            f"the adapter {folder} was trained on {other}, another backbone than {artifact.folder}: "
-            "name that one, or train an adapter on this one"
+            f"the adapter {folder} was trained on {other}, not on the backbone {artifact.folder}: "
+            f"use {other}, or train an adapter on this backbone"
         )
     return adapter
 
 
 def other_backbone(artifact: Artifact, adapter: Adapter) -> str | None:
-    """The backbone that an adapter was made for, where that can be told and is another one."""
+    """The backbone of an adapter if it is known and differs from the artifact's; None otherwise."""
     if adapter.folder.resolve() == artifact.adapter.resolve():
         return None
-    made_for = adapter.config.get("base_model_name_or_path")
-    known = trained_on(adapter.folder)
-    if known is None and made_for and (Path(made_for) / MANIFEST).is_file():
-        known = str(made_for), open_artifact(made_for).backbone_hash
-    return None if known is None or known[1] == artifact.backbone_hash else known[0]
+    base_model = adapter.config.get("base_model_name_or_path")
+    trained = trained_on(adapter.folder)
+    if trained is None and base_model and (Path(base_model) / MANIFEST).is_file():
+        trained = str(base_model), open_artifact(base_model).backbone_hash
+    return None if trained is None or trained[1] == artifact.backbone_hash else trained[0]
 
 
 def fitting_adapter(artifact: Artifact, folder: Path) -> Adapter:
-    """Open an adapter. Raises ArtifactError unless it is of the kind and of the shapes that an artifact takes."""
+    """Open an adapter. Raises ArtifactError unless its kind and its shapes are those that an artifact takes."""
     adapter, expected = open_adapter(folder), open_adapter(artifact.adapter)
     if adapter.kind != expected.kind:
         raise ArtifactError(
-            f"the adapter {folder} is a {adapter.kind} adapter: {artifact.folder} takes a {expected.kind} one"
+            f"the adapter {folder} is a {adapter.kind} adapter: {artifact.folder} takes a {expected.kind} adapter"
         )
     unknown = sorted(set(adapter.modules) - set(expected.modules))
     if unknown:
         raise ArtifactError(
-            f"the adapter {folder} adapts {unknown[0]!r}, which {artifact.folder} does not have adapted"
+            f"the adapter {folder} adapts {unknown[0]!r}, which has no adapter in {artifact.folder}: "
+            "use an adapter of this artifact"
         )
     for module in adapter.modules:
         for key, side in zip(keys(module), (1, 0), strict=True):
-            found, ours = adapter.shapes[key], expected.shapes[key]
-            if found[side] != ours[side]:
+            shape, right = adapter.shapes[key], expected.shapes[key]
+            if shape[side] != right[side]:
                 raise ArtifactError(
-                    f"the adapter {folder} does not fit {artifact.folder}: {key} is {found[0]} x {found[1]}, "
-                    f"expected {ours[0]} x {ours[1]}"
+                    f"the adapter {folder} does not fit {artifact.folder}: {key} is {shape[0]} x {shape[1]}, "
+                    f"expected {right[0]} x {right[1]}: use an adapter of this artifact"
                 )
     return adapter

@@ -1,6 +1,7 @@
-"""Functions of tensors as operators of torch's dispatcher: compilers, fake tensors and the meta device take them whole.
+"""Functions of tensors as operators of torch's dispatcher, so that compilers, fake tensors and the meta device do not
+look inside them.
 
-`torch.library.custom_op` does the same with checks around each call, which take longer than a kernel on a GPU does.
+`torch.library.custom_op` does the same, but its checks at each call take longer than a kernel on a GPU.
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ R = TypeVar("R")
 
 
 class Operator(Generic[P, R]):
-    """A function whose first argument is a tensor, and which changes none and returns none of those that it gets."""
+    """A function as an operator. Its first argument is a tensor; it neither changes nor returns its arguments."""
 
     def __init__(self, function: Callable[P, R]) -> None:
         name = function.__name__.lstrip("_")
         self._function = function
         self._name = f"loftq::{name}"
-        library: Any = _LIBRARY  # whose methods have no types
+        library: Any = _LIBRARY  # its methods have no types
         library.define(name + torch.library.infer_schema(function, mutates_args=()))
         library.impl(name, function, "CompositeExplicitAutograd")
         self._dispatched: Callable[P, R] = getattr(torch.ops.loftq, name).default
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """The function itself, where nothing but a result is wanted."""
+        """Call the function itself, or torch's operator if the call is compiled or a tensor is a special one."""
         first: Any = args[0]
         if type(first) in _PLAIN and not first.is_meta and not torch.compiler.is_compiling():
             return self._function(*args, **kwargs)
         return self._dispatched(*args, **kwargs)
 
     def register_fake(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Say what shapes come out."""
+        """Register a function that computes only the shapes and dtypes of the results."""
         torch.library.register_fake(self._name, function, lib=_LIBRARY)
         return function

@@ -1,8 +1,8 @@
-"""The device that work goes to where none is named.
+"""The device on which work runs if the user names none, and the dtype in which it computes.
 
-The two choices differ on purpose. `device_to_run` is for models that train, answer or are measured: any accelerator
-that torch finds. `find_gpu` is for solving, which needs float64, and so leaves out Apple's GPUs, which lack it; folders
-of packed weights load to the same GPU.
+There are two choices of a device. `device_to_run` is for models that train, answer or are measured: any accelerator
+that torch finds. `find_gpu` is for solving, which needs float64, so it leaves out Apple's GPUs; folders of packed
+weights are loaded to the same GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loftq.errors import LoftQError, OptionError
 
 
 def find_gpu() -> torch.device | None:
-    """The GPU, with its index, that computes in float64; None where torch finds none."""
+    """The GPU that torch finds, with its index. None if there is none, or if it is Apple's, which has no float64."""
     accelerator = _accelerator()
     if accelerator is None or accelerator.type == "mps":
         return None
@@ -36,19 +36,26 @@ def _accelerator() -> torch.device | None:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
-def compute_dtype(asked: str | None, device: torch.device) -> torch.dtype:
-    """The one asked for, or bfloat16 where the device computes in it. Raises OptionError where it cannot train."""
+def compute_dtype(requested: str | None, device: torch.device) -> torch.dtype:
+    """The requested dtype, or by default the best one for the device: bfloat16 where it computes in that.
+
+    Raises OptionError for a dtype in which the device cannot compute.
+    """
     from bitsandbytes.functional import has_avx512bf16
 
-    if asked == "float16" and device.type == "cpu":
-        raise OptionError("--dtype float16: not on a CPU: use bfloat16 or float32")
-    if asked == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise OptionError("--dtype bfloat16: this GPU does not compute in it: use float16 or float32")
-    if asked is not None:
-        return COMPUTE_DTYPES[asked]
+    if requested == "float16" and device.type == "cpu":
+        raise OptionError("--dtype float16 is not supported on a CPU: use bfloat16 or float32")
+    if requested == "bfloat16" and device.type == "cuda" and not _cuda_has_bfloat16():
+        raise OptionError("--dtype bfloat16 is not supported by this GPU: use float16 or float32")
+    if requested is not None:
+        return COMPUTE_DTYPES[requested]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return torch.bfloat16 if _cuda_has_bfloat16() else torch.float16
     return torch.bfloat16 if device.type == "cpu" and has_avx512bf16() else torch.float32
+
+
+def _cuda_has_bfloat16() -> bool:
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -58,11 +65,11 @@ _FULL = r"can't allocate memory|not enough memory|Cannot allocate memory"
 
 
 @contextmanager
-def explain_full_memory(cure: str) -> Iterator[None]:
-    """Turn what says that memory is full into a LoftQError with what lowers the need."""
+def explain_full_memory(advice: str) -> Iterator[None]:
+    """Turn an error that says that memory is full into a LoftQError with advice on how to need less."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search(_FULL, str(error)):
             raise
-        raise LoftQError(f"out of memory: {cure}") from error
+        raise LoftQError(f"out of memory: {advice}") from error

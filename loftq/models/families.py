@@ -1,8 +1,8 @@
-"""Model families: what a `model_type` is known to need. A row is a line; a type without one goes the generic way.
+"""Table of model families: the special needs of each `model_type`. A type without a row is handled in the generic way.
 
-The generic way takes every linear between the embeddings and the head, and is right wherever transformers'
-own bitsandbytes loading is. A row says which linears those are, what else stays in 16 bits, and that the
-tests cover the type.
+The generic way quantizes every linear between the embeddings and the head. It is right for every model that
+transformers can load with bitsandbytes. A row says which linears are quantized, which other modules stay in 16 bits,
+and that the tests cover the type.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Family:
-    """One row. `targets` are patterns of the linears that are quantized and adapted (those a variant lacks do not
-    matter); `stays` are modules beside embeddings, norms and the head that are left; `tasks` those that are tested.
+    """One row of the table.
+
+    `targets` are patterns of the linears that are quantized and adapted; a variant of the model may lack some of them.
+    `stays` are modules that stay in 16 bits, in addition to embeddings, norms and the head. `tasks` are those that are
+    tested.
     """
 
     model_type: str
-    targets: tuple[str, ...] | None = None  # None: every linear that is found
+    targets: tuple[str, ...] | None = None  # None: every linear
     tasks: tuple[str, ...] = ("causal-lm",)
     stays: tuple[str, ...] = ()
-    stock: bool = True  # loads with stock transformers and peft
-    float32: bool = False  # transformers' code for it runs in float32 alone
+    stock: bool = True  # whether stock transformers and peft load it
+    float32: bool = False  # whether transformers' code for it runs only in float32
     tested: bool = True
 
 
@@ -88,5 +91,5 @@ FAMILIES = {
 
 
 def family_of(model_type: str) -> Family:
-    """The row of a model type, or a generic one."""
+    """The row of a model type, or a generic row if the table has none."""
     return FAMILIES.get(model_type, Family(model_type, tasks=(), tested=False))

@@ -1,4 +1,4 @@
-"""The linear that holds GPTQ's tensors as they are on disk, whoever wrote them."""
+"""The linear that holds tensors in GPTQ's layout as they are on disk, whichever program wrote them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loftq.models.packed_linear import PackedLinear, Part, StoredWeight, dequant
 
 @Operator
 def _gptq_stream(qweight: torch.Tensor) -> torch.Tensor:
-    """The codes of some outputs as one dense stream: uint8."""
+    """The codes of consecutive outputs as one dense stream: uint8."""
     return gptq.read_stream(qweight)
 
 
@@ -33,7 +33,7 @@ def _(qweight: torch.Tensor) -> torch.Tensor:
 
 @Operator
 def _gptq_scales(scales: torch.Tensor, qzeros: torch.Tensor, bits: int, less: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift of each group: float32 (groups,) each."""
+    """The scale and the shift of each group: float32 (groups,) each."""
     return gptq.read_scales(scales, qzeros, bits, less)
 
 
@@ -44,15 +44,18 @@ def _(
     bits: int,  # noqa: ARG001
     less: int,  # noqa: ARG001
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    found = scales.new_empty(scales.numel(), dtype=torch.float32)
-    return found, torch.empty_like(found)
+    values = scales.new_empty(scales.numel(), dtype=torch.float32)
+    return values, torch.empty_like(values)
 
 
 @Operator
 def _gptq_scattered(
     codes: torch.Tensor, scales: torch.Tensor, shifts: torch.Tensor, g_idx: torch.Tensor, bits: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """A weight (rows, columns) whose inputs say which group they are of, from a stream and (rows, groups)."""
+    """A weight (rows, columns) in which `g_idx` (columns,) gives the group of each input.
+
+    `codes` are a stream; scales and shifts are (rows, groups).
+    """
     rows, columns = scales.shape[0], len(g_idx)
     return scatter(unpack(codes, bits, rows * columns).view(rows, columns), scales, shifts, g_idx, bits).to(dtype)
 
@@ -81,7 +84,7 @@ def _gptq_transposed(
     last: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The weights of the outputs from `first` to `last`, transposed, on a GPU: (in, rows)."""
+    """The transposed weight of the outputs from `first` to `last`, unpacked on a GPU: (in, rows)."""
     from loftq.core.kernels.gpu_unpack import unpack_words
 
     out = torch.empty(len(g_idx), last - first, dtype=dtype, device=qweight.device)
@@ -105,7 +108,7 @@ def _(
 
 @dataclass(frozen=True)
 class _Gptq:
-    """Codes in columns: on the CPU a part is turned into a stream of rows on the way."""
+    """A weight whose codes are stored in columns. On the CPU, each part is first turned into a stream of rows."""
 
     name: str
     block: int
@@ -115,14 +118,14 @@ class _Gptq:
     ordered: bool
 
     def parts(self, dtype: torch.dtype, *stored: torch.Tensor | None) -> Iterator[Part]:
-        """The weight in parts of whole rows, with the rows that each holds."""
+        """Unpack the weight in parts of whole rows, each with the slice of its rows."""
         qweight, qzeros, scales, g_idx = (cast(torch.Tensor, tensor) for tensor in stored)
         bits, step = CODEBOOKS[self.name], max(packed_linear.PART // self.columns, 1)
         parts = [(first, min(first + step, self.rows)) for first in range(0, self.rows, step)]
         if dispatch.on_gpu(qweight):
             for part in parts:
-                found = _gptq_transposed(qweight, qzeros, scales, g_idx, bits, self.less, *part, dtype)
-                yield slice(*part), found.t()
+                transposed = _gptq_transposed(qweight, qzeros, scales, g_idx, bits, self.less, *part, dtype)
+                yield slice(*part), transposed.t()
             return
         values, shifts = _gptq_scales(scales, qzeros, bits, self.less)
         per_row = self.columns // self.block
@@ -137,10 +140,10 @@ class _Gptq:
 
 
 class GptqLinear(PackedLinear):
-    """A frozen linear (out, in) in GPTQ's layout: `formats.gptq` defines its tensors.
+    """A frozen linear (out, in) in GPTQ's layout. `formats.gptq` defines its tensors.
 
-    `less` is how much less than the zero-points is written: 1 in version 1. `ordered` says whether groups are of
-    consecutive inputs; act-order checkpoints have others.
+    `less` is the difference between the zero-points and the numbers stored for them: 1 in version 1 of the format.
+    `ordered` says whether groups consist of consecutive inputs, which is not so in act-order checkpoints.
     """
 
     qweight: torch.Tensor
@@ -154,7 +157,7 @@ class GptqLinear(PackedLinear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The codes: int32 words, whose device is the linear's."""
+        """The codes as int32 words. Code that asks for the device of the linear reads it from them."""
         return self.qweight
 
     def _layout(self) -> StoredWeight:

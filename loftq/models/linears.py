@@ -1,8 +1,7 @@
-"""The linears of a model: which can be quantized, which are chosen, and what stock transformers makes of them.
+"""The linears of a model: which can be quantized, which are selected, and which stock transformers can load quantized.
 
-All of it is read from the modules of the model itself. Stock transformers loads `nn.Linear` and `Conv1D`
-quantized, but no subclass of `nn.Linear`; of those, the ones that compute what `nn.Linear` does can be loaded
-by our own plug-in.
+All of this is read from the modules of the model itself. Stock transformers loads `nn.Linear` and `Conv1D` quantized,
+but no subclass of `nn.Linear`. Our own plug-in can also load the subclasses that compute the same as `nn.Linear`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,10 @@ from loftq.errors import OptionError
 
 @dataclass(frozen=True)
 class DenseLinear:
-    """A dense layer (out, in) whose weight may be stored transposed, and whether stock transformers converts it."""
+    """A dense layer of `shape` (out, in).
+
+    `transposed` says whether its weight is stored transposed, `stock` whether stock transformers can convert it.
+    """
 
     shape: tuple[int, int]
     transposed: bool = False
@@ -30,15 +32,19 @@ class DenseLinear:
 
 @dataclass(frozen=True)
 class Linears:
-    """Dense layers by module name, sorted: what can be quantized, and why the others cannot."""
+    """Dense layers by module name: `candidates` can be quantized; the others cannot, sorted by the reason.
+
+    `heads` are the modules after the base model: heads and output embeddings. `kept` stay in 16 bits: linears that the
+    model itself excludes (T5's `wo`), poolers, and the routers of experts. `shared` maps modules to another module that
+    has the same weight. `others` maps modules that are not called as `nn.Linear`, or do not compute the same, to their
+    classes.
+    """
 
     candidates: Mapping[str, DenseLinear]
-    heads: tuple[str, ...] = ()  # modules after the base model: heads and output embeddings
-    kept: tuple[str, ...] = ()  # by the model's own wish (T5's `wo`), poolers, and the routers of experts
-    shared: Mapping[str, str] = field(default_factory=dict)  # whose weight is another's too
-    others: Mapping[str, str] = field(
-        default_factory=dict
-    )  # name to class: not called, or not computing, as `nn.Linear`
+    heads: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    shared: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_linears(model: nn.Module) -> Linears:
@@ -47,7 +53,7 @@ def find_linears(model: nn.Module) -> Linears:
     shared = _shared(model)
     float32 = kept_in_float32(model)
     mixtures = {name.rpartition(".")[0].rpartition(".")[0] for name in fused_experts(model)}
-    # torch's own attention multiplies with its projection's weight, past the module.
+    # torch's own attention multiplies with the weight of its projection without calling the module.
     inlined = {
         f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
     }
@@ -82,24 +88,24 @@ def _dense(module: nn.Module) -> DenseLinear | None:
 
 
 def computes_as_linear(kind: type[nn.Module]) -> bool:
-    """Whether a subclass of `nn.Linear` computes x Wᵀ + b: by its code, or else by trying."""
+    """Whether a subclass of `nn.Linear` computes x Wᵀ + b: either it inherits `forward`, or a trial shows it."""
     if kind.forward is nn.Linear.forward:
         return True
     try:
-        with torch.device("cpu"), torch.no_grad():  # also where a model is being built on the meta device
+        with torch.device("cpu"), torch.no_grad():  # even while a model is being built on the meta device
             layer = cast(Any, kind)(3, 2).float()
             for parameter in layer.parameters():
                 parameter.copy_(torch.arange(parameter.numel()).view(parameter.shape) - 2.0)
             inputs = torch.tensor([[[1.0, -2.0, 3.0], [0.5, 4.0, -1.0]]], dtype=torch.float32)
-            found = layer(inputs)
-        return torch.equal(found, nn.functional.linear(inputs, layer.weight, layer.bias))
-    except Exception:  # whatever another constructor or forward wants, it is not `nn.Linear`'s
+            outputs = layer(inputs)
+        return torch.equal(outputs, nn.functional.linear(inputs, layer.weight, layer.bias))
+    except Exception:  # a constructor or forward that needs other arguments is not that of `nn.Linear`
         return False
 
 
 def bears_other_linears(model: nn.Module, targets: Iterable[str]) -> bool:
-    """Whether transformers can set up a model where the targets' places are taken by modules with no `weight`, as
-    gptqmodel's are: by trying. Some architectures begin the weights of their parts by name.
+    """Whether transformers can initialize a model in which modules without `weight`, as gptqmodel's are, replace the
+    targets. A trial shows it: some architectures initialize the weights of their modules by name.
     """
     tried: Any = deepcopy(model)
     for name in targets:
@@ -113,7 +119,7 @@ def bears_other_linears(model: nn.Module, targets: Iterable[str]) -> bool:
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:
-    """What comes after the base model, by module name: its siblings that have weights, and the output embeddings."""
+    """Names of the modules after the base model: its siblings that have weights, and the output embeddings."""
     built = cast(Any, model)
     base = getattr(model, getattr(built, "base_model_prefix", "") or "", None)
     siblings = [
@@ -122,8 +128,8 @@ def _heads(model: nn.Module) -> tuple[str, ...]:
         if isinstance(base, nn.Module) and child is not base and any(True for _ in child.parameters())
     ]
     output = built.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    found = [name for name, module in model.named_modules() if output is not None and module is output]
-    return (*siblings, *(name for name in found if not _lies_in(name, siblings)))
+    outputs = [name for name, module in model.named_modules() if output is not None and module is output]
+    return (*siblings, *(name for name in outputs if not _lies_in(name, siblings)))
 
 
 def _lies_in(name: str, modules: Collection[str]) -> bool:
@@ -132,88 +138,93 @@ def _lies_in(name: str, modules: Collection[str]) -> bool:
 
 
 def _shared(model: nn.Module) -> dict[str, str]:
-    """Modules whose weight another module has too, each with one of the others."""
+    """Modules that share their weight with other modules, each with the name of one of these."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     groups = [group for group in names.values() if len(group) > 1]
     groups += [[copy, original] for copy, original in getattr(model, "all_tied_weights_keys", {}).items()]
-    found: dict[str, str] = {}
+    shared: dict[str, str] = {}
     for group in groups:
         for name, other in zip(group, [*group[1:], group[0]], strict=True):
             if name.endswith(".weight") and other.endswith(".weight"):
-                found.setdefault(name.removesuffix(".weight"), other.removesuffix(".weight"))
-    return found
+                shared.setdefault(name.removesuffix(".weight"), other.removesuffix(".weight"))
+    return shared
 
 
 def select(model: nn.Module, linears: Linears, targets: Sequence[str] | None, excluded: Sequence[str]) -> list[str]:
-    """The candidates that `targets` (default: all) reach and `excluded` do not, in the model's order.
+    """The candidates that a pattern of `targets` (default: all) matches and none of `excluded` does, in model order.
 
-    A pattern is a module's name, the end of one after a dot (`q_proj`), or either with `*` and `?`. OptionError
-    for a pattern that reaches no candidate, and for one that reaches a weight shared with another module.
+    A pattern is the name of a module, the end of a name after a dot (`q_proj`), or either with `*` and `?`. Raises
+    OptionError for a pattern that matches no candidate, and for one that matches a weight shared with another module.
     """
     names = list(linears.candidates)
     for option, patterns in (("--target-modules", targets or ()), ("--exclude-modules", excluded)):
         for pattern in patterns:
             if option == "--exclude-modules" and any(reaches(pattern, name) for name, _ in model.named_modules()):
-                continue  # what is not quantized anyway may be excluded too
+                continue  # a module that would not be quantized anyway may be excluded too
             if not any(reaches(pattern, name) for name in names):
                 raise OptionError(f"{option} {pattern!r} {_why_nothing(model, linears, pattern)}")
     for name, other in linears.shared.items():
         if any(reaches(pattern, name) for pattern in targets or ()):
             raise OptionError(
-                f"--target-modules reaches {name!r}, which shares its weight with {other!r}: "
-                "one weight cannot have two adapters; target others"
+                f"--target-modules matches {name!r}, which shares its weight with {other!r}: "
+                "a weight cannot have two adapters; choose other modules"
             )
     chosen = [name for name in names if targets is None or any(reaches(p, name) for p in targets)]
     chosen = [name for name in chosen if not any(reaches(p, name) for p in excluded)]
     if not chosen:
-        raise OptionError("--exclude-modules leaves no linear layer to quantize: name fewer")
+        raise OptionError("--exclude-modules leaves no linear layer to quantize: exclude fewer modules")
     return chosen
 
 
 def _why_nothing(model: nn.Module, linears: Linears, pattern: str) -> str:
-    known = ", ".join(sorted({name.rpartition(".")[2] for name in linears.candidates}))
+    candidates = ", ".join(sorted({name.rpartition(".")[2] for name in linears.candidates}))
     for name, module in model.named_modules():
         if name and reaches(pattern, name) and any(True for _ in module.parameters(recurse=False)):
             if name in linears.shared:
-                return f"reaches {name!r}, which shares its weight with {linears.shared[name]!r}: target others"
+                return f"matches {name!r}, which shares its weight with {linears.shared[name]!r}: choose other modules"
             if _lies_in(name, linears.heads) or name in linears.kept:
-                return f"reaches {name!r}, which stays in 16 bits (linear layers that can be quantized: {known})"
-            kind = type(module).__name__
-            return f"reaches {name!r}, of class {kind}: only linear layers can be quantized (this model has: {known})"
-    return f"matches no linear layer of this model (it has: {known})"
+                return f"matches {name!r}, which stays in 16 bits (linear layers that can be quantized: {candidates})"
+            return (
+                f"matches {name!r}, of class {type(module).__name__}: only linear layers can be quantized "
+                f"(this model has: {candidates})"
+            )
+    return f"matches no linear layer of this model (it has: {candidates})"
 
 
 def reaches(pattern: str, name: str) -> bool:
-    """Whether a pattern names a module."""
+    """Whether a pattern matches the name of a module, or the end of it after a dot."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
 def kept_in_float32(model: nn.Module) -> list[str]:
-    """Patterns that transformers itself adds to those that it does not convert (T5's `wo`)."""
+    """Patterns of the modules that transformers itself never converts (T5's `wo`)."""
     return sorted(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
 def converted(name: str, skipped: Sequence[str]) -> bool:
-    """Whether stock transformers converts a module of this name beside such `llm_int8_skip_modules`."""
+    """Whether stock transformers converts a module of this name if `llm_int8_skip_modules` is `skipped`."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     return bool(should_convert_module(name, list(skipped)))
 
 
 def skip_modules(model: nn.Module, linears: Linears, targets: Iterable[str]) -> list[str]:
-    """What `llm_int8_skip_modules` must list so that transformers converts the targets and no more."""
+    """The list of `llm_int8_skip_modules` with which transformers converts exactly the targets.
+
+    Raises OptionError if there is no such list, because transformers matches parts of names.
+    """
     wanted = set(targets)
     rest = [name for name in linears.candidates if name not in wanted]
     skipped = [*linears.heads, *linears.kept, *linears.shared, *linears.others, *rest]
     everything = [*linears.candidates, *linears.kept, *linears.shared, *_dense_within(model, linears.heads)]
-    found = {name for name in everything if converted(name, [*skipped, *kept_in_float32(model)])}
-    if found != wanted:
-        odd = sorted(wanted ^ found)[0]
+    quantized = {name for name in everything if converted(name, [*skipped, *kept_in_float32(model)])}
+    if quantized != wanted:
+        odd = sorted(wanted ^ quantized)[0]
         raise OptionError(
-            f"transformers cannot tell {odd!r} from a module that stays in 16 bits, whose name it ends or begins with: "
-            "exclude both or neither"
+            f"transformers cannot distinguish {odd!r} from a module that stays in 16 bits, since one name begins or "
+            "ends with the other: exclude both or neither"
         )
     return skipped
 
@@ -223,9 +234,9 @@ def _dense_within(model: nn.Module, modules: Collection[str]) -> Iterator[str]:
 
 
 def fused_experts(model: nn.Module) -> dict[str, int]:
-    """Parameters of three and more sides, in which mixtures of experts keep their linears, with their sizes.
+    """Three-dimensional parameters in which mixtures of experts hold all their linears, with their numbers of weights.
 
-    bitsandbytes has no layer for them: they stay as they are.
+    bitsandbytes has no layer for them, so they are not quantized.
     """
     return {
         name: parameter.numel()

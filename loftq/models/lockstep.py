@@ -1,11 +1,13 @@
-"""A model's forward over many batches in lockstep, so that one block of layers at a time needs its weights.
+"""Runs a model's forward over many batches in lockstep, so that only one block of layers needs its weights at a time.
 
-Each batch runs the model's own code in a thread of its own. Where that code calls a block, it stops; when all
-batches have stopped, the block's weights are loaded, and it runs for each of them in turn. What a model passes from
-block to block, masks and an encoder's output included, stays with its thread: nothing is assumed of it.
+Each batch runs the model's own code in a thread of its own. When that code calls a block, the thread stops. When all
+batches have stopped, the block's weights are loaded, and the block runs for each batch in turn. The values that a model
+passes from block to block, such as masks and an encoder's output, stay in the batch's thread, so no assumption about
+them is needed.
 
-One thread runs at any time, so results do not depend on scheduling. Blocks themselves run in the calling thread, where
-torch has its workers already: it would start as many for each thread that computes in parallel, and keep them.
+Only one thread runs at any time, so results do not depend on scheduling. Blocks run in the calling thread, in which
+torch has already started its workers: it would start as many again for each thread that computes in parallel, and never
+stop them.
 """
 
 from __future__ import annotations
@@ -22,54 +24,54 @@ Batch = Mapping[str, torch.Tensor]
 
 
 class Visitor(Protocol):
-    """What is done on the way. All of it is called in the thread that called `run`."""
+    """Callbacks for the stages of a run. All are called in the thread that called `run`."""
 
     def enter(self, block: str) -> None:
-        """Before the first batch runs through a block."""
+        """Called before the first batch runs through a block."""
 
     def keep(self, index: int, output: Any) -> None:
-        """With what a block returned for a batch, before the batch goes on."""
+        """Called with the output of a block for a batch, before the batch continues."""
 
     def leave(self, block: str, rounds: int) -> None:
-        """After the last one did: so many times have blocks served the batches that waited at them."""
+        """Called after the last batch ran through a block. `rounds` counts the rounds that all blocks have served."""
 
     def passed(self, block: str | None) -> None:
-        """After one batch ran through a block, or on between blocks (None)."""
+        """Called after one batch ran through a block, or from one block to the next (None)."""
 
     def finish(self, index: int, output: Any) -> None:
-        """With what the model returned for a batch."""
+        """Called with the output of the model for a batch."""
 
 
 class Past(Protocol):
-    """Rounds that an earlier run has served."""
+    """The rounds that an earlier run has served. In a round, a block runs for all batches that wait at it."""
 
     rounds: int
 
     def output(self, index: int) -> Any:
-        """What the last of them gave a batch."""
+        """The output of the last of these rounds for a batch."""
 
     def lost(self, index: int) -> Any:
-        """What stands for the output of one before it."""
+        """A stand-in for the output of an earlier round, which was not saved."""
 
 
 def find_blocks(model: nn.Module, modules: Collection[str]) -> list[str]:
-    """The members of the outermost lists that hold any of the modules, in the model's order: the model's blocks.
+    """Names of the model's blocks: the members of the outermost lists that hold any of the modules, in model order.
 
-    What is itself a list or a dict is no block, but its members are.
+    A list or a dict in such a list is not a block, but its members are.
     """
-    found: list[str] = []
+    blocks: list[str] = []
 
     def search(name: str, module: nn.Module, listed: bool) -> None:
         listed = isinstance(module, nn.ModuleList) or (listed and isinstance(module, nn.ModuleDict))
         for key, child in module.named_children():
             inner = f"{name}.{key}" if name else key
             if listed and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-                found.append(inner)
+                blocks.append(inner)
             elif listed or any(wanted.startswith(f"{inner}.") for wanted in modules):
                 search(inner, child, listed)
 
     search("", model, False)
-    return found
+    return blocks
 
 
 def run(
@@ -81,10 +83,10 @@ def run(
 ) -> None:
     """Run `model(**batch)` for every batch without gradients, block by block.
 
-    `blocks` are parts of the model, by name, in the order in which those are served that batches wait at. A block may
-    be called any number of times; it is left when another has its turn. Rounds of the `past` are not run again: blocks
-    are neither entered nor left, and the batches get what it has for them. Whatever is raised in a batch's forward is
-    raised here, after all threads have ended.
+    `blocks` are parts of the model by name; if batches wait at several blocks, the first of these is served. A block
+    may be called any number of times; it is left when a different block is entered. Rounds of the `past` do not run
+    again: their blocks are neither entered nor left, and the batches get the outputs that `past` has for them. An
+    exception in the forward of a batch is raised here, after all threads have ended.
     """
     workers = torch.get_num_threads()
     walks = [_Walk(model, batch, 1 if blocks else workers, workers) for batch in batches]
@@ -94,7 +96,7 @@ def run(
         finally:
             for walk in walks:
                 walk.stop()
-            torch.set_num_threads(workers)  # what new threads begin with
+            torch.set_num_threads(workers)  # the number with which new threads begin
 
 
 def _serve(walks: Sequence[_Walk], blocks: Mapping[str, nn.Module], visitor: Visitor, past: Past | None) -> None:
@@ -105,22 +107,22 @@ def _serve(walks: Sequence[_Walk], blocks: Mapping[str, nn.Module], visitor: Vis
         _advance(walk, index, None, visitor)
     while waiting := [walk for walk in walks if walk.call is not None]:
         name = min((walk.call.block for walk in waiting if walk.call), key=order.__getitem__)
-        known = past is not None and rounds < past.rounds
-        if name != entered and not known:
+        replayed = past is not None and rounds < past.rounds
+        if name != entered and not replayed:
             if entered is not None:
                 visitor.leave(entered, rounds)
             visitor.enter(name)
             entered = name
         for index, walk in enumerate(walks):
             if walk.call is not None and walk.call.block == name:
-                if past is not None and known:
-                    found = past.output(index) if rounds + 1 == past.rounds else past.lost(index)
+                if past is not None and replayed:
+                    output = past.output(index) if rounds + 1 == past.rounds else past.lost(index)
                 else:
-                    found = walk.call.run()
-                    visitor.keep(index, found)
+                    output = walk.call.run()
+                    visitor.keep(index, output)
                     visitor.passed(name)
-                _advance(walk, index, found, visitor)
-                del found  # the next batch runs without this one's
+                _advance(walk, index, output, visitor)
+                del output  # so that it takes no memory while the next batch runs
         rounds += 1
     if entered is not None:
         visitor.leave(entered, rounds)
@@ -136,7 +138,7 @@ def _advance(walk: _Walk, index: int, value: Any, visitor: Visitor) -> None:
 
 @contextmanager
 def _stopping_at(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Let a block that is called from a batch's thread be run by the main thread."""
+    """Make calls of a block from a batch's thread wait until the main thread has run the block."""
     own = {name: module.__dict__.get("forward") for name, module in blocks.items()}
     try:
         for name, module in blocks.items():
@@ -144,7 +146,7 @@ def _stopping_at(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
         yield
     finally:
         for name, module in blocks.items():
-            module.__dict__.pop("forward", None)  # what the class defines is there again
+            module.__dict__.pop("forward", None)  # makes the method of the class visible again
             if own[name] is not None:
                 module.__dict__["forward"] = own[name]
 
@@ -158,7 +160,7 @@ def _stop_before(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Call:
-    """A block's call that waits to be run."""
+    """A call of a block that waits to be run."""
 
     def __init__(self, block: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
         self.block = block
@@ -169,38 +171,38 @@ class _Call:
 
 
 class _StoppedError(BaseException):
-    """Ends a batch's thread; no model's `except Exception` catches it."""
+    """Ends the thread of a batch. It is a BaseException so that no `except Exception` in a model catches it."""
 
 
 class _Walk(threading.Thread):
-    """One batch's forward. `call` is what it waits for, None once it has ended with `output`."""
+    """The forward of one batch. `call` is the call that it waits for, or None after it has ended with `output`."""
 
     def __init__(self, model: nn.Module, batch: Batch, before: int, after: int) -> None:
         super().__init__(name="loftq-lockstep", daemon=True)
         self.call: _Call | None = None
         self.output: Any = None
         self._model, self._batch = model, batch
-        self._before, self._after = before, after  # torch's workers, until the first block was run and then
+        self._before, self._after = before, after  # torch's numbers of workers before and after the first block
         self._value: Any = None
         self._error: BaseException | None = None
         self._stopped = False
         self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
 
     def run(self) -> None:
-        """The thread's own part."""
+        """Run the model, in the batch's thread."""
         try:
             torch.set_num_threads(self._before)
-            with torch.no_grad():  # is each thread's own
+            with torch.no_grad():  # each thread has its own setting
                 self.output = self._model(**self._batch)
         except _StoppedError:
             pass
-        except BaseException as error:  # is raised in the main thread
+        except BaseException as error:  # the main thread raises it
             self._error = error
         finally:
             self._back.release()
 
     def wait(self, call: _Call) -> Any:
-        """Have a call run by the main thread (in the batch's thread)."""
+        """Wait until the main thread has run a call, and return its result (called in the batch's thread)."""
         self.call = call
         del call
         self._back.release()
@@ -212,7 +214,7 @@ class _Walk(threading.Thread):
         return value
 
     def advance(self, value: Any) -> None:
-        """Give the call's result, and wait for the next call or the end (in the main thread)."""
+        """Pass on the call's result, and wait for the next call or the end (called in the main thread)."""
         self.call, self._value = None, value
         del value
         if self.ident is None:
@@ -224,7 +226,7 @@ class _Walk(threading.Thread):
             raise self._error
 
     def stop(self) -> None:
-        """End the thread, wherever it waits (in the main thread)."""
+        """End the thread, wherever it waits (called in the main thread)."""
         self._stopped = True
         self._turn.release()
         if self.ident is not None:

@@ -1,7 +1,7 @@
-"""Checkpoint names and parameter names, by transformers' own renaming.
+"""The correspondence of checkpoint tensors and model parameters, by transformers' own renaming.
 
-The model is on the meta device, built by the class that transformers would load it with: its renaming says
-which checkpoint tensor becomes which parameter. Nothing is guessed from a substring of a path.
+The model is built on the meta device by the class with which transformers would load it. The renaming of this class
+says which checkpoint tensor becomes which parameter, so that nothing is guessed from parts of names.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from loftq.formats.checkpoint import TensorSpec
 
 @dataclass(frozen=True)
 class NameMap:
-    """How checkpoint tensors and model parameters correspond.
+    """The correspondence of checkpoint tensors and model parameters.
 
-    `written` gives each checkpoint tensor that is kept the name under which it is written; `source` gives a
-    parameter the checkpoint tensor it comes from unchanged; `left_out` names the tensors that the model has
-    no use for; `created` the parameters, with their shapes, that no tensor provides and that begin anew; `fused` gives
-    a parameter that is made of several tensors, or the first of those that one is parted into, the tensors with the
-    pattern that each matches, in order.
+    `written` maps each checkpoint tensor that is kept to the name under which it is written. `source` maps a parameter
+    to the checkpoint tensor from which it comes unchanged. `left_out` names the tensors that the model does not use.
+    `created` has the parameters, with their shapes, that no tensor provides and that are initialized anew. `fused` maps
+    a parameter that is fused from several tensors, or the first parameter of those into which a tensor is split, to
+    these tensors, each with the pattern that it matches, in order.
     """
 
     written: Mapping[str, str]
@@ -40,12 +40,12 @@ class NameMap:
 def map_names(
     model: nn.Module, tensors: Mapping[str, TensorSpec], *, new: Collection[str] = (), resized: Collection[str] = ()
 ) -> NameMap:
-    """Match a checkpoint's tensors with the model's parameters as transformers would on loading.
+    """Match a checkpoint's tensors with the model's parameters as transformers does when it loads them.
 
-    A tensor that is fused or split on the way in keeps its own name; others are written under the
-    parameter's. Parameters of the modules `new` may be missing, and those of `resized` may have another shape
-    than the checkpoint's: they are created. Raises CheckpointError for any other that no tensor provides or that
-    has another shape.
+    A tensor that is fused or split while loading keeps its own name; others are written under the name of the
+    parameter. Parameters of the modules `new` may be missing from the checkpoint, and the shapes of those of `resized`
+    may differ: these parameters are created. Raises CheckpointError for any other parameter that no tensor provides or
+    whose shape differs.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -77,7 +77,7 @@ def map_names(
         else:
             source[key] = name
     for copy, original in tied.items():
-        if copy in source and original in source:  # one copy on disk is enough: loading ties them again
+        if copy in source and original in source:  # a single copy on disk is enough: loading ties them again
             left_out.append(source.pop(copy))
             del written[left_out[-1]]
     for key in [key for key in source if _has_part(key, resized) and tensors[source[key]].shape != state[key].shape]:
@@ -101,7 +101,7 @@ def _has_part(key: str, modules: Collection[str]) -> bool:
 def _missing(
     model: Any, state: Mapping[str, torch.Tensor], provided: Collection[str], tied: Mapping[str, str]
 ) -> list[str]:
-    """Entries of the state that nothing provides, but for those that the model itself says may be missing."""
+    """Entries of the state that no tensor provides, except those that the model itself allows to be missing."""
 
     def tied_to_provided(key: str) -> bool:
         return tied.get(key) in provided or any(copy in provided for copy, to in tied.items() if to == key)
@@ -118,7 +118,7 @@ def _check_complete(missing: Sequence[str]) -> None:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
-            f"the checkpoint lacks the tensor {missing[0]!r}{more}, which the model's config asks for: "
+            f"the checkpoint lacks the tensor {missing[0]!r}{more}, which the model's config requires: "
             "download it again, or correct config.json"
         )
 
@@ -129,12 +129,16 @@ def _check_shapes(
     for key, name in source.items():
         if tensors[name].shape != tuple(state[key].shape):
             raise CheckpointError(
-                f"tensor {name!r} has shape {tensors[name].shape}, the config asks for {tuple(state[key].shape)}"
+                f"tensor {name!r} has shape {tensors[name].shape}, but the config requires {tuple(state[key].shape)}: "
+                "download the checkpoint again, or correct config.json"
             )
 
 
 def fuse(model: nn.Module, key: str, parts: Iterable[tuple[str, str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The parameters that transformers makes of the tensors of one row of `NameMap.fused`, each with its pattern."""
+    """The parameters, by name, that transformers makes of the `parts` of a key of `NameMap.fused`.
+
+    Each part is the name of a tensor, the pattern that it matches, and the tensor.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
@@ -145,16 +149,16 @@ def fuse(model: nn.Module, key: str, parts: Iterable[tuple[str, str, torch.Tenso
     for name, pattern, tensor in parts:
         converter = deepcopy(by_pattern[pattern]) if converter is None else converter
         converter.add_tensor(key, name, pattern, tensor)
-    made = converter.convert(key, model=built, config=built.config)
-    return {name: found[0] if isinstance(found, list) else found for name, found in made.items()}
+    parameters = converter.convert(key, model=built, config=built.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in parameters.items()}
 
 
 def initial_tensor(model: nn.Module, key: str, seed: int) -> torch.Tensor:
-    """A parameter that begins anew, in float32, as the model's own class initializes it, from a seed."""
+    """Initialize a parameter from a seed as the model's own class does, in float32."""
     owner, _, name = key.rpartition(".")
     module = deepcopy(model.get_submodule(owner)).to_empty(device="cpu").float()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         cast(Any, model)._init_weights(module)
-    found: torch.Tensor = module.state_dict()[name]
-    return found
+    parameter: torch.Tensor = module.state_dict()[name]
+    return parameter

@@ -1,6 +1,6 @@
-"""The linear that holds packed codes in our own layout, and what those of other layouts share with it.
+"""The linear that holds packed codes in our own layout, which is also the base class for other layouts.
 
-Only the codes and their scales live: a forward pass unpacks the weight, multiplies, and forgets it, and the
+Only the codes and their scales stay in memory: a forward pass unpacks the weight, multiplies, and discards it, and the
 backward pass unpacks it again. Large weights are unpacked in parts, a few rows at a time.
 """
 
@@ -21,7 +21,7 @@ from loftq.core.packing import unpack
 from loftq.formats import native
 from loftq.models.custom_ops import Operator
 
-PART = 1 << 24  # weights unpacked at a time
+PART = 1 << 24  # number of weights that are unpacked at a time
 Part = tuple[slice, torch.Tensor]
 
 
@@ -41,7 +41,7 @@ def _codes_of_a_table(name: str) -> int | None:
 
 @cache
 def _table(name: str, device: torch.device) -> torch.Tensor:
-    """For every value of a byte, or of 12 bits where codes have 3, the levels of the codes in it: float32."""
+    """For every value of a byte, or of 12 bits for codes of 3 bits, the levels of the codes in it: float32."""
     bits, count = CODEBOOKS[name], _codes_of_a_table(name) or 1
     values = torch.arange(1 << (count * bits))
     digits = [(values >> (bits * i)) & ((1 << bits) - 1) for i in range(count)]
@@ -58,7 +58,10 @@ def dequantize(
     columns: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Levels times scales, plus shifts: (rows, columns) of `dtype`, from a stream of codes and (blocks,) of each."""
+    """Compute levels times scales plus shifts: (rows, columns) of `dtype`.
+
+    `packed` is a stream of codes of the codebook `name`; scales and shifts are (blocks,).
+    """
     shape, device = (len(scales) * block // columns, columns), packed.device
     if dispatch.on_gpu(packed):
         from loftq.core.kernels.gpu_unpack import unpack_stream
@@ -94,7 +97,7 @@ def _(
 
 @Operator
 def _decode_scales(codes: torch.Tensor, absmax: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """Doubly quantized scales: float32 (blocks,)."""
+    """The values of doubly quantized scales: float32 (blocks,)."""
     return native.read_scales(codes, absmax, offset)
 
 
@@ -115,15 +118,15 @@ def _(zeros: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:  # 
 
 
 class StoredWeight(Protocol):
-    """How a weight (rows, columns) lies in the tensors of its module."""
+    """The layout of a weight (rows, columns) in the tensors of its module."""
 
     def parts(self, dtype: torch.dtype, *stored: torch.Tensor | None) -> Iterator[Part]:
-        """The weight in parts of whole rows, with the rows that each holds."""
+        """Unpack the weight in parts of whole rows, each with the slice of its rows."""
 
 
 @dataclass(frozen=True)
 class _Native:
-    """One stream of codes, row-major, and a scale a block."""
+    """A weight as one row-major stream of codes and one scale for each block."""
 
     name: str
     block: int
@@ -131,7 +134,7 @@ class _Native:
     columns: int
 
     def parts(self, dtype: torch.dtype, *stored: torch.Tensor | None) -> Iterator[Part]:
-        """The weight in parts of whole rows, with the rows that each holds."""
+        """Unpack the weight in parts of whole rows, each with the slice of its rows."""
         packed, scales = (cast(torch.Tensor, tensor) for tensor in stored[:2])
         absmax, offset, zeros, shifts = stored[2:]
         bits, per_row = CODEBOOKS[self.name], self.columns // self.block
@@ -147,15 +150,15 @@ class _Native:
             last = min(first + step, self.rows)
             codes = packed[first * self.columns * bits // 8 : last * self.columns * bits // 8]
             blocks = slice(first * per_row, last * per_row)
-            moved = None if shifts is None else shifts[blocks]
+            shift = None if shifts is None else shifts[blocks]
             yield (
                 slice(first, last),
-                dequantize(codes, values[blocks], moved, self.name, self.block, self.columns, dtype),
+                dequantize(codes, values[blocks], shift, self.name, self.block, self.columns, dtype),
             )
 
 
 class _Matmul(torch.autograd.Function):
-    """x Wᵀ with W unpacked on the way forward and again on the way back: autograd keeps what is stored, no more."""
+    """Computes x Wᵀ. W is unpacked in forward and again in backward, so that autograd keeps only the stored tensors."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layout: StoredWeight, *stored: torch.Tensor | None) -> torch.Tensor:
@@ -178,7 +181,7 @@ class _Matmul(torch.autograd.Function):
 class PackedLinear(nn.Linear):
     """A frozen linear (out, in) whose weight is packed codes; `formats.native` defines its tensors.
 
-    `weight` is uint8 and one-dimensional: code that expects a dense weight fails rather than compute nonsense.
+    `weight` is uint8 and one-dimensional, so that code that expects a dense weight fails instead of using wrong values.
     """
 
     _format: Any = native
@@ -211,8 +214,8 @@ class PackedLinear(nn.Linear):
         self.register_parameter(codes, nn.Parameter(stored[codes], requires_grad=False))
         for name in others:
             self.register_buffer(name, stored.get(name))
-        kept = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), False) if bias else None
-        self.register_parameter("bias", kept)
+        zeros = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), False) if bias else None
+        self.register_parameter("bias", zeros)
 
     @classmethod
     def load(cls, module: str, shape: Sequence[int], grid: Grid, read: Callable[[str], torch.Tensor]) -> Self:
@@ -222,7 +225,7 @@ class PackedLinear(nn.Linear):
         return linear
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """y = x Wᵀ + b in the input's dtype, or autocast's."""
+        """Compute y = x Wᵀ + b in the input's dtype, or in that of autocast."""
         kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
         out: torch.Tensor = _Matmul.apply(input.to(dtype), self._layout(), *self._stored())  # type: ignore[no-untyped-call]
@@ -236,12 +239,12 @@ class PackedLinear(nn.Linear):
         return [getattr(self, name) for name in self._tensors]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight that the codes stand for: (out, in)."""
+        """The weight (out, in) as a dense tensor."""
         parts = [part for _, part in self._layout().parts(dtype, *self._stored())]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """An ordinary linear of the same values, in the compute dtype unless another is given."""
+        """An ordinary linear with the same values, by default in the compute dtype."""
         dtype = dtype or self.compute_dtype
         with torch.device("meta"):
             dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, dtype=dtype)
@@ -250,20 +253,20 @@ class PackedLinear(nn.Linear):
         return dense
 
     def reset_parameters(self) -> None:
-        """Nothing: codes are loaded, never drawn."""
+        """Do nothing: codes are loaded and never initialized at random."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # Codes and scales follow to another device, but never change their dtype: float16 scales cast to
-        # bfloat16 would be other scales.
-        kept = {name: buffer.dtype for name, buffer in self.named_buffers(recurse=False)}
-        before = {name: getattr(self, name) for name in kept}
+        # Codes and scales move to another device, but never change their dtype: float16 scales would lose precision
+        # in bfloat16.
+        dtypes = {name: buffer.dtype for name, buffer in self.named_buffers(recurse=False)}
+        before = {name: getattr(self, name) for name in dtypes}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, dtype in kept.items():
+        for name, dtype in dtypes.items():
             moved = getattr(self, name)
             if moved.dtype != dtype:
                 setattr(self, name, before[name].to(moved.device))
         return self
 
     def extra_repr(self) -> str:
-        """As `nn.Linear`, with the codebook."""
+        """The text of `nn.Linear`, followed by the codebook and the block size."""
         return f"{super().extra_repr()}, {self.grid}, {self.grid.sharing} {self.grid.block(self.in_features)}"

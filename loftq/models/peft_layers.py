@@ -1,8 +1,8 @@
-"""LoRA on a packed linear, as peft's own LoRA layers with merges that are right.
+"""LoRA on a packed linear: peft's own LoRA layers with merges that work on packed codes.
 
-peft adds the product of the factors to `weight.data`, and packed codes have none to add to. Here a merge puts a
-dense linear in the packed one's place, and unmerging puts the packed one back. peft's QA-LoRA, which it offers on
-gptqmodel's layers alone and without any merge, runs here too.
+peft merges by adding the product of the factors to `weight.data`, which is impossible for packed codes. Here a merge
+replaces the packed linear by a dense one, and unmerging restores the packed one. peft's QA-LoRA, which peft itself
+offers only on gptqmodel's layers and without merging, also works here.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from loftq.models.packed_linear import PackedLinear
 
 
 class PooledVariant(QALoraLinearVariant):  # type: ignore[misc]
-    """peft's QA-LoRA: its forward, and the merges that it lacks."""
+    """peft's QA-LoRA with its own forward, and with merging, which it lacks."""
 
     @staticmethod
     def get_delta_weight(module: Any, active_adapter: str) -> torch.Tensor:
-        """What the adapter adds to the weight: (out, in)."""
+        """The matrix (out, in) that the adapter adds to the weight."""
         a, b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
         pool = module.qalora_group_size[active_adapter]
         return pooled.delta(a, b, module.scaling[active_adapter], pool)
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        """The weight with the adapter in it."""
+        """Return the weight plus the adapter's matrix."""
         return orig_weight + PooledVariant.get_delta_weight(module, active_adapter).to(orig_weight.dtype)
 
     @staticmethod
     def merge_unsafe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:
-        """Put the adapter into the weight."""
+        """Add the adapter's matrix to the weight in place."""
         orig_weight.data = PooledVariant.merge_safe(module, active_adapter, orig_weight.data)
 
     @staticmethod
     def unmerge(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        """The weight without the adapter."""
+        """Return the weight minus the adapter's matrix."""
         return orig_weight - PooledVariant.get_delta_weight(module, active_adapter).to(orig_weight.dtype)
 
 
@@ -49,13 +49,13 @@ class PackedLoraLinear(layer.Linear):  # type: ignore[misc]
     base_layer: Any
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> Any:
-        """QA-LoRA where the config says so, or what peft has for it."""
+        """Our QA-LoRA if the config selects QA-LoRA, otherwise peft's own choice."""
         return PooledVariant() if config.use_qalora else super().resolve_lora_variant(config=config, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge into a dense copy of the base layer, in its compute dtype."""
         if isinstance(self.base_layer, PackedLinear):
-            self._packed = [self.base_layer]  # in a list: not a submodule
+            self._packed = [self.base_layer]  # in a list, so that it does not become a submodule
             self.base_layer = self.base_layer.to_dense()
         super().merge(safe_merge, adapter_names)
 

@@ -1,7 +1,7 @@
-"""Makes our format known to transformers, and our LoRA layer to peft, when somebody uses them.
+"""Registers our format with transformers, and our LoRA layer with peft, as soon as a program imports these.
 
-transformers and peft take seconds to import; `import loftq` should not. So nothing is imported here: what is
-registered is registered in the moment in which their own tables have been imported.
+transformers and peft take seconds to import, and `import loftq` should not. Therefore this module imports neither: our
+classes are registered right after a program has imported the table of transformers or peft to which they belong.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PLUGINS = {
 
 
 def install() -> None:
-    """Register now where the table is there already, or else as soon as it is."""
+    """Register now with each table that has been imported already, and with the others when they are imported."""
     for table, plugin in _PLUGINS.items():
         if table in sys.modules:
             import_module(plugin)
@@ -30,7 +30,7 @@ def install() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds a table once, as everybody else would, and gives it a loader that registers afterwards."""
+    """Finds the module of a table once, by the usual way, and gives it a loader that registers afterwards."""
 
     def __init__(self, table: str, plugin: str) -> None:
         self.table = table
@@ -39,7 +39,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, _path: Sequence[str] | None, _target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of the table, or None for every other module."""
+        """The spec of the table's module, or None for every other module."""
         if fullname != self.table:
             return None
         sys.meta_path.remove(self)
@@ -50,17 +50,17 @@ class _Finder(MetaPathFinder):
 
 
 class _Registering(Loader):
-    """A loader that imports a plug-in after its module."""
+    """A loader that loads its module as usual and imports a plug-in afterwards."""
 
     def __init__(self, loader: Loader, plugin: str) -> None:
         self._loader = loader
         self._plugin = plugin
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """As the module's own loader does."""
+        """Create the module as its own loader does."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the module, then register."""
+        """Run the module, then import the plug-in, which registers itself."""
         self._loader.exec_module(module)
         import_module(self._plugin)

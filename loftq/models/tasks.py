@@ -1,7 +1,7 @@
-"""Tasks: which of transformers' classes a checkpoint is built as, and what peft calls it.
+"""Table of tasks: for each task the class of transformers that builds its models, and peft's name for it.
 
-The class is the one that the checkpoint's own `architectures` names, or that of the task asked for. It is
-built on the meta device, without memory, as transformers would build it.
+The class is the one that the checkpoint's own `architectures` names, or that of the task that the user names. The model
+is built on the meta device, where it takes no memory, in the same way as transformers builds it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from loftq.errors import OptionError, SourceError, UnknownNameError
 
 @dataclass(frozen=True)
 class Task:
-    """One row: transformers' Auto class, peft's task type, and whether it ends in a head trained with the adapter."""
+    """One row of the table.
+
+    A row has transformers' Auto class, peft's task type, and whether models end in a head that is trained together with
+    the adapter.
+    """
 
     name: str
     auto_class: str
@@ -44,14 +48,14 @@ TASKS = {
 
 
 def auto_class(task: Task) -> Any:
-    """The class whose `from_pretrained` loads models of a task."""
+    """The class of transformers whose `from_pretrained` loads models of a task."""
     import transformers
 
     return getattr(transformers, task.auto_class)
 
 
 def part_before_head(model: Any, task: Task) -> nn.Module:
-    """What lies before a task's head, where there is one; the whole model otherwise."""
+    """The part of a model before the task's head, or the whole model if the task has no head."""
     prefix = str(getattr(model, "base_model_prefix", "")) if task.has_head else ""
     part: nn.Module = getattr(model, prefix) if prefix and hasattr(model, prefix) else model
     return part
@@ -66,13 +70,14 @@ def build_meta(
     buffers: bool = False,
     dtype: torch.dtype | None = None,
 ) -> tuple[nn.Module, Task]:
-    """The model of a checkpoint folder, on the meta device, and its task.
+    """Build the model of a checkpoint folder on the meta device, and return it with its task.
 
-    `num_labels` resizes a classifier. With `buffers`, those are real and on the CPU, as the model's own code computes
-    them; `dtype` is that of the parameters, by default the config's. Raises SourceError for a model type that
-    transformers does not know, for one that needs code of its own without `trust_remote_code`, and for an architecture
-    that belongs to no task; OptionError for a task that the model type has no class for, and for labels where there is
-    nothing to classify.
+    `num_labels` resizes a classifier. With `buffers`, the model's buffers are real tensors on the CPU, as the model's
+    own code computes them. `dtype` is the dtype of the parameters, by default that of the config.
+
+    Raises SourceError for a model type that transformers does not know, for one that needs code of its own if
+    `trust_remote_code` is false, and for an architecture that belongs to no task. Raises OptionError for a task for
+    which the model type has no class, and for `num_labels` if the task is not a classification.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig
@@ -81,48 +86,54 @@ def build_meta(
         raise UnknownNameError("task", task, TASKS)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        named = [str(name) for name in config.architectures or ()]
-    except Exception as error:  # a config's own class may raise anything for values that make no sense
+        architectures = [str(name) for name in config.architectures or ()]
+    except Exception as error:  # for invalid values, the class of a config may raise any exception
         raise SourceError(_config_problem(folder, error)) from error
-    chosen = _choose(folder, config, named, task)
+    chosen = _choose(folder, config, architectures, task)
     if num_labels is not None:
         if not chosen.name.endswith("-classification"):
-            raise OptionError(f"--num-labels {num_labels}: a {chosen.name} model has no labels")
+            raise OptionError(
+                f"--num-labels {num_labels}: a {chosen.name} model has no labels: remove the option, or choose a "
+                "classification task with --task"
+            )
         config.num_labels = num_labels
-    given = {} if dtype is None else {"dtype": dtype}
+    options = {} if dtype is None else {"dtype": dtype}
     try:
         with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
-            model = auto_class(chosen).from_config(config, trust_remote_code=trust_remote_code, **given)
-    except Exception as error:  # so may a model's
+            model = auto_class(chosen).from_config(config, trust_remote_code=trust_remote_code, **options)
+    except Exception as error:  # and so may the class of a model
         raise SourceError(_config_problem(folder, error)) from error
     return cast(nn.Module, model), chosen
 
 
-def _choose(folder: Path, config: Any, named: list[str], wanted: str | None) -> Task:
-    classes = {task.name: found for task in TASKS.values() if (found := _classes(task, config))}
-    known = ", ".join(classes) or "none"
+def _choose(folder: Path, config: Any, architectures: list[str], wanted: str | None) -> Task:
+    classes = {task.name: names for task in TASKS.values() if (names := _classes(task, config))}
+    tasks = ", ".join(classes) or "none"
     if wanted is not None:
         if wanted not in classes:
-            raise OptionError(f"--task {wanted}: model type {config.model_type} has no class for it (it has: {known})")
+            raise OptionError(
+                f"--task {wanted}: transformers has no class of model type {config.model_type} for this task "
+                f"(it has classes for: {tasks})"
+            )
         return TASKS[wanted]
-    for name, found in classes.items():
-        if set(named) & set(found):
-            return TASKS[name]
+    for task, names in classes.items():
+        if set(architectures) & set(names):
+            return TASKS[task]
     if getattr(config, "auto_map", None) and classes:
         return TASKS[next(iter(classes))]
     raise SourceError(
-        f"{folder} is a {config.model_type} model ({', '.join(named) or 'no architecture named'}), "
-        f"of no task that is known by its architecture: choose one with --task (it has: {known})"
+        f"{folder} is a {config.model_type} model ({', '.join(architectures) or 'no architecture named'}), and its "
+        f"architecture does not tell the task: choose one with --task (transformers has classes for: {tasks})"
     )
 
 
 def _classes(task: Task, config: Any) -> list[str]:
-    """Names of the classes that a model type has for a task."""
+    """Names of the classes of transformers for a model type and a task."""
     own = (getattr(config, "auto_map", None) or {}).get(task.auto_class)
     if own:
         return [str(own).rpartition(".")[2]]
-    found = auto_class(task)._model_mapping.get(type(config), ())
-    return [cls.__name__ for cls in (found if isinstance(found, (list, tuple)) else [found])]
+    classes = auto_class(task)._model_mapping.get(type(config), ())
+    return [cls.__name__ for cls in (classes if isinstance(classes, (list, tuple)) else [classes])]
 
 
 def _config_problem(folder: Path, error: Exception) -> str:
@@ -132,7 +143,7 @@ def _config_problem(folder: Path, error: Exception) -> str:
     if "model type" in text or "model_type" in text:
         from transformers import __version__
 
-        found = re.search(r"model type `?'?(\w+)", text)
-        named = f"model type {found[1]!r}" if found else "model type"
-        return f"{folder / 'config.json'}: transformers {__version__} does not know its {named}: upgrade transformers"
-    return f"{folder / 'config.json'} describes no model that transformers can build: {text}"
+        match = re.search(r"model type `?'?(\w+)", text)
+        kind = f"model type {match[1]!r}" if match else "model type"
+        return f"{folder / 'config.json'}: transformers {__version__} does not know its {kind}: upgrade transformers"
+    return f"transformers cannot build the model of {folder / 'config.json'}: {text or type(error).__name__}"

@@ -1,4 +1,4 @@
-"""What a user should know of a plan, a line each."""
+"""Notes on a plan that a user should know, one line each."""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ if TYPE_CHECKING:
     from loftq.planning.plan import Plan
 
 
-def notes_on(plan: Plan, found: Linears, names: NameMap) -> Iterator[str]:
-    """On the model, on who loads the result, and on what stays as it is."""
+def notes_on(plan: Plan, linears: Linears, names: NameMap) -> Iterator[str]:
+    """Notes on the model, on what loads the result, and on what stays unquantized."""
     dtype = plan.recipe.compute_dtype
     if not family_of(plan.model_type).tested:
-        yield f"model type {plan.model_type} has no row of its own: quantized the generic way, by its modules"
+        yield f"model type {plan.model_type} is not in the table of families: every linear of its modules is quantized"
     if family_of(plan.model_type).float32:
-        yield f"transformers runs {plan.model_type} in float32 alone: that is its compute dtype here"
+        yield f"transformers runs {plan.model_type} only in float32, so this is the compute dtype"
     if plan.layout.PLAN_NOTE:
-        odd = {type(plan.model.get_submodule(layer.module)).__name__ for layer in plan.layers} - {"Linear", "Conv1D"}
-        what = f"{', '.join(sorted(odd))} quantized" if odd else ", ".join(sorted(set(plan.codebooks.values())))
+        unusual = {type(plan.model.get_submodule(layer.module)).__name__ for layer in plan.layers} - {
+            "Linear",
+            "Conv1D",
+        }
+        what = f"{', '.join(sorted(unusual))} quantized" if unusual else ", ".join(sorted(set(plan.codebooks.values())))
         yield plan.layout.PLAN_NOTE.format(what=what, loader=f"load_{plan.kind}")
     if plan.expert_bytes:
         yield f"fused experts stay in {dtype}: {plan.expert_bytes / 1e9:.3g} GB"
-    for what, left in (("", found.others), (" that share their weight", found.shared)):
+    for what, left in (("", linears.others), (" that share their weight", linears.shared)):
         if left:
             kinds = {type(plan.model.get_submodule(name)).__name__ for name in left}
             yield f"{len(left)} dense layers of class {', '.join(sorted(kinds))}{what} stay in {dtype}"
     if plan.created:
-        yield f"not in the checkpoint, begun anew: {few_of(list(plan.created))}"
+        yield f"not in the checkpoint, newly initialized: {few_of(list(plan.created))}"
     if names.left_out:
-        yield f"not part of the model, left out: {few_of(names.left_out)}"
+        yield f"not a part of the model, left out: {few_of(names.left_out)}"

@@ -12,7 +12,7 @@ import torch
 
 from loftq.core.codebooks import TYPES
 from loftq.core.grid import ROW, Grid
-from loftq.core.solvers.methods import METHODS, Method
+from loftq.core.solvers.methods import METHODS, WITH_TEXT, WITHOUT_TEXT, Method
 from loftq.errors import OptionError
 from loftq.formats import layouts
 from loftq.formats.adapter import scaling
@@ -207,7 +207,7 @@ def _with_pool(settings: QuantizeSettings) -> QuantizeSettings:
 
 def _with_method(settings: QuantizeSettings) -> QuantizeSettings:
     """Set the method, and take from it the scales, rounding, iterations and refinement that are left open."""
-    name = settings.method or ("loftq" if settings.calibration is None else "calibrated")
+    name = settings.method or (WITHOUT_TEXT if settings.calibration is None else WITH_TEXT)
     preset = METHODS[name]
     settings = replace(
         settings,

@@ -1,1 +1,1 @@
-"""Artifacts side by side: what was measured, the charts, the page."""
+"""The report that compares artifacts: their measured values, the charts, and the page."""

@@ -16,126 +16,126 @@ from loftq.reporting.drawing import Palette
 from loftq.reporting.measured import OUTPUTS, WEIGHTS, Measured, Place
 
 NAMES = {WEIGHTS: "weights", OUTPUTS: "outputs"}
-_WIDE = 2.5  # largest of smallest error, from which an axis is logarithmic
+_WIDE = 2.5  # ratio of the largest to the smallest error from which an axis is logarithmic
 
 
-def bars_of_totals(axes: Axes, palette: Palette, found: Sequence[Measured], prefix: str) -> None:
-    """A bar for each artifact: the plain error behind, what is left before it."""
-    for at, one in enumerate(found):
-        if f"{prefix}error" not in one.totals:
+def bars_of_totals(axes: Axes, palette: Palette, artifacts: Sequence[Measured], prefix: str) -> None:
+    """A bar for each artifact: the error of plain rounding, pale, and the error with the adapter in front of it."""
+    for at, measured in enumerate(artifacts):
+        if f"{prefix}error" not in measured.totals:
             axes.annotate(" not measured: made without text", (0, at), va="center", fontsize=8.5, alpha=0.6)
             continue
-        plain, left = one.totals[f"{prefix}plain_error"], one.totals[f"{prefix}error"]
+        plain, final = measured.totals[f"{prefix}plain_error"], measured.totals[f"{prefix}error"]
         axes.barh(at, plain, height=0.62, color=palette.of(at), alpha=0.25)
-        axes.barh(at, left, height=0.34, color=palette.of(at))
-        axes.annotate(f" {left:.3f}", (max(left, plain), at), va="center", fontsize=9)
-    _list_artifacts(axes, found)
+        axes.barh(at, final, height=0.34, color=palette.of(at))
+        axes.annotate(f" {final:.3f}", (max(final, plain), at), va="center", fontsize=9)
+    _list_artifacts(axes, artifacts)
     axes.set_title(f"Error of {NAMES[prefix]}")
 
 
-def sizes(axes: Axes, palette: Palette, found: Sequence[Measured]) -> None:
-    """A bar for each artifact: the backbone's bytes, and behind them the adapter's."""
-    for at, one in enumerate(found):
-        backbone, adapter = one.totals["backbone_bytes"] / 1e6, one.totals["adapter_bytes"] / 1e6
+def sizes(axes: Axes, palette: Palette, artifacts: Sequence[Measured]) -> None:
+    """A bar for each artifact: the bytes of the backbone, followed by those of the adapter."""
+    for at, measured in enumerate(artifacts):
+        backbone, adapter = measured.totals["backbone_bytes"] / 1e6, measured.totals["adapter_bytes"] / 1e6
         axes.barh(at, backbone, height=0.5, color=palette.of(at))
         axes.barh(at, adapter, left=backbone, height=0.5, color=palette.of(at), alpha=0.35)
         axes.annotate(f" {backbone:,.1f} + {adapter:,.1f}", (backbone + adapter, at), va="center", fontsize=9)
-    _list_artifacts(axes, found, room=0.3)
+    _list_artifacts(axes, artifacts, room=0.3)
     axes.set_title("Backbone and adapter, MB")
 
 
-def _list_artifacts(axes: Axes, found: Sequence[Measured], room: float = 0.16) -> None:
-    """Their labels, and room for figures at the ends of the bars."""
-    axes.set_yticks(range(len(found)), [one.label for one in found])
-    axes.set_ylim(len(found) - 0.4, -0.6)
+def _list_artifacts(axes: Axes, artifacts: Sequence[Measured], room: float = 0.16) -> None:
+    """Write the labels of the artifacts, and leave room for numbers at the ends of the bars."""
+    axes.set_yticks(range(len(artifacts)), [measured.label for measured in artifacts])
+    axes.set_ylim(len(artifacts) - 0.4, -0.6)
     axes.margins(x=room)
     axes.set_xlim(left=0)
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
 
 
-def by_kind(axes: Axes, palette: Palette, found: Sequence[Measured], prefix: str) -> None:
-    """For each kind of module, from the plain error (a ring) to what is left (a dot)."""
-    kinds = _kinds(found)
-    shown = [(i, one) for i, one in enumerate(found) if one.has(prefix)]
+def by_kind(axes: Axes, palette: Palette, artifacts: Sequence[Measured], prefix: str) -> None:
+    """For each kind of module, a line from the error of plain rounding (a ring) to that with the adapter (a dot)."""
+    kinds = _kinds(artifacts)
+    shown = [(i, measured) for i, measured in enumerate(artifacts) if measured.has(prefix)]
     errors: list[float] = []
-    for place, (i, one) in enumerate(shown):
+    for place, (i, measured) in enumerate(shown):
         for at, kind in enumerate(kinds):
-            plain, left = one.of_kind(kind, f"{prefix}plain_error"), one.of_kind(kind, f"{prefix}error")
-            if plain is None or left is None:
+            plain, final = measured.of_kind(kind, f"{prefix}plain_error"), measured.of_kind(kind, f"{prefix}error")
+            if plain is None or final is None:
                 continue
             y = at + 0.7 * ((place + 0.5) / len(shown) - 0.5)
-            errors += [plain, left]
-            axes.plot([plain, left], [y, y], color=palette.of(i), linewidth=1.4, alpha=0.55)
+            errors += [plain, final]
+            axes.plot([plain, final], [y, y], color=palette.of(i), linewidth=1.4, alpha=0.55)
             axes.plot(plain, y, "o", color=palette.of(i), markersize=5, markerfacecolor="none", markeredgewidth=1.2)
-            axes.plot(left, y, "o", color=palette.of(i), markersize=5)
+            axes.plot(final, y, "o", color=palette.of(i), markersize=5)
     _list_kinds(axes, kinds)
     _scale(axes, errors, "x")
     axes.set_title(f"Error of {NAMES[prefix]} by kind")
 
 
 def by_depth(
-    axes: Axes, palette: Palette, found: Sequence[Measured], prefix: str, kind: str | None = None
+    axes: Axes, palette: Palette, artifacts: Sequence[Measured], prefix: str, kind: str | None = None
 ) -> list[float]:
-    """The error of each block: plain dotted, what is left as a line. Returns all that is shown."""
+    """The error of each block: a dotted line for plain rounding, a full line with the adapter. Returns all errors."""
     shown: list[float] = []
-    for i, one in enumerate(found):
+    for i, measured in enumerate(artifacts):
         for key, line, width in (("plain_error", ":", 1.1), ("error", "-", 1.7)):
-            errors = one.by_depth(f"{prefix}{key}", kind)
+            errors = measured.by_depth(f"{prefix}{key}", kind)
             axes.plot(list(errors), list(errors.values()), line, color=palette.of(i), linewidth=width)
             shown += errors.values()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     return shown
 
 
-def depth(axes: Axes, palette: Palette, found: Sequence[Measured], prefix: str) -> None:
-    """All layers of a block together."""
-    _scale(axes, by_depth(axes, palette, found, prefix), "y")
+def depth(axes: Axes, palette: Palette, artifacts: Sequence[Measured], prefix: str) -> None:
+    """The error of each block, for all of its layers together."""
+    _scale(axes, by_depth(axes, palette, artifacts, prefix), "y")
     axes.set_xlabel("block")
     axes.set_title(f"Error of {NAMES[prefix]} by block")
 
 
-def depths(figure: Figure, palette: Palette, found: Sequence[Measured], prefix: str) -> None:
-    """A panel for each kind of module, with one scale."""
-    kinds = _kinds(found)
+def depths(figure: Figure, palette: Palette, artifacts: Sequence[Measured], prefix: str) -> None:
+    """The error of each block in a panel for each kind of module. All panels have the same scale."""
+    kinds = _kinds(artifacts)
     columns = min(len(kinds), 4)
     panels = figure.subplots(-(-len(kinds) // columns), columns, sharex=True, sharey=True, squeeze=False).flat
     shown: list[float] = []
     for axes, kind in zip(panels, kinds, strict=False):
-        shown += by_depth(axes, palette, found, prefix, kind)
+        shown += by_depth(axes, palette, artifacts, prefix, kind)
         axes.set_title(kind)
     for axes in list(figure.axes)[len(kinds) :]:
         axes.set_visible(False)
     _scale(figure.axes[0], shown, "y")
 
 
-def trace(axes: Axes, palette: Palette, found: Sequence[Measured], prefix: str) -> None:
-    """What is left of the plain error after each iteration: the median layer, and the middle half of them."""
-    for i, one in enumerate(found):
-        if one.has(prefix):
-            _band(axes, one.trace(prefix), palette.of(i), "o-")
+def trace(axes: Axes, palette: Palette, artifacts: Sequence[Measured], prefix: str) -> None:
+    """The error after each iteration, relative to plain rounding: the median layer and the middle half of layers."""
+    for i, measured in enumerate(artifacts):
+        if measured.has(prefix):
+            _band(axes, measured.trace(prefix), palette.of(i), "o-")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("iteration")
-    axes.set_title(f"Error of {NAMES[prefix]} / rounding's")
+    axes.set_title(f"Error of {NAMES[prefix]} / plain error")
 
 
-def captured(axes: Axes, palette: Palette, found: Sequence[Measured]) -> None:
-    """How much of what rounding left the first singular values of the adapter hold: as above, of layers."""
-    for i, one in enumerate(found):
-        _band(axes, one.captured(), palette.of(i), "-")
+def captured(axes: Axes, palette: Palette, artifacts: Sequence[Measured]) -> None:
+    """The share of the rounding error in the first singular values of the adapter: median and middle half of layers."""
+    for i, measured in enumerate(artifacts):
+        _band(axes, measured.captured(), palette.of(i), "-")
     axes.set_xlabel("singular values")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylim(bottom=0)
     axes.set_title("Share of Q's error in the adapter")
 
 
-def captured_by_kind(axes: Axes, palette: Palette, found: Sequence[Measured]) -> None:
-    """The share that the whole adapter holds, by kind of module: the median layer, and the middle half of them."""
-    kinds = _kinds(found)
-    for i, one in enumerate(found):
-        for kind in one.kinds:
-            low, middle, high = _quartiles(one.captured(kind)[:, -1:])
-            y = kinds.index(kind) + 0.7 * ((i + 0.5) / len(found) - 0.5)
+def captured_by_kind(axes: Axes, palette: Palette, artifacts: Sequence[Measured]) -> None:
+    """The share of the whole adapter, by kind of module: the median layer and the middle half of layers."""
+    kinds = _kinds(artifacts)
+    for i, measured in enumerate(artifacts):
+        for kind in measured.kinds:
+            low, middle, high = _quartiles(measured.captured(kind)[:, -1:])
+            y = kinds.index(kind) + 0.7 * ((i + 0.5) / len(artifacts) - 0.5)
             axes.plot([low[0], high[0]], [y, y], color=palette.of(i), linewidth=3.5, alpha=0.3)
             axes.plot(middle[0], y, "o", color=palette.of(i), markersize=5)
     _list_kinds(axes, kinds)
@@ -145,7 +145,7 @@ def captured_by_kind(axes: Axes, palette: Palette, found: Sequence[Measured]) ->
 
 
 def squares(axes: Axes, palette: Palette, values: Mapping[Place, Any], artifact: int, title: str) -> None:
-    """A square for each layer, the darker the larger its value is among the others: blocks from left to right."""
+    """A square for each layer, with the blocks from left to right. A larger value has a darker color."""
     kinds = list(dict.fromkeys(place.kind for place in values))
     order, color = sorted(set(values.values()), reverse=True), palette.of(artifact)
     for index, value in enumerate(order):
@@ -161,30 +161,34 @@ def squares(axes: Axes, palette: Palette, values: Mapping[Place, Any], artifact:
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), handlelength=1)
 
 
-def overview(figure: Figure, palette: Palette, found: Sequence[Measured]) -> None:
-    """One picture of it all: of outputs, where every artifact was made with text, and of weights otherwise."""
-    prefix = OUTPUTS if all(one.has(OUTPUTS) for one in found) else WEIGHTS
-    models = ", ".join(dict.fromkeys(Path(one.artifact.manifest["source"]["model"]).name for one in found))
-    figure.suptitle(f"{models}    (pale, ring, dotted: plain rounding; full: with the adapter)", x=0.01, ha="left")
+def overview(figure: Figure, palette: Palette, artifacts: Sequence[Measured]) -> None:
+    """An overview in one picture: errors of outputs if every artifact was made with text, otherwise of weights."""
+    prefix = OUTPUTS if all(measured.has(OUTPUTS) for measured in artifacts) else WEIGHTS
+    models = ", ".join(
+        dict.fromkeys(Path(measured.artifact.manifest["source"]["model"]).name for measured in artifacts)
+    )
+    figure.suptitle(
+        f"{models}    (pale, ring, dotted: plain rounding; full color: with the adapter)", x=0.01, ha="left"
+    )
     panels = figure.subplots(2, 3)
-    sizes(panels[0][0], palette, found)
-    bars_of_totals(panels[0][1], palette, found, WEIGHTS)
+    sizes(panels[0][0], palette, artifacts)
+    bars_of_totals(panels[0][1], palette, artifacts, WEIGHTS)
     panels[0][1].set_yticklabels([])
     if prefix == OUTPUTS:
-        bars_of_totals(panels[0][2], palette, found, OUTPUTS)
+        bars_of_totals(panels[0][2], palette, artifacts, OUTPUTS)
         panels[0][2].set_yticklabels([])
     else:
-        captured(panels[0][2], palette, found)
-    by_kind(panels[1][0], palette, found, prefix)
-    depth(panels[1][1], palette, found, prefix)
-    trace(panels[1][2], palette, found, prefix)
-    lines = [Line2D([], [], color=palette.of(i), linewidth=5) for i in range(len(found))]
-    columns = len(found) if len(found) < 5 else -(-len(found) // 2)
-    figure.legend(lines, [one.label for one in found], loc="outside lower center", ncols=columns)
+        captured(panels[0][2], palette, artifacts)
+    by_kind(panels[1][0], palette, artifacts, prefix)
+    depth(panels[1][1], palette, artifacts, prefix)
+    trace(panels[1][2], palette, artifacts, prefix)
+    lines = [Line2D([], [], color=palette.of(i), linewidth=5) for i in range(len(artifacts))]
+    columns = len(artifacts) if len(artifacts) < 5 else -(-len(artifacts) // 2)
+    figure.legend(lines, [measured.label for measured in artifacts], loc="outside lower center", ncols=columns)
 
 
-def _kinds(found: Sequence[Measured]) -> list[str]:
-    return list(dict.fromkeys(kind for one in found for kind in one.kinds))
+def _kinds(artifacts: Sequence[Measured]) -> list[str]:
+    return list(dict.fromkeys(kind for measured in artifacts for kind in measured.kinds))
 
 
 def _list_kinds(axes: Axes, kinds: Sequence[str]) -> None:
@@ -195,7 +199,7 @@ def _list_kinds(axes: Axes, kinds: Sequence[str]) -> None:
 
 
 def _quartiles(values: torch.Tensor) -> torch.Tensor:
-    """Of values (layers, steps): (3, steps)."""
+    """The quartiles (3, steps) of values (layers, steps)."""
     return torch.quantile(values, torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype), dim=0)
 
 
@@ -208,7 +212,7 @@ def _band(axes: Axes, values: torch.Tensor, color: str, line: str) -> None:
 
 
 def _scale(axes: Axes, errors: Iterable[float], axis: str) -> None:
-    """Logarithmic, with round ticks, where errors are far apart."""
+    """Make an axis logarithmic, with round ticks, if the errors differ much."""
     positive = [error for error in errors if error > 0]
     if positive and max(positive) > _WIDE * min(positive):
         target = axes.xaxis if axis == "x" else axes.yaxis

@@ -1,7 +1,7 @@
-"""How the plots of a report are drawn: as SVG that takes its colors from the page's style, or as one picture.
+"""Draws the plots of a report, as SVG for the page or as a picture.
 
-A plot for the page is drawn in placeholder colors. In the SVG they are replaced by CSS variables, so that the plot is
-light or dark as the page is. Its text is text of the page.
+A plot for the page is drawn in placeholder colors. In the SVG they are replaced by CSS variables, so that the plot
+follows the light or dark style of the page. The text of a plot stays text in the page.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _STYLE = {
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.7,
     "legend.frameon": False,
-    "text.parse_math": False,  # a folder's name may hold dollars
+    "text.parse_math": False,  # the name of a folder may contain dollar signs
     "svg.fonttype": "none",
     "svg.hashsalt": "loftq",
 }
@@ -43,7 +43,7 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Palette:
-    """The colors of text, of rules, and of the artifacts in their order."""
+    """The colors of the text, the rules, and the artifacts in their order."""
 
     ink: str = INK
     rule: str = RULE
@@ -54,38 +54,38 @@ class Palette:
         return self.series[index % len(self.series)]
 
 
-_STANDING = Palette("#010203", "#040506", tuple(f"#0708{i:02x}" for i in range(len(SERIES))))
+_PLACEHOLDERS = Palette("#010203", "#040506", tuple(f"#0708{i:02x}" for i in range(len(SERIES))))
 _VARIABLES = {
-    _STANDING.ink: "var(--ink)",
-    _STANDING.rule: "var(--rule)",
-    **{color: f"var(--s{i})" for i, color in enumerate(_STANDING.series)},
+    _PLACEHOLDERS.ink: "var(--ink)",
+    _PLACEHOLDERS.rule: "var(--rule)",
+    **{color: f"var(--s{i})" for i, color in enumerate(_PLACEHOLDERS.series)},
 }
 
 
-def panel(draw: Callable[..., None], width: float, height: float, **what: Any) -> str:
-    """Like `svg`, for a function that draws on the axes of one panel."""
-    return svg(lambda figure, palette: draw(figure.subplots(), palette, **what), width, height)
+def panel(draw: Callable[..., None], width: float, height: float, **arguments: Any) -> str:
+    """Like `svg`, for a function that draws on the axes of a single panel."""
+    return svg(lambda figure, palette: draw(figure.subplots(), palette, **arguments), width, height)
 
 
-def svg(draw: Callable[..., None], width: float, height: float, **what: Any) -> str:
-    """A plot as SVG, with sides in inches, for a page that has the variables `--ink`, `--rule`, `--s0`, …"""
-    with _styled(_STANDING):
+def svg(draw: Callable[..., None], width: float, height: float, **arguments: Any) -> str:
+    """A plot as SVG, with its size in inches, for a page with the CSS variables `--ink`, `--rule`, `--s0`, …"""
+    with _styled(_PLACEHOLDERS):
         figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure, _STANDING, **what)
+        draw(figure, _PLACEHOLDERS, **arguments)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    found = text.getvalue()
-    found = re.sub("|".join(_VARIABLES), lambda color: _VARIABLES[color[0]], found[found.index("<svg") :])
-    return re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"|width="[^"]*pt" height="[^"]*pt"', r"\1", found, count=1)
+    source = text.getvalue()
+    source = re.sub("|".join(_VARIABLES), lambda color: _VARIABLES[color[0]], source[source.index("<svg") :])
+    return re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"|width="[^"]*pt" height="[^"]*pt"', r"\1", source, count=1)
 
 
-def png(draw: Callable[..., None], path: Path, width: float, height: float, **what: Any) -> None:
-    """A picture on a white background, with 160 dots per inch."""
+def png(draw: Callable[..., None], path: Path, width: float, height: float, **arguments: Any) -> None:
+    """Write a picture with a white background and 160 dots per inch. Its size is in inches."""
     palette = Palette()
     with _styled(palette):
         figure = Figure(figsize=(width, height), layout=_PADDED, facecolor="white", dpi=160)
         FigureCanvasAgg(figure)
-        draw(figure, palette, **what)
+        draw(figure, palette, **arguments)
         figure.savefig(path, format="png", metadata={"Software": None})
 
 

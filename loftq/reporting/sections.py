@@ -1,4 +1,4 @@
-"""The parts of a report's page: what each shows, and its plots."""
+"""The sections of the page of a report: their texts and their plots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ _WHOLE, _HALF = 12.4, 6.2  # inches
 
 
 class Section(NamedTuple):
-    """Its plots are SVG, in pairs where there is room; `colors` says whether they are the artifacts'."""
+    """A section of the page.
+
+    Its plots are SVG, shown in pairs if `pair` is true and there is room. `colors` is true if the plots use the colors
+    of the artifacts, so that a legend is needed.
+    """
 
     title: str
     text: str
@@ -21,66 +25,80 @@ class Section(NamedTuple):
     colors: bool = True
 
 
-def sections(found: Sequence[Measured]) -> Iterator[Section]:
-    """The parts for which these artifacts have something to show."""
-    prefixes = [prefix for prefix in (WEIGHTS, OUTPUTS) if any(one.has(prefix) for one in found)]
-    kinds = len({kind for one in found for kind in one.kinds})
-    yield _errors(found, prefixes)
-    yield _by_kind(found, prefixes, kinds)
+def sections(artifacts: Sequence[Measured]) -> Iterator[Section]:
+    """The sections for which these artifacts have values to show."""
+    prefixes = [prefix for prefix in (WEIGHTS, OUTPUTS) if any(measured.has(prefix) for measured in artifacts)]
+    kinds = len({kind for measured in artifacts for kind in measured.kinds})
+    yield _errors(artifacts, prefixes)
+    yield _by_kind(artifacts, prefixes, kinds)
     for prefix in prefixes:
         yield Section(
             f"By block: {charts.NAMES[prefix]}",
-            "Blocks from the first to the last, a panel for each kind of module; dotted what plain rounding leaves.",
-            [drawing.svg(charts.depths, _WHOLE, 0.6 + 2.1 * -(-kinds // 4), found=found, prefix=prefix)],
+            "The error of each block, with a panel for each kind of module. Dotted lines are plain rounding, full "
+            "lines are with the adapter.",
+            [drawing.svg(charts.depths, _WHOLE, 0.6 + 2.1 * -(-kinds // 4), artifacts=artifacts, prefix=prefix)],
         )
-    traced = [prefix for prefix in prefixes if any(one.has(prefix) and one.trace(prefix).shape[1] > 1 for one in found)]
+    traced = [
+        prefix
+        for prefix in prefixes
+        if any(measured.has(prefix) and measured.trace(prefix).shape[1] > 1 for measured in artifacts)
+    ]
     if traced:
         yield Section(
             "Iterations",
-            "What alternating leaves of plain rounding's error: lines are the median layer, bands the middle half of "
-            "layers. The best iterate is kept.",
-            [drawing.panel(charts.trace, _HALF, 3.3, found=found, prefix=prefix) for prefix in traced],
+            "The error after each iteration, relative to plain rounding. Lines are the median layer, bands the middle "
+            "half of layers. The best iterate is kept.",
+            [drawing.panel(charts.trace, _HALF, 3.3, artifacts=artifacts, prefix=prefix) for prefix in traced],
             pair=True,
         )
-    yield _singular_values(found)
-    varying = list(_varying(found))
+    yield _singular_values(artifacts)
+    varying = list(_varying(artifacts))
     if varying:
-        yield Section("Bits and rank by layer", "Where they are not the same everywhere.", varying, colors=False)
+        yield Section(
+            "Bits and rank by layer",
+            "Type and rank of each layer, shown if they differ between layers.",
+            varying,
+            colors=False,
+        )
 
 
-def _errors(found: Sequence[Measured], prefixes: Sequence[str]) -> Section:
-    height = 0.9 + 0.36 * len(found)
+def _errors(artifacts: Sequence[Measured], prefixes: Sequence[str]) -> Section:
+    height = 0.9 + 0.36 * len(artifacts)
     return Section(
         "Error",
-        "Pale what plain rounding leaves, in full color what is left with the adapter. A start that was calibrated on "
-        "text makes the error of outputs small, whatever becomes of that of weights.",
-        [drawing.panel(charts.bars_of_totals, _HALF, height, found=found, prefix=prefix) for prefix in prefixes],
+        "Pale bars are the error of plain rounding, bars in full color the error with the adapter. Calibration on text "
+        "makes the error of outputs small; the error of weights may be larger than without it.",
+        [
+            drawing.panel(charts.bars_of_totals, _HALF, height, artifacts=artifacts, prefix=prefix)
+            for prefix in prefixes
+        ],
         pair=True,
     )
 
 
-def _by_kind(found: Sequence[Measured], prefixes: Sequence[str], kinds: int) -> Section:
-    height = 0.9 + (0.16 + 0.13 * len(found)) * kinds
+def _by_kind(artifacts: Sequence[Measured], prefixes: Sequence[str], kinds: int) -> Section:
+    height = 0.9 + (0.16 + 0.13 * len(artifacts)) * kinds
     return Section(
         "By kind of module",
-        "All layers of a kind together: a ring is what plain rounding leaves, a dot what is left with the adapter.",
-        [drawing.panel(charts.by_kind, _HALF, height, found=found, prefix=prefix) for prefix in prefixes],
+        "All layers of a kind together. A ring is the error of plain rounding, a dot the error with the adapter.",
+        [drawing.panel(charts.by_kind, _HALF, height, artifacts=artifacts, prefix=prefix) for prefix in prefixes],
         pair=True,
     )
 
 
-def _singular_values(found: Sequence[Measured]) -> Section:
+def _singular_values(artifacts: Sequence[Measured]) -> Section:
     return Section(
         "Singular values",
-        "How much of ‖s·B·A‖² + ‖W − Q − s·B·A‖² the adapter's largest singular values hold, and all of them by kind.",
-        [drawing.panel(draw, _HALF, 3.6, found=found) for draw in (charts.captured, charts.captured_by_kind)],
+        "The share of ‖s·B·A‖² + ‖W − Q − s·B·A‖² in the largest singular values of the adapter, and in all of them by "
+        "kind.",
+        [drawing.panel(draw, _HALF, 3.6, artifacts=artifacts) for draw in (charts.captured, charts.captured_by_kind)],
         pair=True,
     )
 
 
-def _varying(found: Sequence[Measured]) -> Iterator[str]:
-    for i, one in enumerate(found):
-        for what, values in (("type", one.grid_of("codebook")), ("rank", one.ranks)):
+def _varying(artifacts: Sequence[Measured]) -> Iterator[str]:
+    for i, measured in enumerate(artifacts):
+        for name, values in (("type", measured.grid_of("codebook")), ("rank", measured.ranks)):
             if values:
-                height, title = 0.8 + 0.27 * len({place.kind for place in values}), f"{one.label}: {what}"
+                height, title = 0.8 + 0.27 * len({place.kind for place in values}), f"{measured.label}: {name}"
                 yield drawing.panel(charts.squares, _WHOLE, height, values=values, artifact=i, title=title)

@@ -1,7 +1,7 @@
-"""The distillation as a step of a run: what it changes in the partial folder, and what is measured after it.
+"""The distillation as a step of a run: it refines the adapter in the partial folder, then measures the errors again.
 
-The factors that the solver left are kept aside until the distilled ones are in place and noted, so that a run that dies
-in between begins the step again from the same start.
+The factors of the solver are kept in a separate file until the distilled ones are in place and recorded in the journal,
+so that a run that is interrupted in between repeats the step from the same start.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _START = "start.safetensors"
 
 
 def distill(plan: Plan, staging: Staging, statistics: Statistics, run: Run) -> None:
-    """Refine the adapter in the partial folder, once, and note the errors that it leaves in each layer."""
+    """Refine the adapter in the partial folder, unless that is done, and record the remaining error of each layer."""
     start = staging.folder / _START
     if staging.distilled is None:
         weights = staging.folder / FOLDER / WEIGHTS
@@ -44,13 +44,13 @@ def distill(plan: Plan, staging: Staging, statistics: Statistics, run: Run) -> N
 
 
 def distilled(staging: Staging) -> dict[str, Any]:
-    """Totals of a run that the distillation adds."""
+    """The totals of a run that come from the distillation."""
     record = staging.distilled or {}
     return {key: record[key] for key in ("refine_steps", "divergence_before", "divergence") if key in record}
 
 
 def distilled_row(staging: Staging, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A layer's row with the errors that the distilled factors leave."""
+    """The row of a layer with the errors that remain after distillation."""
     errors: Mapping[str, Mapping[str, float]] = (staging.distilled or {}).get("errors", {})
     return {**row, **errors.get(row["name"], {})}
 
@@ -59,10 +59,10 @@ def _distill(plan: Plan, staging: Staging, start: Path, statistics: Statistics, 
     from loftq.solving.refine import refine  # imports transformers' trainer, which takes seconds
 
     artifact = Artifact(staging.folder, heading(plan))
-    found, factors = refine(
+    refinement, factors = refine(
         artifact, statistics.teacher(), plan.recipe.refine, run.device, seed=plan.recipe.seed, quiet=run.quiet
     )
-    record = {"refine_steps": found.steps, "divergence_before": found.before, "divergence": found.after}
+    record = {"refine_steps": refinement.steps, "divergence_before": refinement.before, "divergence": refinement.after}
     if not factors:
         return record
     with replacing(staging.folder / FOLDER / WEIGHTS) as scratch:
@@ -78,18 +78,18 @@ def _distill(plan: Plan, staging: Staging, start: Path, statistics: Statistics, 
 def _errors(
     plan: Plan, layer: Layer, adapter: Adapter, checkpoint: Checkpoint, statistics: Statistics, device: torch.device
 ) -> dict[str, float]:
-    """What a layer's codes and factors leave of its weight and of its outputs, as they are read back."""
+    """The relative errors of the weight and the outputs of a layer, with codes and factors read back from the files."""
     weight, _ = read_source_weight(plan, layer, device)
     codes, scales = plan.layout.read(layer.module, layer.shape, plan.grid(layer), checkpoint.read)
     backbone = plan.quantizer(layer).decode(codes, scales, weight.shape).to(device)
     a, b = (factor.to(device) for factor in adapter.factors(layer.module))
-    left = weight - backbone - pooled.delta(a, b, adapter.scaling, adapter.pool_size)
-    found = {"error": (squared(left) / (squared(weight) or 1.0)) ** 0.5}
+    residual = weight - backbone - pooled.delta(a, b, adapter.scaling, adapter.pool_size)
+    errors = {"error": (squared(residual) / (squared(weight) or 1.0)) ** 0.5}
     moment = statistics.moment(layer.module)
     if moment is not None:
         outputs = Metric.of("full", damped(moment.to(device)))
-        found["output_error"] = outputs.norm(left) / (outputs.norm(weight) or 1.0)
-    return found
+        errors["output_error"] = outputs.norm(residual) / (outputs.norm(weight) or 1.0)
+    return errors
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -1,9 +1,9 @@
-"""What each part of a run needs at its peak, before any weight is read: bytes beside the program itself.
+"""Estimates of the peak memory of each part of a run, in bytes beside the program itself. No weight is read for them.
 
-Calibrating has in memory what is in no block, one block with the moments of its inputs, an activation for each token,
-and the answers, whose logits come a batch at a time. Solving has a layer for each worker. Refining has the whole
-quantized model, its adapter with gradients and Adam's moments, and what autograd keeps of a step, as a training has
-them (`models.training_memory`); and beyond that the answers, a dequantized layer, and gradients of the divergence.
+Calibrating needs memory for the weights outside the blocks, one block with the moments of its inputs, an activation for
+each token, and the answers, whose logits are computed a batch at a time. Solving needs memory for one layer for each
+worker. Refining needs memory for the whole quantized model, its adapter with gradients and Adam's moments, the answers,
+and the tensors that autograd keeps for a step.
 """
 
 from __future__ import annotations
@@ -22,32 +22,34 @@ from loftq.models.positions import longest_input
 from loftq.models.training_memory import embedding_width, kept_bytes, trained_bytes
 from loftq.planning.plan import Layer, Plan
 
-_SOLVER_BYTES = 13  # a weight in solution: float32 twice, its source, its codes, their packed form, a sketch
-_CALIBRATED_BYTES = 36  # the same where inputs are known: its residual, errors of columns, factors
-_MOMENT_BYTES = 44  # and an entry of the second moment: float32 once, float64 five times
-_SUM_BYTES = 4  # an entry of a moment while it is summed: float64, of half of them
-_ANSWER_BYTES = 6  # one of the likeliest tokens: its index, and its log-probability in 16 bits
-_DIVERGENCE_BYTES = 8  # a logit, beyond a loss on labels: two gradients in float32 that meet
+_SOLVER_BYTES = 13  # per weight of a layer: float32 twice, its source, its codes, their packed form, a sketch
+_CALIBRATED_BYTES = 36  # the same with statistics of inputs: also its residual, errors of columns, factors
+_MOMENT_BYTES = 44  # per entry of the second moment: float32 once, float64 five times
+_SUM_BYTES = 4  # per entry of a moment while it is summed: only half of the entries are kept, in float64
+_ANSWER_BYTES = 6  # per likeliest token: its index, and its log-probability in 16 bits
+_DIVERGENCE_BYTES = 8  # per logit, more than a loss on labels needs: two float32 gradients exist at once
 
 
 def needed(plan: Plan, workers: int, device: torch.device) -> dict[str, int]:
-    """Estimates of the parts of a run, in their order. Refining is left out for a model that does not run without
-    its weights. Raises OptionError and SourceError for what could not be calibrated.
+    """Bytes that each part of a run needs at its peak, in the order of the parts.
+
+    Refining is left out for a model that cannot be run without its weights. Raises OptionError and SourceError if the
+    model cannot be calibrated.
     """
     if plan.recipe.calibration is None:
         return {"solving": _solving(plan, workers)}
     check_calibratable(plan, _tokens(plan))
     dtype = torch.float32 if device.type == "cpu" else plan.recipe.dtype
-    found = {"calibrating": _calibrating(plan, dtype), "solving": _solving(plan, workers)}
+    parts = {"calibrating": _calibrating(plan, dtype), "solving": _solving(plan, workers)}
     refining = _refining(plan, dtype, device) if plan.recipe.refine else None
-    return found if refining is None else {**found, "refining": refining}
+    return parts if refining is None else {**parts, "refining": refining}
 
 
 def _solving(plan: Plan, workers: int) -> int:
     largest = max(_layer(plan, layer) for layer in plan.layers)
     tensors = plan.source.checkpoint.tensors
-    passed = max((2 * tensors[name].nbytes for name in plan.passed), default=0)
-    return workers * max(largest, passed)
+    copied = max((2 * tensors[name].nbytes for name in plan.passed), default=0)
+    return workers * max(largest, copied)
 
 
 def _layer(plan: Plan, layer: Layer) -> int:
@@ -65,25 +67,25 @@ def _calibrating(plan: Plan, dtype: torch.dtype) -> int:
         block = next((name for name in blocks if layer.module.startswith(f"{name}.")), None)
         if block is not None:
             sizes[block] += layer.shape[1] ** 2 * _SUM_BYTES
-    passing = _tokens(plan) * embedding_width(model) * dtype.itemsize
+    activations = _tokens(plan) * embedding_width(model) * dtype.itemsize
     logits = BATCH_TOKENS * _vocabulary(plan) * (dtype.itemsize + 4) if plan.task.name in VOCABULARY else 0
-    return outside + passing + max(max(sizes.values(), default=0), logits) + _answers(plan)
+    return outside + activations + max(max(sizes.values(), default=0), logits) + _answers(plan)
 
 
 def _refining(plan: Plan, dtype: torch.dtype, device: torch.device) -> int | None:
-    from peft import LoraConfig, get_peft_model  # takes seconds
+    from peft import LoraConfig, get_peft_model  # importing it takes seconds
 
     from loftq.solving.refine import LARGE, windows_a_step
 
     length = min(cast(int, plan.recipe.sequence_length), longest_input(plan.model), _tokens(plan))
     with torch.device("meta"):
         model = copy.deepcopy(cast(Any, plan.model)).to(dtype)
-        with warnings.catch_warnings(action="ignore"):  # of GPT-2's transposed weights
+        with warnings.catch_warnings(action="ignore"):  # a warning about GPT-2's transposed weights
             model = get_peft_model(model, LoraConfig(r=plan.recipe.rank, target_modules=list(plan.target_modules)))
     batch = windows_a_step(length), length
     try:
         kept = kept_bytes(model, batch, (plan.task.name,), device, checkpointing=plan.weights > LARGE)
-    except (RuntimeError, ValueError):  # its way depends on values
+    except (RuntimeError, ValueError):  # its code depends on values, which meta tensors do not have
         return None
     logits = batch[0] * batch[1] * _vocabulary(plan) if plan.task.name in VOCABULARY else 0
     unquantized = sum(spec.nbytes // spec.dtype.itemsize for spec in plan.passed.values()) * dtype.itemsize

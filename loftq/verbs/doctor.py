@@ -1,4 +1,4 @@
-"""`loftq doctor`: what this machine has, and what would go wrong on it."""
+"""`loftq doctor`: checks the libraries, devices, disks and Hub login of this machine."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from loftq.planning.settings import SAVE_DIR
 
 FINE, WORSE, WRONG = "ok", "note", "FAIL"
 _EXTRAS = {"data": "data sets of the Hub", "gguf": "`loftq merge --to gguf-q4_1`", "report": "`loftq report`"}
-_LITTLE = 10 * 10**9  # bytes of a disk, that a 7B model's result and download do not fit
+_LITTLE = 10 * 10**9  # bytes; the download and the result of a 7B model need more
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at: how it is, and what to do."""
+    """The result of one check: its state, and a text that says what to do if something is wrong."""
 
     state: str
     name: str
@@ -36,7 +36,7 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that was looked at."""
+    """The results of all checks."""
 
     findings: Sequence[Finding]
 
@@ -50,14 +50,14 @@ class Diagnosis:
         return {"healthy": self.healthy, "findings": [finding._asdict() for finding in self.findings]}
 
     def table(self) -> str:
-        """For a person."""
+        """The results as a table for a person."""
         return columns([(f"{state:<{len(WRONG)}}", name, text) for state, name, text in self.findings])
 
 
 def doctor() -> Diagnosis:
-    """Look at the libraries, the devices, bitsandbytes on this CPU, the disks, and the login to the Hub.
+    """Check the libraries, the devices, bitsandbytes on this CPU, the disks, and the login to the Hub.
 
-    Nothing is changed. The Hub is asked whose token it is, where there is one; the token itself is in no finding.
+    Nothing is changed. If there is a token, the Hub is asked for its owner; the token itself is in no finding.
     """
     return Diagnosis([*_libraries(), *_devices(), _repacking(), *_disks(), _login()])
 
@@ -79,15 +79,15 @@ def _is_wanted(requirement: Requirement, extra: str) -> bool:
 
 
 def _library(requirement: Requirement, use: str | None = None) -> Finding:
-    """A library by the requirement of it; with a `use`, one that may be missing."""
+    """Check that a library meets its requirement. One with a `use` is optional."""
     name = requirement.name
     try:
-        found = version(name)
+        installed = version(name)
     except PackageNotFoundError:
         return Finding(WORSE if use else WRONG, name, f"not installed, {use or f'pip install {requirement}'}")
-    if not requirement.specifier.contains(found, prereleases=True):
-        return Finding(WRONG, name, f"{found}, expected {requirement.specifier}: pip install -U {name!r}")
-    return Finding(FINE, name, found)
+    if not requirement.specifier.contains(installed, prereleases=True):
+        return Finding(WRONG, name, f"{installed}, expected {requirement.specifier}: pip install -U {name!r}")
+    return Finding(FINE, name, installed)
 
 
 def _devices() -> Iterator[Finding]:
@@ -95,38 +95,45 @@ def _devices() -> Iterator[Finding]:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     kind, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     yield Finding(FINE, "cpu", f"{cores} cores, {kind}, {size(memory)} of memory; torch uses {threads} threads")
-    known = hasattr(torch, "accelerator") and torch.accelerator.is_available()  # since torch 2.6
-    accelerator = torch.accelerator.current_accelerator() if known else None
+    available = hasattr(torch, "accelerator") and torch.accelerator.is_available()  # since torch 2.6
+    accelerator = torch.accelerator.current_accelerator() if available else None
     if accelerator is None:
-        yield Finding(FINE, "accelerators", "none that this torch can use: everything runs on the CPU")
+        yield Finding(FINE, "accelerators", "torch finds none: everything runs on the CPU")
         return
     device: Any = torch.get_device_module(accelerator)
     for index in range(torch.accelerator.device_count()):
-        about = device.get_device_properties(index) if hasattr(device, "get_device_properties") else None
-        text = f"{about.name}, {size(about.total_memory)} of memory" if about else "there"
+        properties = device.get_device_properties(index) if hasattr(device, "get_device_properties") else None
+        text = f"{properties.name}, {size(properties.total_memory)} of memory" if properties else "available"
         yield Finding(FINE, f"{accelerator.type}:{index}", text)
     if accelerator.type in dispatch.TRITON and not dispatch.HAS_TRITON:
         yield Finding(
-            WORSE, "triton", "not installed: our kernels for GPUs are done without, slower: pip install triton"
+            WORSE,
+            "triton",
+            "not installed, so that the GPU kernels of loftq are replaced by slower code: pip install triton",
         )
 
 
 def _repacking() -> Finding:
-    """Tries bitsandbytes' 4-bit linear in evaluation mode: on some CPUs its weight is another one after that."""
+    """Try the 4-bit linear of bitsandbytes in evaluation mode, which changes its weight on some CPUs."""
     name = "bitsandbytes on this CPU"
     try:
         if not _is_repacked(guarded=False):
-            return Finding(FINE, name, "4-bit weights stay as they are")
-        kept = not _is_repacked(guarded=True)
+            return Finding(FINE, name, "4-bit weights stay unchanged")
+        prevented = not _is_repacked(guarded=True)
     except (ImportError, RuntimeError, AttributeError) as error:
-        return Finding(WRONG, name, f"does not run: {one_line(error)}: install it again")
-    if not kept:
-        return Finding(WRONG, name, "repacks 4-bit weights in evaluation, unguardedly: train and merge elsewhere")
+        return Finding(WRONG, name, f"does not run ({one_line(error)}): install it again")
+    if not prevented:
+        return Finding(
+            WRONG,
+            name,
+            "repacks 4-bit weights in evaluation mode, which cannot be prevented: train and merge on another machine",
+        )
     return Finding(
         WORSE,
         name,
-        "repacks 4-bit weights at the first evaluation, and gradients and merges are wrong after it (its issue 2078): "
-        "loftq's loaders prevent that; elsewhere set support_avx512bf16_for_cpu = False on every Linear4bit",
+        "repacks 4-bit weights at the first evaluation, so that gradients and merges are wrong after it (its issue "
+        "2078): the loaders of loftq prevent that; in other programs set support_avx512bf16_for_cpu = False on every "
+        "Linear4bit",
     )
 
 
@@ -147,12 +154,12 @@ def _disks() -> Iterator[Finding]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     for name, folder in (("disk of results", Path(SAVE_DIR)), ("disk of downloads", Path(HF_HUB_CACHE))):
-        place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-        free = shutil.disk_usage(place).free
-        if not os.access(place, os.W_OK):
-            yield Finding(WORSE, name, f"{folder}: {place} cannot be written")
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+        free = shutil.disk_usage(existing).free
+        if not os.access(existing, os.W_OK):
+            yield Finding(WORSE, name, f"{folder}: {existing} is not writable")
         elif free < _LITTLE:
-            yield Finding(WORSE, name, f"{folder}: {size(free)} free, which is little")
+            yield Finding(WORSE, name, f"{folder}: only {size(free)} free")
         else:
             yield Finding(FINE, name, f"{folder}: {size(free)} free")
 
@@ -165,15 +172,21 @@ def _login() -> Finding:
     try:
         checked_token(None)
         if get_token() is None:
-            return Finding(WORSE, name, "none: public models alone can be read, nothing pushed (`hf auth login`)")
-        found = HfApi().whoami()
+            return Finding(
+                WORSE,
+                name,
+                "none: only public models can be read, and nothing can be pushed (log in with `hf auth login`)",
+            )
+        account = HfApi().whoami()
     except OptionError as error:
         return Finding(WRONG, name, str(error))
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
-            return Finding(WRONG, name, "the token is refused: log in again with `hf auth login`")
-        return Finding(WORSE, name, f"{constants.ENDPOINT} answers {error.response.status_code}: try again later")
+            return Finding(WRONG, name, "the Hub refuses the token: log in again with `hf auth login`")
+        return Finding(
+            WORSE, name, f"{constants.ENDPOINT} answers with status {error.response.status_code}: try again later"
+        )
     except (HTTPError, OSError) as error:
         return Finding(WORSE, name, f"{constants.ENDPOINT} cannot be reached: {one_line(error)}")
-    role = ((found.get("auth") or {}).get("accessToken") or {}).get("role", "unknown")
-    return Finding(FINE, name, f"{found['name']}, with a token to {role}")
+    role = ((account.get("auth") or {}).get("accessToken") or {}).get("role", "unknown")
+    return Finding(FINE, name, f"{account['name']}, with a {role} token")

@@ -1,4 +1,4 @@
-"""`loftq inspect`: what is in an artifact or a trained adapter, from headers and configurations alone."""
+"""`loftq inspect`: shows the contents of an artifact or a trained adapter, from headers and configurations alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SMALL = (MANIFEST, "config.json", adapters.CONFIG, f"{adapters.FOLDER}/{adapter
 
 @dataclass(frozen=True)
 class _Place:
-    """A folder, or a commit on the Hub: the names of its files, where the small ones lie, and headers of the others."""
+    """A folder, or a commit on the Hub. `folder` holds its small files, `read` returns the header of another file."""
 
     name: str
     commit: str | None
@@ -37,16 +37,17 @@ class _Place:
     def header(self, file: str) -> Sequence[TensorSpec]:
         """The tensors of a safetensors file."""
         if file not in self.files:
-            raise ArtifactError(f"{self.name} lacks {file}: `loftq verify` says what else is missing")
+            raise ArtifactError(f"{self.name} lacks {file}: `loftq verify` lists everything that is missing")
         return self.read(file)
 
 
 def inspect(folder: str | Path, *, revision: str | None = None, token: str | None = None, worst: int = 5) -> Contents:
-    """What is in a folder of ours, in one of a peft adapter, or in such a repository on the Hub.
+    """Show the contents of a loftq folder, of the folder of a peft adapter, or of such a repository on the Hub.
 
-    No weights are read or downloaded: of a repository its configurations, and the headers of its safetensors by range
-    requests. `worst` layers are listed, those with the largest error of outputs or, without calibration, of weights.
-    Raises ArtifactError for what is neither, or damaged, and SourceError for what cannot be found.
+    No weights are read or downloaded. From a repository, only the configurations and, by range requests, the headers of
+    the safetensors files are read. `worst` is the number of layers to list with the largest error of outputs, or of
+    weights if there was no calibration. Raises ArtifactError if the folder or repository is neither of these, or is
+    damaged, and SourceError if it cannot be found.
     """
     if worst < 0:
         raise OptionError(f"--worst {worst}: expected 0 or more")
@@ -54,21 +55,21 @@ def inspect(folder: str | Path, *, revision: str | None = None, token: str | Non
     if MANIFEST in place.files:
         return _inspect_artifact(place, worst)
     if adapters.CONFIG in place.files:
-        found = _adapter(place, "")
-        made_for = {"model": found.config.get("base_model_name_or_path"), "task": found.config.get("task_type")}
+        adapter = _adapter(place, "")
+        base = {"model": adapter.config.get("base_model_name_or_path"), "task": adapter.config.get("task_type")}
         sizes = {"adapter": sum(spec.nbytes for spec in place.header(adapters.WEIGHTS))}
-        return Contents(place.name, TRAINED, place.commit, made_for, sizes, adapter=_described(found))
+        return Contents(place.name, TRAINED, place.commit, base, sizes, adapter=_described(adapter))
     raise ArtifactError(
         f"{place.name} has neither a {MANIFEST} nor an {adapters.CONFIG}: expected a folder or repository that "
-        "`loftq quantize` wrote, or that of a peft adapter"
+        "`loftq quantize` wrote, or one of a peft adapter"
     )
 
 
 def _find(name: str, revision: str | None, token: str | None) -> _Place:
     folder = find_folder(name, revision)
     if folder is None:
-        found = open_repository(name, revision, token, _SMALL)
-        return _Place(name, found.commit, found.folder, found.files, cache(found.header))
+        repository = open_repository(name, revision, token, _SMALL)
+        return _Place(name, repository.commit, repository.folder, repository.files, cache(repository.header))
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     return _Place(str(folder), None, folder, files, cache(lambda file: read_header(folder / file)))
 
@@ -77,19 +78,21 @@ def _inspect_artifact(place: _Place, worst: int) -> Contents:
     artifact = read_artifact(place.folder)
     manifest = artifact.manifest
     rows = manifest.get("layers") or []
-    where = next((where for where in (f"{adapters.FOLDER}/", "") if f"{where}{adapters.CONFIG}" in place.files), None)
-    adapter = None if where is None else _adapter(place, where)
+    adapter_path = next(
+        (path for path in (f"{adapters.FOLDER}/", "") if f"{path}{adapters.CONFIG}" in place.files), None
+    )
+    adapter = None if adapter_path is None else _adapter(place, adapter_path)
     checkpoint = _checkpoint(place, artifact)
     total = sum(spec.nbytes for spec in checkpoint.tensors.values())
     sizes = {"all files": sum(int(entry["bytes"]) for entry in artifact.files.values()), "backbone": total}
-    if where is not None:
-        sizes["adapter"] = sum(spec.nbytes for spec in place.header(f"{where}{adapters.WEIGHTS}"))
+    if adapter_path is not None:
+        sizes["adapter"] = sum(spec.nbytes for spec in place.header(f"{adapter_path}{adapters.WEIGHTS}"))
     types: list[dict[str, Any]] = []
     if rows and manifest.get("format") in LAYOUTS:
         backbone = backbone_of(artifact, checkpoint)
         missing = sorted(set(backbone.owners) - set(checkpoint.tensors))
         if missing:
-            raise ArtifactError(f"{place.name} lacks the tensor {missing[0]!r}: `loftq verify` says what else is wrong")
+            raise ArtifactError(f"{place.name} lacks the tensor {missing[0]!r}: `loftq verify` lists all problems")
         sizes["linears"] = sum(checkpoint.tensors[name].nbytes for name in backbone.owners)
         types = list(_types(backbone.grids, backbone.shapes))
     return Contents(
@@ -110,7 +113,7 @@ def _inspect_artifact(place: _Place, worst: int) -> Contents:
 
 
 def _checkpoint(place: _Place, artifact: Artifact) -> Checkpoint:
-    """The backbone's tensors, in the files that the manifest lists."""
+    """The tensors of the backbone, in the files that the manifest lists."""
     tensors: dict[str, TensorSpec] = {}
     files: dict[str, str] = {}
     for file in artifact.files:
@@ -120,9 +123,9 @@ def _checkpoint(place: _Place, artifact: Artifact) -> Checkpoint:
     return Checkpoint(place.folder, tensors, files)
 
 
-def _adapter(place: _Place, where: str) -> Adapter:
-    folder = place.folder / where
-    shapes = {spec.name: spec.shape for spec in place.header(f"{where}{adapters.WEIGHTS}")}
+def _adapter(place: _Place, path: str) -> Adapter:
+    folder = place.folder / path
+    shapes = {spec.name: spec.shape for spec in place.header(f"{path}{adapters.WEIGHTS}")}
     return Adapter(folder, read_config(folder), shapes)
 
 
@@ -141,11 +144,11 @@ def _described(adapter: Adapter) -> dict[str, Any]:
 
 
 def _types(grids: Mapping[str, Grid], shapes: Mapping[str, tuple[int, int]]) -> Iterator[dict[str, Any]]:
-    """The types that layers have, the commonest first."""
+    """The types of the layers, the most common one first."""
     for grid, count in Counter(grids.values()).most_common():
-        shared = "one scale a row" if grid.block_size == ROW else f"{grid.sharing} {grid.block_size}"
+        sharing = "one scale per row" if grid.block_size == ROW else f"{grid.sharing} {grid.block_size}"
         weights = sum(shapes[module][0] * shapes[module][1] for module, other in grids.items() if other == grid)
-        yield {"type": f"{grid}, {shared}", "bits": grid.bits, "layers": count, "weights": weights}
+        yield {"type": f"{grid}, {sharing}", "bits": grid.bits, "layers": count, "weights": weights}
 
 
 def _badness(row: Mapping[str, Any]) -> float:

@@ -1,7 +1,8 @@
-"""`loftq push`: a folder becomes a repository on the Hub that its id loads.
+"""`loftq push`: uploads a folder to a repository on the Hub, which can then be loaded by its id.
 
-What is uploaded is what `loftq.json` lists, and itself. Three files are others there than here: the adapter's
-configuration and the card name the repository, and the manifest, which hashes both, names no place of this machine.
+The files that `loftq.json` lists and `loftq.json` itself are uploaded. Three of them are changed: the configuration of
+the adapter and the card name the repository, and the manifest, which has the hashes of both, contains no path of this
+machine.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from loftq.verbs.verify import verify
 
 @dataclass(frozen=True)
 class PushReport:
-    """What was pushed, or, without a commit, would be. `files` are bytes by name, `lines` load the result."""
+    """The report of a push, or of a planned one, which has no commit.
+
+    `files` are sizes in bytes by name, `lines` is the code that loads the result.
+    """
 
     repo_id: str
     url: str
@@ -47,7 +51,7 @@ class PushReport:
         return {**vars(self), "files": dict(self.files), "removed": list(self.removed)}
 
     def table(self) -> str:
-        """The totals, for a person."""
+        """The totals as a table for a person."""
         planned = "" if self.commit else " (planned, nothing was sent)"
         rows = [
             ("repository", self.url + (", private" if self.private else "")),
@@ -73,12 +77,13 @@ def push(
     token: str | None = None,
     dry_run: bool = False,
 ) -> PushReport:
-    """Upload a folder that `loftq quantize` wrote to the repository `repo_id`, which is made where it is new.
+    """Upload a folder that `loftq quantize` wrote to the repository `repo_id`, which is created if it does not exist.
 
-    `revision` is a branch, made where it is new; `tag` names the commit; `create_pr` proposes it to somebody else's
-    repository. `adapter`, one that was trained on this backbone, goes to `subfolder`, by default one of its own name.
-    A backbone that is there already is replaced with `overwrite` alone. `token` is by default that of the login. The
-    folder stays as it is; an upload that broke off goes on where it was. Raises LoftQError.
+    `revision` is a branch, which is created if it does not exist. `tag` names the commit. `create_pr` opens a pull
+    request instead of changing the repository. `adapter` is the folder of an adapter that was trained on this
+    backbone; it is uploaded to `subfolder`, by default one with the name of its folder. A backbone that the repository
+    has already is replaced only with `overwrite`. `token` is by default that of the login. With `dry_run` nothing is
+    sent. The folder stays unchanged. If interrupted, push again to continue. Raises LoftQError.
     """
     artifact = _check_folder(Path(folder))
     files: dict[str, Path | bytes] = _published(artifact, repo_id, revision)
@@ -87,12 +92,12 @@ def push(
         name = _check_subfolder(artifact, subfolder or Path(adapter).resolve().name)
         files |= _trained(artifact, Path(adapter), name, repo_id, revision)
     elif subfolder is not None:
-        raise OptionError(f"--subfolder {subfolder}: is for a trained adapter: name one with --adapter")
+        raise OptionError(f"--subfolder {subfolder} needs a trained adapter: name one with --adapter")
     destination = find_destination(
         repo_id, private=private, revision=revision, tag=tag, create_pr=create_pr, token=token
     )
     stale = destination.stale(artifact.manifest, files, overwrite)
-    made = None if dry_run else destination.send(files, stale, _message(artifact, name))
+    commit = None if dry_run else destination.send(files, stale, _message(artifact, name))
     return PushReport(
         repo_id=repo_id,
         url=destination.url,
@@ -105,18 +110,18 @@ def push(
         private=private,
         revision=revision,
         tag=tag,
-        commit=made.oid if made else None,
-        pull_request=made.pr_url if made else None,
+        commit=commit.oid if commit else None,
+        pull_request=commit.pr_url if commit else None,
     )
 
 
 def _check_folder(folder: Path) -> Artifact:
-    """The folder, complete and of a kind that loads with its adapter. Raises ArtifactError."""
+    """Open the folder and check that it is complete and has a backbone with an adapter. Raises ArtifactError."""
     artifact = open_artifact(folder)
     kind = artifact.manifest["kind"]
     if kind not in ("qlora", "qalora"):
         raise ArtifactError(
-            f"{folder} is a {kind} folder, which no adapter goes with: `hf upload REPO_ID {folder}` sends it as it is"
+            f"{folder} is a {kind} folder, which has no adapter: upload it unchanged with `hf upload REPO_ID {folder}`"
         )
     listed = artifact.manifest["files"]
     for name in (f"{FOLDER}/{CONFIG}", f"{FOLDER}/{WEIGHTS}", CARD, "config.json"):
@@ -128,14 +133,14 @@ def _check_folder(folder: Path) -> Artifact:
     problems = verify(folder, quiet=True).problems
     if problems:
         raise ArtifactError(
-            f"{folder} is not what its {MANIFEST} says: {problems[0].where}: {problems[0].what} "
-            f"(`loftq verify {folder}` shows all): quantize the model again"
+            f"{folder} does not match its {MANIFEST}: {problems[0].where}: {problems[0].what} "
+            f"(`loftq verify {folder}` lists all problems): quantize the model again"
         )
     return artifact
 
 
 def _published(artifact: Artifact, repo_id: str, revision: str | None) -> dict[str, Path | bytes]:
-    """The files of the artifact by name: those that are others in the repository as their content."""
+    """The files of the artifact by name: a path, or the content of a file that is changed for the repository."""
     manifest = json.loads(json.dumps(artifact.manifest))
     card = (artifact.folder / CARD).read_text(encoding="utf-8")
     changed = {
@@ -156,12 +161,12 @@ def _published(artifact: Artifact, repo_id: str, revision: str | None) -> dict[s
 def _trained(
     artifact: Artifact, folder: Path, name: str, repo_id: str, revision: str | None
 ) -> dict[str, Path | bytes]:
-    """The files of a trained adapter, with a card of its own. Raises ArtifactError where it is another backbone's."""
+    """The files of a trained adapter, with its card. Raises ArtifactError if it belongs to another backbone."""
     check_adapter(artifact, folder)
     card = f"""# {name}
 
-A LoRA adapter that was trained on the backbone of this repository. It belongs to it: on any other, and on the weights
-that the backbone was made from, it repairs errors that are not there.
+A LoRA adapter that was trained on the backbone of this repository. Use it only with this backbone: with any other, and
+with the weights that the backbone was made from, it corrects errors that do not exist there.
 
 ```python
 {loading_lines(artifact.manifest, repo_id, revision, name)}```
@@ -174,7 +179,7 @@ that the backbone was made from, it repairs errors that are not there.
 
 
 def _adapter_config(folder: Path, repo_id: str, revision: str | None) -> bytes:
-    """An adapter's configuration with the repository as its base model."""
+    """The configuration of an adapter, with the repository as its base model."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = repo_id
     if revision is not None:
@@ -185,12 +190,14 @@ def _adapter_config(folder: Path, repo_id: str, revision: str | None) -> bytes:
 def _check_subfolder(artifact: Artifact, name: str) -> str:
     taken = {FOLDER, *(file.partition("/")[0] for file in artifact.manifest["files"])}
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name) or name.partition("/")[0] in taken:
-        raise OptionError(f"--subfolder {name}: expected a name of its own, like gsm8k (taken: {FOLDER})")
+        raise OptionError(
+            f"--subfolder {name}: expected a name like gsm8k that the repository does not use yet (used: {FOLDER})"
+        )
     return name
 
 
 def _message(artifact: Artifact, adapter: str | None) -> str:
-    """What the commit is called."""
+    """The message of the commit."""
     recipe = artifact.manifest["recipe"]
     source = Path(artifact.manifest["source"]["model"]).name
     trained = "" if adapter is None else f", and the adapter {adapter}"

@@ -1,4 +1,4 @@
-"""`loftq quantize`: a checkpoint streams in, a quantized backbone and its adapter stream out."""
+"""`loftq quantize`: reads a checkpoint tensor by tensor, and writes a quantized backbone and its adapter."""
 
 from __future__ import annotations
 
@@ -31,32 +31,33 @@ from loftq.solving.report import Report, peak_memory, planned_report, report_of
 from loftq.verbs.push import push as push_folder
 
 _LESS = (
-    "use fewer --workers, on a GPU --device cpu, with text a smaller --sequence-length or --refine 0; --dry-run shows "
-    "what each part needs"
+    "use fewer --workers; on a GPU, use --device cpu; with calibration, use a smaller --sequence-length or --refine 0; "
+    "--dry-run shows how much memory each part needs"
 )
 
 
 def quantize(model: str | None = None, **settings: Unpack[QuantizeKeywords]) -> Report:
-    """Quantize a model and initialize its LoRA adapter: with LoftQ, or, given text to calibrate on, nearer still.
+    """Quantize a model and initialize its LoRA adapter with LoftQ. Calibration on text reduces the error further.
 
-    `model` is a folder or the id of a model on the Hub; without one, the default model of the zoo is taken. The
-    keywords are the options of `loftq quantize --help`, with underscores; `iters` is `--iter`. The result is the folder
-    `output`, by default `save_dir/{name}-{bits}bit-{rank}rank`. On one machine the same source and settings give the
-    same bytes, on any number of workers, interrupted and resumed or not. Returns the report. Raises LoftQError.
+    `model` is a folder or the id of a model on the Hub; by default, it is the default model of the zoo. The keywords
+    are the options of `loftq quantize --help` with underscores; `iters` is `--iter`. The result is the folder `output`,
+    by default `save_dir/{name}-{bits}bit-{rank}rank`. On the same machine, the same source and settings give the same
+    bytes, with any number of workers, and also if the run was interrupted and resumed. Returns the report. Raises
+    LoftQError.
     """
     started = time.perf_counter()
-    for_result, for_run = split(settings, QuantizeSettings, RunSettings)
-    recipe = resolve(from_dict(QuantizeSettings, for_result))
-    if for_run.get("device") is not None:
-        for_run["device"] = str(for_run["device"])  # a torch.device has no place in plain settings
-    where = from_dict(RunSettings, for_run)
-    run = start(where)
+    result_settings, run_settings = split(settings, QuantizeSettings, RunSettings)
+    recipe = resolve(from_dict(QuantizeSettings, result_settings))
+    if run_settings.get("device") is not None:
+        run_settings["device"] = str(run_settings["device"])  # settings are plain values, not a torch.device
+    run_options = from_dict(RunSettings, run_settings)
+    run = start(run_options)
     _check_text(recipe, run)
-    if where.push is not None:
-        find_destination(where.push, private=where.private, token=run.token).refuse_other_models()
-    source, folder = _find(model, recipe, where)
+    if run_options.push is not None:
+        find_destination(run_options.push, private=run_options.private, token=run.token).refuse_other_models()
+    source, folder = _find(model, recipe, run_options)
     plan = make_plan(source, recipe, trust_remote_code=run.trust_remote_code)
-    if where.dry_run:
+    if run_options.dry_run:
         return planned_report(plan, folder, needed(plan, run.workers, run.device))
     if run.resume and not is_begun(folder) and (folder / artifact.MANIFEST).is_file():
         result = _Result(plan, *finished_layers(folder, plan, run.trust_remote_code))
@@ -65,7 +66,7 @@ def quantize(model: str | None = None, **settings: Unpack[QuantizeKeywords]) -> 
             result = _make(plan, folder, run)
     memory, seconds = peak_memory(run.device), time.perf_counter() - started
     report = report_of(result.plan, folder, result.rows, result.totals, memory, seconds)
-    return report if where.push is None else replace(report, pushed=_push(folder, where))
+    return report if run_options.push is None else replace(report, pushed=_push(folder, run_options))
 
 
 @dataclass(frozen=True)
@@ -78,39 +79,39 @@ class _Result:
 
 
 def _check_text(recipe: Recipe, run: Run) -> None:
-    """Refuse a text that is not there, and statistics without a text."""
+    """Raise an error for a text that does not exist, and for statistics without a text."""
     if recipe.calibration is not None:
         find_text(recipe.calibration)
     elif run.statistics is not None:
         raise OptionError(
-            f"--statistics {run.statistics}: needs text; add --calibration FILE, or --calibration default"
+            f"--statistics {run.statistics} needs a calibration text: add --calibration FILE or --calibration default"
         )
 
 
-def _find(model: str | None, recipe: Recipe, where: RunSettings) -> tuple[Source, Path]:
-    """The model, and the folder to write, which is refused where it is in the way."""
+def _find(model: str | None, recipe: Recipe, run_options: RunSettings) -> tuple[Source, Path]:
+    """The model and the output folder. Raises OutputError if the folder exists and must not be overwritten."""
 
     def refuse(folder: Path) -> None:
-        if not where.dry_run:
-            check_output(folder, resume=where.resume, overwrite=where.overwrite)
+        if not run_options.dry_run:
+            check_output(folder, resume=run_options.resume, overwrite=run_options.overwrite)
 
-    if where.output is not None:
-        refuse(Path(where.output))  # before anything is downloaded
+    if run_options.output is not None:
+        refuse(Path(run_options.output))  # before anything is downloaded
     source = find_source(
         model,
-        revision=where.revision,
-        token=where.token,
-        trust_remote_code=where.trust_remote_code,
-        headers_only=where.dry_run,
+        revision=run_options.revision,
+        token=run_options.token,
+        trust_remote_code=run_options.trust_remote_code,
+        headers_only=run_options.dry_run,
     )
-    usual = Path(where.save_dir) / f"{source.label}-{recipe.bits:g}bit-{recipe.rank}rank"
-    folder = usual if where.output is None else Path(where.output)
+    default = Path(run_options.save_dir) / f"{source.label}-{recipe.bits:g}bit-{recipe.rank}rank"
+    folder = default if run_options.output is None else Path(run_options.output)
     refuse(folder)
     return source, folder
 
 
 def _make(plan: Plan, folder: Path, run: Run) -> _Result:
-    """Write the folder, or what is missing of it."""
+    """Write the folder, or the missing part of it."""
     recipe = plan.recipe
     statistics = calibrate(plan, folder, run)
     if recipe.allocation == "auto":
@@ -135,10 +136,12 @@ def _rows(plan: Plan, staging: Staging) -> list[dict[str, Any]]:
     return [distilled_row(staging, staging.done[layer.tensor]["row"]) for layer in plan.layers]
 
 
-def _push(folder: Path, where: RunSettings) -> dict[str, Any]:
-    """The report of the push as plain values. Raises a HubError that says that the folder is there."""
-    repo_id = str(where.push)
+def _push(folder: Path, run_options: RunSettings) -> dict[str, Any]:
+    """The report of the push as plain values. Raises HubError with the command that pushes the folder again."""
+    repo_id = str(run_options.push)
     try:
-        return push_folder(folder, repo_id, private=where.private, token=where.token).to_dict()
+        return push_folder(folder, repo_id, private=run_options.private, token=run_options.token).to_dict()
     except HubError as error:
-        raise HubError(f"{folder} is complete, but not pushed: {error} (`loftq push {folder} {repo_id}`)") from error
+        raise HubError(
+            f"{folder} is complete, but not pushed: {error} (push it with `loftq push {folder} {repo_id}`)"
+        ) from error

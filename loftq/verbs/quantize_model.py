@@ -45,12 +45,12 @@ def quantize_model(
 ) -> nn.Module:
     """Quantize the linears of `model` in place and give them LoRA adapters that repair the error.
 
-    `target_modules` are names or patterns; by default every `nn.Linear`. Weights become bitsandbytes' `Linear4bit` or
-    `Linear8bitLt` where those hold such codes, or else our `PackedLinear`; biases stay, and the adapters are peft's:
-    the return value is a `PeftModel` around `model`. Types and budgets are those of `loftq.quantize`.
-    `quantize=False` leaves the weights and starts plain LoRA (B = 0); `lora=False` quantizes alone and
-    returns `model` itself. A linear that is quantized already is not quantized again: it gets a plain LoRA.
-    `compute_dtype` defaults to each weight's own. Raises OptionError.
+    `target_modules` are names or patterns; the default is every `nn.Linear`. A weight becomes bitsandbytes'
+    `Linear4bit` or `Linear8bitLt` if these hold its type, and our `PackedLinear` otherwise. Biases stay. The adapters
+    are peft's: the function returns a `PeftModel` around `model`. Types and budgets are those of `loftq.quantize`.
+    With `quantize=False` the weights stay as they are and the adapters start as plain LoRA (B = 0). With `lora=False`
+    the function only quantizes, and returns `model` itself. A linear that is quantized already is not quantized again;
+    it gets a plain LoRA. `compute_dtype` is by default the dtype of each weight. Raises OptionError.
     """
     if not lora and not quantize:
         raise OptionError("lora=False and quantize=False leave nothing to do")
@@ -74,14 +74,27 @@ def quantize_model(
     format = choose(recipe.grids, None, loadable=[name for name, layout in LAYOUTS.items() if layout.IN_MEMORY])
     for name, module in targets.items():
         _check_fits(name, module, recipe, format, quantize=quantize, lora=lora)
-    solutions: dict[str, Solution] = {}
     dense = {name: module for name, module in targets.items() if quantize and type(module) is nn.Linear}
-    for (name, module), width in zip(dense.items(), _widths(dense, recipe, format, rank if lora else 0), strict=True):
-        grid = recipe.grid(width)
-        solutions[name] = _solve(name, module, recipe, grid, format, rank if lora else 0)
-        replace_module(model, module, linears_of(format).build(module, grid, solutions[name], compute_dtype))
+    solutions = _replace_all(model, dense, recipe, format, rank if lora else 0, compute_dtype)
     guard_cpu(model)
     return _attach(model, list(targets), recipe, solutions) if lora else model
+
+
+def _replace_all(
+    model: nn.Module,
+    targets: dict[str, nn.Linear],
+    recipe: Recipe,
+    format: str,
+    rank: int,
+    compute_dtype: torch.dtype | None,
+) -> dict[str, Solution]:
+    """Put a quantized linear in the place of each target. Returns the solution of each."""
+    solutions: dict[str, Solution] = {}
+    for (name, module), width in zip(targets.items(), _widths(targets, recipe, format, rank), strict=True):
+        grid = recipe.grid(width)
+        solutions[name] = _solve(name, module, recipe, grid, format, rank)
+        replace_module(model, module, linears_of(format).build(module, grid, solutions[name], compute_dtype))
+    return solutions
 
 
 def _find_targets(model: nn.Module, wanted: Sequence[str] | None, excluded: Sequence[str]) -> dict[str, nn.Linear]:

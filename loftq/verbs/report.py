@@ -1,4 +1,4 @@
-"""`loftq report`: artifacts side by side, as one page that needs no network, or one picture."""
+"""`loftq report`: compares artifacts on a page that needs no network, or in a picture."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from loftq.errors import OptionError, OutputError
 from loftq.formats.disk import replacing
 from loftq.reporting.measured import Measured, measure
-from loftq.reporting.page import _write_page, _write_picture
+from loftq.reporting.page import write_page, write_picture
 
-_MOST = 8  # artifacts that colors tell apart
+_MOST = 8  # number of artifacts that have different colors
 
 
 def report(
@@ -22,27 +22,27 @@ def report(
     png: str | Path | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Compare artifacts: write a page `html`, a picture `png`, or both. Returns what was written.
+    """Compare artifacts: write a page `html`, a picture `png`, or both. Returns the paths of the written files.
 
-    Of each folder the manifest and the adapter's factors are read. Raises ArtifactError for folders that are none of
-    ours, OptionError where there is nothing to do or matplotlib and jinja2 are not installed, and OutputError where a
-    file is in the way.
+    The manifest and the factors of the adapter are read from each folder. Raises ArtifactError for a folder that loftq
+    did not write, OptionError if neither file is named or if matplotlib or jinja2 is not installed, and OutputError if
+    a file exists already.
     """
     folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
     if html is None and png is None:
         raise OptionError("nothing to write: name a page with --html, a picture with --png, or both")
     if not 1 <= len(folders) <= _MOST:
-        raise OptionError(f"{len(folders)} folders: a report is of 1 to {_MOST}")
+        raise OptionError(f"{len(folders)} folders: a report compares 1 to {_MOST}")
     _require("matplotlib", "jinja2")
-    makers: tuple[Callable[[list[Measured], Path], None], ...] = (_write_page, _write_picture)
-    wanted = [(Path(path), make) for path, make in zip((html, png), makers, strict=True) if path is not None]
-    for path, _ in wanted:
+    writers: tuple[Callable[[list[Measured], Path], None], ...] = (write_page, write_picture)
+    targets = [(Path(path), write) for path, write in zip((html, png), writers, strict=True) if path is not None]
+    for path, _ in targets:
         _check_target(path, overwrite)
-    found = measure(folders)
-    for path, make in wanted:
+    artifacts = measure(folders)
+    for path, write in targets:
         with _explain_refusals(path), replacing(path) as scratch:
-            make(found, scratch)
-    return [path for path, _ in wanted]
+            write(artifacts, scratch)
+    return [path for path, _ in targets]
 
 
 def _require(*names: str) -> None:
@@ -57,14 +57,14 @@ def _check_target(path: Path, overwrite: bool) -> None:
     if path.is_dir():
         raise OutputError(f"{path} is a folder: name a file")
     if path.exists() and not overwrite:
-        raise OutputError(f"{path} is there already: add --overwrite, or name another file")
+        raise OutputError(f"{path} exists already: add --overwrite, or name another file")
     if not path.absolute().parent.is_dir():
-        raise OutputError(f"{path.absolute().parent} is not there: make it first, or name another file")
+        raise OutputError(f"{path.absolute().parent} does not exist: create it first, or name another file")
 
 
 @contextmanager
 def _explain_refusals(path: Path) -> Iterator[None]:
-    """Turn what the system says of a file that cannot be written into an OutputError with the next step."""
+    """Turn a system error about a file that cannot be written into an OutputError with the next step."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""`loftq verify`: whether an artifact is what its `loftq.json` says and, given its source, as near to that."""
+"""`loftq verify`: checks that an artifact matches its `loftq.json` and, with its source, that its errors are right."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from loftq.formats.disk import is_inside
 from loftq.formats.layouts import LAYOUTS
 from loftq.hub.source import Source, find_source
 
-_NEAR = 1e-9  # of a total: it was summed from the same rows
+_TOLERANCE = 1e-9  # of a total, which was computed from the same rows
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared with `loftq.json`, and what differs."""
+    """The result of comparing a folder with its `loftq.json`: the compared parts, and the problems."""
 
     folder: Path
     kind: str
     files: int
     bytes: int
     layers: int
-    source: str | None  # from which errors were computed again
+    source: str | None  # the model from which the errors were computed again
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
 
@@ -59,7 +59,7 @@ class Verification:
         return {**asdict(self), "folder": str(self.folder), "problems": problems, "sound": self.sound}
 
     def table(self) -> str:
-        """For a person: what was compared, and a line for each problem."""
+        """A table for a person, with the compared parts and a line for each problem."""
         rows = [
             ("folder", f"{self.folder}, {self.kind}"),
             ("files", f"{self.files}, {size(self.bytes)}: sizes and hashes"),
@@ -70,8 +70,8 @@ class Verification:
             rows.append(("errors", f"computed again from {self.source}"))
         rows += [("note", note) for note in self.notes]
         rows += [("differs", f"{problem.where}: {problem.what}") for problem in self.problems]
-        found = len(self.problems)
-        rows.append(("result", "sound" if self.sound else f"{found} problem{'s' if found > 1 else ''}"))
+        count = len(self.problems)
+        rows.append(("result", "sound" if self.sound else f"{count} problem{'s' if count > 1 else ''}"))
         return key_values(rows)
 
 
@@ -84,39 +84,42 @@ def verify(
     trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> Verification:
-    """Compare a folder of ours with its `loftq.json`: hashes, names, dtypes, shapes, completeness.
+    """Compare a loftq folder with its `loftq.json`: hashes, names, dtypes, shapes, completeness.
 
-    With `source`, the folder or Hub id of the model that it was made of, every layer's error is computed again from
-    what bitsandbytes, or the format's own linear, reads in the files, and compared with the one that was reported; the
-    other tensors are compared with the source's. `revision` is by default the one that `loftq.json` names. One tensor
-    is in memory at a time. The card may have been edited. Raises ArtifactError for what is no folder of ours,
-    SourceError for a source that cannot be read, and OptionError where there are no errors to compute again.
+    `source` is the folder or Hub id of the model that the folder was made of. If it is given, the error of every layer
+    is computed again from the values that bitsandbytes, or the linear of the format, reads from the files, and compared
+    with the reported error; the other tensors are compared with those of the source. `revision` is by default the one
+    in `loftq.json`. One tensor is in memory at a time. Changes of the card are allowed. Raises ArtifactError if the
+    folder is not a loftq folder, SourceError if the source cannot be read, and OptionError if the folder has no errors
+    to compute again.
     """
     artifact = read_artifact(folder)
-    made = artifact.manifest.get("source", {})
-    if source is not None and "sha256" not in made:
+    recorded = artifact.manifest.get("source", {})
+    if source is not None and "sha256" not in recorded:
         kind = artifact.manifest["kind"]
-        raise OptionError(f"--source {source}: {folder} is a {kind} folder, without errors of layers")
-    if source is not None and str(source) == made.get("model"):
-        revision = revision or made.get("revision")
-    found = None
+        raise OptionError(
+            f"--source {source}: {folder} is a {kind} folder, which has no errors of layers: verify it without --source"
+        )
+    if source is not None and str(source) == recorded.get("model"):
+        revision = revision or recorded.get("revision")
+    model = None
     if source is not None:
-        found = find_source(str(source), revision=revision, token=token, trust_remote_code=trust_remote_code)
-    problems = dict.fromkeys(_check(artifact, found, trust_remote_code, quiet))
+        model = find_source(str(source), revision=revision, token=token, trust_remote_code=trust_remote_code)
+    problems = dict.fromkeys(_check(artifact, model, trust_remote_code, quiet))
     return Verification(
         folder=artifact.folder,
         kind=str(artifact.manifest["kind"]),
         files=len(artifact.files),
         bytes=sum(int(entry["bytes"]) for entry in artifact.files.values()),
         layers=len(artifact.manifest["layers"]) if _is_quantized(artifact) else 0,
-        source=found.name if found else None,
+        source=model.name if model else None,
         problems=tuple(problems),
         notes=tuple(_notes(artifact)),
     )
 
 
 def _check(artifact: Artifact, source: Source | None, trust_remote_code: bool, quiet: bool) -> Iterator[Problem]:
-    """Files, then what is in them, then what is in the source."""
+    """Check the files, then their contents, then compare them with the source."""
     yield from _check_files(artifact, quiet)
     if not _is_quantized(artifact):
         return
@@ -142,14 +145,14 @@ def _is_quantized(artifact: Artifact) -> bool:
 
 
 def _check_files(artifact: Artifact, quiet: bool) -> Iterator[Problem]:
-    """Every file that is listed, and weights that are not."""
+    """Check every listed file, and report files of weights that are not listed."""
     total = sum(int(entry["bytes"]) for entry in artifact.files.values())
     with tqdm(total=total, unit="B", unit_scale=True, disable=quiet, dynamic_ncols=True, desc="files") as bar:
         for name, entry in sorted(artifact.files.items()):
             bar.set_postfix_str(name, refresh=False)
-            what = _difference(artifact.folder, name, entry)
-            if what is not None:
-                yield Problem(name, what)
+            difference = _difference(artifact.folder, name, entry)
+            if difference is not None:
+                yield Problem(name, difference)
             bar.update(int(entry["bytes"]))
     for folder in (artifact.folder, artifact.adapter):
         for path in sorted([*folder.glob("*.safetensors"), *folder.glob(INDEX)]):
@@ -166,26 +169,26 @@ def _difference(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None
         return "is missing"
     if name == CARD:
         return None
-    found, expected = path.stat().st_size, int(entry["bytes"])
-    if found != expected:
-        return f"has {found} bytes, expected {expected}"
+    nbytes, expected = path.stat().st_size, int(entry["bytes"])
+    if nbytes != expected:
+        return f"has {nbytes} bytes, expected {expected}"
     with path.open("rb") as file:
         changed = "sha256" in entry and hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]
-    return "has changed: its SHA-256 is another" if changed else None
+    return "SHA-256 mismatch" if changed else None
 
 
 def _check_totals(artifact: Artifact) -> Iterator[Problem]:
-    """What the manifest says twice."""
+    """Check the values of the manifest that follow from its other values."""
     manifest = artifact.manifest
     shards = [name for name in artifact.files if name.endswith(".safetensors") and not name.startswith(f"{FOLDER}/")]
     hashes = {name: str(artifact.files[name]["sha256"]) for name in shards if "sha256" in artifact.files[name]}
     if len(hashes) == len(shards) and combine_hashes(hashes) != manifest["backbone_sha256"]:
-        yield Problem(MANIFEST, "has another hash of the backbone than its files' hashes make")
+        yield Problem(MANIFEST, "has a hash of the backbone that does not match the hashes of its files")
     if "totals" in manifest:
         for name, value in summed_errors(manifest["layers"]).items():
-            said = manifest["totals"].get(name)
-            if said is None or abs(value - said) > _NEAR:
-                yield Problem(MANIFEST, f"has the total {name} {said}, its layers make {value:.6g}")
+            recorded = manifest["totals"].get(name)
+            if recorded is None or abs(value - recorded) > _TOLERANCE:
+                yield Problem(MANIFEST, f"has the total {name} {recorded}, but its layers have {value:.6g}")
 
 
 def _check_source(
@@ -198,7 +201,7 @@ def _check_source(
 
 
 def _notes(artifact: Artifact) -> Iterator[str]:
-    """What was not compared."""
-    bare = [name for name, entry in artifact.files.items() if "sha256" not in entry]
-    if bare:
-        yield f"{MANIFEST} has no hashes of {len(bare)} files, whose contents were not compared"
+    """Notes about parts that were not compared."""
+    unhashed = [name for name, entry in artifact.files.items() if "sha256" not in entry]
+    if unhashed:
+        yield f"{MANIFEST} has no hashes of {len(unhashed)} files, so their contents were not compared"

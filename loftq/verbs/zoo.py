@@ -1,7 +1,8 @@
-"""The zoo: recipes for known models, one TOML file each in `model_zoo/`, with what their size can be told from.
+"""The zoo: recipes for well-known models, each in a TOML file in `model_zoo/`, and the configs that give their sizes.
 
-A recipe is `model`, an id on the Hub, and settings by their names in `QuantizeSettings`. `model_zoo/configs/` has what
-the sizes of each model depend on, its `config.json` in short, so that a recipe is planned without the Hub.
+A recipe has `model`, an id on the Hub, and settings with the names of `QuantizeSettings`. `model_zoo/configs/` has a
+shortened `config.json` of each model, with the entries that its sizes depend on, so that a recipe can be planned
+without the Hub.
 """
 
 from __future__ import annotations
@@ -32,28 +33,30 @@ from loftq.verbs.quantize import quantize
 
 _README = """# The zoo
 
-Recipes, a file each. `loftq zoo build NAME` makes one, `loftq zoo show NAME` tells what that will be. All options of
-`loftq quantize` that say where and how to run go with it. Results go to `model_zoo/loftq/`, which git ignores.
+Each file here is a recipe. `loftq zoo build NAME` builds its artifact, `loftq zoo show NAME` shows the plan without
+building it. `loftq zoo build` also takes the options of `loftq quantize` that say where and how to run. Artifacts are
+written to `model_zoo/loftq/`, which git ignores.
 
 {rows}
 
-Sizes are told from the models' shapes, without their weights: of the backbone and its adapter on disk; of both in
-memory with the largest weight dequantized; and at the peak of a training step on one sequence of {tokens} tokens, with
-gradient checkpointing and Adam, as `loftq.load_qlora` prepares it. What the device's runtime needs comes on top.
+The sizes are computed from the shapes of the models, without their weights. “On disk” is the size of the backbone and
+its adapter. “To load” is the memory for both, with the largest weight dequantized. “To train” is the peak memory of a
+training step on one sequence of {tokens} tokens, with gradient checkpointing and Adam, as `loftq.load_qlora` prepares
+it. The runtime of the device needs additional memory.
 
-A recipe has `model`, and settings as `loftq.quantize` names them; `configs/` has what the sizes of each model depend
-on. `default.toml` is the recipe of the model that `loftq quantize` takes when none is named. `make zoo` writes this
-page.
+A recipe has `model`, and settings with the names that `loftq.quantize` uses. `configs/` has the entries of each
+model's `config.json` that its sizes depend on. `default.toml` is the recipe of the model that `loftq quantize` uses by
+default. `make zoo` writes this page.
 """
 _SETTINGS = declared(QuantizeSettings)
-_PACKAGE = "package"  # which ships the default model: a table that `source` reads
+_PACKAGE = "package"  # the table about the package that ships the default model; the hub's `source` reads it
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A recipe of the zoo: its name, its file's text, the model's id, and the settings that the file gives.
+    """A recipe of the zoo: its name, the text of its file, the id of the model, and the settings in the file.
 
-    `shipped` is the default model's, which a package brings.
+    `shipped` is true for the default model, which comes in a package.
     """
 
     name: str
@@ -64,23 +67,23 @@ class Entry:
 
     @property
     def recipe(self) -> Recipe:
-        """All settings."""
+        """The recipe with all settings, including defaults."""
         return recipe_of(**self.settings)
 
     @cached_property
     def plan(self) -> Plan:
-        """What building it would make, told from the config alone: without the Hub, and for no weights."""
+        """The plan of building it, made from the config alone, without the Hub and without weights."""
         return make_plan(_source(self.model), self.recipe)
 
     @property
     def footprint(self) -> Footprint:
-        """How large it becomes, on disk and in memory."""
+        """The size of its artifact on disk and in memory."""
         return footprint(self.plan)
 
 
 @cache
 def zoo() -> Mapping[str, Entry]:
-    """The recipes by name. Raises OptionError for a file that is none."""
+    """The recipes by name. Raises OptionError for a file that is not a valid recipe."""
     files = sorted(path for path in _folder().iterdir() if path.suffix == ".toml")
     return {path.stem: read_entry(path.stem, path.read_text(encoding="utf-8")) for path in files}
 
@@ -92,26 +95,26 @@ def find_recipe(name: str) -> Entry:
     return zoo()[name]
 
 
-def build(name: str, **options: Any) -> Report:
-    """Make an artifact as a recipe says. `options` are those of `quantize` that change where and how it runs."""
+def build_recipe(name: str, **options: Any) -> Report:
+    """Build the artifact of a recipe. `options` are the keywords of `quantize` that say where and how to run."""
     entry = find_recipe(name)
     return quantize(None if entry.shipped else entry.model, **{**entry.settings, **options})
 
 
 def read_entry(name: str, text: str) -> Entry:
-    """A recipe from its file's text. Raises OptionError where it is none."""
+    """A recipe from the text of its file. Raises OptionError if it is not valid."""
     try:
-        found = tomllib.loads(text)
+        values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise OptionError(f"{name}.toml is not TOML: {error}") from error
-    shipped = found.pop(_PACKAGE, None) is not None
-    model = found.pop("model", None)
+        raise OptionError(f"{name}.toml is not valid TOML: {error}") from error
+    shipped = values.pop(_PACKAGE, None) is not None
+    model = values.pop("model", None)
     if not isinstance(model, str):
         raise OptionError(f'{name}.toml names no model: expected a line like model = "meta-llama/Llama-2-7b-hf"')
-    for setting in found:
+    for setting in values:
         if setting not in _SETTINGS:
             raise UnknownNameError(f"setting in {name}.toml", setting, _SETTINGS)
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    settings = {key: tuple(item) if isinstance(item, list) else item for key, item in values.items()}
     return Entry(name, text, model, settings, shipped)
 
 
@@ -130,7 +133,7 @@ def table() -> list[dict[str, Any]]:
 
 
 def markdown() -> str:
-    """`model_zoo/README.md`."""
+    """The text of `model_zoo/README.md`."""
     head = (
         "| recipe | model | bits | rank | on disk | to load | to train |\n| --- | --- | --- | --- | --- | --- | --- |"
     )
@@ -150,12 +153,12 @@ def _folder() -> Path:
 def _source(model: str) -> Source:
     folder = _folder() / "configs" / model.rpartition("/")[2]
     if not (folder / "config.json").is_file():
-        raise OptionError(f"{folder} has no config.json: without it {model} cannot be planned")
+        raise OptionError(f"{folder} has no config.json, without which {model} cannot be planned: add one")
     return config_source(model, folder)
 
 
 def config_source(model: str, folder: Path) -> Source:
-    """A model of which only `config.json` is there: its tensors are those of the model that transformers builds."""
+    """A source that has only a `config.json`. Its tensors are those of the model that transformers builds from it."""
     built: Any = build_meta(folder)[0]
     dtype = dtype_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     tied = built.all_tied_weights_keys

@@ -265,7 +265,7 @@ def test_a_folder_that_lacks_a_layer_is_made_again(plan: Plan, tmp_path: Path) -
         ({"seed": 1}, OptionError, "seed 0, not 1"),
         ({"tokens": 1024}, OptionError, "tokens 512, not 1024"),
         ({"sequence_length": 32}, OptionError, "sequence_length 64, not 32"),
-        ({"text": "other"}, ArtifactError, "another text"),
+        ({"text": "other"}, ArtifactError, "a different text"),
         ({"target_modules": ("q_proj",), "seed": 1}, OptionError, "seed 0, not 1"),
     ],
 )
@@ -279,20 +279,22 @@ def test_a_folder_of_other_settings_is_refused(
         plan = plan_of(plan.source.folder, target_modules=options.pop("target_modules"))
     calibration = small(plan, **options)
     assert calibration.key != small(plan).key
-    with pytest.raises(error, match=rf"{cached.name}.*{match}.*: remove the folder to gather them again"):
+    with pytest.raises(error, match=rf"{cached.name}.*{match}.*: remove the folder to gather the statistics again"):
         gather(plan, calibration, cached, quiet=True)
 
 
 @pytest.mark.usefixtures("no_run")
 def test_a_folder_of_another_model_or_tokenizer_is_refused(plan: Plan, cached: Path, tmp_path: Path) -> None:
     deeper = plan_of(save_model(pico_llama(num_hidden_layers=3), tmp_path / "deeper"))
-    with pytest.raises(ArtifactError, match=r"was gathered with .*pico-llama, whose tensors are not those of .*deeper"):
+    with pytest.raises(
+        ArtifactError, match=r"was gathered with .*pico-llama, whose tensors differ from those of .*deeper"
+    ):
         gather(deeper, small(deeper), cached, quiet=True)
     other = Path(shutil.copytree(plan.source.folder, tmp_path / "other"))
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["Bennet"])
     tokenizer.save_pretrained(other)
-    with pytest.raises(ArtifactError, match="another tokenizer"):
+    with pytest.raises(ArtifactError, match="a different tokenizer"):
         gather(plan_of(other), small(plan_of(other)), cached, quiet=True)
 
 
@@ -312,7 +314,7 @@ def test_a_weight_that_has_changed_is_refused(plan: Plan, gathered: Statistics, 
         except ArtifactError as error:
             refused.append(str(error))
     assert [error.split(": ")[0] for error in refused] == [
-        f"{gathered.folder} was gathered with another model.layers.1.mlp.up_proj.weight"
+        f"{gathered.folder} was gathered with a different model.layers.1.mlp.up_proj.weight"
     ]
 
 
@@ -346,7 +348,9 @@ def test_a_layer_that_is_never_reached_is_noted(tmp_path: Path, monkeypatch: pyt
         LlamaMLP, "forward", lambda self, x: self.down_proj(self.act_fn(self.up_proj(x)) * x.repeat(1, 1, 2))
     )
     found = gather(plan, small(plan), tmp_path / "cache", quiet=True)
-    assert found.notes == ("calibration never reached model.layers.0.mlp.gate_proj, model.layers.1.mlp.gate_proj",)
+    assert found.notes == (
+        "the calibration text never reached model.layers.0.mlp.gate_proj, model.layers.1.mlp.gate_proj",
+    )
     assert found.moment("model.layers.0.mlp.gate_proj") is None
     assert found.count("model.layers.0.mlp.gate_proj") == 0
     assert found.moment("model.layers.0.mlp.up_proj") is not None
@@ -368,7 +372,10 @@ def test_answers_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
     model = pico_llama()
     model.model.norm.weight.data[:] = 3e38
     plan = plan_of(save_model(model, tmp_path / "model"))
-    with pytest.raises(SourceError, match=r"answers of .*model are not numbers in float32: damaged weights"):
+    with pytest.raises(
+        SourceError,
+        match=r"calibration: .*model answers with NaN in float32: the weights may be damaged, download them again",
+    ):
         gather(plan, small(plan), tmp_path / "cache", quiet=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -389,7 +396,9 @@ def test_an_input_that_is_overwritten_is_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(
         LlamaMLP, "forward", lambda self, x: self.down_proj(self.up_proj(x) + 0 * self.gate_proj(x)) + x.zero_()
     )
-    with pytest.raises(SourceError, match=r"model\.layers\.0\.mlp\.up_proj computes on an input that is overwritten"):
+    with pytest.raises(
+        SourceError, match=r"model\.layers\.0\.mlp\.up_proj cannot be calibrated, because its input is overwritten"
+    ):
         gather(plan, small(plan), tmp_path / "cache", quiet=True)
 
 

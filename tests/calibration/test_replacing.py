@@ -81,7 +81,7 @@ def test_an_interrupted_run_leaves_nothing(plan: Plan, tmp_path: Path, monkeypat
 def test_of_runs_side_by_side_one_gathers(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: how often the model runs; both have its statistics."""
     calibration = prepare(plan, tokens=512, sequence_length=64)
-    both, seen, runs, known, run = Barrier(2), local(), [], gathering._known, gathering.run_in_lockstep
+    both, seen, runs, known, run = Barrier(2), local(), [], gathering._complete_statistics, gathering.run_in_lockstep
 
     def look(*arguments: Any) -> Any:
         """Neither begins until both have found nothing."""
@@ -94,7 +94,7 @@ def test_of_runs_side_by_side_one_gathers(plan: Plan, tmp_path: Path, monkeypatc
         runs.append(1)
         return run(*arguments)
 
-    monkeypatch.setattr(gathering, "_known", look)
+    monkeypatch.setattr(gathering, "_complete_statistics", look)
     monkeypatch.setattr(gathering, "run_in_lockstep", count)
     with ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(gather, plan, calibration, tmp_path / "known", quiet=True) for _ in range(2)]

@@ -82,7 +82,7 @@ def test_a_weight_that_is_not_quantized_counts_too(name: str, pico: Path, cached
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     for modules in (None, ("q_proj",)):
         plan = plan_of(model, target_modules=modules)
-        with pytest.raises(ArtifactError, match=f"{cached} was gathered with another {name}: remove the folder"):
+        with pytest.raises(ArtifactError, match=f"{cached} was gathered with a different {name}: remove the folder"):
             gather(plan, small(plan), cached, quiet=True)
 
 
@@ -98,7 +98,9 @@ def test_what_the_config_computes_counts_too(
     if not refused:
         assert gather(plan, small(plan), cached, quiet=True).folder == cached
         return
-    with pytest.raises(ArtifactError, match=rf"{cached} was gathered with another config\.json than that of .*{model}"):
+    with pytest.raises(
+        ArtifactError, match=rf"{cached} was gathered with a config\.json that differs from that of .*{model}"
+    ):
         gather(plan, small(plan), cached, quiet=True)
 
 
@@ -170,7 +172,9 @@ def test_what_is_damaged_is_named_and_what_to_do(damage: str, pico: Path, cached
         assert known.moment(MODULE) is not None
         assert known.teacher()
 
-    with pytest.raises(ArtifactError, match=rf"{cached}/.* is damaged \(.*\): remove the folder to gather them again"):
+    with pytest.raises(
+        ArtifactError, match=rf"{cached}/.* is damaged \(.*\): remove the folder to gather the statistics again"
+    ):
         read()
     shutil.rmtree(cached)
     read()

@@ -189,7 +189,7 @@ def test_windows_are_as_long_as_the_model_takes(family: str, task: str, tmp_path
     plan = plan_with(byte_tokenizer(), tmp_path / family, family, task)
     calibration = prepare(plan, tokens=2048, sequence_length=1024)
     assert calibration.sequence_length == 128  # of RoBERTa's 130 positions, two come before the first token
-    assert calibration.notes == ("calibrated on windows of 128 tokens: the model takes no more",)
+    assert calibration.notes == ("calibrated on windows of 128 tokens, the most that the model accepts",)
 
 
 def test_a_tokenizer_may_say_how_long_they_are(tmp_path: Path) -> None:
@@ -206,8 +206,7 @@ def test_a_short_text_is_noted_and_a_shorter_one_refused(plan: Plan, tmp_path: P
     calibration = prepare(plan, str(tmp_path / "t.txt"), tokens=2048, sequence_length=100)
     assert calibration.windows.shape == (7, 100)
     assert calibration.notes == (
-        "calibrated on 700 tokens of the 2048 that were asked for: "
-        "the text has 700 tokens, of which 700 fill whole windows of 100",
+        "calibrated on 700 tokens instead of 2048: the text has 700 tokens, of which 700 fill whole windows of 100",
     )
     (tmp_path / "t.txt").write_text("x" * 99)
     match = "has 100 tokens, of which 100 fill whole .*: expected 256 .*a longer text, or .*--calibration default"
@@ -223,7 +222,7 @@ def test_only_what_fills_windows_counts(plan: Plan, tmp_path: Path) -> None:
     calibration = prepare(plan, tokens=511, sequence_length=128)
     assert calibration.tokens == 384
     assert calibration.notes == (
-        "calibrated on 384 tokens of the 511 that were asked for: of 511 tokens 384 fill whole windows of 128",
+        "calibrated on 384 tokens instead of 511: 384 of 511 tokens fill whole windows of 128",
     )
 
 
@@ -246,6 +245,6 @@ def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
     tokenizer.add_tokens([f"<{i}>" for i in range(100)])
     tokenizer.add_tokens(["the"])  # is 358
     plan = plan_with(tokenizer, tmp_path / "model")
-    match = r"gives the token \d+, and the model's embeddings end at 319: it belongs to another model"
+    match = r"produces the token \d+, but the last row of the model's embeddings is 319: it belongs to another model"
     with pytest.raises(SourceError, match=match):
         prepare(plan, tokens=512, sequence_length=64)

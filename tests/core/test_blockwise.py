@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loftq.core.blockwise import BlockQuantizer
-from loftq.core.codebooks import NORMAL_FLOATS
+from loftq.core.codebooks import TABLES
 from loftq.core.kernels import blocks, dispatch
 from loftq.core.scales import NestedScales, Scales
 from loftq.errors import OptionError
@@ -124,7 +124,7 @@ def test_double_quantized_scales_are_as_near_as_bitsandbytes_own() -> None:
 
 
 @pytest.mark.parametrize("kind", ["absmax", "double", "given"])
-@pytest.mark.parametrize("name", NORMAL_FLOATS)
+@pytest.mark.parametrize("name", TABLES)
 def test_codes_are_nearest_by_brute_force_in_float64(name: str, kind: str) -> None:
     """Under the scales that will be read, also where they are not the block's largest magnitude.
 
@@ -147,7 +147,7 @@ def test_codes_are_nearest_by_brute_force_in_float64(name: str, kind: str) -> No
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("name", NORMAL_FLOATS)
+@pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("shape", [(64, 80), (THREADED, 64)])
 def test_residual_is_weight_less_its_rounding(
     shape: tuple[int, int], name: str, double_quant: bool, corrected: bool, in_place: bool
@@ -193,7 +193,7 @@ def everything(quantizer: BlockQuantizer, weight: torch.Tensor) -> dict[str, tor
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("name", NORMAL_FLOATS)
+@pytest.mark.parametrize("name", TABLES)
 def test_torch_path_equals_compiled_path(
     name: str, double_quant: bool, block_size: int, request: pytest.FixtureRequest
 ) -> None:
@@ -224,7 +224,7 @@ def test_results_do_not_depend_on_the_number_of_threads(double_quant: bool, set_
 
 @pytest.mark.parametrize("path", ["compiled", "torch"])
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("name", NORMAL_FLOATS)
+@pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("nonzero", [0, 1, 63])
 def test_blocks_of_zeros_stay_zeros(
     nonzero: int, name: str, double_quant: bool, path: str, request: pytest.FixtureRequest
@@ -251,7 +251,7 @@ def test_blocks_of_subnormal_numbers_are_bitsandbytes_bytes() -> None:
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-@pytest.mark.parametrize("name", NORMAL_FLOATS)
+@pytest.mark.parametrize("name", TABLES)
 def test_representable_weights_survive_bit_for_bit(name: str, block_size: int) -> None:
     """Oracle: the codes and scales that the weight was made of."""
     generator = torch.Generator().manual_seed(0)

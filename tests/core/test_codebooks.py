@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from loftq.core.codebooks import INTEGERS, NORMAL_FLOATS, codebook, dynamic_map
+from loftq.core.codebooks import INTEGERS, TABLES, codebook, dynamic_map
 from loftq.errors import UnknownNameError
 
 
@@ -26,13 +26,13 @@ def test_dynamic_map_is_bitsandbytes_to_the_last_bit() -> None:
     assert torch.equal(dynamic_map(), bnb.create_dynamic_map())
 
 
-@pytest.mark.parametrize(("name", "bits"), NORMAL_FLOATS.items())
+@pytest.mark.parametrize(("name", "bits"), TABLES.items())
 def test_normal_float_is_the_float64_construction(name: str, bits: int) -> None:
     # The evenly spaced probabilities are float32 in the table: 1e-7 there is at most 1e-6 in a quantile.
     np.testing.assert_allclose(codebook(name).double().numpy(), quantiles(bits), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "bits"), NORMAL_FLOATS.items())
+@pytest.mark.parametrize(("name", "bits"), TABLES.items())
 def test_levels_ascend_around_an_exact_zero_with_one_more_above(name: str, bits: int) -> None:
     levels = codebook(name)
     assert levels.dtype == torch.float32

@@ -11,14 +11,14 @@ import torch
 
 from loftq.core import rounding
 from loftq.core.affine import ZERO_POINTS
-from loftq.core.codebooks import INTEGERS, NORMAL_FLOATS
+from loftq.core.codebooks import INTEGERS, TABLES
 from loftq.core.grid import Grid, Quantizer
 from loftq.core.kernels import dispatch
 from loftq.core.packing import single
 from loftq.core.scales import Scales
 from loftq.errors import OptionError
 
-KINDS = [(name, None) for name in NORMAL_FLOATS] + [(name, zero) for name in INTEGERS for zero in ZERO_POINTS]
+KINDS = [(name, None) for name in TABLES] + [(name, zero) for name in INTEGERS for zero in ZERO_POINTS]
 # rows, inputs, block: one panel and several, whole rows, blocks that end inside rows, rows that fill no tile
 SHAPES = [(7, 24, 8), (5, 96, 96), (64, 80, 64), (70, 136, 136), (16, 150, 40)]
 pytestmark = pytest.mark.usefixtures("set_threads")

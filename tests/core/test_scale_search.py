@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from loftq.core.affine import ZERO_POINTS
-from loftq.core.codebooks import INTEGERS, NORMAL_FLOATS
+from loftq.core.codebooks import INTEGERS, TABLES
 from loftq.core.grid import Grid, Quantizer
 from loftq.core.kernels import dispatch
 from loftq.core.scale_search import FACTORS, search
 from loftq.core.scales import Scales, encode_scales
 
-KINDS = [(name, None) for name in NORMAL_FLOATS] + [(name, zero) for name in INTEGERS for zero in ZERO_POINTS]
+KINDS = [(name, None) for name in TABLES] + [(name, zero) for name in INTEGERS for zero in ZERO_POINTS]
 SHAPES = [(7, 24, 8), (5, 96, 96), (48, 320, 64), (64, 80, 64), (20, 264, 264), (16, 150, 40)]  # rows, inputs, block
 pytestmark = pytest.mark.usefixtures("set_threads")
 

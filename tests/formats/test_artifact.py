@@ -79,7 +79,7 @@ def test_a_folder_without_manifest_may_have_been_interrupted(folder: Path, pico:
 )
 def test_a_damaged_manifest_is_named(content: bytes, folder: Path) -> None:
     (folder / "loftq.json").write_bytes(content)
-    with pytest.raises(ArtifactError, match=rf"{folder}/loftq\.json is damaged: "):
+    with pytest.raises(ArtifactError, match=rf"{folder}/loftq\.json is damaged \("):
         open_artifact(folder)
 
 
@@ -96,21 +96,25 @@ def test_a_damaged_manifest_is_named(content: bytes, folder: Path) -> None:
 )
 def test_a_manifest_with_a_wrong_entry_is_damaged(wrong: dict[str, Any], folder: Path) -> None:
     change(folder, lambda manifest: manifest.update(wrong))
-    with pytest.raises(ArtifactError, match=rf"{folder}/loftq\.json is damaged: "):
+    with pytest.raises(ArtifactError, match=rf"{folder}/loftq\.json is damaged \("):
         open_artifact(folder)
 
 
 @pytest.mark.parametrize("name", ["format_version", "files", "kind", "recipe", "backbone_sha256"])
 def test_a_manifest_that_lacks_an_entry_is_damaged(name: str, folder: Path) -> None:
     change(folder, lambda manifest: manifest.pop(name))
-    with pytest.raises(ArtifactError, match=rf"{folder}/loftq\.json is damaged: KeyError\('{name}'\)"):
+    with pytest.raises(
+        ArtifactError, match=rf"{folder}/loftq\.json is damaged \(KeyError\('{name}'\)\): copy or download"
+    ):
         open_artifact(folder)
 
 
 def test_a_newer_version_asks_for_an_upgrade_whatever_else_it_holds(folder: Path) -> None:
     newer = {"format_version": artifact.VERSION + 1, "files": ["in another form"]}
     (folder / "loftq.json").write_text(json.dumps(newer))
-    message = rf"format version {artifact.VERSION + 1}, this loftq reads up to {artifact.VERSION}: upgrade loftq"
+    message = (
+        rf"format version {artifact.VERSION + 1}, this loftq reads up to version {artifact.VERSION}: upgrade loftq"
+    )
     with pytest.raises(ArtifactError, match=message):
         open_artifact(folder)
 

@@ -207,15 +207,15 @@ def test_splits_are_those_of_the_models() -> None:
     ],
 )
 def test_what_has_no_place_is_refused(changes: dict[str, Any], bits: int, group: int, said: str) -> None:
-    gguf_q4_1.check(config_of("llama"), 4, 64)
+    gguf_q4_1.check_linears(config_of("llama"), 4, 64)
     with pytest.raises(OptionError, match=said):
-        gguf_q4_1.check(config_of("llama", **changes), bits, group)
+        gguf_q4_1.check_linears(config_of("llama", **changes), bits, group)
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(OptionError, match="pip install gguf"):
-        gguf_q4_1.check(config_of("llama"), 4, 32)
+        gguf_q4_1.check_linears(config_of("llama"), 4, 32)
 
 
 def test_tensors_without_a_place_are_refused(tmp_path: Path) -> None:
@@ -244,7 +244,10 @@ def test_values_beyond_float16_are_refused() -> None:
             lambda source: source["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="x+"),
             r"splits text \(x\+;",
         ),
-        (lambda source: source["added_tokens"][0].update(id=400), "up to id 400, the model's embedding has 400 rows"),
+        (
+            lambda source: source["added_tokens"][0].update(id=400),
+            "up to id 400, but the embedding of the model has 400 rows",
+        ),
     ],
 )
 def test_tokenizers_of_other_kinds_are_refused(change: Any, said: str, tmp_path: Path) -> None:
@@ -257,7 +260,7 @@ def test_tokenizers_of_other_kinds_are_refused(change: Any, said: str, tmp_path:
 
 
 def test_a_tokenizer_of_another_model_or_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"holds no tokenizer\.json, .*save_pretrained"):
+    with pytest.raises(OptionError, match=r"has no tokenizer\.json, .*save_pretrained"):
         fields(tmp_path, config_of("llama"))
     Tokenizer(models.Unigram([("a", 0.0)])).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(OptionError, match="not Unigram"):

@@ -55,7 +55,7 @@ def written(path: Path, model: PreTrainedModel, linears: dict[str, AffineWeight]
     config = json.loads((path.parent / "config.json").read_text(encoding="utf-8")) | changes
     held = {f"{name}.weight" for name in linears}
     dense = {name: tensor.bfloat16() for name, tensor in model.state_dict().items() if name not in held}
-    gguf_q4_1.check(config, 4, 32)
+    gguf_q4_1.check_linears(config, 4, 32)
     gguf_q4_1.write(
         path,
         config,

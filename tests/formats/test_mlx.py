@@ -122,9 +122,9 @@ def test_the_rotary_embedding_is_said_as_mlx_lm_reads_it() -> None:
     [(5, 64, "2, 3, 4, 8 bits, not of 5"), (4, 16, "32, 64, 128 inputs, not of 16: .*--group-size 64")],
 )
 def test_what_has_no_place_is_refused(bits: int, group: int, said: str) -> None:
-    mlx.check(4, 64)
+    mlx.check_linears(4, 64)
     with pytest.raises(OptionError, match=said):
-        mlx.check(bits, group)
+        mlx.check_linears(bits, group)
 
 
 def test_groups_must_divide_the_inputs() -> None:

@@ -203,7 +203,7 @@ def test_pickled_weights_are_refused_before_anything_is_downloaded(hub: Hub, run
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     hub.add("user/model", folder)
     error = error_of(run("quantize", "user/model", "--output", tmp_path / "o"))
-    assert "user/model holds pickled weights only (pytorch_model.bin)" in error
+    assert "user/model has only pickled weights (pytorch_model.bin)" in error
     assert not [request for request in hub.requests if "/resolve/" in request.path]
 
 

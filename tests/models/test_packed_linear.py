@@ -5,8 +5,6 @@ Covers: loftq/models/custom_ops.py, loftq/models/peft_layers.py.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from copy import deepcopy
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from oracles import read_linear
 from peft import LoraConfig, get_peft_model
+from processes import start_python
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -372,9 +371,8 @@ print(total.item())
 
 def test_two_processes_train_the_same(tmp_path: Any) -> None:
     """Oracle: each other. They see different data, so only the exchange keeps them alike."""
-    command = [sys.executable, "-c", DDP, str(tmp_path / "store")]
-    running = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in (0, 1)]
+    running = [start_python(DDP, tmp_path / "store", i) for i in (0, 1)]
     ended = [process.communicate(timeout=120) for process in running]
-    sums = [out.decode().strip() for out, _ in ended]
-    assert sums[0], ended[0][1].decode()
+    sums = [out.strip() for out, _ in ended]
+    assert sums[0], ended[0][1]
     assert sums[0] == sums[1]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from oracles import read_linear
 from picos import output_of, save_pico
+from processes import run_python
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -39,10 +40,6 @@ def falcon(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return loftq.quantize(str(source), output=folder / "out", rank=4, iters=1, quiet=True).folder
 
 
-def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
-
-
 def test_without_the_import_the_folder_is_refused(falcon: Path) -> None:
     """Oracle: a process of stock transformers, which must not fill the model with random weights."""
     ended = run_python(LOAD.format(imports=STOCK, options=""), falcon)
@@ -52,15 +49,15 @@ def test_without_the_import_the_folder_is_refused(falcon: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("imports", "options"),
+    ("imports", "options", "level"),
     [
-        (f"import loftq\n{STOCK}", ""),
-        (f"{STOCK}\nimport transformers.quantizers\nimport loftq", ', device_map={"": "cpu"}'),
-        (f"{STOCK}\nimport loftq", ', device_map="auto"'),
+        (f"import loftq\n{STOCK}", "", "torch"),  # before transformers is imported
+        (f"{STOCK}\nimport transformers.quantizers\nimport loftq", ', device_map={"": "cpu"}', "stock"),
+        (f"{STOCK}\nimport loftq", ', device_map="auto"', "stock"),
     ],
 )
-def test_with_the_import_it_loads(imports: str, options: str, falcon: Path) -> None:
-    ended = run_python(LOAD.format(imports=imports, options=options), falcon)
+def test_with_the_import_it_loads(imports: str, options: str, level: str, falcon: Path) -> None:
+    ended = run_python(LOAD.format(imports=imports, options=options), falcon, level=level)
     assert ended.stdout.split() == ["8"], ended.stderr
 
 
@@ -69,7 +66,8 @@ def test_the_import_is_light() -> None:
     code = (
         "import sys, loftq; print([m for m in ('torch', 'transformers', 'peft', 'bitsandbytes') if m in sys.modules])"
     )
-    assert run_python(code).stdout.strip() == "[]"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stdout.strip() == "[]"
 
 
 def test_save_pretrained_writes_the_same_tensors_back(falcon: Path, tmp_path: Path) -> None:
@@ -120,7 +118,9 @@ def test_a_gptq_folder_needs_gptqmodel_or_the_import(gptq: Path) -> None:
     ended = run_python(LOAD.format(imports=STOCK, options=""), gptq)
     assert ended.returncode == 1
     assert "optimum" in ended.stderr
-    ended = run_python(LOAD.format(imports=f"import loftq\n{STOCK}", options=', device_map="auto"'), gptq)
+    ended = run_python(
+        LOAD.format(imports=f"import loftq\n{STOCK}", options=', device_map="auto"'), gptq, level="torch"
+    )
     assert ended.returncode == 0, ended.stderr
 
 
@@ -185,13 +185,13 @@ def test_gptq_tensors_of_a_wrong_size_are_refused(key: str, gptq: Path, tmp_path
 def test_the_card_of_each_format(gptq: Path, pico: Path, tmp_path: Path) -> None:
     card = (gptq / "README.md").read_text()
     assert "- gptq" in card
-    assert "not needed where gptqmodel" in card
+    assert "not needed if gptqmodel" in card
     assert "14 x" not in card
     assert "int3, groups of 64, integer zero-points" in card
     eight = loftq.quantize(str(pico), output=tmp_path / "out", bits=8, rank=4, iters=1, quiet=True).folder
     card = (eight / "README.md").read_text()
     assert "BitsAndBytesConfig(load_in_8bit=True)" in card
-    assert "int8, one scale a row, symmetric zero-points" in card
+    assert "int8, one scale per row, symmetric zero-points" in card
 
 
 def test_the_plan_and_the_card_say_how_it_loads(falcon: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from conftest import SIZES, save_model
 from peft import PeftModel
 from picos import output_of, pico_model, save_pico
+from processes import run_python
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -115,8 +114,8 @@ def test_a_new_task_begins_a_head_that_the_seed_decides(pretrained: Path, tmp_pa
     assert not torch.equal(first, other)
     assert first.std().item() == pytest.approx(0.02, rel=0.2)
     adapter = load_file(reports[0].folder / "loftq_init" / "adapter_model.safetensors")
-    assert "base_model.model.bert.pooler.dense.weight" in adapter  # begun anew too, it must train with the head
-    assert any("begun anew: " in note and "classifier.weight" in note for note in reports[0].notes)
+    assert "base_model.model.bert.pooler.dense.weight" in adapter  # newly initialized too, it must train with the head
+    assert any("newly initialized: " in note and "classifier.weight" in note for note in reports[0].notes)
     assert any("left out: cls.predictions" in note for note in reports[0].notes)
     config = json.loads((reports[0].folder / "config.json").read_text())
     assert config["architectures"] == ["BertForSequenceClassification"]
@@ -133,7 +132,7 @@ def test_a_head_of_another_size_begins_anew(tmp_path: Path) -> None:
     base = AutoModelForTokenClassification.from_pretrained(report.folder)
     assert PeftModel.from_pretrained(base, report.folder, subfolder="loftq_init").base_model.model.num_labels == 3
     same = quantize(source, tmp_path / "same", num_labels=8)
-    assert not any("begun anew" in note for note in same.notes)
+    assert not any("newly initialized" in note for note in same.notes)
 
 
 def test_a_missing_pooler_begins_anew(pretrained: Path, tmp_path: Path) -> None:
@@ -142,7 +141,7 @@ def test_a_missing_pooler_begins_anew(pretrained: Path, tmp_path: Path) -> None:
     assert backbone["pooler.dense.weight"].std().item() == pytest.approx(0.02, rel=0.2)
     assert not backbone["pooler.dense.bias"].any()
     assert not any("pooler" in row["name"] for row in report.layers)
-    assert any("begun anew: pooler.dense" in note for note in report.notes)
+    assert any("newly initialized: pooler.dense" in note for note in report.notes)
 
 
 def test_a_missing_layer_does_not(pretrained: Path, tmp_path: Path) -> None:
@@ -243,7 +242,7 @@ def test_the_lines_of_the_card_load_it(name: str, task: str, tmp_path: Path) -> 
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     code = code.replace('MODEL_DIR = "..."', f"MODEL_DIR = {str(folder)!r}")
     code += "\nprint(type(base_model).__name__, sum('lora_A' in name for name, _ in model.named_parameters()))"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ended = run_python(code)
     layers = len(json.loads((folder / "loftq.json").read_text())["layers"])
     built = type(build_meta(folder)[0]).__name__
     assert ended.stdout.split() == [built, str(layers)], ended.stderr

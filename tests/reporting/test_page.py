@@ -55,6 +55,23 @@ def made(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
         }
 
 
+@pytest.fixture(scope="module")
+def text(made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of all of them."""
+    file = tmp_path_factory.mktemp("page") / "page.html"
+    assert loftq.report(list(made.values()), html=file) == [file]
+    return file.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def two(made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A page and a picture of two of them."""
+    folder = tmp_path_factory.mktemp("two")
+    files = (folder / "page.html", folder / "page.png")
+    loftq.report([made["loftq"], made["budget"]], html=files[0], png=files[1])
+    return files
+
+
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads((folder / "loftq.json").read_text())["layers"]
     return rows
@@ -171,10 +188,8 @@ def test_labels_tell_artifacts_apart(made: dict[str, Path], tmp_path: Path) -> N
     assert labels == ["NF4, rank 4, LoftQ (loftq)", "NF4, rank 4, LoftQ (again)"]
 
 
-def test_the_page_stands_alone(made: dict[str, Path], tmp_path: Path) -> None:
+def test_the_page_stands_alone(made: dict[str, Path], text: str) -> None:
     """Oracle: the standard library's parsers."""
-    assert loftq.report(list(made.values()), html=tmp_path / "page.html") == [tmp_path / "page.html"]
-    text = (tmp_path / "page.html").read_text(encoding="utf-8")
     parsed = Parsed(text)
     assert [reference for reference in parsed.references if not reference.startswith("#")] == []
     assert not {"script", "link", "iframe", "img", "object"} & set(parsed.tags)
@@ -189,9 +204,8 @@ def test_the_page_stands_alone(made: dict[str, Path], tmp_path: Path) -> None:
     assert all(f"var(--s{i})" in text for i in range(len(made)))
 
 
-def test_the_page_says_what_the_manifests_say(made: dict[str, Path], tmp_path: Path) -> None:
-    loftq.report(list(made.values()), html=tmp_path / "page.html")
-    text = Parsed((tmp_path / "page.html").read_text(encoding="utf-8")).text
+def test_the_page_says_what_the_manifests_say(made: dict[str, Path], text: str) -> None:
+    text = Parsed(text).text
     for folder in made.values():
         totals = json.loads((folder / "loftq.json").read_text())["totals"]
         for value in (totals["error"], totals["plain_error"]):
@@ -211,12 +225,16 @@ def test_what_is_not_there_is_not_shown(made: dict[str, Path], tmp_path: Path) -
         assert word not in text
 
 
-def test_the_same_artifacts_make_the_same_files(made: dict[str, Path], tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        loftq.report([made["loftq"], made["budget"]], html=tmp_path / f"{name}.html", png=tmp_path / f"{name}.png")
-    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
-    picture = (tmp_path / "a.png").read_bytes()
-    assert picture == (tmp_path / "b.png").read_bytes()
+def test_the_same_artifacts_make_the_same_files(
+    made: dict[str, Path], two: tuple[Path, Path], run: Run, tmp_path: Path
+) -> None:
+    """Made by the function, and again by the command."""
+    html, png = tmp_path / "page.html", tmp_path / "page.png"
+    result = run("report", made["loftq"], made["budget"], "--html", html, "--png", png)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{html}\n{png}\n", "")
+    assert html.read_bytes() == two[0].read_bytes()
+    picture = png.read_bytes()
+    assert picture == two[1].read_bytes()
     assert picture.startswith(b"\x89PNG")
 
 
@@ -242,9 +260,9 @@ def test_files_in_the_way_stay(made: dict[str, Path], tmp_path: Path, monkeypatc
     mine = tmp_path / "page.html"
     mine.write_text("mine")
     for target, message in {
-        mine: "page.html is there already: add --overwrite",
+        mine: "page.html exists already: add --overwrite",
         tmp_path: "is a folder: name a file",
-        tmp_path / "none" / "page.html": "none is not there: make it first",
+        tmp_path / "none" / "page.html": "none does not exist: create it first",
     }.items():
         with pytest.raises(OutputError, match=message):
             loftq.report([made["loftq"]], html=target)
@@ -266,7 +284,7 @@ def test_bad_input(made: dict[str, Path], pico: Path, tmp_path: Path, monkeypatc
     html = tmp_path / "page.html"
     with pytest.raises(OptionError, match="nothing to write: name a page with --html"):
         loftq.report([made["loftq"]])
-    with pytest.raises(OptionError, match="9 folders: a report is of 1 to 8"):
+    with pytest.raises(OptionError, match="9 folders: a report compares 1 to 8"):
         loftq.report([made["loftq"]] * 9, html=html)
     with pytest.raises(ArtifactError, match=r"has no loftq\.json"):
         loftq.report([made["loftq"], pico], html=html)
@@ -279,10 +297,7 @@ def test_bad_input(made: dict[str, Path], pico: Path, tmp_path: Path, monkeypatc
     assert not html.exists()
 
 
-def test_the_command(run: Run, made: dict[str, Path], tmp_path: Path) -> None:
-    html, png = tmp_path / "page.html", tmp_path / "page.png"
-    result = run("report", made["qlora"], made["loftq"], "--html", html, "--png", png)
-    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{html}\n{png}\n", "")
-    assert run("report", made["qlora"], "--html", html).exit_code == 1
-    assert run("report", "--html", html).exit_code == 2
+def test_the_command_refuses(run: Run, made: dict[str, Path], two: tuple[Path, Path], tmp_path: Path) -> None:
+    assert run("report", made["qlora"], "--html", two[0]).exit_code == 1
+    assert run("report", "--html", tmp_path / "page.html").exit_code == 2
     assert issubclass(OptionError, LoftQError)

@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -228,8 +229,18 @@ def test_scores_by_hand() -> None:
     assert scores(torch.tensor([[1.0]]).numpy(), torch.tensor([1.0]).numpy()) == {}
 
 
-def test_the_harness_runs_a_task(pico: Path, artifact: Path, tmp_path: Path, run: Run) -> None:
-    """A multiple choice task of our own. Oracle: the likelihoods of the choices by transformers."""
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_harness_runs_a_task(
+    every: bool, pico: Path, artifact: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A multiple choice task of our own, beside all of lm-eval's or alone: to read those takes half of a minute.
+
+    Oracle: the likelihoods of the choices by transformers.
+    """
+    import lm_eval.tasks
+
+    if not every:
+        monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
     rows = [{"query": "2+2=", "choices": ["4", "5"], "gold": 0}, {"query": "a b ", "choices": ["c", "x"], "gold": 1}]
     write_rows(tmp_path / "choices.json", rows)
     task = {

@@ -22,6 +22,7 @@ from bitsandbytes.functional import has_avx512bf16
 from conftest import pico_llama, save_model
 from peft import PeftModel
 from picos import save_pico
+from processes import run_python
 from rows import articles, problems, reviews, sums, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -155,6 +156,21 @@ def options(data: str, output: Path, *, save_steps: int) -> list[Any]:
     return [*asked, "--learning-rate", 3e-2, "--batch-size", 4, "--quiet"]
 
 
+@pytest.fixture(scope="module")
+def whole(artifact: Path, data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The adapter of a run of eight steps in one piece."""
+    return adapter_after(artifact, data, tmp_path_factory.mktemp("whole") / "out", max_steps=8)
+
+
+@pytest.fixture(scope="module")
+def cut(artifact: Path, data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the same run, with a checkpoint every other step, cut off after the fifth. Do not write to it."""
+    folder = tmp_path_factory.mktemp("cut") / "out"
+    with pytest.MonkeyPatch.context() as patch, killed_after(5, patch), pytest.raises(KeyboardInterrupt):
+        loftq.train(str(artifact), data=data, output=folder, **{**FAST, "max_steps": 8, "save_steps": 2})
+    return folder
+
+
 def test_a_killed_training_ends_in_the_same_loss(
     artifact: Path, data: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,10 +199,9 @@ def test_a_killed_training_ends_in_the_same_loss(
 
 
 def test_the_same_command_goes_on_until_it_is_done(
-    artifact: Path, data: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    artifact: Path, data: str, whole: Any, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a requeued job has it: with --resume from the first time on."""
-    whole = adapter_after(artifact, data, tmp_path / "whole", max_steps=8)
     asked = [*options(data, tmp_path / "cut", save_steps=2), "--resume"]
     with killed_after(5, monkeypatch):
         assert run("train", artifact, *asked).exit_code == 130
@@ -207,13 +222,11 @@ def test_the_same_command_goes_on_until_it_is_done(
     ],
 )
 def test_a_checkpoint_that_was_cut_off_is_passed_over(
-    name: str, left: int, artifact: Path, data: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    name: str, left: int, artifact: Path, data: str, whole: Any, cut: Path, tmp_path: Path, run: Run
 ) -> None:
     """Oracle: the run in one piece."""
-    whole = adapter_after(artifact, data, tmp_path / "whole", max_steps=8)
+    shutil.copytree(cut, tmp_path / "cut")
     asked = options(data, tmp_path / "cut", save_steps=2)
-    with killed_after(5, monkeypatch):
-        run("train", artifact, *asked)
     damaged = tmp_path / "cut" / "checkpoint-4" / name
     kept = damaged.read_bytes()[:left]
     damaged.unlink()
@@ -365,18 +378,32 @@ def test_training_loads_no_compiler(artifact: Path, data: str, tmp_path: Path) -
         "import sys, loftq; loftq.train(sys.argv[1], data=sys.argv[2], output=sys.argv[3], max_steps=1, quiet=True); "
         "print('bitsandbytes' in sys.modules, [name for name in ('numba', 'llvmlite') if name in sys.modules])"
     )
-    command = [sys.executable, "-c", code, str(artifact), data, str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_python(code, artifact, data, tmp_path / "out", level="torch")
     assert done.stdout.split("\n")[-2] == "True []", done.stderr
 
 
-def test_two_processes_train_together(artifact: Path, data: str, tmp_path: Path) -> None:
+# What torchrun does after it has read its options, but with processes that are forks.
+FORKED_RUN = """
+import sys
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from loftq_cli.main import main
+
+one_machine = {"min_nodes": 1, "max_nodes": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+elastic_launch(LaunchConfig(**one_machine, nproc_per_node=2, start_method="fork"), main)(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("launcher", ["forks", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_two_processes_train_together(launcher: str, artifact: Path, data: str, tmp_path: Path) -> None:
     """`torchrun` of the same command; oracle: one process with twice the batch."""
     options = ["--data", data, "--output", str(tmp_path / "two"), "--max-steps", "2", "--dtype", "float32", "--cpu"]
     options += ["--batch-size", "2", "--eval-steps", "2", "--lr-scheduler", "constant", "--optim", "sgd"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command = [*command[:3], "--standalone", "--nproc-per-node", "2", "-m", "loftq_cli.main", "train"]
-    done = subprocess.run([*command, str(artifact), *options], capture_output=True, text=True, check=False)
+    if launcher == "forks":
+        done = run_python(FORKED_RUN, "train", artifact, *options)
+    else:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*torchrun, "-m", "loftq_cli.main", "train", str(artifact), *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("adapter in") == 1
     record = json.loads((tmp_path / "two" / TRAINING_RECORD).read_text())
@@ -392,7 +419,7 @@ def test_two_processes_train_together(artifact: Path, data: str, tmp_path: Path)
         ({"columns": {"prompt": "ask"}}, r"--column prompt=ask: the data has no such column \(columns: prompt, resp"),
         ({"task": "classification"}, "needs a sequence-classification model"),
         ({"task": "summarization"}, r"no column for the document \(looked for: document, article"),
-        ({"dtype": "float16", "cpu": True}, "not on a CPU: use bfloat16 or float32"),
+        ({"dtype": "float16", "cpu": True}, "--dtype float16 is not supported on a CPU: use bfloat16 or float32"),
         ({"adapter": "qalora"}, "is a qlora artifact"),
         ({"rank": 8}, r"--rank 8: .* is quantized already, with 4"),
         (
@@ -452,16 +479,18 @@ def test_an_adapter_of_another_backbone(artifact: Path, pooled: Path, pico: Path
         with pytest.raises(ArtifactError, match=match):
             loftq.generate(str(model), "x", adapter=str(tmp_path / adapter), max_new_tokens=1)
 
-    refused(other, "out", "was trained on .*here, another backbone than .*other")
-    refused(other, "out/checkpoint-1", "was trained on .*here, another backbone than .*other")
-    refused(pico, "out", "was trained on .*here, whose weights are others")
-    refused(artifact, "plain", "was trained on .*pico-llama, another backbone")
-    refused(tmp_path / "stranger", "plain", "was trained on .*pico-llama, whose weights are others")
+    refused(other, "out", "was trained on .*here, not on the backbone .*other")
+    refused(other, "out/checkpoint-1", "was trained on .*here, not on the backbone .*other")
+    refused(pico, "out", "was trained on .*here, whose weights differ from those of")
+    refused(artifact, "plain", "was trained on .*pico-llama, not on the backbone")
+    refused(tmp_path / "stranger", "plain", "was trained on .*pico-llama, whose weights differ from those of")
     for model, adapter in ((artifact, "out"), (artifact, "out/checkpoint-1"), (pico, "plain"), (twin, "plain")):
         loftq.generate(str(model), "x", adapter=str(tmp_path / adapter), max_new_tokens=1)
     (tmp_path / "plain" / TRAINING_RECORD).unlink()
     refused(
-        tmp_path / "narrow", "plain", "does not fit .*narrow: .* 128 inputs and 64 outputs, and that has 128 and 32"
+        tmp_path / "narrow",
+        "plain",
+        "does not fit .*narrow: .* 128 inputs and 64 outputs, but the module has 128 and 32",
     )
     refused(tmp_path / "bert", "plain", "adapts 'model.layers.0.* does not have")
 
@@ -475,9 +504,9 @@ def test_an_adapter_on_somebody_elses_gptq(pico: Path, data: str, tmp_path: Path
     loftq.train(str(theirs), data=data, output=tmp_path / "out", **short)
     loftq.train(str(pico), data=data, output=tmp_path / "plain", adapter="lora", **short)
     loftq.generate(str(theirs), "x", adapter=str(tmp_path / "out"), max_new_tokens=1)
-    with pytest.raises(ArtifactError, match=r"whose weights are others than those of .*theirs"):
+    with pytest.raises(ArtifactError, match=r"whose weights differ from those of .*theirs"):
         loftq.generate(str(theirs), "x", adapter=str(tmp_path / "plain"), max_new_tokens=1)
-    with pytest.raises(ArtifactError, match=r"whose weights are others than those of .*pico-llama"):
+    with pytest.raises(ArtifactError, match=r"whose weights differ from those of .*pico-llama"):
         loftq.generate(str(pico), "x", adapter=str(tmp_path / "out"), max_new_tokens=1)
 
 
@@ -529,13 +558,21 @@ def test_the_in_memory_layer_trains_with_the_plain_trainer(tmp_path: Path) -> No
     assert all("lora_" in name or name.startswith("out.") or "base_layer" not in name for name in changed)
 
 
-def test_loss_falls_on_plain_text_in_half_a_minute(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("blocks", "training"),
+    [
+        (2, {"max_steps": 70, "learning_rate": 1e-2, "batch_size": 4}),
+        pytest.param(4, {"max_steps": 150, "learning_rate": 5e-3}, marks=pytest.mark.slow),
+    ],
+)
+def test_loss_falls_on_plain_text(blocks: int, training: dict[str, Any], tmp_path: Path) -> None:
     """A larger pico model on Shakespeare, packed."""
-    folder = save_model(pico_llama(hidden_size=128, num_hidden_layers=4, intermediate_size=256), tmp_path / "model")
+    sizes = {"hidden_size": 128, "num_hidden_layers": blocks, "intermediate_size": 256}
+    folder = save_model(pico_llama(**sizes), tmp_path / "model")
     made = loftq.quantize(str(folder), output=tmp_path / "made", rank=8, quiet=True).folder
     text = Path(__file__).parent.parent.parent / "benchmarks" / "data" / "shakespeare.txt"
-    options: dict[str, Any] = {"task": "clm", "cutoff_len": 128, "max_steps": 150, "learning_rate": 5e-3}
-    loftq.train(str(made), data=str(text), output=tmp_path / "out", quiet=True, dtype="float32", **options)
+    options: dict[str, Any] = {"task": "clm", "cutoff_len": 128, "dtype": "float32", "quiet": True}
+    loftq.train(str(made), data=str(text), output=tmp_path / "out", **options, **training)
     assert losses(tmp_path / "out")[-1] < 0.88 * losses(tmp_path / "out")[0]
 
 

@@ -344,13 +344,18 @@ def test_an_artifact_of_ours_for_a_model(
 
 def test_an_architecture_of_no_task(model: Path, refuse: Callable[..., Refused], out: Path) -> None:
     edit_config(model, architectures=["LlamaForPoetry"])
-    check(refuse(model), 1, [model, "llama", "LlamaForPoetry", "--task (it has: causal-lm, sequence-class"], out)
+    check(
+        refuse(model),
+        1,
+        [model, "llama", "LlamaForPoetry", "--task (transformers has classes for: causal-lm, sequence-class"],
+        out,
+    )
     edit_config(model, architectures=None)
-    check(refuse(model), 1, [model, "no architecture named", "--task (it has: causal-lm"], out)
+    check(refuse(model), 1, [model, "no architecture named", "--task (transformers has classes for: causal-lm"], out)
 
 
 def test_a_task_that_the_family_has_no_class_for(pico: Path, refuse: Callable[..., Refused], out: Path) -> None:
-    names = ["--task seq2seq-lm", "llama", "no class for it", "causal-lm, sequence-classification"]
+    names = ["--task seq2seq-lm", "llama", "no class of model type llama for", "causal-lm, sequence-classification"]
     check(refuse(pico, "--task", "seq2seq-lm"), 2, names, out)
     check(refuse(pico, "--task", "causal"), 2, ["'causal'", "did you mean causal-lm"], out)
 
@@ -408,7 +413,7 @@ def test_output_is_a_folder_of_others(
     refused = refuse(pico, *flags)
     assert refused.exit_code == 1
     assert str(out) in refused.line
-    assert "will not be touched" in refused.line
+    assert "stays unchanged" in refused.line
     assert "--output" in refused.line
     assert [path.name for path in out.iterdir()] == [content]
     assert (out / content).read_text() == "mine"
@@ -418,7 +423,7 @@ def test_output_is_the_model(model: Path, run: Callable[..., Any]) -> None:
     before = sorted(path.name for path in model.iterdir())
     ended = run("quantize", model, *SETTINGS, "--output", model, "--overwrite")
     assert ended.exit_code == 1
-    assert "will not be touched" in ended.stderr
+    assert "stays unchanged" in ended.stderr
     assert sorted(path.name for path in model.iterdir()) == before
 
 

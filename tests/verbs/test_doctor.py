@@ -102,17 +102,17 @@ def test_disks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert finding("disk of results").state == "ok"
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(doctors.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
-    assert finding("disk of results").text == "model_zoo/loftq: 1.0 GB free, which is little"
+    assert finding("disk of results").text == "model_zoo/loftq: only 1.0 GB free"
     monkeypatch.setattr(os, "access", lambda *_: False)
-    assert finding("disk of results").text == f"model_zoo/loftq: {tmp_path} cannot be written"
+    assert finding("disk of results").text == f"model_zoo/loftq: {tmp_path} is not writable"
 
 
 @pytest.mark.parametrize(
     ("token", "state", "text"),
     [
-        (None, "note", "none: public models alone can be read, nothing pushed (`hf auth login`)"),
-        ("hf_good", "ok", "somebody, with a token to write"),
-        ("hf_stale", "FAIL", "the token is refused: log in again with `hf auth login`"),
+        (None, "note", "none: only public models can be read, and nothing can be pushed (log in with `hf auth login`)"),
+        ("hf_good", "ok", "somebody, with a write token"),
+        ("hf_stale", "FAIL", "the Hub refuses the token: log in again with `hf auth login`"),
         ("hf_wörse", "FAIL", "the Hub token contains invalid characters: copy it again"),
     ],
     ids=["none", "good", "stale", "strange"],  # a test's folder is named after it, and its path is in the findings

@@ -1,13 +1,14 @@
 """A full or read-only disk: one line that says so and what to do; nothing else touched; --resume goes on.
 
-Real disks where the system lets this user mount one: a tmpfs of a few pages in a mount namespace of a
-subprocess. Elsewhere, and for what no tmpfs does, the system call is made to fail in this process. The oracle
+Real disks where the system lets this user mount one: a tmpfs of a few pages in a mount namespace of another
+process. Elsewhere, and for what no tmpfs does, the system call is made to fail in this process. The oracle
 for a resumed run is an undisturbed one to the same path: every file's SHA-256.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import io
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from processes import start_python
 
 PARTIAL = ".loftq-partial"
 SETTINGS = ("--rank", 4, "--iter", 1, "--max-shard-size", "60KB", "--workers", 1, "--quiet")
@@ -70,7 +72,7 @@ def check_told(ended: Any, *words: object) -> None:
 class Disk:
     """A tmpfs in another process, which runs commands on it."""
 
-    def __init__(self, process: subprocess.Popen[str], folder: Path, model: Path) -> None:
+    def __init__(self, process: Any, folder: Path, model: Path) -> None:
         self.process = process
         self.folder = folder
         self.out = folder / "out"
@@ -132,14 +134,13 @@ TASKS: dict[str, Callable[..., Any]] = {
 
 @pytest.fixture(scope="module")
 def disk(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
-    unshared = ["unshare", "-rm", sys.executable]
-    if not shutil.which("unshare") or subprocess.run([*unshared, "-c", ""], capture_output=True).returncode:
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("no right to mount a disk here")
-    folder = tmp_path_factory.mktemp("disk")
-    with subprocess.Popen([*unshared, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        yield Disk(process, folder, pico)
-        assert process.stdin is not None
-        process.stdin.close()
+    process = start_python(f"import {__name__}; {__name__}.serve()", pipes=True, seconds=0)
+    yield Disk(process, tmp_path_factory.mktemp("disk"), pico)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(60) == 0
 
 
 @pytest.fixture(scope="module")
@@ -410,14 +411,23 @@ def test_a_folder_without_permission(mode: int, run: Callable[..., Any], pico: P
     assert hashes(closed) == {}
 
 
+def unshare() -> None:
+    """Give this process namespaces of its own for users and mounts, as `unshare -rm` does."""
+    libc, user, group = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
+    new_users, new_mounts, recursive, private = 0x10000000, 0x20000, 1 << 14, 1 << 18  # of sched.h and sys/mount.h
+    if libc.unshare(new_users | new_mounts):
+        raise OSError(ctypes.get_errno(), "unshare")
+    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+        Path("/proc/self", name).write_text(text)
+    if libc.mount(b"none", b"/", None, recursive | private, None):
+        raise OSError(ctypes.get_errno(), "mount")
+
+
 def serve() -> None:
-    """In the mount namespace: do the tasks that come on stdin, one a line."""
+    """In a mount namespace: do the tasks that come on stdin, one a line."""
+    unshare()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what is printed by the way must not mix with the answers
     for line in sys.stdin:
         task, *arguments = json.loads(line)
         answers.write(json.dumps(TASKS[task](*arguments)) + "\n")
-
-
-if __name__ == "__main__":
-    serve()

@@ -134,7 +134,7 @@ def test_a_trained_adapter(remote: bool, folder: Path, hub: Hub, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "types"),
     [
-        ({"bits": 8}, {"int8 with symmetric zero-points, one scale a row"}),
+        ({"bits": 8}, {"int8 with symmetric zero-points, one scale per row"}),
         ({"bits": 3, "allocation": "first"}, {"nf4, block size 64", "nf2, block size 64"}),
         ({"adapter": "qalora", "group_size": 16, "rank": 2}, {"int4 with float zero-points, group size 16"}),
     ],

@@ -1,7 +1,9 @@
 """Merging: what is written, by independent readings, and how the merged model answers.
 
-Covers: cli/merge.py, loftq/artifacts/backbone.py, loftq/artifacts/pair.py, loftq/merging/exports.py,
-loftq/merging/logits.py, loftq/merging/report.py, loftq/merging/targets.py.
+Covers: cli/merge.py, loftq/artifacts/backbone.py, loftq/artifacts/pair.py, loftq/merging/model_folder.py,
+loftq/merging/target.py, loftq/merging/logits.py, loftq/merging/report.py, loftq/merging/targets/to_bf16.py,
+loftq/merging/targets/to_gguf_q4_1.py, loftq/merging/targets/to_gptq.py, loftq/merging/targets/to_int.py,
+loftq/merging/targets/to_lora.py, loftq/merging/targets/to_mlx.py.
 """
 
 from __future__ import annotations
@@ -305,7 +307,7 @@ def test_somebody_elses_gptq_checkpoint(act_order: bool, pico: Path, tmp_path: P
         assert merge(theirs, tmp_path / "trained", tmp_path / "out", to="int").difference < 1e-5
     small = loftq.load_qalora(theirs, rank=2, pool_size=8)
     small.save_pretrained(tmp_path / "small")
-    with pytest.raises(OptionError, match=r"pools 8 inputs, which is not a multiple of the groups of 16|act-order"):
+    with pytest.raises(OptionError, match=r"pools 8 inputs, which is not a multiple of the group size 16|act-order"):
         merge(theirs, tmp_path / "small", tmp_path / "out", to="int", overwrite=True)
     with pytest.raises(OptionError, match="brings no adapter: name a trained one with --adapter"):
         loftq.merge(theirs, to="int", output=tmp_path / "none")
@@ -327,7 +329,7 @@ def test_a_merge_that_was_cut_off_is_finished(
     pooled: tuple[Path, Path], run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the bytes of an undisturbed merge."""
-    from loftq.merging.targets import Integers
+    from loftq.merging.targets.to_int import Integers
 
     merge(*pooled, tmp_path / "whole", to="int")
     done = Integers.tensors

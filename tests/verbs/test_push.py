@@ -14,8 +14,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +25,7 @@ from conftest import Result
 from hub import Answer, client_of, serve
 from huggingface_hub import ModelCard, constants, utils
 from peft import PeftConfig
+from processes import run_python, start_python
 from writable_hub import SETTLED, WritableHub
 
 import loftq
@@ -105,7 +104,7 @@ def environment(hub: WritableHub, home: Path, token: str) -> dict[str, str]:
 def in_a_new_process(code: str, hub: WritableHub, home: Path, token: str = "") -> str:
     """What a process that has only an endpoint, a token and an empty cache prints."""
     given = environment(hub, home, token)
-    ended = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, cwd=home)
+    ended = run_python(code, level="torch", env=given, cwd=home)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
@@ -227,7 +226,9 @@ def test_an_adapters_folder_is_its_own(
     name: str, option: str, made: Path, trained: Path, hub: WritableHub, run: Run
 ) -> None:
     result = run("push", made, "alice/pico", "--token", TOKEN, "--adapter", trained, option, name)
-    assert error_of(result, 2).startswith(f"Error: --subfolder {name}: expected a name of its own")
+    assert error_of(result, 2).startswith(
+        f"Error: --subfolder {name}: expected a name like gsm8k that the repository does not use yet"
+    )
     assert "--adapter" in error_of(run("push", made, "alice/pico", "--token", TOKEN, option, "x"), 2)
     assert hub.requests == []
 
@@ -383,14 +384,8 @@ def test_an_upload_that_was_interrupted_goes_on(
     (tmp_path / "clean").mkdir()
     code = "import signal, sys; from loftq_cli.main import main; "
     code += "signal.signal(signal.SIGINT, signal.default_int_handler); main(sys.argv[1:])"  # a shell may ignore it
-    words = [str(word) for word in ("push", made, "alice/pico", "--quiet")]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *words],
-        env=environment(hub, tmp_path / "clean", TOKEN),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = ("push", made, "alice/pico", "--quiet")
+    process = start_python(code, *words, level="torch", env=environment(hub, tmp_path / "clean", TOKEN))
     hub.upload.breaks_after = 2
     hub.upload.meanwhile = lambda: (process.send_signal(number), process.wait(60))
     _, said = process.communicate()
@@ -499,7 +494,7 @@ def test_an_incomplete_folder_is_not_pushed(made: Path, pico: Path, hub: Writabl
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"kind": "merged"}, "is a merged folder, which no adapter goes with: `hf upload REPO_ID"),
+        ({"kind": "merged"}, "is a merged folder, which has no adapter: upload it unchanged with `hf upload REPO_ID"),
         ({"files": {}}, "is damaged: it does not list loftq_init/adapter_config.json"),
         ({"more": "../secret"}, "lists '../secret', which lies outside its folder"),
         ({"more": "/etc/hostname"}, "lists '/etc/hostname', which lies outside its folder"),
@@ -629,7 +624,7 @@ def test_a_push_that_fails_leaves_the_folder(pico: Path, hub: WritableHub, run: 
     options = ("--rank", 4, "--iter", 1, "--quiet", "--token", TOKEN, "--output", output)
     error = error_of(run("quantize", pico, *options, "--push", "alice/pico"))
     assert error.startswith(f"Error: {output} is complete, but not pushed: the Hub cannot serve")
-    assert error.endswith(f"(`loftq push {output} alice/pico`)")
+    assert error.endswith(f"(push it with `loftq push {output} alice/pico`)")
     hub.upload.breaks_after = None
     assert run("push", output, "alice/pico", "--token", TOKEN).exit_code == 0
 

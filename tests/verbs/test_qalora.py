@@ -231,7 +231,7 @@ def test_the_other_loader_is_named(pico: Path, tmp_path: Path) -> None:
         loftq.load_qlora(pooled)
     with pytest.raises(loftq.LoftQError, match="qlora artifact: load it with load_qlora"):
         loftq.load_qalora(plain)
-    with pytest.raises(loftq.LoftQError, match=r"plain LoRA adapter: .* takes a QA-LoRA \(pools of 16\) one"):
+    with pytest.raises(loftq.LoftQError, match=r"plain LoRA adapter: .* takes a QA-LoRA \(pools of 16\) adapter"):
         loftq.load_qalora(pooled, plain / "loftq_init")
     with pytest.raises(loftq.LoftQError, match="unknown backend 'cuda'"):
         loftq.load_qalora(pooled, backend="cuda")

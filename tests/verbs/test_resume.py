@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import start_python
 
 PARTIAL = ".loftq-partial"
 SETTINGS = ("--rank", 4, "--iter", 2, "--max-shard-size", "60KB", "--quiet")
@@ -58,7 +59,7 @@ Undisturbed = tuple[Files, tuple[Event, ...]]
 class Server:
     """The side of the tests: runs `loftq` commands in forks of a prepared process, one at a time."""
 
-    def __init__(self, process: subprocess.Popen[str], scratch: Path) -> None:
+    def __init__(self, process: Any, scratch: Path) -> None:
         self.process = process
         self.scratch = scratch
 
@@ -84,14 +85,12 @@ class Server:
 @pytest.fixture(scope="module")
 def server(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    scratch = tmp_path_factory.mktemp("server")
-    command = [sys.executable, __file__, str(pico)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        yield Server(process, scratch)
-        assert process.stdin is not None
-        process.stdin.close()
+    code = f"import sys, {__name__}; {__name__}.serve(sys.argv[1])"
+    process = start_python(code, pico, env=environment, pipes=True, seconds=0)
+    yield Server(process, tmp_path_factory.mktemp("server"))
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(60) == 0
 
 
 @pytest.fixture(scope="module")
@@ -692,7 +691,3 @@ def count_calls(job: dict[str, Any], trace: Callable[[str], object]) -> None:
     for counter, calls in counters.items():
         for owner, call in calls:
             setattr(owner, call, counted(getattr(owner, call), call, counter))
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1])

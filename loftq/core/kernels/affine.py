@@ -1,8 +1,8 @@
-"""Compiled CPU loops over groups of integers. What they compute is defined, and tested, by the torch code in affine.
+"""Compiled CPU loops over groups of integers, defined by the torch code in `core.affine` and tested against it.
 
-All arrays are flat float32 seen as groups of `block` consecutive values, each with a scale and a shift. A value takes
-the whole number nearest to `(x - shift) * (1 / scale)`, ties to even, within `low` and `high`. Inputs are finite:
-callers check.
+All arrays are flat float32 that hold groups of `block` consecutive values, each with a scale and a shift. A value takes
+the whole number nearest to `(x - shift) * (1 / scale)`, ties to even, within `low` and `high`. Inputs must be finite;
+callers check that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 
 @compiled
 def _range(x, lows, highs, low_lanes, high_lanes, block):  # type: ignore[no-untyped-def]
-    # Eight minima and maxima a block side by side, then across: one at a time does not vectorize.
+    # Eight minima and maxima per block side by side, which are compared at the end: a single one does not vectorize.
     for b in range(lows.shape[0]):
         values = x[b * block : (b + 1) * block]
         for j in range(LANES):
@@ -44,9 +44,9 @@ def _ranges(w, correction, corrected, lows, highs, first, last, block):  # type:
         end = min(tile + step, last)
         weights = w[tile * block : end * block]
         if corrected:
-            taken = correction[tile * block : end * block]
+            subtrahend = correction[tile * block : end * block]
             for j in range((end - tile) * block):
-                shifted[j] = weights[j] - taken[j]
+                shifted[j] = weights[j] - subtrahend[j]
             _range(shifted, lows[tile:end], highs[tile:end], low_lanes, high_lanes, block)
         else:
             _range(weights, lows[tile:end], highs[tile:end], low_lanes, high_lanes, block)
@@ -82,9 +82,9 @@ def _residual(  # type: ignore[no-untyped-def]
     for b in range(first, last):
         weights, errors = w[b * block : (b + 1) * block], e[b * block : (b + 1) * block]
         if corrected:
-            taken = correction[b * block : (b + 1) * block]
+            subtrahend = correction[b * block : (b + 1) * block]
             for j in range(block):
-                buffer[j] = weights[j] - taken[j]
+                buffer[j] = weights[j] - subtrahend[j]
         else:
             for j in range(block):
                 buffer[j] = weights[j]
@@ -123,14 +123,17 @@ def ranges(w: torch.Tensor, correction: torch.Tensor | None, block: int) -> tupl
     """The least and the largest value of each group of `w - correction`: float32 `(numel / block,)` each."""
     lows, highs = torch.empty(w.numel() // block), torch.empty(w.numel() // block)
     values, low, high = flat(w), flat(lows), flat(highs)
-    taken = values if correction is None else flat(correction)
+    shift = values if correction is None else flat(correction)
     corrected = correction is not None
-    over_blocks(len(low), block, lambda first, last: _ranges(values, taken, corrected, low, high, first, last, block))
+    over_blocks(len(low), block, lambda first, last: _ranges(values, shift, corrected, low, high, first, last, block))
     return lows, highs
 
 
 def encode_groups(x: torch.Tensor, scales: torch.Tensor, shifts: torch.Tensor, bits: int, block: int) -> torch.Tensor:
-    """Codes, from 0 on: uint8 `(numel,)`, or, of at most 4 bits, two a byte with the first in the high half."""
+    """Codes, counted from 0: uint8 `(numel,)`, or `(numel / 2,)` for at most 4 bits, where two share a byte.
+
+    The first of the two is in the high half.
+    """
     paired = bits <= 4
     packed = torch.empty(x.numel() // 2 if paired else x.numel(), dtype=torch.uint8)
     values, s, t, out = flat(x), flat(scales), flat(shifts), flat(packed)
@@ -140,11 +143,11 @@ def encode_groups(x: torch.Tensor, scales: torch.Tensor, shifts: torch.Tensor, b
 
 
 def moments(x: torch.Tensor, scales: torch.Tensor, shifts: torch.Tensor, bits: int, block: int) -> torch.Tensor:
-    """Sums over each group of the levels, their squares, the values, and levels times values: float32 (4, groups)."""
+    """For each group the sums of levels, their squares, values, and levels times values: float32 (4, groups)."""
     sums = torch.empty(4, scales.numel())
-    values, s, t, found = flat(x), flat(scales), flat(shifts), sums.numpy()
+    values, s, t, out = flat(x), flat(scales), flat(shifts), sums.numpy()
     low, high = _bounds(bits)
-    over_blocks(len(s), block, lambda first, last: _moments(values, s, t, low, high, found, first, last, block))
+    over_blocks(len(s), block, lambda first, last: _moments(values, s, t, low, high, out, first, last, block))
     return sums
 
 
@@ -157,15 +160,15 @@ def residual(
     bits: int,
     block: int,
 ) -> float:
-    """`out = w - round(w - correction)` in one pass; `out` may be `correction`. Returns its squared norm."""
+    """Compute `out = w - round(w - correction)` in one pass, and return its squared norm. `out` may be `correction`."""
     squares = np.empty(scales.numel(), np.float32)
     a, e, s, t = flat(w), flat(out), flat(scales), flat(shifts)
-    taken = a if correction is None else flat(correction)
+    subtrahend = a if correction is None else flat(correction)
     corrected = correction is not None
     low, high = _bounds(bits)
 
     def work(first: int, last: int) -> None:
-        _residual(a, taken, corrected, e, squares, s, t, low, high, first, last, block)
+        _residual(a, subtrahend, corrected, e, squares, s, t, low, high, first, last, block)
 
     over_blocks(len(s), block, work)
     return float(squares.sum(dtype=np.float64))

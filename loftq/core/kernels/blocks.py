@@ -1,10 +1,10 @@
-"""Compiled CPU loops over blocks of a codebook. What they compute is defined, and tested, by torch code in blockwise.
+"""Compiled CPU loops over blocks of a codebook, defined by the torch code in `blockwise` and tested against it.
 
-All arrays are flat float32 seen as blocks of `block` consecutive values with one scale each. A value is
-divided by its scale as `x * (1 / scale)` and takes the number of boundaries strictly below it as its code,
-which is what bitsandbytes does, so codes agree to the last bit. Boundaries are the midpoints between levels,
-padded to an even count with infinity, because the inner loops compare with two at a time. Inputs are finite:
-callers check.
+All arrays are flat float32 that hold blocks of `block` consecutive values with one scale each. A value is
+divided by its scale as `x * (1 / scale)`, and its code is the number of boundaries strictly below the result.
+bitsandbytes does the same, so codes agree to the last bit. Boundaries are the midpoints between levels,
+padded to an even count with infinity, because the inner loops compare with two at a time. Inputs must be finite;
+callers check that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ZERO, _ONE, _SIXTEEN = np.float32(0), np.float32(1), np.float32(16)
 
 @compiled
 def _absmax(x, scales, lanes, block):  # type: ignore[no-untyped-def]
-    # Eight maxima a block side by side, then across: a maximum down one block at a time does not vectorize.
+    # Eight maxima per block side by side, which are compared at the end: a single one does not vectorize.
     for b in range(scales.shape[0]):
         values, maxima = x[b * block : (b + 1) * block], lanes[b * LANES : (b + 1) * LANES]
         for j in range(LANES):
@@ -38,7 +38,8 @@ def _absmax(x, scales, lanes, block):  # type: ignore[no-untyped-def]
 
 
 def _encode(x, scales, given, boundaries, packed, first, last, block=64):  # type: ignore[no-untyped-def]
-    # Even and odd values part at once, so that the comparisons build whole bytes: 16 a step, 1 a step.
+    # Even and odd values are separated first, so that the comparisons count up whole bytes: by 16 for even values
+    # (the high half), by 1 for odd ones.
     half = block >> 1
     evens = np.empty(max(TILE, block) >> 1, np.float32)
     odds = np.empty(max(TILE, block) >> 1, np.float32)
@@ -108,11 +109,11 @@ def _residual(  # type: ignore[no-untyped-def]
                 level = below if v[j] > low else q[j]
                 q[j] = above if v[j] > high else level
         for b in range(tile, end):
-            kept, errors = w[b * block : (b + 1) * block], e[b * block : (b + 1) * block]
+            weights_b, errors = w[b * block : (b + 1) * block], e[b * block : (b + 1) * block]
             levels_b = q[(b - tile) * block : (b - tile + 1) * block]
             total = _ZERO
             for j in range(block):
-                error = kept[j] - levels_b[j] * scales[b]
+                error = weights_b[j] - levels_b[j] * scales[b]
                 errors[j] = error
                 total += error * error
             squares[b] = total
@@ -146,7 +147,7 @@ def _squares(x, squares, first, last, block=64):  # type: ignore[no-untyped-def]
 def _dequantize(  # type: ignore[no-untyped-def]
     packed, scales, shifts, shifted, table, out, halved, first, last, block=64
 ):
-    # `table` has the values of every group of whole codes: of a byte, or for 3 bits of 12 bits.
+    # `table` has a row for each value of a byte, or of 12 bits for codes of 3 bits, with the levels of its codes.
     width = table.shape[1]
     wide = table.shape[0] == 4096
     buffer = np.empty(max(TILE, block), np.float32)
@@ -193,7 +194,7 @@ def _dequantize(  # type: ignore[no-untyped-def]
         target = out[tile * block : end * block]
         if halved:
             for j in range(n):
-                even = (words[j] >> _HALF) & _BIT  # ties to even
+                even = (words[j] >> _HALF) & _BIT  # rounds ties to even
                 target[j] = (words[j] + _BELOW + even) >> _HALF
         else:
             for j in range(n):
@@ -201,7 +202,7 @@ def _dequantize(  # type: ignore[no-untyped-def]
 
 
 def absmax(w: torch.Tensor, correction: torch.Tensor | None, block: int) -> torch.Tensor:
-    """Largest magnitude of each block of `w - correction`: float32 `(numel / block,)`."""
+    """The largest magnitude of each block of `w - correction`: float32 `(numel / block,)`."""
     scales = torch.empty(w.numel() // block)
     values, out = flat(w), flat(scales)
     shift = values if correction is None else flat(correction)
@@ -212,7 +213,7 @@ def absmax(w: torch.Tensor, correction: torch.Tensor | None, block: int) -> torc
 
 
 def squared_norm(x: torch.Tensor, block: int) -> float:
-    """The sum of squares, block by block in float32 and over blocks in float64."""
+    """The sum of squares, computed in float32 within blocks and in float64 over blocks."""
     squares = np.empty(x.numel() // block, np.float32)
     values = flat(x)
     loop = for_block(_squares, block)
@@ -223,9 +224,9 @@ def squared_norm(x: torch.Tensor, block: int) -> float:
 def encode_blocks(
     x: torch.Tensor, boundaries: torch.Tensor, block: int, scales: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes, two a byte with the first in the high half, uint8 `(numel / 2,)`, and the scales used.
+    """Codes, two in each byte with the first in the high half, uint8 `(numel / 2,)`, and the scales used.
 
-    Without `scales` each block takes its own largest magnitude.
+    Without `scales`, each block uses its own largest magnitude.
     """
     given = scales is not None
     scales = torch.empty(x.numel() // block) if scales is None else scales
@@ -245,9 +246,9 @@ def residual(
     block: int,
     scales: torch.Tensor | None = None,
 ) -> float:
-    """`out = w - round(w - correction)` in one pass; `out` may be `correction`. Returns its squared norm.
+    """Compute `out = w - round(w - correction)` in one pass, and return its squared norm. `out` may be `correction`.
 
-    Without `scales` each block takes its own largest magnitude.
+    Without `scales`, each block uses its own largest magnitude.
     """
     given = scales is not None
     scales = torch.empty(w.numel() // block) if scales is None else scales
@@ -273,10 +274,10 @@ def dequantize_blocks(
     block: int,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """Fill `out`, float32 or bfloat16, with levels times scales, plus shifts where there are any.
+    """Fill `out`, float32 or bfloat16, with levels times scales, plus shifts if there are any, and return it.
 
-    `packed` is the stream of `packing`, and `table` float32 has a row for every value of a byte (of 12 bits for
-    codes of 3), with the levels of the codes in it.
+    `packed` is a stream of codes in the order of `packing`. `table` float32 has a row for every value of a byte (of
+    12 bits for codes of 3 bits), with the levels of the codes in it.
     """
     halved = out.dtype == torch.bfloat16
     target = out.view(-1).view(torch.int16).numpy().view(np.uint16) if halved else flat(out)

@@ -1,12 +1,12 @@
-"""How loops over blocks are compiled for the CPU, and shared out among threads.
+"""Compilation of loops over blocks for the CPU, and their distribution over threads.
 
-A loop is compiled when it is first called, and numba imported then: 50 MB that a program which trains on
-bitsandbytes' weights never needs.
+A loop is compiled when it is first called, and numba is imported only then: it takes 50 MB, which a program that trains
+on bitsandbytes' weights never needs.
 
-Block sizes that are powers of two are compiled in: loops of known length are a quarter faster. The work is cut into
-tiles of a few blocks that stay in the first-level cache; every tile is computed the same way whichever thread it
-falls to, so results do not depend on the number of threads. Reductions may be reordered (`reassoc`), products may
-not be fused: a dequantized value is rounded as in bitsandbytes.
+Block sizes that are powers of two are compiled in as constants, because loops of known length are a quarter faster. The
+work is cut into tiles of a few blocks that fit in the first-level cache. Every thread computes a tile in the same way,
+so results do not depend on the number of threads. Reductions may be reordered (`reassoc`), but products may not be
+fused with sums, so that a dequantized value is rounded as in bitsandbytes.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import numpy as np
 import torch
 
 TILE = 1024  # values: two float32 buffers of this length fit in any first-level cache
-LANES = 8  # of which a block has a multiple
-TINY = np.float32(1e-38)
-_SHARES = 16  # of the work, a thread
-_FEW = 1 << 17  # values, up to which one thread is as fast
+LANES = 8  # values that are reduced side by side; block sizes are multiples of it
+TINY = np.float32(1e-38)  # stands for a scale of zero in divisions
+_SHARES = 16  # shares of the work for each thread
+_FEW = 1 << 17  # number of values up to which a single thread is as fast
 _REORDERED = frozenset({"reassoc", "nnan", "nsz"})
 _compiling = RLock()
 
 
 class Loop:
-    """A function that is compiled when it is first called, with the loops that it calls."""
+    """A function that is compiled when it is first called, together with the loops that it calls."""
 
     def __init__(self, function: Callable[..., None], fastmath: frozenset[str], defaults: tuple[int, ...] = ()):
         self.function = function
@@ -44,40 +44,41 @@ class Loop:
         (self._compiled or self.compile())(*arguments)
 
     def compile(self) -> Callable[..., None]:
-        """What numba makes of it."""
+        """Compile the function with numba, once, and return the compiled function."""
         with _compiling:
             if self._compiled is None:
                 from numba import njit
 
                 body = cast(FunctionType, self.function)
                 called = {name: body.__globals__.get(name) for name in body.__code__.co_names}
-                known = body.__globals__ | {
+                names = body.__globals__ | {
                     name: loop.compile() for name, loop in called.items() if isinstance(loop, Loop)
                 }
-                body = FunctionType(body.__code__, known, body.__name__, self._defaults)
+                body = FunctionType(body.__code__, names, body.__name__, self._defaults)
                 options = {"nogil": True, "error_model": "numpy", "fastmath": set(self._fastmath)}
                 try:
                     self._compiled = njit(body, cache=True, **options)
-                except RuntimeError:  # neither beside this file nor at home a cache can be written
+                except RuntimeError:  # a cache cannot be written beside this file, nor in the home folder
                     self._compiled = njit(body, **options)
             return self._compiled
 
 
 def compiled(function: Callable[..., None]) -> Loop:
-    """A loop whose sums may be taken in another order."""
+    """Make a loop whose sums may be computed in any order."""
     return Loop(function, _REORDERED)
 
 
 def strict(function: Callable[..., None]) -> Loop:
-    """A loop whose sums are taken as written: where another order would decide another way."""
+    """Make a loop whose sums are computed in the order in which they are written, since the order can change codes."""
     return Loop(function, frozenset())
 
 
 @cache
 def for_block(function: Callable[..., None], block: int) -> Callable[..., None]:
-    """`function` for one block size, which is its last argument and has a default.
+    """Specialize `function` for a block size, which is its last argument and has a default.
 
-    numba takes defaults as constants; sizes of which there are many (whole rows) share one compilation.
+    numba treats defaults as constants. Sizes that are not powers of two (whole rows), of which there may be many, share
+    one compilation.
     """
     if block & (block - 1):
         loop = _for_any_block(function)
@@ -96,11 +97,11 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_threads.cache_clear)  # a fork has its parent's pool, without the threads
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # a fork inherits the pool without its threads
 
 
 def over_blocks(blocks: int, block: int, work: Callable[[int, int], None]) -> None:
-    """Run `work(first, last)` over all blocks, on as many threads as torch would use here."""
+    """Run `work(first, last)` over all blocks, on as many threads as torch would use in this thread."""
     threads = torch.get_num_threads()
     if threads == 1 or blocks * block < _FEW:
         work(0, blocks)
@@ -117,8 +118,8 @@ def over_blocks(blocks: int, block: int, work: Callable[[int, int], None]) -> No
                 return
             work(*share)
 
-    # This thread works too: one more would compete for the cores with torch's own, which spin a while after
-    # every product and let the others start late; hence many small shares.
+    # This thread works too: an additional one would compete for the cores with torch's threads. Those keep spinning
+    # for a while after every product, so that the other threads start late: therefore the shares are many and small.
     others = [_threads(threads - 1).submit(drain) for _ in range(threads - 1)]
     drain()
     for other in others:
@@ -126,5 +127,5 @@ def over_blocks(blocks: int, block: int, work: Callable[[int, int], None]) -> No
 
 
 def flat(tensor: torch.Tensor) -> np.ndarray:
-    """A contiguous tensor's values as one long array, shared."""
+    """The values of a contiguous tensor as a one-dimensional array that shares its memory."""
     return tensor.detach().view(-1).numpy()

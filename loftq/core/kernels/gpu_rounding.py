@@ -1,9 +1,9 @@
-"""The Triton kernel of rounding with feedback on a GPU. What it computes is defined, and tested, by `rounding.sweep`.
+"""The Triton kernel of rounding with feedback on a GPU, defined by `core.rounding` and tested against the CPU's loop.
 
-A program has the panel's columns of a few rows in registers, and rounds them one after the other: a column waits for
-the one before, rows do not meet.
+A program holds the panel's columns of a few rows in registers and rounds them one after the other: each column depends
+on the one before, but rows do not depend on each other.
 
-Imported where `chunks.on_gpu` says that there is Triton.
+Import this module only where `dispatch.on_gpu` says that there is Triton.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from loftq.core.kernels.nearest import Levels
 
-_ROWS = 16  # a program
+_ROWS = 16  # rows of a program
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _sweep(  # type: ignore[no-untyped-def]
         divisor = tl.where(tl.abs(scale) > 1e-38, scale, 1e-38)
         unit = (value - shift) * tl.div_rn(tl.full([ROWS], 1.0, tl.float32), divisor)
         if WHOLE:
-            # 1.5 · 2²³ leaves a sum no bits below 1: it is rounded to a whole number, ties to even.
+            # Adding 1.5 · 2²³ leaves no bits below 1, so the sum is rounded to a whole number, ties to even.
             place = ((tl.minimum(tl.maximum(unit, low), high) + 12582912.0) - 12582912.0 - low).to(tl.int32)
         else:
             place = tl.sum((unit[None, :] > limits[:, None]).to(tl.int32), axis=0)
@@ -82,15 +82,15 @@ def sweep(
     columns: int,
     block: int,
 ) -> torch.Tensor:
-    """What `rounding.sweep` says, but for x, which stays."""
+    """Do the same as `rounding.sweep`, but leave x as it is."""
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    after = torch.empty_like(errors)  # several threads know a row: one must not write what another has yet to read
+    after = torch.empty_like(errors)  # threads share a row: none may overwrite an error that another has yet to read
     width, rows = x.shape
     boundaries, table = levels.boundaries.to(x.device), levels.values.to(x.device)
-    given = (x, target, errors, after, codes, coefficients.contiguous(), boundaries, table, scales, shifts)
+    tensors = (x, target, errors, after, codes, coefficients.contiguous(), boundaries, table, scales, shifts)
     numbers = (rows, start, columns, block, float(levels.values[0]), float(levels.values[-1]))
     _sweep[(triton.cdiv(rows, _ROWS),)](
-        *given,
+        *tensors,
         *numbers,
         WHOLE=len(boundaries) == 0,
         BOUNDARIES=len(boundaries),

@@ -1,9 +1,10 @@
-"""Triton kernels that unpack a weight on a GPU. What they compute is defined, and tested, by the CPU's loops.
+"""Triton kernels that unpack a weight on a GPU, tested against the CPU's loops.
 
-A code becomes `level[code] * scale + shift` in float32, each operation rounded by itself, and then rounds to the
-output's dtype: bit for bit what the other ways give. A pass reads the codes and writes the weight, nothing between.
+A code becomes `level[code] * scale + shift` in float32, where each operation is rounded separately, and is then rounded
+to the output's dtype: the result agrees with the other implementations bit for bit. A single pass reads the codes and
+writes the weight, without intermediate tensors.
 
-Imported where `dispatch.on_gpu` says that there is Triton.
+Import this module only where `dispatch.on_gpu` says that there is Triton.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-_TILE = 2048  # values a program, of a stream
-_INPUTS, _OUTPUTS = 16, 64  # the same, of GPTQ's words
-_ROUNDED = {"enable_fp_fusion": False}  # each product by itself
+_TILE = 2048  # values of a stream that a program unpacks
+_INPUTS, _OUTPUTS = 16, 64  # sides of the part of GPTQ's words that a program unpacks
+_ROUNDED = {"enable_fp_fusion": False}  # products are rounded before they are added
 
 
 @triton.jit
@@ -39,15 +40,16 @@ def _stream(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _field(words, place, bit, inside, stride, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    # BITS bits at `bit` of streams of 32-bit words that lie `stride` apart, each from its own `place`.
+    # Reads BITS bits at position `bit` of streams of 32-bit words. A stream begins at its `place`, and its words are
+    # `stride` apart.
     start = words + place + (bit >> 5) * stride
     offset = (bit & 31).to(tl.uint32)
-    found = tl.load(start, mask=inside, other=0).to(tl.uint32, bitcast=True) >> offset
+    field = tl.load(start, mask=inside, other=0).to(tl.uint32, bitcast=True) >> offset
     if 32 % BITS != 0:  # may reach into the next word
         cut = offset > 32 - BITS
         more = tl.load(start + stride, mask=inside & cut, other=0).to(tl.uint32, bitcast=True)
-        found |= tl.where(cut, more << ((32 - offset) & 31), 0)
-    return (found & ((1 << BITS) - 1)).to(tl.int32)
+        field |= tl.where(cut, more << ((32 - offset) & 31), 0)
+    return (field & ((1 << BITS) - 1)).to(tl.int32)
 
 
 @triton.jit
@@ -88,11 +90,14 @@ def unpack_stream(
     block: int,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """Fill `out` from a stream of codes (`packing`): levels times scales, plus shifts, which blocks of values share."""
+    """Fill `out` from a stream of codes (`packing`) with levels times scales plus shifts, and return it.
+
+    `scales` and `shifts` have one entry for each block of `block` values.
+    """
     bits, count = len(levels).bit_length() - 1, out.numel()
     grid = (triton.cdiv(count, _TILE),)
-    given = (packed, len(packed), levels, scales, shifts, out, count)
-    _stream[grid](*given, BITS=bits, BLOCK=block, TILE=_TILE, num_warps=8, **_ROUNDED)
+    arguments = (packed, len(packed), levels, scales, shifts, out, count)
+    _stream[grid](*arguments, BITS=bits, BLOCK=block, TILE=_TILE, num_warps=8, **_ROUNDED)
     return out
 
 
@@ -106,12 +111,13 @@ def unpack_words(
     first: int,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """Fill `out` (in, rows) from GPTQ's tensors: the transposed weight of the outputs from `first` on.
+    """Fill `out` (in, rows) from GPTQ's tensors with the transposed weight of the outputs from `first` on; return it.
 
-    `groups` says of which group each input is; `less` is how much less than the zero-points is written.
+    `groups` holds the number of each input's group. `less` is the difference between the zero-points and the numbers
+    stored for them.
     """
     columns, rows = out.shape
     grid = (triton.cdiv(columns, _INPUTS), triton.cdiv(rows, _OUTPUTS))
-    given = (qweight, qzeros, scales, groups, out, columns, qweight.shape[1], first, rows, less)
-    _words[grid](*given, BITS=bits, INPUTS=_INPUTS, OUTPUTS=_OUTPUTS, **_ROUNDED)
+    arguments = (qweight, qzeros, scales, groups, out, columns, qweight.shape[1], first, rows, less)
+    _words[grid](*arguments, BITS=bits, INPUTS=_INPUTS, OUTPUTS=_OUTPUTS, **_ROUNDED)
     return out

@@ -1,10 +1,10 @@
-"""The level nearest to a value that is divided by its scale, for any codebook.
+"""Search for the level nearest to a value divided by its scale, for any codebook.
 
-With boundaries halfway between neighbouring levels l_0 < l_1 < …, the place of x is
+With boundaries halfway between neighbouring levels l_0 < l_1 < …, the place of x among the levels is
 
-    codebooks:  #{ boundaries below x }             integers:  round(x), ties to even, within the levels, less l_0.
+    codebooks:  #{ boundaries below x }             integers:  round(x), ties to even, within the levels, minus l_0.
 
-These are the rules of `blockwise` and of `affine`, to the last bit.
+These rules agree with those of `blockwise` and `affine` to the last bit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from loftq.core.kernels.compiled import flat, strict
 
 @strict
 def nearest(units, boundaries, names, low, high, out):  # type: ignore[no-untyped-def]
-    """The levels nearest to `units`, by what `names` calls them: their values, or their places."""
+    """Write the name of the level nearest to each of `units` to `out`. `names` are the levels' values or places."""
     count = units.shape[0]
     if boundaries.shape[0] == 0:
         lift = names[0] - low
@@ -40,9 +40,10 @@ def nearest(units, boundaries, names, low, high, out):  # type: ignore[no-untype
 
 @dataclass(frozen=True)
 class Levels:
-    """Levels float32, ascending, and what decides between them.
+    """Levels float32, ascending, and the boundaries between them.
 
-    `boundaries` is empty for whole numbers. They are padded to an even count, and levels by one, for the loops.
+    For whole numbers `boundaries` is empty. Otherwise, for the compiled loops, boundaries are padded to an even count
+    and levels by one.
     """
 
     values: torch.Tensor
@@ -50,7 +51,7 @@ class Levels:
 
     @classmethod
     def of(cls, values: torch.Tensor) -> Levels:
-        """From a codebook."""
+        """The levels of a codebook and their boundaries."""
         if bool((values.diff() == 1).all()):
             return cls(values, values[:0])
         midpoints = (values[:-1] + values[1:]) / 2
@@ -58,16 +59,16 @@ class Levels:
 
     @property
     def bits(self) -> int:
-        """Bits a code."""
+        """Number of bits of a code."""
         return len(self.values).bit_length() - 1
 
     def places(self, units: torch.Tensor) -> torch.Tensor:
-        """The codes nearest to values over scales: int32 or int64, of their shape."""
+        """The codes of the levels nearest to values divided by their scales: int32 of the same shape."""
         if len(self.boundaries) == 0:
             low, high = float(self.values[0]), float(self.values[-1])
             return units.round().clamp_(low, high).sub_(low).int()
         return torch.bucketize(units, self.boundaries.to(units.device), out_int32=True)
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Boundaries, levels, and the levels' places, as the compiled loops take them."""
+        """Boundaries, levels, and the levels' places, in the form that the compiled loops take."""
         return flat(self.boundaries), flat(self.values), np.arange(len(self.values), dtype=np.float32)

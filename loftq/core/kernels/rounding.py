@@ -1,8 +1,8 @@
-"""The compiled CPU loop of rounding with feedback. What it computes is defined, and tested, by torch code in rounding.
+"""The compiled CPU loop of rounding with feedback, defined by the torch code in `core.rounding` and tested against it.
 
-Every row is a chain: a column waits for the one before. So arrays are (columns, rows), rows lie side by side, and a
-tile of them goes in step. Each row is computed alone, products and sums in order: results depend neither on tiles nor
-on threads.
+Within a row, each column depends on the one before. Arrays are therefore (columns, rows), so that rows lie side by
+side, and a tile of rows is processed in step. Products and sums of a row are computed in order and apart from other
+rows, so results depend neither on tiles nor on threads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from loftq.core.kernels.compiled import TINY, flat, over_blocks, strict
 from loftq.core.kernels.nearest import Levels, nearest
 
-_ROWS = 64  # that go in step
+_ROWS = 64  # rows that are processed in step
 _ONE = np.float32(1)
 
 
@@ -37,12 +37,12 @@ def _sweep(  # type: ignore[no-untyped-def]
     first,
     last,
 ):
-    # Changes of four columns travel on together: later columns are read and written once for them.
+    # The changes of four columns are passed on together, so that later columns are read and written once for all four.
     width, rows = x.shape
     values, changes = np.empty((width, _ROWS), np.float32), np.empty((4, _ROWS), np.float32)
     place, unit = np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32)
     size, inverse, offset = np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32)
-    period = gcd(columns, block)  # of the columns at which some row enters a block
+    period = gcd(columns, block)  # a row can enter a new block only at multiples of it
     low, high = levels[0], levels[-1]
     for tile in range(first, last):
         above = tile * _ROWS
@@ -79,8 +79,8 @@ def _sweep(  # type: ignore[no-untyped-def]
                 w0, w1 = coefficients[j - 3, k], coefficients[j - 2, k]
                 w2, w3 = coefficients[j - 1, k], coefficients[j, k]
                 for r in range(lanes):
-                    known = later[r] + changes[0, r] * w0 + changes[1, r] * w1
-                    later[r] = known + changes[2, r] * w2 + changes[3, r] * w3
+                    half = later[r] + changes[0, r] * w0 + changes[1, r] * w1
+                    later[r] = half + changes[2, r] * w2 + changes[3, r] * w3
 
 
 def sweep(
@@ -95,14 +95,14 @@ def sweep(
     columns: int,
     block: int,
 ) -> torch.Tensor:
-    """What `rounding.sweep` says."""
+    """Do the same as `rounding.sweep_columns` in `core`, but leave x as it is."""
     codes = torch.empty(x.shape, dtype=torch.uint8)
-    given = (x.numpy(), target.numpy(), errors.numpy(), codes.numpy(), coefficients.contiguous().numpy())
+    arrays = (x.numpy(), target.numpy(), errors.numpy(), codes.numpy(), coefficients.contiguous().numpy())
     tables = (flat(scales), flat(shifts), *levels.arrays())
     tiles = -(-x.shape[1] // _ROWS)
 
     def work(first: int, last: int) -> None:
-        _sweep(*given, *tables, start, columns, block, first, last)
+        _sweep(*arrays, *tables, start, columns, block, first, last)
 
     over_blocks(tiles, _ROWS * x.shape[0], work)
     return codes

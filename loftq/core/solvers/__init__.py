@@ -1,1 +1,1 @@
-"""The solvers of a single weight, and the table of methods."""
+"""The solvers, which quantize a single weight and initialize its adapter, and the table of methods."""

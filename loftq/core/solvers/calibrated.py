@@ -1,13 +1,14 @@
-"""The alternation in a metric: a backbone Q and factors A, B whose sum does to a layer's outputs what W does.
+"""The alternation in a metric: finds a backbone Q and factors A, B whose sum gives a layer the outputs that W gives.
 
-Minimized is ‖W − Q − s·B·A‖_H (`metric`), by turns. Given Q, the factors are closed:
+It minimizes ‖W − Q − s·B·A‖_H (`metric`) by turns. Given Q, the factors have a closed form:
 
     s·B·A = SVD_r((W − Q) R) R⁻¹,      H = R Rᵀ.
 
-Given the factors, Q rounds T = W − s·B·A. Where rounding is to the nearest, anew each time, as LoftQ does. Where it is
-by GPTQ's error feedback, or by feedback into the leading eigenvectors of H too, which the factors will hold, it is so
-the first time, and then by coordinate descent on that grid, which never leaves more of ‖T − Q‖_H (CALDERA, arXiv
-2405.18886, alternates likewise): neither half raises the error then. The best iterate is kept, with Q, A and B of it.
+Given the factors, Q is the rounding of T = W − s·B·A. A method that rounds to the nearest does so anew at each turn, as
+LoftQ does. A method that rounds by GPTQ's error feedback (or by feedback that also uses the leading eigenvectors of H,
+which the factors will correct) does so at the first turn only. Later turns use coordinate descent under the same
+scales, which never increases ‖T − Q‖_H (CALDERA, arXiv 2405.18886, alternates in the same way), so that neither half of
+a turn increases the error. The best iterate is returned, with its own Q, A and B.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from loftq.core.solvers.loftq import Solution, Trace, check_solvable, lora_start
 from loftq.core.solvers.methods import Method
 from loftq.errors import OptionError
 
-Norms = tuple[float, float]  # a norm of weights, and of outputs
+Norms = tuple[float, float]  # the norm of an error in the weights, and in the outputs
 _DEPTH = 10  # Krylov steps of a factorization; the steep spectrum of a whitened residual needs no more
-ROUNDS = 2  # of coordinate descent an iteration
+ROUNDS = 2  # passes of coordinate descent per iteration
 
 
 def solve_calibrated(
@@ -46,17 +47,17 @@ def solve_calibrated(
 ) -> Solution:
     """Quantize `weight` (out, in), float32 and finite, whose inputs have the mean `moment` of x xᵀ (in, in).
 
-    With `rank` or `iterations` 0 the adapter adds nothing. Raises OptionError for a rank above the smaller side, and
-    for a method that needs a moment where there is none.
+    If `rank` or `iterations` is 0, the adapter adds nothing. Raises OptionError for a rank above the smaller side, and
+    for a method that needs a moment if none is given.
     """
     check_solvable(weight, rank, iterations, scaling)
     if moment is None and method.needs_moment:
-        raise OptionError("rounding and metrics that know a layer's inputs need their second moment: calibrate first")
+        raise OptionError("this method needs the second moment of each layer's inputs: calibrate first")
     generator = torch.Generator().manual_seed(seed)
     h = None if moment is None else damped(moment.to(weight.device))
     outputs = Metric.of("full", h)
     metric = outputs if method.metric == "full" else Metric.of(method.metric, h)
-    directions = _directions(method, h, rank, generator) if iterations else None  # which an adapter corrects
+    directions = _directions(method, h, rank, generator) if iterations else None
     solved = first_rounding(weight, quantizer, method, h, directions)
     residual = left_by(solved, weight, quantizer)
     nearest = residual if method.plain else left_by(quantizer.quantize(weight), weight, quantizer)
@@ -64,7 +65,7 @@ def solve_calibrated(
     del nearest
 
     a, b = lora_start(weight, rank, generator)
-    best, kept, least = solved, 0, math.inf
+    best, best_iteration, least = solved, 0, math.inf
     errors: list[Norms] = []
     product = torch.zeros_like(weight)
     for t in range(1, iterations + 1 if rank else 1):
@@ -76,20 +77,24 @@ def solve_calibrated(
         objective = math.sqrt(max(squared(whitened) - factors.captured(rank), 0.0))
         product = factors.left[:, :rank] @ metric.unwhiten(factors.right[:rank])
         residual = residual - product
-        left = objective if metric is outputs else outputs.norm(residual)
-        errors.append((math.sqrt(squared(residual)), left))
+        output_error = objective if metric is outputs else outputs.norm(residual)
+        errors.append((math.sqrt(squared(residual)), output_error))
         if objective < least:
-            best, kept, least = solved, t, objective
+            best, best_iteration, least = solved, t, objective
             a, b = factors.adapter(rank, scaling)
             a = metric.unwhiten(a)
 
-    trace = trace_of(rounded, errors, kept)
+    trace = trace_of(rounded, errors, best_iteration)
     trace = replace(trace, outputs=trace.outputs if h is not None else None)
     return Solution(*best, a, b, trace.without_refit() if method.plain else trace)
 
 
 def trace_of(rounded: Sequence[Norms], iterations: Sequence[Norms], kept: int) -> Trace:
-    """The trace of norms: of the weight, of what plain rounding and the method's own leave of it, and of iterations."""
+    """The trace of a solution whose iteration `kept` is returned (0 for none).
+
+    `rounded` has the norms of the weight, of the error after plain rounding, and of the error after the method's own;
+    `iterations` has those of the error after each iteration.
+    """
     traces = [
         Trace(weight, plain, tuple(pair[which] for pair in iterations), kept, refit)
         for which, (weight, plain, refit) in enumerate(zip(*rounded, strict=True))
@@ -98,12 +103,12 @@ def trace_of(rounded: Sequence[Norms], iterations: Sequence[Norms], kept: int) -
 
 
 def norms(error: torch.Tensor, outputs: Metric) -> Norms:
-    """Of what is left of a weight, and of what that does to its outputs."""
+    """The norms of a weight's error, and of the error that it causes in the outputs."""
     return math.sqrt(squared(error)), outputs.norm(error)
 
 
 def left_by(solved: Solved, weight: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
-    """W − Q."""
+    """The error W − Q that rounding leaves."""
     return weight - quantizer.decode(*solved, weight.shape)
 
 
@@ -114,7 +119,7 @@ def first_rounding(
     moment: torch.Tensor | None,
     directions: torch.Tensor | None = None,
 ) -> Solved:
-    """Codes and scales of a weight by itself; `directions` (in, r) are those in which an adapter will correct it."""
+    """Codes and scales of a weight without an adapter, which will correct it in the `directions` (in, r)."""
     scales = _scales(weight, quantizer, method, moment)
     if moment is None or method.rounding == "nearest":
         return quantizer.encode(weight, scales), scales
@@ -124,7 +129,7 @@ def first_rounding(
 def _again(
     target: torch.Tensor, quantizer: Quantizer, method: Method, moment: torch.Tensor | None, last: Solved
 ) -> Solved:
-    """Codes and scales of a weight less the adapter's product."""
+    """Codes and scales of `target`, the weight minus the adapter's product, from those of the turn before."""
     if moment is None or method.rounding == "nearest":
         scales = _scales(target, quantizer, method, moment)
         return quantizer.encode(target, scales), scales
@@ -141,7 +146,7 @@ def _scales(target: torch.Tensor, quantizer: Quantizer, method: Method, moment: 
 def _directions(
     method: Method, moment: torch.Tensor | None, rank: int, generator: torch.Generator
 ) -> torch.Tensor | None:
-    """Where the inputs are largest: what a rank-r adapter in the metric mostly corrects, (in, rank)."""
+    """The directions in which inputs are largest, (in, rank): a rank-r adapter in the metric corrects mostly these."""
     if moment is None or method.rounding != "intrinsic" or not rank:
         return None
     return lowrank.factorize(moment.float(), rank, _DEPTH, None, generator).left[:, :rank]

@@ -1,15 +1,15 @@
-"""The alternation: a quantized backbone Q and factors A, B that together come near a weight W.
+"""The alternation: finds a quantized backbone Q and factors A, B whose sum is near a weight W.
 
 LoftQ (arXiv 2310.08659, Algorithm 1) minimizes ‖W − Q − s·B·A‖_F by turns, from A₀ = B₀ = 0:
 
     Q_t = quant(W − s·B_{t−1}·A_{t−1}),        s·B_t·A_t = SVD_r(W − Q_t).
 
-The scaling s with which the adapter will run is folded into the factors (B = U√Σ/√s, A = √Σ·Vᵀ/√s), which
-the original leaves out: with s ≠ 1 its correction is not the one that was computed. The error need not fall
-at each turn, so the best iterate is kept, with Q, A and B of that same iterate, and the whole trace is
-recorded. T = 0 is QLoRA's start: Q = quant(W), B = 0 and A as `torch.nn.Linear` draws its weights.
+The scaling s with which the adapter will run is folded into the factors (B = U√Σ/√s, A = √Σ·Vᵀ/√s). The original
+code does not do this, so that with s ≠ 1 its adapter does not apply the correction that was computed. The error may
+rise from one turn to the next, so the best iterate is returned, with its own Q, A and B, and the whole trace is
+recorded. T = 0 is QLoRA's initialization: Q = quant(W), B = 0, and A drawn as `torch.nn.Linear` draws its weights.
 
-Beside W the loop holds one more matrix of its size; codes are made once, for the iterate that is kept.
+Besides W, the loop holds a single matrix of the same size. Codes are computed once, for the best iterate.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from loftq.core.scales import Scales
 from loftq.errors import OptionError, UnknownNameError
 
 SVD = {
-    "krylov": "block Krylov, warm-started: within 0.2 % of exact",
+    "krylov": "block Krylov iteration that starts from the factors before: within 0.2 % of exact",
     "exact": "a full SVD at every iteration, as published",
 }
 _DEPTH_COLD = 10  # Krylov steps of the first factorization, which starts from noise
-_DEPTH_WARM = 3  # and of the others, which start from the one before; a single step loses up to 1.6 %
+_DEPTH_WARM = 3  # Krylov steps of the others, which start from the one before; a single step loses up to 1.6 %
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Frobenius norms on the way. `iterations[t-1]` is ‖W − Q_t − s·B_t·A_t‖; `kept` is t, 0 for none.
+    """Frobenius norms of a weight and of its errors. `iterations[t-1]` is ‖W − Q_t − s·B_t·A_t‖.
 
-    `plain` is left by rounding to the nearest under each block's own range, `refit` by the method's own rounding, where
-    it has one. `outputs` are the same errors as a layer's outputs show them (`metric`), where inputs are known.
+    `kept` is the iteration t that is returned, 0 if none is. `plain` is the error after rounding to the nearest under
+    each block's own range, `refit` the error after the method's own rounding, if it has one. `outputs` are the same
+    errors measured in the layer's outputs (`metric`), if its inputs are known.
     """
 
     weight: float
@@ -50,18 +51,18 @@ class Trace:
 
     @property
     def final(self) -> float:
-        """The norm of what was returned leaves of W."""
+        """The norm of the error that the returned solution leaves."""
         before = self.plain if self.refit is None else self.refit
         return self.iterations[self.kept - 1] if self.kept else before
 
     def without_refit(self) -> Trace:
-        """For a method whose rounding is the plain one."""
+        """The trace of a method that has no rounding of its own."""
         return replace(self, refit=None, outputs=self.outputs and replace(self.outputs, refit=None))
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Codes as the quantizer gives them, their scales, A float32 (rank, in), B float32 (out, rank), and the trace."""
+    """Codes in the quantizer's form, their scales, A float32 (rank, in), B float32 (out, rank), and the trace."""
 
     codes: torch.Tensor
     scales: Scales
@@ -80,10 +81,10 @@ def solve_loftq(
     svd: str = "krylov",
     seed: int = 0,
 ) -> Solution:
-    """Quantize `weight` (out, in), float32 and finite, with a rank-`rank` adapter run at `scaling`.
+    """Quantize `weight` (out, in), float32 and finite, with an adapter of rank `rank` that will run with `scaling`.
 
-    `seed` decides the random start of the factors (and A at `iterations=0`). With `rank=0` there is no
-    adapter. Raises OptionError for a rank above the smaller side, iterations below 0, scaling not above 0.
+    `seed` determines the random start of the factors (and A for `iterations=0`). With `rank=0` there is no adapter.
+    Raises OptionError for a rank above the smaller side, for iterations below 0, and for a scaling that is not above 0.
     """
     if svd not in SVD:
         raise UnknownNameError("svd", svd, SVD)
@@ -104,24 +105,25 @@ def solve_loftq(
 
     factors = factorize(None)
     errors = [_rest(plain, factors, rank)]
-    kept, best = 1, factors
+    best_iteration, best = 1, factors
     parent: lowrank.Factors | None = None
     for t in range(2, iterations + 1):
         previous = factors
         squared = quantizer.residual(weight, _product(previous, rank, work), work)
         factors = factorize(previous)
         errors.append(_rest(squared, factors, rank))
-        if errors[-1] < errors[kept - 1]:
-            kept, parent, best = t, previous, factors
+        if errors[-1] < errors[best_iteration - 1]:
+            best_iteration, parent, best = t, previous, factors
 
     target = weight if parent is None else torch.sub(weight, _product(parent, rank, work), out=work)
     codes, scales = quantizer.quantize(target)
     a, b = best.adapter(rank, scaling)
-    return Solution(codes, scales, a, b, Trace(norm(weight, quantizer), math.sqrt(plain), tuple(errors), kept))
+    trace = Trace(norm(weight, quantizer), math.sqrt(plain), tuple(errors), best_iteration)
+    return Solution(codes, scales, a, b, trace)
 
 
 def check_solvable(weight: torch.Tensor, rank: int, iterations: int, scaling: float) -> None:
-    """Raise OptionError for a rank, a number of iterations or a scaling that a weight cannot be solved with."""
+    """Raise OptionError for a rank, a number of iterations or a scaling that is invalid for a weight."""
     if not 0 <= rank <= min(weight.shape):
         raise OptionError(f"rank {rank} is outside 0..{min(weight.shape)}, the smaller side of {tuple(weight.shape)}")
     if iterations < 0:
@@ -139,14 +141,14 @@ def _rest(squared: float, factors: lowrank.Factors, rank: int) -> float:
 
 
 def norm(weight: torch.Tensor, quantizer: Quantizer) -> float:
-    """‖W‖, summed block by block."""
+    """The norm ‖W‖ of a weight, summed block by block."""
     if weight.device.type == "cpu":
         return math.sqrt(blocks.squared_norm(weight, quantizer.block_size))
     return float(torch.linalg.vector_norm(weight, dtype=torch.float64))
 
 
 def lora_start(weight: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B that add nothing to a weight (out, in): B = 0."""
+    """Random A and zero B, which add nothing to a weight (out, in)."""
     bound = weight.shape[1] ** -0.5  # kaiming_uniform_(a=√5), as peft and torch.nn.Linear draw it
     a = (torch.rand(rank, weight.shape[1], generator=generator) * 2 - 1) * bound
     return a.to(weight.device), torch.zeros(weight.shape[0], rank, device=weight.device)

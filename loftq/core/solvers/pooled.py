@@ -1,10 +1,12 @@
-"""The start of a QA-LoRA adapter (arXiv 2309.14717), without data; `loftq.core.pooled` has the algebra of pools.
+"""Initialization of a QA-LoRA adapter (arXiv 2309.14717) without data. The algebra of pools is in `loftq.core.pooled`.
 
-A shift of a whole group commutes with a min/max quantizer whose zero-points float, so alternating as
-LoftQ does would change nothing; what helps is least squares. For given codes, the scale and shift of a group that
-leave the least of ‖W − W~‖ are a regression; rounding again under them, and fitting again, never leaves more. No
-group-constant part is left for the adapter then: B = 0. Where zero-points are whole numbers, scales alone are fitted,
-and the best adapter for the rest E is, in closed form, C = SVD_r(mean_pool(E)): by turns with the rounding.
+A shift of a whole group commutes with a min/max quantizer whose zero-points float, so LoftQ's alternation would change
+nothing; a least-squares fit helps instead. For given codes, the scale and shift of a group that minimize ‖W − W~‖ are a
+linear regression. Rounding under them, and fitting again, never increases the error. Afterwards the error has no part
+that is constant in a group, which an adapter could correct: B = 0.
+
+If zero-points are whole numbers, only scales are fitted. The best adapter for the error E that remains has the closed
+form C = SVD_r(mean_pool(E)), and is computed by turns with the rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from loftq.core.scales import Scales
 from loftq.core.solvers.loftq import Solution, Trace, lora_start, norm
 from loftq.errors import OptionError
 
-_ENOUGH = 1 - 1e-6  # a round that leaves more of the error than this is the last
+_ENOUGH = 1 - 1e-6  # the fit stops after a round that leaves more than this part of the error
 
 
 def solve_pooled(
@@ -36,8 +38,8 @@ def solve_pooled(
 ) -> Solution:
     """Quantize `weight` (out, in), float32 and finite, with a QA-LoRA adapter A (rank, in / pool), B (out, rank).
 
-    `iterations` bounds the rounds of fitting, and of turns with the adapter; 0 is plain rounding. Raises OptionError
-    for a rank above the smaller side of (out, in / pool).
+    `iterations` limits the rounds of fitting, and the turns with the adapter; 0 means plain rounding. Raises
+    OptionError for a rank above the smaller side of (out, in / pool).
     """
     rows, pools = check_rank(weight, rank, pool)
     generator = torch.Generator().manual_seed(seed)
@@ -51,27 +53,27 @@ def solve_pooled(
         return Solution(quantizer.encode(weight, best), best, *start, trace)
 
     factors: lowrank.Factors | None = None
-    kept = (quantizer.encode(weight, best), best, *start)
+    solution = (quantizer.encode(weight, best), best, *start)
     errors: list[float] = []
-    at = 0
+    best_iteration = 0
     for t in range(1, iterations + 1):
         shift = None if factors is None else spread(factors.left[:, :rank] @ factors.right[:rank], pool)
         target = weight if shift is None else weight - shift
         if shift is not None:
-            left = quantizer.residual(target, None, work, best)
-            best, _ = _fit(target, quantizer, best, left, work, 1)
+            before = quantizer.residual(target, None, work, best)
+            best, _ = _fit(target, quantizer, best, before, work, 1)
         squared = quantizer.residual(weight, shift, work, best)
         means = work.view(rows, pools, pool).mean(dim=2)  # (out, L)
         factors = lowrank.exact(means, rank)
         errors.append(math.sqrt(max(squared - pool * factors.captured(rank), 0.0)))
         if errors[-1] < min([trace.final, *errors[:-1]]):
             a, b = factors.adapter(rank, scaling * factor(weight.shape[1], pool))
-            kept, at = (quantizer.encode(target, best), best, a, b), t
-    return Solution(*kept, replace(trace, iterations=tuple(errors), kept=at))
+            solution, best_iteration = (quantizer.encode(target, best), best, a, b), t
+    return Solution(*solution, replace(trace, iterations=tuple(errors), kept=best_iteration))
 
 
 def check_rank(weight: torch.Tensor, rank: int, pool: int) -> tuple[int, int]:
-    """Outputs and pools of a weight. Raises OptionError for a rank that they do not allow."""
+    """Numbers of outputs and of pools of a weight. Raises OptionError for a rank above the smaller of the two."""
     rows, pools = weight.shape[0], weight.shape[1] // pool
     if not 0 < rank <= min(rows, pools):
         raise OptionError(f"rank {rank} is outside 1..{min(rows, pools)}, the smaller side of {rows} x {pools} pools")
@@ -81,7 +83,7 @@ def check_rank(weight: torch.Tensor, rank: int, pool: int) -> tuple[int, int]:
 def _fit(
     weight: torch.Tensor, quantizer: AffineQuantizer, scales: Scales, squared: float, work: torch.Tensor, rounds: int
 ) -> tuple[Scales, float]:
-    """The best scales of some rounds of fitting and rounding, and the squared error that they leave."""
+    """The best scales after at most `rounds` rounds of fitting and rounding, and the squared error that they leave."""
     best, least = scales, squared
     for _ in range(rounds):
         scales = quantizer.refit(weight, scales)

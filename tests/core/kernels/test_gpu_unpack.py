@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
+from processes import run_python
 
 COMPILE = """
 import sys
@@ -42,6 +41,5 @@ def test_kernels_compile_for_gpus(capability: int) -> None:
     """Oracle: Triton's compiler and ptxas. Nothing is fused: products are rounded as on the CPU."""
     pytest.importorskip("triton")
     surroundings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, str(capability)]
-    done = subprocess.run(command, capture_output=True, text=True, env=surroundings)
+    done = run_python(COMPILE, capability, level="torch", env=surroundings)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,94 @@
+"""Targets that are the folder of a model: linear by linear, in shards, with its configuration and tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from abc import abstractmethod
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from tqdm import tqdm
+
+from loftq.artifacts.card import merged_card_text
+from loftq.artifacts.manifest import write_merged_manifest
+from loftq.artifacts.staging import Staging
+from loftq.core.grid import Grid
+from loftq.formats.artifact import CARD
+from loftq.formats.checkpoint import INDEX, Shard, ShardWriter, TensorSpec, index_text, lay_out
+from loftq.hub.source import side_files
+from loftq.merging.target import Target
+from loftq.models.tasks import TASKS
+
+
+class ModelFolder(Target):
+    """A folder that a library loads as a model."""
+
+    format: ClassVar[str]  # in the manifest: a name of LAYOUTS, or one that loftq does not read
+    metadata: ClassVar[dict[str, str]] = {}  # of each shard, beside safetensors' own
+    import_line: ClassVar[str] = ""  # the line of Python before stock loading
+
+    @abstractmethod
+    def specs(self, module: str) -> list[TensorSpec]:
+        """The tensors of one linear."""
+
+    @abstractmethod
+    def tensors(self, module: str) -> dict[str, torch.Tensor]:
+        """Their values."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """`config.json`."""
+
+    def grid(self, _module: str) -> Grid | None:
+        """The type of what is written; None for what is in no layout of LAYOUTS."""
+        return None
+
+    def loading_lines(self) -> str:
+        """The Python that loads the folder, for its card."""
+        name = TASKS[self.pair.backbone.task].auto_class
+        place = '"..."'
+        return f"{self.import_line}from transformers import {name}\n\nmodel = {name}.from_pretrained({place})"
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """The files of the weights, tensors in the order of the backbone's."""
+        backbone, kept = self.pair.backbone, self.kept
+        groups = []
+        seen: set[str] = set()
+        for name in [*backbone.checkpoint.tensors, *(name for name in kept if name not in backbone.checkpoint.tensors)]:
+            module = backbone.owners.get(name)
+            if module is None:
+                groups.append([kept[name]])
+            elif module not in seen:
+                seen.add(module)
+                groups.append(self.specs(module))
+        return lay_out(groups, self.limit, metadata=self.metadata)
+
+    def write(self, staging: Staging, quiet: bool) -> None:
+        """Weights, with a progress bar on stderr, and then configuration, tokenizer, card and manifest."""
+        self._write_weights(staging, quiet)
+        pair = self.pair
+        for path in side_files(pair.backbone.folder):
+            shutil.copyfile(path, staging.folder / path.name)
+        staging.write_text("config.json", json.dumps(self.config(), indent=2, sort_keys=True) + "\n")
+        if len(self.shards) > 1:
+            staging.write_text(INDEX, index_text(self.shards))
+        staging.write_text(
+            CARD, merged_card_text(pair.backbone.folder.name, pair.adapter.kind, self.name, self.loading_lines())
+        )
+        grids = {module: grid for module in pair.backbone.grids if (grid := self.grid(module)) is not None}
+        write_merged_manifest(staging, pair.backbone, self.name, self.format, grids, self.shards)
+
+    def _write_weights(self, staging: Staging, quiet: bool) -> None:
+        kept = self.kept
+        names = [*self.pair.backbone.grids, *kept]
+        left = [name for name in names if name not in staging.done]
+        bar = tqdm(left, initial=len(names) - len(left), total=len(names), disable=quiet, dynamic_ncols=True)
+        with ShardWriter(staging.folder, self.shards) as writer:
+            for name in bar:
+                stored = {name: self.pair.kept(name).to(kept[name].dtype)} if name in kept else self.tensors(name)
+                for key, tensor in stored.items():
+                    writer.write(key, tensor)
+                staging.note(name, {})

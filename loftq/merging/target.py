@@ -1,0 +1,80 @@
+"""What a backbone and its adapter can be merged into: all that a target of `loftq merge --to` says of itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any, ClassVar
+
+from loftq.artifacts.pair import BackboneAndAdapter
+from loftq.artifacts.staging import Staging
+from loftq.errors import ArtifactError
+from loftq.formats import adapter as adapters
+from loftq.formats.checkpoint import TensorSpec
+
+_HEAD_TOLERANCE = 0.02  # a head is trained in float32, and stored in the model's 16 bits
+
+
+class Target(ABC):
+    """A merge of one pair. `limit` is the most bytes of a shard, where the target has shards."""
+
+    name: ClassVar[str]  # of --to
+    text: ClassVar[str]  # a line of --help
+    suffix: ClassVar[str] = ".safetensors"  # of the files that hold the weights
+    any_backbone: ClassVar[bool] = False  # whether the adapter may have been trained on another backbone
+    comparable: ClassVar[bool] = False  # whether transformers load the result, so that its logits can be compared
+    tolerance: ClassVar[float | None] = None  # how far logits may move, of their norm; None: as far as they do
+
+    def __init__(self, pair: BackboneAndAdapter, limit: int) -> None:
+        self.pair = pair
+        self.limit = limit
+
+    @abstractmethod
+    def check(self, allow_rounding: bool) -> float | None:
+        """Raise OptionError where the target cannot hold the pair. Returns the share of the adapter that is lost."""
+
+    @abstractmethod
+    def write(self, staging: Staging, quiet: bool) -> None:
+        """Write all files, the manifest last. What `staging` has already is not written again."""
+
+    @property
+    def tolerated(self) -> float | None:
+        """How far the logits of this pair may move: a trained head moves them too."""
+        if self.tolerance is None or not self.pair.adapter.saved:
+            return self.tolerance
+        return max(self.tolerance, _HEAD_TOLERANCE)
+
+    @cached_property
+    def kept(self) -> dict[str, TensorSpec]:
+        """The tensors beside quantized weights by name. A head that the adapter trained takes the backbone's place."""
+        backbone = self.pair.backbone
+        specs = {name: spec for name, spec in backbone.checkpoint.tensors.items() if name not in backbone.owners}
+        for name, key in self.pair.adapter.saved.items():
+            specs[name] = TensorSpec(name, backbone.dtype, self.pair.adapter.shapes[key])
+        return specs
+
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of the pair. Raises ArtifactError for an adapter of another backbone."""
+        other = self.pair.other_backbone
+        if other is None:
+            return ()
+        text = (
+            f"{self.pair.adapter.folder} was trained on {other}, another backbone than {self.pair.backbone.folder}: it "
+            "repairs errors that are not here"
+        )
+        if not self.any_backbone:
+            raise ArtifactError(f"{text}; merge it with --to {self.name} into its own")
+        return (text,)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """All that the bytes of the result depend on."""
+        weights = self.pair.adapter.folder / adapters.WEIGHTS
+        state = weights.stat()
+        backbone = self.pair.backbone
+        return {
+            "target": self.name,
+            "backbone": backbone.artifact.backbone_hash if backbone.artifact else str(backbone.folder.resolve()),
+            "adapter": [str(weights.resolve()), state.st_size, state.st_mtime_ns],
+            "version": version("loftq"),
+        }

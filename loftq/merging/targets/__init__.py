@@ -1,0 +1,16 @@
+"""The targets of `loftq merge --to`, a file each, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from loftq.merging.target import Target
+from loftq.merging.targets.to_bf16 import Dense
+from loftq.merging.targets.to_gguf_q4_1 import Gguf
+from loftq.merging.targets.to_gptq import Rounded
+from loftq.merging.targets.to_int import Integers
+from loftq.merging.targets.to_lora import PlainLora
+from loftq.merging.targets.to_mlx import Mlx
+
+_ALL: tuple[type[Target], ...] = (Integers, Rounded, Mlx, Gguf, Dense, PlainLora)
+TARGETS: Mapping[str, type[Target]] = {target.name: target for target in _ALL}

@@ -1,0 +1,52 @@
+"""`loftq merge --to bf16`: a dense model."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from loftq.formats.checkpoint import TensorSpec
+from loftq.merging.model_folder import ModelFolder
+from loftq.models.linears import find_linears
+from loftq.models.tasks import build_meta
+
+
+class Dense(ModelFolder):
+    """16 bits: backbone plus adapter, of any kind."""
+
+    name = "bf16"
+    text = "a dense model: any adapter, any backbone"
+    format = "dense"
+    any_backbone = True
+    comparable = True
+    tolerance = 0.1  # weights round to 16 bits, and LLM.int8 rounds the activations of the backbone
+
+    def check(self, allow_rounding: bool) -> None:
+        """Nothing to check: every pair has a dense model."""
+
+    @cached_property
+    def _transposed(self) -> set[str]:
+        linears = find_linears(build_meta(self.pair.backbone.folder, task=self.pair.backbone.task)[0]).candidates
+        return {name for name, dense in linears.items() if dense.transposed}
+
+    def specs(self, module: str) -> list[TensorSpec]:
+        """The tensors of one linear."""
+        rows, columns = self.pair.backbone.shapes[module]
+        shape = (columns, rows) if module in self._transposed else (rows, columns)
+        return [TensorSpec(f"{module}.weight", torch.bfloat16, shape)]
+
+    def tensors(self, module: str) -> dict[str, torch.Tensor]:
+        """Their values."""
+        weight, added = self.pair.backbone.dense(module), self.pair.delta(module)
+        if added is not None:
+            weight += added
+        weight = weight.bfloat16()
+        return {f"{module}.weight": weight.t() if module in self._transposed else weight}
+
+    def config(self) -> dict[str, Any]:
+        """`config.json`."""
+        config = {key: value for key, value in self.pair.backbone.config.items() if key != "quantization_config"}
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = "bfloat16"
+        return config

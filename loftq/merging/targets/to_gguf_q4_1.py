@@ -1,0 +1,46 @@
+"""`loftq merge --to gguf-q4_1`: one file that llama.cpp runs, with the tokenizer in it."""
+
+from __future__ import annotations
+
+import torch
+from tqdm import tqdm
+
+from loftq.artifacts.manifest import write_export_manifest
+from loftq.artifacts.staging import Staging
+from loftq.core.affine import AffineWeight
+from loftq.formats import gguf_q4_1
+from loftq.merging.target import Target
+
+
+class Gguf(Target):
+    """The adapter in the minima of Q4_1."""
+
+    name = "gguf-q4_1"
+    text = "QA-LoRA of 4 bits in the minima of one GGUF file, to their 16 bits: for llama.cpp"
+    suffix = ".gguf"
+
+    def check(self, allow_rounding: bool) -> None:  # noqa: ARG002
+        """Raise OptionError where GGUF cannot hold the backbone."""
+        backbone = self.pair.backbone
+        self.pair.require_pools()
+        for bits, block in backbone.kinds:
+            gguf_q4_1.check_linears(backbone.config, bits, block)
+
+    def write(self, staging: Staging, quiet: bool) -> None:
+        """The file, with a progress bar on stderr."""
+        pair, kept = self.pair, self.kept
+        backbone = pair.backbone
+        bar = tqdm(total=len(kept) + len(backbone.grids), disable=quiet, dynamic_ncols=True)
+
+        def linear(module: str) -> AffineWeight:
+            bar.update()
+            return pair.affine(module)
+
+        def dense(name: str) -> torch.Tensor:
+            bar.update()
+            return pair.kept(name).to(kept[name].dtype)
+
+        path = staging.folder / f"{backbone.folder.name}-q4_1.gguf"
+        with bar:
+            gguf_q4_1.write(path, backbone.config, backbone.folder, backbone.shapes, kept, linear, dense)
+        write_export_manifest(staging, backbone, "gguf")

@@ -1,0 +1,106 @@
+"""`loftq merge --to gptq`: zero-points rounded to whole numbers, and most of the adapter with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from loftq.core.affine import shifts_of
+from loftq.core.grid import Grid
+from loftq.core.scales import Scales
+from loftq.errors import OptionError
+from loftq.formats import gptq
+from loftq.formats.checkpoint import TensorSpec
+from loftq.formats.layouts import misfit
+from loftq.merging.model_folder import ModelFolder
+from loftq.merging.report import loss_text
+
+
+class Rounded(ModelFolder):
+    """GPTQ's layout, with the codes and scales of the backbone."""
+
+    name = "gptq"
+    text = "QA-LoRA in whole zero-points, which lose most of it (--allow-rounding)"
+    format = gptq.METHOD
+    import_line = gptq.IMPORT_LINE
+    comparable = True
+
+    def check(self, allow_rounding: bool) -> float:
+        """Raise OptionError where GPTQ cannot hold the backbone, or where its rounding was not allowed."""
+        self.pair.require_pools()
+        self._check_backbone()
+        lost = self.measure()
+        if not allow_rounding:
+            raise OptionError(
+                f"--to gptq has whole zero-points, which cannot hold {self.pair.adapter.folder}: measured on it, this "
+                f"would lose {loss_text(lost)}. Use --to int, which holds it exactly, or add --allow-rounding"
+            )
+        return lost
+
+    def grid(self, module: str) -> Grid:
+        """The backbone's, with whole zero-points."""
+        return replace(self.pair.backbone.grids[module], zero_point="integer")
+
+    def _check_backbone(self) -> None:
+        backbone = self.pair.backbone
+        if len(set(backbone.grids.values())) > 1:
+            raise OptionError(f"--to gptq: {backbone.folder} has several widths, GPTQ one a folder: use --to int")
+        for module, (rows, columns) in backbone.shapes.items():
+            grid = self.grid(module)
+            problem = (
+                "its scales are doubly quantized" if grid.double_quant else misfit(gptq.METHOD, grid, rows, columns)
+            )
+            if problem is not None:
+                raise OptionError(
+                    f"--to gptq: {module} ({rows} x {columns}): {problem.partition(': use')[0]}: use --to int"
+                )
+
+    def zeros(self, module: str, scales: Scales, wanted: torch.Tensor) -> torch.Tensor:
+        """Whole zero-points, the nearest to wanted shifts: uint8 (groups,)."""
+        half = 2 ** (self.grid(module).bits - 1)
+        steps = torch.where(scales.values > 0, wanted / scales.values, 0)
+        zeros: torch.Tensor = (half - steps).round_().clamp_(0, 2 * half - 1)
+        return zeros.to(torch.uint8)
+
+    def measure(self) -> float:
+        """The share of the adapter that whole zero-points lose, over all linears: of Frobenius norms.
+
+        Infinite where the adapter adds nothing and rounding alone moves the weights.
+        """
+        lost = whole = 0.0
+        for module, grid in self.pair.backbone.grids.items():
+            _, scales = self.pair.backbone.read(module)
+            wanted = self.pair.shifts(module, scales)
+            rounded = shifts_of(self.zeros(module, scales, wanted), scales.values, grid.bits)
+            block = grid.block(self.pair.backbone.shapes[module][1])
+            lost += block * _squared(rounded - wanted)
+            whole += block * _squared(wanted - scales.offsets)
+        return math.sqrt(lost / whole) if whole else math.inf if lost else 0.0
+
+    def specs(self, module: str) -> list[TensorSpec]:
+        """The tensors of one linear."""
+        return gptq.specs(module, self.pair.backbone.shapes[module], self.grid(module), self.pair.backbone.dtype)
+
+    def tensors(self, module: str) -> dict[str, torch.Tensor]:
+        """Their values."""
+        backbone = self.pair.backbone
+        codes, scales = backbone.read(module)
+        zeros = self.zeros(module, scales, self.pair.shifts(module, scales))
+        rounded = Scales(scales.values, zeros=zeros)
+        return gptq.tensors(module, backbone.shapes[module], self.grid(module), backbone.dtype, codes, rounded)
+
+    def config(self) -> dict[str, Any]:
+        """`config.json`."""
+        backbone = self.pair.backbone
+        codebooks: Mapping[str, str] = {module: grid.codebook for module, grid in backbone.grids.items()}
+        grid = self.grid(next(iter(codebooks)))
+        entry = gptq.quantization_config(grid, backbone.dtype, (), codebooks, list(codebooks))
+        return {**backbone.config, "quantization_config": entry}
+
+
+def _squared(values: torch.Tensor) -> float:
+    return float(values.double().square().sum())

@@ -1,0 +1,49 @@
+"""`loftq merge --to lora`: a QA-LoRA adapter as a plain LoRA."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from loftq.artifacts.manifest import write_export_manifest
+from loftq.artifacts.staging import Staging
+from loftq.core import pooled
+from loftq.errors import OptionError
+from loftq.formats import adapter as adapters
+from loftq.formats.checkpoint import ShardWriter, TensorSpec, lay_out
+from loftq.merging.target import Target
+
+
+class PlainLora(Target):
+    """The adapter alone: each column of A once for every input of its pool."""
+
+    name = "lora"
+    text = "a QA-LoRA adapter as a plain LoRA, for any LoRA server"
+
+    def check(self, allow_rounding: bool) -> None:  # noqa: ARG002
+        """Raise OptionError for an adapter that is a plain LoRA already."""
+        self._pool_size()
+
+    def _pool_size(self) -> int:
+        adapter = self.pair.adapter
+        if adapter.pool_size is None:
+            raise OptionError(f"{adapter.folder} is a plain LoRA already: any LoRA server takes it as it is")
+        return adapter.pool_size
+
+    def write(self, staging: Staging, quiet: bool) -> None:  # noqa: ARG002 (it takes a moment)
+        """The adapter's weights and configuration."""
+        adapter, pool = self.pair.adapter, self._pool_size()
+        config = {key: value for key, value in adapter.config.items() if key not in ("use_qalora", "qalora_group_size")}
+        ends = {name: name.rpartition(".lora_A.")[1] for name in adapter.shapes}
+        specs = [
+            TensorSpec(name, torch.float32, (shape[0], shape[1] * pool) if ends[name] else shape)
+            for name, shape in adapter.shapes.items()
+        ]
+        shards = lay_out([specs], sum(spec.nbytes for spec in specs) + 1, adapters.WEIGHTS)
+        with ShardWriter(staging.folder, shards) as writer:
+            for name in adapter.shapes:
+                tensor = adapter.read(name).float()
+                writer.write(name, pooled.plain_lora(tensor, pool) if ends[name] else tensor)
+        staging.write_text(adapters.CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_export_manifest(staging, self.pair.backbone, "adapter")

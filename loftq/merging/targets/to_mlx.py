@@ -1,0 +1,48 @@
+"""`loftq merge --to mlx`: the adapter in the biases of MLX's affine layout, exactly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from loftq.formats import mlx
+from loftq.formats.checkpoint import TensorSpec
+from loftq.merging.model_folder import ModelFolder
+
+
+class Mlx(ModelFolder):
+    """A folder for mlx-lm, which alone runs it: its logits are not compared."""
+
+    name = "mlx"
+    text = "QA-LoRA in the biases of MLX's affine layout, exactly: for mlx-lm"
+    format = "mlx"
+    metadata = mlx.METADATA
+
+    def check(self, allow_rounding: bool) -> None:  # noqa: ARG002
+        """Raise OptionError where MLX cannot hold the backbone."""
+        self.pair.require_pools()
+        for bits, block in self.pair.backbone.kinds:
+            mlx.check_linears(bits, block)
+
+    def loading_lines(self) -> str:
+        """The Python that loads the folder, for its card."""
+        return 'from mlx_lm import load\n\nmodel, tokenizer = load("...")'
+
+    def specs(self, module: str) -> list[TensorSpec]:
+        """The tensors of one linear."""
+        grid, shape = self.pair.backbone.grids[module], self.pair.backbone.shapes[module]
+        return mlx.specs(module, shape, grid.bits, grid.block(shape[1]))
+
+    def tensors(self, module: str) -> dict[str, torch.Tensor]:
+        """Their values."""
+        return mlx.tensors(module, self.pair.affine(module))
+
+    def config(self) -> dict[str, Any]:
+        """`config.json`."""
+        grids = self.pair.backbone.grids
+        widths = {module: grid.bits for module, grid in grids.items()}
+        bits = Counter(widths.values()).most_common(1)[0][0]
+        others = {module: width for module, width in widths.items() if width != bits}
+        return mlx.config(self.pair.backbone.config, bits, next(iter(grids.values())).block_size, others)

@@ -1,0 +1,56 @@
+"""Every target of `loftq merge` says all that belongs to it.
+
+Covers: loftq/merging/target.py, loftq/merging/targets/__init__.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import loftq
+from loftq.artifacts.pair import open_pair
+from loftq.errors import ArtifactError
+from loftq.formats.layouts import LAYOUTS
+from loftq.merging.model_folder import ModelFolder
+from loftq.merging.targets import TARGETS
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_is_complete(name: str, run: Callable[..., Any]) -> None:
+    """Oracle: the abstract methods of its class, and the lines of `loftq merge --help`."""
+    target = TARGETS[name]
+    assert not inspect.isabstract(target)
+    assert target.name == name
+    assert target.text in run("merge", "--help").stdout
+    assert target.tolerance is None or target.comparable
+    if issubclass(target, ModelFolder) and target.format in LAYOUTS:
+        assert target.import_line == LAYOUTS[target.format].IMPORT_LINE
+
+
+@pytest.mark.parametrize(("name", "expected"), [("int", 0.02), ("bf16", 0.1), ("gptq", None)])
+def test_a_trained_head_may_move_logits(name: str, expected: float | None) -> None:
+    """Oracle: the larger of the two tolerances, by hand."""
+    pairs = {saved: SimpleNamespace(adapter=SimpleNamespace(saved=saved)) for saved in ((), ("score.weight",))}
+    tolerated = {saved: TARGETS[name](pair, 0).tolerated for saved, pair in pairs.items()}  # type: ignore[arg-type]
+    assert tolerated == {(): TARGETS[name].tolerance, ("score.weight",): expected}
+
+
+def test_an_adapter_of_another_backbone_is_for_dense_models_alone(pico: Path, tmp_path: Path) -> None:
+    folder = loftq.quantize(str(pico), output=tmp_path / "out", rank=2, iters=1, quiet=True).folder
+    pair = open_pair(folder, None)
+    assert all(target(pair, 0).notes() == () for target in TARGETS.values())
+    foreign = replace(pair, other_backbone="elsewhere")
+    for name, target in TARGETS.items():
+        if target.any_backbone:
+            (note,) = target(foreign, 0).notes()
+            assert "was trained on elsewhere" in note
+        else:
+            with pytest.raises(ArtifactError, match=rf"trained on elsewhere.* --to {name} into its own"):
+                target(foreign, 0).notes()
