@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import loftq
 from loftq.errors import OptionError, SourceError
 from loftq.models.tasks import TASKS
-from loftq.training import evaluate as measures
+from loftq.training import measures
 from loftq.training.generate import answers
 from loftq.training.opening import Opened
 from loftq.training.tasks.classification import scores
