@@ -94,7 +94,7 @@ def test_bytes_that_are_no_text_are_found_by_their_line(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"a": "x"}\n{"a": "caf\xe9"}\n')
     with pytest.raises(OptionError, match=r"--eval-data .*latin\.jsonl: line 2 is not UTF-8"):
         read_rows([str(tmp_path / "latin.jsonl")], "--eval-data")
-    with pytest.raises(OptionError, match="is a folder: name the files in it"):
+    with pytest.raises(OptionError, match="is a folder: name each file in it with --data"):
         read_rows([str(tmp_path)])
 
 
