@@ -223,7 +223,7 @@ def test_build_takes_the_options_that_no_recipe_has(run: Run) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("model = ", "x.toml is not TOML"),
+        ("model = ", "x.toml is not valid TOML"),
         ("bits = 4", "x.toml names no model"),
         ("model = 7", "x.toml names no model"),
         ('model = "a/b"\nranks = 4', "unknown setting in x.toml 'ranks'; did you mean rank?"),
