@@ -1,4 +1,4 @@
-"""What commands print: a result as a table for a person, or as JSON."""
+"""The output of commands: a result as a table for a person, or as JSON."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of one setting beside its name, its type and its default."""
+    """The declaration of one setting, apart from its name, its type and its default."""
 
     help: str
     group: str

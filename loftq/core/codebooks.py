@@ -72,7 +72,7 @@ class QuantType:
 
     @property
     def sharing(self) -> str:
-        """What the field calls the number of weights that share a scale."""
+        """The usual name of the number of weights that share a scale."""
         return "group size" if self.integer else "block size"
 
 

@@ -1,4 +1,4 @@
-"""What a weight is rounded to, and the quantizer that rounds to it."""
+"""The type of a quantized weight, and the quantizer that rounds to it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROW = -1  # as a block size: all inputs of an output
 
 
 class Quantizer(Protocol):
-    """What the solver sees of a type. Tensors are float32 and contiguous."""
+    """The interface of a type for the solver. Tensors are float32 and contiguous."""
 
     @property
     def block_size(self) -> int:
@@ -24,13 +24,13 @@ class Quantizer(Protocol):
 
     @property
     def levels(self) -> torch.Tensor:
-        """What codes stand for before scale and shift: float32 (2**bits,), ascending."""
+        """The values that codes stand for before scale and shift: float32 (2**bits,), ascending."""
 
     def scales(self, weight: torch.Tensor, correction: torch.Tensor | None = None) -> Scales:
         """Scales of `weight - correction`, as they will be read back."""
 
     def extent(self, weight: torch.Tensor, correction: torch.Tensor | None = None) -> torch.Tensor:
-        """What the scales of `weight - correction` must reach: float32 (blocks,) or (2, blocks)."""
+        """The range that the scales of `weight - correction` must cover: float32 (blocks,) or (2, blocks)."""
 
     def covering(self, extent: torch.Tensor, factor: torch.Tensor | float = 1.0, *, nested: bool = True) -> Scales:
         """Scales for `factor`, one or (blocks,), of an extent; never doubly quantized unless `nested`."""
@@ -42,7 +42,7 @@ class Quantizer(Protocol):
         """Codes and scales of a weight."""
 
     def decode(self, codes: torch.Tensor, scales: Scales, shape: torch.Size) -> torch.Tensor:
-        """What codes stand for: float32 of `shape`."""
+        """The values that codes stand for: float32 of `shape`."""
 
     def residual(
         self, weight: torch.Tensor, correction: torch.Tensor | None, out: torch.Tensor, scales: Scales | None = None
@@ -65,7 +65,7 @@ class Grid:
 
     @property
     def bits(self) -> int:
-        """Bits a code."""
+        """Number of bits of a code."""
         return CODEBOOKS[self.codebook]
 
     @property
@@ -75,7 +75,7 @@ class Grid:
 
     @property
     def sharing(self) -> str:
-        """What the field calls weights that share a scale."""
+        """The usual name of the number of weights that share a scale."""
         return type_of(self.codebook).sharing
 
     def __str__(self) -> str:
@@ -87,7 +87,7 @@ class Grid:
         return columns if self.block_size == ROW else self.block_size
 
     def quantizer(self, columns: int, scale_dtype: torch.dtype = torch.float32) -> Quantizer:
-        """What rounds weights with rows of `columns`."""
+        """The quantizer of weights with rows of `columns`."""
         block = self.block(columns)
         if self.integer:
             zero_point = self.zero_point or "symmetric"

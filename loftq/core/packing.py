@@ -50,7 +50,7 @@ def _group(bits: int) -> tuple[int, int]:
 
 
 def _word(wide: int) -> torch.dtype:
-    """What holds so many bytes without a sign."""
+    """The integer dtype that holds a number of bytes without a sign."""
     return torch.int32 if wide < 4 else torch.int64
 
 

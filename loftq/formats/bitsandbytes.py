@@ -135,7 +135,7 @@ def load_options(recipe: Mapping[str, Any]) -> str:
 
 
 def card_note(grid: Grid) -> str:
-    """What the card says to somebody who loads the folder."""
+    """The note in the card for those who load the folder."""
     if grid.bits == 8:
         return (
             "- bitsandbytes also rounds activations to 8 bits (LLM.int8), so outputs differ a little from those of "

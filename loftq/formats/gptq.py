@@ -172,7 +172,7 @@ def load_options(_recipe: Mapping[str, Any]) -> str:
 
 
 def card_note(_grid: Grid) -> str:
-    """What the card says to somebody who loads the folder."""
+    """The note in the card for those who load the folder."""
     return """- The format is GPTQ, version 2. Stock transformers load it if gptqmodel and optimum are
   installed. If they are not, `import loftq` first."""
 

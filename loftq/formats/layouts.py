@@ -19,8 +19,8 @@ from loftq.formats.checkpoint import TensorSpec
 
 
 class Layout(Protocol):
-    """What a format's module offers: the names and bytes of one linear, the entry of `config.json`, and what a user
-    must know to load a folder.
+    """The interface of a format's module: the names and bytes of one linear, the entry of `config.json`, and the texts
+    that a user needs to load a folder.
     """
 
     METHOD: str  # its name: that of --format, and `quant_method` in `config.json`

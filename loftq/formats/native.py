@@ -141,7 +141,7 @@ def load_options(_recipe: Mapping[str, Any]) -> str:
 
 
 def card_note(_grid: Grid) -> str:
-    """What the card says to somebody who loads the folder."""
+    """The note in the card for those who load the folder."""
     return "- The weights stay packed in memory. `merge_and_unload` gives a dense model with the adapter in it."
 
 

@@ -1,4 +1,4 @@
-"""What a merge did."""
+"""The report of a merge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loftq.display import key_values, size
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What `merge` wrote. `difference` is ‖after − before‖ / ‖before‖ of the logits of a few tokens, where they were
+    """The result of `merge`. `difference` is ‖after − before‖ / ‖before‖ of the logits of a few tokens, where they were
     compared; `lost` the share of the adapter that rounded zero-points lost.
     """
 

@@ -1,4 +1,4 @@
-"""What a backbone and its adapter can be merged into: all that a target of `loftq merge --to` says of itself."""
+"""The interface of a target of `loftq merge --to`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Target(ABC):
         return specs
 
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of the pair. Raises ArtifactError for an adapter of another backbone."""
+        """Notes on the pair for the user. Raises ArtifactError for an adapter of another backbone."""
         other = self.pair.other_backbone
         if other is None:
             return ()

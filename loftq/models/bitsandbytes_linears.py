@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def read_weight(module: str, shape: Sequence[int], grid: Grid, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    """What the stored tensors of a linear stand for: float32 (out, in)."""
+    """The weight that the stored tensors of a linear stand for: float32 (out, in)."""
     from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant
 
     names = [spec.name for spec in layout.specs(module, shape, grid, torch.float32)]

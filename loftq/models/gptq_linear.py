@@ -173,7 +173,7 @@ class GptqLinear(PackedLinear):
 
 
 def read_weight(module: str, shape: Sequence[int], grid: Grid, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    """What the stored tensors of a linear stand for: float32 (out, in)."""
+    """The weight that the stored tensors of a linear stand for: float32 (out, in)."""
     return GptqLinear.load(module, shape, grid, read).dequantize()
 
 

@@ -20,10 +20,10 @@ Reader = Callable[[str], torch.Tensor]  # reads a tensor by its name
 
 
 class LayoutLinears(Protocol):
-    """What a layout's module of linears offers."""
+    """The interface of a layout's module of linears."""
 
     def read_weight(self, module: str, shape: Sequence[int], grid: Grid, read: Reader, /) -> torch.Tensor:
-        """What the stored tensors of a linear stand for: float32 (out, in)."""
+        """The weight that the stored tensors of a linear stand for: float32 (out, in)."""
 
     def linear_classes(self) -> tuple[type[nn.Module], ...]:
         """The classes of quantized linears that its loaders put into a model."""
@@ -45,7 +45,7 @@ def quantized_classes() -> tuple[type[nn.Module], ...]:
 
 
 def read_weight(format: str, module: str, shape: Sequence[int], grid: Grid, read: Reader) -> torch.Tensor:
-    """What the stored tensors of a linear stand for, as its loaders read them: float32 (out, in)."""
+    """The weight that the stored tensors of a linear stand for, as its loaders read them: float32 (out, in)."""
     return linears_of(format).read_weight(module, shape, grid, read)
 
 

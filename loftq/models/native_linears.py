@@ -14,7 +14,7 @@ from loftq.models.packed_linear import PackedLinear
 
 
 def read_weight(module: str, shape: Sequence[int], grid: Grid, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    """What the stored tensors of a linear stand for: float32 (out, in)."""
+    """The weight that the stored tensors of a linear stand for: float32 (out, in)."""
     return PackedLinear.load(module, shape, grid, read).dequantize()
 
 

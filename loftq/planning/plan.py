@@ -1,4 +1,4 @@
-"""What a run will do, from headers alone: every check that can be made before the first weight is read."""
+"""The plan of a run, from headers alone: all that is decided and checked before the first weight is read."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Layer:
 
     @property
     def weights(self) -> int:
-        """How many weights it has."""
+        """The number of its weights."""
         return self.shape[0] * self.shape[1]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of every tensor, and where all bytes go."""
+    """The fate of every tensor, and the place of all bytes."""
 
     recipe: Recipe
     source: Source
@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def model_type(self) -> str:
-        """What transformers calls the architecture."""
+        """The name of the architecture in transformers."""
         return str(self.model.config.model_type)  # type: ignore[union-attr]
 
     @property
@@ -80,7 +80,7 @@ class Plan:
         return self.recipe.grid(layer.bits)
 
     def quantizer(self, layer: Layer, width: int | None = None) -> Quantizer:
-        """What rounds a layer, to its own width or another, with scales as the format stores them."""
+        """The quantizer of a layer, at its own width or another, with scales as the format stores them."""
         return self.recipe.grid(width or layer.bits).quantizer(layer.shape[1], self.layout.SCALE_DTYPE)
 
     @property
@@ -102,7 +102,7 @@ class Plan:
 
     @cached_property
     def layer_bits(self) -> float:
-        """Bits a weight of the quantized linears, scales and all else counted."""
+        """Bits per weight of the quantized linears, with scales and everything else."""
         stored = sum(self._stored(layer) for layer in self.layers)
         return 8 * stored / self.weights
 
@@ -127,7 +127,7 @@ class Plan:
         return sum(spec.numel for _, spec in self.adapter.offsets.values())
 
     def bits_of(self, layer: Layer) -> float:
-        """Bits a weight of one layer on disk."""
+        """Bits per weight of one layer on disk."""
         return 8 * self._stored(layer) / layer.weights
 
     def _stored(self, layer: Layer) -> int:

@@ -174,7 +174,7 @@ def _allocate(layers: tuple[Layer, ...], recipe: Recipe, widths: Mapping[str, in
 
 
 def _kept_spec(key: str, spec: TensorSpec, saved: Sequence[str], recipe: Recipe) -> TensorSpec:
-    """What a tensor that is not quantized is written as: in the compute dtype, or, a head's, in the adapter's."""
+    """The written form of an unquantized tensor: in the compute dtype or, for a head, in that of the adapter."""
     if not spec.dtype.is_floating_point:
         return TensorSpec(key, spec.dtype, spec.shape)
     if any(key.startswith(f"{module}.") for module in saved):
