@@ -20,7 +20,7 @@ SHELLS = ("bash", "zsh", "fish")
 def completion(context: click.Context, shell: str) -> None:
     """Print the lines with which a shell completes commands, options, and files."""
     root = context.find_root()
-    found = get_completion_class(shell)
-    if found is None:
+    completion_class = get_completion_class(shell)
+    if completion_class is None:
         raise click.UsageError(f"click has no completion for {shell}")
-    click.echo(found(root.command, {}, "loftq", "_LOFTQ_COMPLETE").source())
+    click.echo(completion_class(root.command, {}, "loftq", "_LOFTQ_COMPLETE").source())

@@ -118,12 +118,14 @@ class Declared:
 def declared(settings: type) -> Mapping[str, Declared]:
     """The settings of a class by name, in the order in which they are declared."""
     kinds = typing.get_type_hints(settings)
-    found = {}
+    entries = {}
     for entry in dataclasses.fields(settings):
         if "setting" in entry.metadata:
             default = {} if entry.default is dataclasses.MISSING else entry.default
-            found[entry.name] = Declared(entry.name, _plain_type(kinds[entry.name]), default, entry.metadata["setting"])
-    return found
+            entries[entry.name] = Declared(
+                entry.name, _plain_type(kinds[entry.name]), default, entry.metadata["setting"]
+            )
+    return entries
 
 
 def again(settings: type, name: str, default: Any = None, **changes: Any) -> Any:
@@ -164,13 +166,13 @@ def check_names(
 
     `elsewhere` are names that other programs use, with the settings that they mean, `also` are names to suggest.
     """
-    known = declared(settings)
+    declarations = declared(settings)
     for name in names:
-        if name in known:
+        if name in declarations:
             continue
-        if elsewhere and elsewhere.get(name) in known:
+        if elsewhere and elsewhere.get(name) in declarations:
             raise OptionError(f"unknown setting {name!r}; did you mean {elsewhere[name]}?")
-        raise UnknownNameError("setting", name, {*known, *also})
+        raise UnknownNameError("setting", name, {*declarations, *also})
 
 
 def from_dict(settings: type[_Settings], values: Mapping[str, Any]) -> _Settings:
@@ -180,18 +182,18 @@ def from_dict(settings: type[_Settings], values: Mapping[str, Any]) -> _Settings
     3 where a whole number is expected. Raises OptionError for an unknown name and for a value that does not fit.
     """
     check_names(settings, values)
-    known = declared(settings)
-    return settings(**{name: _converted(value, known[name].type) for name, value in values.items()})
+    entries = declared(settings)
+    return settings(**{name: _converted(value, entries[name].type) for name, value in values.items()})
 
 
 def split(values: Mapping[str, Any], *classes: type) -> list[dict[str, Any]]:
     """Values by the class that declares each name. Raises UnknownNameError for a name that none declares."""
-    known = {name: place for place, settings in enumerate(classes) for name in declared(settings)}
+    place_of = {name: place for place, settings in enumerate(classes) for name in declared(settings)}
     parts: list[dict[str, Any]] = [{} for _ in classes]
     for name, value in values.items():
-        if name not in known:
-            raise UnknownNameError("setting", name, known)
-        parts[known[name]][name] = value
+        if name not in place_of:
+            raise UnknownNameError("setting", name, place_of)
+        parts[place_of[name]][name] = value
     return parts
 
 

@@ -67,18 +67,18 @@ def specs(module: str, shape: Sequence[int], grid: Grid, dtype: torch.dtype) -> 
     weights = shape[0] * shape[1]
     blocks = weights // grid.block_size
     state = _quant_state(shape, grid, dtype, 0.0)
-    found = [
+    entries = [
         TensorSpec(key, torch.uint8, (weights // 2, 1)),
         TensorSpec(f"{key}.absmax", torch.uint8 if grid.double_quant else torch.float32, (blocks,)),
         TensorSpec(f"{key}.quant_map", torch.float32, (2**grid.bits,)),
         TensorSpec(f"{key}.quant_state.bitsandbytes__{grid.codebook}", torch.uint8, (len(state),)),
     ]
     if grid.double_quant:
-        found += [
+        entries += [
             TensorSpec(f"{key}.nested_absmax", torch.float32, (-(-blocks // SCALE_BLOCK),)),
             TensorSpec(f"{key}.nested_quant_map", torch.float32, (256,)),
         ]
-    return found
+    return entries
 
 
 def tensors(

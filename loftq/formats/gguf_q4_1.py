@@ -136,10 +136,10 @@ def _lay_out(
     tied = config.get("tie_word_embeddings", False)
 
     def named(source: str) -> str:
-        found = names.get_name(source, try_suffixes=(".weight", ".bias"))
-        if found is None:
+        target_name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        if target_name is None:
             raise OptionError(f"{OPTION}: tensor {source!r} has no place in a GGUF {kind.name.lower()}: use --to mlx")
-        return str(found)
+        return str(target_name)
 
     entries = []
     for module, shape in linears.items():

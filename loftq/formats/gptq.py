@@ -80,13 +80,13 @@ def tensors(
     zeros = scales.zeros
     if zeros is None:
         zeros = torch.full_like(scales.values, 2 ** (grid.bits - 1), dtype=torch.uint8)
-    found = {
+    parts = {
         "qweight": stream.view(rows, -1).view(torch.int32).t(),
         "qzeros": pack(zeros.view(rows, -1).t().reshape(-1), grid.bits).view(torch.int32).view(columns // block, -1),
         "scales": scales.values.view(rows, -1).t().to(SCALE_DTYPE),
         "g_idx": torch.arange(columns, dtype=torch.int32) // block,
     }
-    return {f"{module}.{name}": tensor.contiguous() for name, tensor in found.items()}
+    return {f"{module}.{name}": tensor.contiguous() for name, tensor in parts.items()}
 
 
 def read(module: str, shape: Sequence[int], grid: Grid, tensor: Callable[[str], torch.Tensor], less: int = 0) -> Solved:

@@ -90,9 +90,9 @@ def _rope(source: Mapping[str, object]) -> dict[str, object]:
     rope = source.get("rope_parameters")
     if not isinstance(rope, Mapping):
         return {}
-    found = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    rotary = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     scaled = rope.get("rope_type", "default") != "default"
-    return found | ({"rope_scaling": {**rope, "type": rope["rope_type"]}} if scaled else {})
+    return rotary | ({"rope_scaling": {**rope, "type": rope["rope_type"]}} if scaled else {})
 
 
 def _entry(bits: int, group_size: int) -> dict[str, object]:

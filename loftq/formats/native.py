@@ -57,18 +57,18 @@ def tensor_shapes(shape: Sequence[int], grid: Grid) -> dict[str, tuple[torch.dty
     """Dtype and shape of each tensor of one linear, by its name within the module."""
     weights = shape[0] * shape[1]
     groups = weights // grid.block(shape[1])
-    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+    parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "weight": (torch.uint8, (packed_size(weights, grid.bits),)),
         "weight_scales": (torch.uint8 if grid.double_quant else SCALE_DTYPE, (groups,)),
     }
     if grid.double_quant:
-        found["weight_scales_absmax"] = (torch.float32, (-(-groups // SCALE_BLOCK),))
-        found["weight_scales_offset"] = (torch.float32, (1,))
+        parts["weight_scales_absmax"] = (torch.float32, (-(-groups // SCALE_BLOCK),))
+        parts["weight_scales_offset"] = (torch.float32, (1,))
     if grid.integer and grid.zero_point == "integer":
-        found["weight_zeros"] = (torch.uint8, (packed_size(groups, grid.bits),))
+        parts["weight_zeros"] = (torch.uint8, (packed_size(groups, grid.bits),))
     if grid.integer and grid.zero_point in FLOATING:
-        found["weight_shifts"] = (FLOATING[grid.zero_point], (groups,))
-    return found
+        parts["weight_shifts"] = (FLOATING[grid.zero_point], (groups,))
+    return parts
 
 
 def specs(module: str, shape: Sequence[int], grid: Grid, _dtype: torch.dtype) -> list[TensorSpec]:
@@ -80,19 +80,19 @@ def tensors(
     module: str, _shape: Sequence[int], grid: Grid, _dtype: torch.dtype, codes: torch.Tensor, scales: Scales
 ) -> dict[str, torch.Tensor]:
     """The named tensors of one linear from its codes, as the solver leaves them, and scales."""
-    found = {"weight": pack(single(codes, grid.bits), grid.bits)}
+    parts = {"weight": pack(single(codes, grid.bits), grid.bits)}
     nested = scales.nested
     if nested is None:
-        found["weight_scales"] = scales.values.to(SCALE_DTYPE)
+        parts["weight_scales"] = scales.values.to(SCALE_DTYPE)
     else:
-        found["weight_scales"] = nested.codes
-        found["weight_scales_absmax"] = nested.absmax
-        found["weight_scales_offset"] = torch.tensor([nested.offset])
+        parts["weight_scales"] = nested.codes
+        parts["weight_scales_absmax"] = nested.absmax
+        parts["weight_scales_offset"] = torch.tensor([nested.offset])
     if scales.zeros is not None:
-        found["weight_zeros"] = pack(scales.zeros, grid.bits)
+        parts["weight_zeros"] = pack(scales.zeros, grid.bits)
     elif scales.shifts is not None:
-        found["weight_shifts"] = scales.shifts.to(FLOATING[str(grid.zero_point)])
-    return {f"{module}.{name}": tensor for name, tensor in found.items()}
+        parts["weight_shifts"] = scales.shifts.to(FLOATING[str(grid.zero_point)])
+    return {f"{module}.{name}": tensor for name, tensor in parts.items()}
 
 
 def read(module: str, shape: Sequence[int], grid: Grid, tensor: Callable[[str], torch.Tensor]) -> Solved:

@@ -51,6 +51,6 @@ def _logits(model: Any, config: Any) -> torch.Tensor:
     inputs = {"input_ids": tokens}
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens.flip(1)
-    found = model(**inputs)
-    answer: torch.Tensor = next(found[key] for key in ("logits", "start_logits", "last_hidden_state") if key in found)
+    output = model(**inputs)
+    answer: torch.Tensor = next(output[key] for key in ("logits", "start_logits", "last_hidden_state") if key in output)
     return answer.double()

@@ -108,18 +108,18 @@ def load_qalora(
 
 def _open(folder: str | Path, kind: str) -> Artifact:
     artifact = open_artifact(folder)
-    found = artifact.manifest["kind"]
-    if found != kind:
-        loader = f"load_{found}" if found in ("qlora", "qalora") else "from_pretrained"
-        raise ArtifactError(f"{folder} is a {found} artifact: load it with {loader}, load_{kind} reads {kind} ones")
+    actual = artifact.manifest["kind"]
+    if actual != kind:
+        loader = f"load_{actual}" if actual in ("qlora", "qalora") else "from_pretrained"
+        raise ArtifactError(f"{folder} is a {actual} artifact: load it with {loader}, load_{kind} reads {kind} ones")
     return artifact
 
 
 def _group_size(base: Any) -> int:
-    found = int(base.config.quantization_config.group_size)
-    if found == ROW:
+    actual = int(base.config.quantization_config.group_size)
+    if actual == ROW:
         raise OptionError("this checkpoint has one group a row: say how many inputs to pool with pool_size")
-    return found
+    return actual
 
 
 def load_base(

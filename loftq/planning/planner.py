@@ -41,13 +41,13 @@ def make_plan(
     )
     if family_of(str(model.config.model_type)).float32:  # type: ignore[union-attr]
         recipe = replace(recipe, compute_dtype="float32")
-    found = linears.find_linears(model)
-    targets = _targets(model, found, recipe, source)
-    heads = found.heads if task.has_head else ()
+    model_linears = linears.find_linears(model)
+    targets = _targets(model, model_linears, recipe, source)
+    heads = model_linears.heads if task.has_head else ()
     resized = heads if recipe.num_labels is not None else ()
     names = naming.map_names(model, source.checkpoint.tensors, new=(*heads, _POOLER), resized=resized)
     saved = (*heads, *_new_poolers(names)) if task.has_head else ()
-    dense = {target: found.candidates[target] for target in targets}
+    dense = {target: model_linears.candidates[target] for target in targets}
     shapes = {layer.shape for layer in dense.values()}
     format = choose(recipe.grids, recipe.format, shapes=shapes, loadable=_loadable(model, dense, recipe))
     layers = tuple(_layer(target, layer, names.source, source, recipe, format) for target, layer in dense.items())
@@ -75,11 +75,11 @@ def make_plan(
         adapter=_lay_out_adapter(layers, {**passed, **created}, recipe),
         target_modules=tuple(adapter.target_names(targets, [name for name, _ in model.named_modules()])),
         modules_to_save=saved,
-        skip_modules=tuple(linears.skip_modules(model, found, targets)),
+        skip_modules=tuple(linears.skip_modules(model, model_linears, targets)),
         format=format,
         notes=(),
     )
-    return replace(plan, notes=tuple(notes_on(plan, found, names)))
+    return replace(plan, notes=tuple(notes_on(plan, model_linears, names)))
 
 
 def _refuse_quantized(source: Source) -> None:
@@ -87,26 +87,26 @@ def _refuse_quantized(source: Source) -> None:
     if not path.is_file():
         raise SourceError(f"{source.name} has no config.json: expected a model that transformers saved")
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+        quantization = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
     except (ValueError, AttributeError) as error:
         raise SourceError(f"{path} is not a JSON object ({error}): download it again") from error
-    if found:
-        method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise SourceError(f"{source.name} is already quantized ({method}): start from its full-precision weights")
 
 
-def _targets(model: nn.Module, found: Linears, recipe: Recipe, source: Source) -> list[str]:
+def _targets(model: nn.Module, model_linears: Linears, recipe: Recipe, source: Source) -> list[str]:
     """The modules to quantize: those asked for, or the family's, or all."""
-    if not found.candidates:
-        kinds = ", ".join(sorted(set(found.others.values()))) or "none"
+    if not model_linears.candidates:
+        kinds = ", ".join(sorted(set(model_linears.others.values()))) or "none"
         raise SourceError(f"{source.name} has no linear layer that can be quantized (its other dense layers: {kinds})")
     wanted = recipe.target_modules
     if wanted is None:
         usual = family_of(str(model.config.model_type)).targets  # type: ignore[union-attr]
-        names = list(found.candidates)
+        names = list(model_linears.candidates)
         reached = [p for p in usual or () if any(linears.reaches(p, name) for name in names)]
         wanted = tuple(reached) or None
-    return linears.select(model, found, wanted, recipe.exclude_modules)
+    return linears.select(model, model_linears, wanted, recipe.exclude_modules)
 
 
 def _loadable(model: nn.Module, targets: Mapping[str, DenseLinear], recipe: Recipe) -> list[str]:

@@ -99,17 +99,17 @@ def _replace_all(
 
 def _find_targets(model: nn.Module, wanted: Sequence[str] | None, excluded: Sequence[str]) -> dict[str, nn.Linear]:
     quantized = quantized_classes()
-    found: dict[str, Any] = {
+    candidates: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()
         if type(module) is nn.Linear or isinstance(module, quantized)
     }
-    if not found:
+    if not candidates:
         raise OptionError(f"{type(model).__name__} holds no nn.Linear: there is nothing to quantize")
     if any(hasattr(module, "lora_A") for module in model.modules()):
         raise OptionError("the model has LoRA adapters already: merge or unload them first")
-    shapes = {name: DenseLinear((module.out_features, module.in_features)) for name, module in found.items()}
-    return {name: found[name] for name in select(model, Linears(shapes), wanted, excluded)}
+    shapes = {name: DenseLinear((module.out_features, module.in_features)) for name, module in candidates.items()}
+    return {name: candidates[name] for name in select(model, Linears(shapes), wanted, excluded)}
 
 
 def _widths(targets: dict[str, nn.Linear], recipe: Recipe, format: str, rank: int) -> list[int]:
