@@ -33,7 +33,7 @@ SIZES = {
 
 def pytest_configure(config: pytest.Config) -> None:
     """Without a GPU its kernels run on the CPU, however slowly: Triton reads this when transformers imports it."""
-    hands_out = config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput")
+    hands_out = config.getoption("tx", None) and not hasattr(config, "workerinput")  # to processes of pytest-xdist
     if not hands_out:
         import torch
 
