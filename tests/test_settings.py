@@ -141,4 +141,4 @@ def test_a_recipe_has_nothing_left_open_and_knows_what_was_asked() -> None:
 
 
 def test_a_recipe_has_a_value_for_each_setting() -> None:
-    assert {entry.name for entry in fields(Recipe)} == {*declared(QuantizeSettings), "asked"}
+    assert {entry.name for entry in fields(Recipe)} == {*declared(QuantizeSettings), "requested"}
