@@ -66,7 +66,7 @@ def _option(entry: Declared) -> Decorator[Any]:
         keywords["is_flag"] = True
         names[0] += f"/--no-{entry.option[2:]}" if declaration.negative else ""
     elif entry.type is dict:
-        keywords |= {"multiple": True, "type": _value if entry.name == "set" else _assignment}
+        keywords |= {"multiple": True, "type": _value if declaration.json_values else _assignment}
     elif entry.type is tuple and declaration.repeated:
         keywords["multiple"] = True
     else:

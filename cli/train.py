@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 import loftq
+from loftq.settings import declared
 from loftq.training.recipe_files import laid_over, read_recipe
 from loftq.training.settings import MODES, TrainRun, TrainSettings
 from loftq.training.tasks import TRAINING_TASKS
@@ -63,11 +64,9 @@ def train(
     if dry_run:
         from loftq.training.estimate import estimate  # imports peft, which takes seconds
 
-        result: Shown = estimate(**{key: value for key, value in settings.items() if key not in _RUN})
+        run_names = declared(TrainRun)  # which an estimate has no use for
+        result: Shown = estimate(**{key: value for key, value in settings.items() if key not in run_names})
     else:
         result = loftq.train(**settings)
     if os.environ.get("RANK", "0") == "0":  # of several processes, the first one speaks
         show(result, as_json)
-
-
-_RUN = ("resume", "overwrite", "quiet")

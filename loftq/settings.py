@@ -79,6 +79,7 @@ class Setting:
     usual: str | None = None  # the default that `--help` shows where it follows from other settings
     negative: bool = False  # a flag with --no-NAME
     repeated: bool = False  # an option that is given once for each value, instead of names with commas
+    json_values: bool = False  # a table whose values are read as JSON, where they are that
     hidden: bool = False  # no option of its own
 
 

@@ -80,7 +80,7 @@ def estimate(model: str | None = None, **settings: Any) -> Estimate:
         activations = kept_bytes(
             adapted, batch, model_tasks, device, checkpointing=train_settings.gradient_checkpointing
         )
-    except (RuntimeError, ValueError) as error:  # NotImplementedError is a RuntimeError
+    except (RuntimeError, ValueError) as error:  # an operator without a meta kernel raises the former
         reason = one_line(error, 200)
         raise OptionError(
             f"--dry-run: {type(adapted.get_base_model()).__name__} does not run in {dtype} without its weights "

@@ -129,7 +129,7 @@ class TrainSettings:
     )
     seed: int = setting(0, "Seed of the order of the examples and of dropout.", "training", least=0, most=2**32 - 1)
     set: Mapping[str, Any] = setting(
-        dict, "Any other argument of transformers' TrainingArguments.", "training", metavar="NAME=VALUE"
+        dict, "Any other argument of TrainingArguments.", "training", metavar="NAME=VALUE", json_values=True
     )
     eval_steps: int | None = setting(
         None, "Number of steps between two evaluations.", "evaluation", least=1, usual="ten evaluations a run"

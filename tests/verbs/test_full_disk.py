@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from folders import Files, hashes, opens
 from processes import start_python
 
 PARTIAL = ".loftq-partial"
 SETTINGS = ("--rank", 4, "--iter", 1, "--max-shard-size", "60KB", "--workers", 1, "--quiet")
 PAGE = resource.getpagesize()
-Files = dict[str, str]  # name, relative to the folder, to SHA-256
 
 
 class Ended(NamedTuple):
@@ -36,25 +36,6 @@ class Ended(NamedTuple):
 
     exit_code: int
     stderr: str
-
-
-def hashes(folder: Path) -> Files:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def opens(folder: Path) -> bool:
-    from loftq.errors import ArtifactError
-    from loftq.formats.artifact import open_artifact
-
-    try:
-        open_artifact(folder)
-    except ArtifactError:
-        return False
-    return True
 
 
 def check_told(ended: Any, *words: object) -> None:

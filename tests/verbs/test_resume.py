@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import random
@@ -26,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import Files, hashes, opens
 from processes import start_python
 
 PARTIAL = ".loftq-partial"
 SETTINGS = ("--rank", 4, "--iter", 2, "--max-shard-size", "60KB", "--quiet")
-Files = dict[str, str]  # name, relative to the folder, to SHA-256
 Command = tuple[object, ...]
 
 
@@ -119,25 +118,6 @@ def undisturbed(server: Server, command: Command, out: Path) -> Undisturbed:
     assert {"loftq.json", "config.json", "model.safetensors.index.json", "loftq_init/adapter_config.json"} < set(files)
     shutil.rmtree(out)
     return files, ended.events
-
-
-def hashes(folder: Path) -> Files:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def opens(folder: Path) -> bool:
-    from loftq.errors import ArtifactError
-    from loftq.formats.artifact import open_artifact
-
-    try:
-        open_artifact(folder)
-    except ArtifactError:
-        return False
-    return True
 
 
 def stock_loads(folder: Path) -> bool:
