@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations, product
 from typing import Any
+
+import pytest
 
 
 def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -27,3 +29,11 @@ def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
                 chosen.append(case)
                 left -= pairs[case]
     return chosen
+
+
+def thinned(cases: Iterable[tuple[Any, ...]], keep: Callable[..., bool]) -> list[Any]:
+    """All cases of a test. Those that `keep` does not name, called with a case, are marked slow.
+
+    For cases that repeat what others show with another name or another number.
+    """
+    return [pytest.param(*case, marks=() if keep(*case) else pytest.mark.slow) for case in cases]
