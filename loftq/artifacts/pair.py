@@ -23,7 +23,7 @@ _PLAIN = {"use_dora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern"
 class BackboneAndAdapter:
     """A backbone and the adapter that is merged into it.
 
-    `other_backbone` names the backbone on which the adapter was trained, if that is another one.
+    `other_backbone` names the backbone on which the adapter was trained, if it differs from this one.
     """
 
     backbone: Backbone
@@ -86,20 +86,22 @@ def open_pair(folder: Path, adapter: str | Path | None) -> BackboneAndAdapter:
     ours = backbone.artifact
     if adapter is None:
         if ours is None or not ours.adapter.is_dir():
-            raise OptionError(f"{folder} brings no adapter: name a trained one with --adapter")
+            raise OptionError(f"{folder} has no adapter of its own: name a trained one with --adapter")
         adapter = ours.adapter
     chosen, other = Path(adapter), None
     if ours is None:
         opened = open_adapter(chosen)
         unknown = sorted(set(opened.modules) - set(backbone.grids))
         if unknown:
-            raise ArtifactError(f"the adapter {chosen} adapts {unknown[0]!r}, which is no quantized linear of {folder}")
+            raise ArtifactError(
+                f"the adapter {chosen} adapts {unknown[0]!r}, which is not a quantized linear of {folder}"
+            )
     else:
         opened = fitting_adapter(ours, chosen)
         other = other_backbone(ours, opened)
     for key, plain in _PLAIN.items():
         if opened.config.get(key) not in (plain, None):
             raise OptionError(
-                f"{chosen} has {key} {opened.config[key]!r}, which is not merged here: use peft's own merge"
+                f"{chosen} has {key} {opened.config[key]!r}, which loftq cannot merge: use peft's own merge"
             )
     return BackboneAndAdapter(backbone, opened, other)

@@ -9,11 +9,11 @@ For a linear (out, in) with n = out · in weights in blocks of 64:
     weight.nested_absmax                   float32 (n / 64 / 256 rounded up)    double quantization only
     weight.nested_quant_map                float32 (256)                        double quantization only
 
-and for INT8 (arXiv 2208.07339), with one scale a row and codes from −127 to 127,
+and for INT8 (arXiv 2208.07339), with one scale for each row and codes from −127 to 127,
 
     weight          int8    (out, in)
     SCB             float32 (out)       127 times the scale
-    weight_format   uint8   ()          0: rows as they are
+    weight_format   uint8   ()          0: row-major
 
 `dtype` is the dtype that dequantization returns. The JSON is padded with blanks to a length that does not
 depend on the values in it, so that the layout of a file is known before its weights are.
@@ -36,7 +36,7 @@ METHOD = "bitsandbytes"
 BLOCK_SIZES: tuple[int, ...] = (ROW, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 SIDES = 1
 SCALE_DTYPE = torch.float32
-HOLDS = "nf4 in blocks, and int8 with one symmetric, plain scale a row"
+HOLDS = "nf4 in blocks, and int8 with one symmetric scale for each row, without double quantization"
 STOCK = True
 SEVERAL_TYPES = False
 WITHOUT_WEIGHT = False
@@ -49,7 +49,7 @@ _OFFSET_WIDTH = 24  # characters of the longest float64 in JSON
 
 
 def holds(grid: Grid) -> bool:
-    """Whether such codes have a place in this format."""
+    """Whether this format can hold codes of this type."""
     if grid.codebook == "int8":
         return grid.block_size == ROW and grid.zero_point == "symmetric" and not grid.double_quant
     return grid.codebook == "nf4" and grid.block_size != ROW
@@ -118,7 +118,7 @@ def read(module: str, shape: Sequence[int], grid: Grid, tensor: Callable[[str], 
 def input_groups(
     _module: str, _shape: Sequence[int], _grid: Grid, _tensor: Callable[[str], torch.Tensor]
 ) -> torch.Tensor | None:
-    """None: blocks are always of consecutive inputs."""
+    """None: blocks always consist of consecutive inputs."""
     return None
 
 
@@ -135,7 +135,7 @@ def load_options(recipe: Mapping[str, Any]) -> str:
 
 
 def card_note(grid: Grid) -> str:
-    """The note in the card for those who load the folder."""
+    """The note in the card on loading the folder."""
     if grid.bits == 8:
         return (
             "- bitsandbytes also rounds activations to 8 bits (LLM.int8), so outputs differ a little from those of "

@@ -3,19 +3,20 @@
 A row of a linear is cut into blocks of 32 consecutive inputs, each of 20 bytes:
 
     d       float16      scale
-    m       float16      what a code of 0 stands for
+    m       float16      the value of code 0
     codes   uint8 (16)   code i in the low half of byte i, code i + 16 in the high half
 
     W~ = d · code + m
 
-A larger group is held as blocks that repeat its scale and bias. Codes are held as they are; a scale or bias that is no
-float16 is rounded to one, which moves a weight by at most 2^-11 · (15 · |d| + |m|), about 1/90 of a step as a rule.
+A larger group is stored as several blocks with the same scale and bias. Codes are stored without a change. A scale or
+bias is rounded to float16, which moves a weight by at most 2^-11 · (15 · |d| + |m|), usually about 1/90 of a step.
 
-Matrices that are not quantized keep their type, vectors are float32, as llama.cpp wants them. Its llama pairs
-neighbouring rows of a head in the rotary embedding where transformers pairs halves: rows of q_proj and k_proj are put
-in its order (`gguf_metadata.ARCHITECTURES` says where). Tied embeddings are written once.
+Matrices that are not quantized keep their type, and vectors become float32, as llama.cpp expects. In the rotary
+embedding, its llama pairs neighbouring rows of a head, but transformers pairs halves. Therefore rows of q_proj and
+k_proj are reordered for the architectures that need it (`gguf_metadata.ARCHITECTURES`). Tied embeddings are written
+once.
 
-Everything is checked and laid out from names and shapes; then tensors are read, converted and written one by one.
+First everything is checked and planned from names and shapes. Then tensors are read, converted and written one by one.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class _Entry:
 
 
 def check_linears(config: Mapping[str, Any], bits: int, group_size: int) -> None:
-    """Raise OptionError for a model or codes that have no place in this format, or where gguf is not installed."""
+    """Raise OptionError for a model or codes that this format cannot hold, and if gguf is not installed."""
     if importlib.util.find_spec("gguf") is None:
         raise OptionError(f"{OPTION} needs the gguf package: pip install gguf")
     architecture(config)
@@ -138,7 +139,9 @@ def _lay_out(
     def named(source: str) -> str:
         target_name = names.get_name(source, try_suffixes=(".weight", ".bias"))
         if target_name is None:
-            raise OptionError(f"{OPTION}: tensor {source!r} has no place in a GGUF {kind.name.lower()}: use --to mlx")
+            raise OptionError(
+                f"{OPTION}: tensor {source!r} has no equivalent in a GGUF {kind.name.lower()}: use --to mlx"
+            )
         return str(target_name)
 
     entries = []
@@ -182,9 +185,9 @@ def _stored(spec: TensorSpec) -> torch.dtype:
 
 def _check_codes(bits: int, group_size: int, where: str) -> None:
     if bits != BITS:
-        raise OptionError(f"{OPTION}{where}: it holds integers of {BITS} bits, not of {bits}: use --to mlx")
+        raise OptionError(f"{OPTION}{where}: it holds integers of {BITS} bits, not {bits}: use --to mlx")
     if group_size % BLOCK:
         raise OptionError(
-            f"{OPTION}{where}: it holds groups of multiples of {BLOCK} inputs, not of {group_size}: "
+            f"{OPTION}{where}: it holds groups of a multiple of {BLOCK} inputs, not {group_size}: "
             f"quantize with --group-size {BLOCK}, 64 or 128"
         )

@@ -2,8 +2,8 @@
 
 For a linear (out, in) of b bits in groups of g consecutive inputs (arXiv 2210.17323; `checkpoint_format: gptq_v2`):
 
-    qweight   int32   (in · b / 32, out)      codes; down each column a dense stream with low bits first
-    qzeros    int32   (in / g, out · b / 32)  zero-points, as they are (version 1 wrote them less one); along each row
+    qweight   int32   (in · b / 32, out)      codes; each column is a dense stream, low bits first
+    qzeros    int32   (in / g, out · b / 32)  zero-points (version 1 stored them minus 1); streams along rows
     scales    float16 (in / g, out)
     g_idx     int32   (in)                    the group of each input: i div g, no reordering
 
@@ -29,7 +29,7 @@ from loftq.formats.checkpoint import TensorSpec
 
 METHOD = "gptq"
 CHECKPOINT_FORMAT = "gptq_v2"
-READABLE = {METHOD: 1, CHECKPOINT_FORMAT: 0}  # with how much less than the zero-points is written
+READABLE = {METHOD: 1, CHECKPOINT_FORMAT: 0}  # the number that each format subtracts from zero-points
 BLOCK_SIZES: tuple[int, ...] = (ROW, 16, 32, 64, 128, 256, 512, 1024)
 SIDES = 32  # codes fill words of 32 bits, along inputs and along outputs
 SCALE_DTYPE = torch.float16
@@ -43,13 +43,13 @@ SEVERAL_TYPES = False
 WITHOUT_WEIGHT = True
 IN_MEMORY = False
 LINEARS = "loftq.models.gptq_linear"
-PLUGIN: str | None = "loftq.models.gptq_quantizer"  # where gptqmodel is not installed
+PLUGIN: str | None = "loftq.models.gptq_quantizer"  # used if gptqmodel is not installed
 IMPORT_LINE = "import loftq  # not needed if gptqmodel and optimum are installed\n"
 PLAN_NOTE = "stock transformers need gptqmodel and optimum to load GPTQ; without them, import loftq first"
 
 
 def holds(grid: Grid) -> bool:
-    """Whether such codes have a place in this format."""
+    """Whether this format can hold codes of this type."""
     return grid.integer and grid.bits in BITS and grid.zero_point not in FLOATING and not grid.double_quant
 
 
@@ -126,7 +126,7 @@ def _read_zeros(qzeros: torch.Tensor, shape: Sequence[int], bits: int, less: int
 
 
 def is_gptq(folder: Path) -> bool:
-    """Whether a folder's `config.json` speaks of GPTQ."""
+    """Whether the `config.json` of a folder names GPTQ."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return bool(config["quantization_config"]["quant_method"] == METHOD)
@@ -135,25 +135,25 @@ def is_gptq(folder: Path) -> bool:
 
 
 def is_ordered(g_idx: torch.Tensor, block: int) -> bool:
-    """Whether groups are of consecutive inputs: not so in act-order checkpoints."""
+    """Whether groups consist of consecutive inputs. In act-order checkpoints they do not."""
     return torch.equal(g_idx, torch.arange(len(g_idx), dtype=g_idx.dtype, device=g_idx.device) // block)
 
 
 def input_groups(
     module: str, shape: Sequence[int], grid: Grid, tensor: Callable[[str], torch.Tensor]
 ) -> torch.Tensor | None:
-    """The group of each input, int32 (in), in act-order checkpoints; None where groups are of consecutive inputs."""
+    """The group of each input, int32 (in), in act-order checkpoints; None if groups consist of consecutive inputs."""
     g_idx = tensor(f"{module}.g_idx")
     return None if is_ordered(g_idx, grid.block(shape[1])) else g_idx
 
 
 def grid_of(bits: int, group_size: int, symmetric: bool) -> Grid:
-    """The type of the weights of a folder, by what its `config.json` says of them."""
+    """The type of the weights of a folder, from the values in its `config.json`."""
     return Grid(f"int{bits}", group_size, zero_point="symmetric" if symmetric else "integer")
 
 
 def read_config(entry: Mapping[str, Any], folder: Path) -> tuple[Grid, int]:
-    """The type of a folder's weights, and how much less than the zero-points is written. Raises ArtifactError."""
+    """The type of a folder's weights, and the number that was subtracted from zero-points. Raises ArtifactError."""
     version = entry.get("checkpoint_format") or entry.get("format") or METHOD
     if version not in READABLE:
         raise ArtifactError(f"{folder}: GPTQ's format {version!r} cannot be read (known: {', '.join(READABLE)})")
@@ -167,12 +167,12 @@ def shapes_of(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, int]]:
 
 
 def load_options(_recipe: Mapping[str, Any]) -> str:
-    """Nothing: `config.json` says all."""
+    """An empty string: `config.json` contains everything."""
     return ""
 
 
 def card_note(_grid: Grid) -> str:
-    """The note in the card for those who load the folder."""
+    """The note in the card on loading the folder."""
     return """- The format is GPTQ, version 2. Stock transformers load it if gptqmodel and optimum are
   installed. If they are not, `import loftq` first."""
 
@@ -184,7 +184,7 @@ def quantization_config(
     codebooks: Mapping[str, str],
     target_modules: Sequence[str],
 ) -> dict[str, object]:
-    """The entry of `config.json`. What is quantized is named: by ends of names, within the blocks' common path."""
+    """The entry of `config.json`. It lists the ends of names of quantized modules, within the blocks' common path."""
     return {
         "quant_method": METHOD,
         "checkpoint_format": CHECKPOINT_FORMAT,

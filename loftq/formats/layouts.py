@@ -1,6 +1,6 @@
-"""The layouts that a quantized linear can be written in, by name.
+"""The on-disk layouts of a quantized linear, by name.
 
-A layout is a module that has all of `Layout`: nobody else asks for a format by name.
+A layout is a module that implements `Layout`. No other code depends on the name of a format.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ class Layout(Protocol):
 
     METHOD: str  # its name: that of --format, and `quant_method` in `config.json`
     BLOCK_SIZES: tuple[int, ...]
-    SIDES: int  # both sides of a linear are multiples of it
+    SIDES: int  # both sides of a linear must be multiples of this number
     SCALE_DTYPE: torch.dtype
     HOLDS: str  # the types that `holds` accepts, in words
-    STOCK: bool  # whether loaders that do not know loftq load it: they convert the stock classes of linears alone
+    STOCK: bool  # whether loaders without loftq can load it; they convert only the stock classes of linears
     SEVERAL_TYPES: bool  # whether the linears of one folder may have several types
-    WITHOUT_WEIGHT: bool  # whether its stock loader takes models of text alone, with linears that have no `weight`
-    IN_MEMORY: bool  # whether a linear of it can be built in memory (`LayoutLinears.build`)
+    WITHOUT_WEIGHT: bool  # whether its stock loader needs a model of text only, and gives it linears without `weight`
+    IN_MEMORY: bool  # whether its linear can be built in memory (`LayoutLinears.build`)
     LINEARS: str  # the module of its linears: `models.layout_linears.LayoutLinears`
     PLUGIN: str | None  # the module that registers it with transformers when it is imported
-    IMPORT_LINE: str  # the line of Python before stock loading, or nothing
-    PLAN_NOTE: str  # what the plan says of loading, with {what} is quantized and the {loader}, or nothing
+    IMPORT_LINE: str  # the line of Python that stock loading needs first; or empty
+    PLAN_NOTE: str  # a note on loading for the plan, with places for {what} is quantized and for the {loader}; or empty
 
     def holds(self, grid: Grid, /) -> bool:
-        """Whether such codes have a place in the format."""
+        """Whether the format can hold codes of this type."""
 
     def specs(self, module: str, shape: Sequence[int], grid: Grid, dtype: torch.dtype, /) -> list[TensorSpec]:
         """The tensors of one linear."""
@@ -53,7 +53,7 @@ class Layout(Protocol):
         scales: Scales,
         /,
     ) -> dict[str, torch.Tensor]:
-        """Their values."""
+        """The values of these tensors."""
 
     def read(self, module: str, shape: Sequence[int], grid: Grid, tensor: Callable[[str], torch.Tensor], /) -> Solved:
         """The inverse of `tensors`, from a reader of tensors by name."""
@@ -61,13 +61,13 @@ class Layout(Protocol):
     def input_groups(
         self, module: str, shape: Sequence[int], grid: Grid, tensor: Callable[[str], torch.Tensor], /
     ) -> torch.Tensor | None:
-        """The group of each input where groups are not of consecutive inputs, and None where they are."""
+        """The group of each input, or None if groups consist of consecutive inputs."""
 
     def load_options(self, recipe: Mapping[str, Any], /) -> str:
-        """The `quantization_config` that stock `from_pretrained` gets, as Python, or nothing."""
+        """The `quantization_config` argument of stock `from_pretrained`, as Python code; or empty."""
 
     def card_note(self, grid: Grid, /) -> str:
-        """An item of a list: what somebody who loads such weights should know."""
+        """An item of a list in the card: the facts that a user needs to load such weights."""
 
     def quantization_config(
         self,
@@ -83,7 +83,7 @@ class Layout(Protocol):
 
 _ALL: tuple[Layout, ...] = (bitsandbytes, gptq, native)  # the first that holds a type is its default
 LAYOUTS: Mapping[str, Layout] = {layout.METHOD: layout for layout in _ALL}
-OURS = native.METHOD  # which holds everything, for all linears
+OURS = native.METHOD  # it can hold every type and every linear
 
 
 def choose(
@@ -93,10 +93,10 @@ def choose(
     shapes: Collection[tuple[int, int]] = (),
     loadable: Collection[str] = tuple(LAYOUTS),
 ) -> str:
-    """The name of the layout: the one wanted, or else the first that holds such codes.
+    """Return the name of the layout: the `wanted` one, or the first that can hold these types.
 
-    `grids` are those that layers may have, and `loadable` the layouts in which a loader takes the model's linears.
-    Raises OptionError where the layout cannot hold them, with those that can.
+    `grids` are the types that layers may get; `loadable` are the layouts whose loaders accept the model's linears.
+    Raises OptionError if the layout cannot hold the types, and names those that can.
     """
     if wanted is None:
         wanted = next(name for name in LAYOUTS if name in loadable and _fits(name, grids, shapes))
@@ -112,7 +112,9 @@ def choose(
         if grid.block_size not in layout.BLOCK_SIZES:
             known = [size for size in layout.BLOCK_SIZES if layout.holds(replace(grid, block_size=size))]
             sizes = ", ".join(map(str, known))
-            raise OptionError(f"{grid.sharing} {grid.block_size} is not one that {wanted} has (known: {sizes})")
+            raise OptionError(
+                f"--format {wanted} does not support {grid.sharing} {grid.block_size}: use one of {sizes}"
+            )
     if len(grids) > 1 and not layout.SEVERAL_TYPES:
         raise OptionError(f"--format {wanted} holds one width a folder: use --format {OURS} for {grids[0]} and others")
     return wanted
@@ -125,12 +127,12 @@ def _fits(name: str, grids: Sequence[Grid], shapes: Collection[tuple[int, int]])
 
 
 def misfit(name: str, grid: Grid, rows: int, columns: int) -> str | None:
-    """Why a layout cannot hold a linear of these sides, and what could be used instead."""
+    """Explain why a layout cannot hold a linear of this shape, and what to use instead. None if it can."""
     layout, block = LAYOUTS[name], grid.block(columns)
     if rows % layout.SIDES or columns % layout.SIDES:
-        return f"--format {name} packs {layout.SIDES} weights a word along both sides: use --format {OURS}"
+        return f"--format {name} needs both sides to be multiples of {layout.SIDES}: use --format {OURS}"
     if columns % block == 0:  # blocks across rows are legal, but bitsandbytes reads them wrongly on the CPU
-        return f"its {columns} inputs are no multiple of 8" if block % 8 else None
+        return f"its {columns} inputs are not a multiple of 8" if block % 8 else None
     option = f"--{grid.sharing.replace(' ', '-')}"
     fitting = [size for size in layout.BLOCK_SIZES if size != ROW and columns % size == 0]
     advice = f": use {option} {fitting[-1]}" if fitting else ""

@@ -1,23 +1,23 @@
-"""MLX's affine layout, as `mlx_lm.load` reads it from a folder: integers in groups, with any bias.
+"""MLX's affine layout, as `mlx_lm.load` reads it: integers in groups that have a scale and a bias each.
 
 For a linear (out, in) of b bits in groups of g consecutive inputs (mlx.core.quantize, mode `affine`):
 
-    weight    uint32  (out, in · b / 32)   codes; along each row a dense stream with low bits first
+    weight    uint32  (out, in · b / 32)   codes; each row is a dense stream, low bits first
     scales    float32 (out, in / g)
-    biases    float32 (out, in / g)        what a code of 0 stands for
-    bias      the linear's own, where it has one: dense, beside these
+    biases    float32 (out, in / g)        the value of code 0
+    bias      (out,)                       the bias of the linear itself, if it has one; dense
 
     W~ = scale · code + bias
 
-Tensors are named as in the transformers checkpoint. `config.json` names the width and the group under `quantization`;
-mlx-lm writes a second copy under `quantization_config`, which the Hub and other readers look at, and so is done here.
-Of the rotary embedding, `rope_parameters` of transformers 5 is said once more as `rope_theta` and `rope_scaling`: most
-models of mlx-lm read these alone, and fall back on a default without a word.
+Tensors have the names of the transformers checkpoint. `config.json` gives the width and the group size under
+`quantization`, and again under `quantization_config`, which the Hub and other readers look at; mlx-lm does the same.
+transformers 5 describes the rotary embedding in `rope_parameters`. The export repeats this as `rope_theta` and
+`rope_scaling`, because most models of mlx-lm read only these, and silently use a default if they are missing.
 
-Scales and biases are float32, where mlx itself would write the checkpoint's own 16 bits. A bias is as large as
-2^(b−1) steps of the grid: rounding it to bfloat16 would move the weights by up to 1/32 of a step at 4 bits and half a
-step at 8, and rounding is what a merge into biases avoids. mlx multiplies in the widest of its operands' types, so
-activations are float32 from the first quantized linear on, whatever the type of the dense tensors.
+Scales and biases are float32, although mlx itself would write them in the 16-bit type of the checkpoint. A bias is as
+large as 2^(b−1) steps of the grid. Rounding it to bfloat16 would move the weights by up to 1/32 of a step at 4 bits,
+and half a step at 8 bits. A merge into biases is meant to avoid exactly this rounding. mlx multiplies in the widest
+type of its operands, so activations are float32 after the first quantized linear, even if dense tensors are bfloat16.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from loftq.formats.checkpoint import TensorSpec
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128)
 SCALE_DTYPE = torch.float32
-METADATA = {"format": "mlx"}  # of each shard, as mlx-lm writes it
+METADATA = {"format": "mlx"}  # in the header of each shard, as mlx-lm writes it
 
 
 def check_linears(bits: int, group_size: int) -> None:
-    """Raise OptionError for codes that have no place in this format."""
+    """Raise OptionError for a width or a group size that this format cannot hold."""
     if bits not in BITS:
-        raise OptionError(f"--to mlx holds integers of {_listed(BITS)} bits, not of {bits}: quantize to one of these")
+        raise OptionError(f"--to mlx holds integers of {_listed(BITS)} bits, not {bits}: quantize to one of these")
     if group_size not in GROUP_SIZES:
         raise OptionError(
-            f"--to mlx holds groups of {_listed(GROUP_SIZES)} inputs, not of {group_size}: "
+            f"--to mlx holds groups of {_listed(GROUP_SIZES)} inputs, not {group_size}: "
             f"quantize with --group-size {GROUP_SIZES[1]}"
         )
 
 
 def specs(module: str, shape: Sequence[int], bits: int, group_size: int) -> list[TensorSpec]:
-    """The tensors of one linear (out, in). Raises OptionError where groups do not divide its inputs."""
+    """The tensors of one linear (out, in). Raises OptionError if the group size does not divide its inputs."""
     rows, columns = shape
     if columns % group_size:
         raise OptionError(
@@ -76,9 +76,9 @@ def tensors(module: str, weight: AffineWeight) -> dict[str, torch.Tensor]:
 def config(
     source: Mapping[str, object], bits: int, group_size: int, widths: Mapping[str, int] | None = None
 ) -> dict[str, object]:
-    """`config.json` of the export, from that of the quantized model.
+    """Make the `config.json` of the export from that of the quantized model.
 
-    `widths` has the bits of each module that is not of `bits`.
+    `widths` has the bits of each module whose width is not `bits`.
     """
     entry: dict[str, object] = _entry(bits, group_size)
     entry |= {module: _entry(other, group_size) for module, other in (widths or {}).items()}
@@ -86,7 +86,7 @@ def config(
 
 
 def _rope(source: Mapping[str, object]) -> dict[str, object]:
-    """The rotary embedding where mlx-lm's models look for it, which is not where transformers 5 writes it."""
+    """The settings of the rotary embedding, under the names that mlx-lm's models read."""
     rope = source.get("rope_parameters")
     if not isinstance(rope, Mapping):
         return {}

@@ -1,18 +1,18 @@
-"""Our own layout, `quant_method: loftq`, for what no stock format holds: codebooks of 2 and 3 bits, integers with
-floating zero-points, several widths in one folder, and linears that stock loaders do not convert.
+"""Our own layout, `quant_method: loftq`, for weights that no stock format can hold: codebooks of 2 and 3 bits, integers
+with floating zero-points, several widths in one folder, and linears that stock loaders do not convert.
 
 For a linear (out, in) with n = out · in weights, of which g share a scale:
 
-    weight                  uint8   (n · bits / 8)   codes, a dense stream with low bits first, row-major
+    weight                  uint8   (n · bits / 8)   codes, a dense row-major stream, low bits first
     weight_scales           float16 (n / g)          uint8 under double quantization
     weight_scales_absmax    float32 (n / g / 256 rounded up)    double quantization only
     weight_scales_offset    float32 (1)                         double quantization only
     weight_zeros            uint8   (n · bits / g / 8 rounded up)    zero-points, packed like codes: integer ones only
-    weight_shifts           float16 (n / g)          floating zero-points only; float32 where an adapter was merged
+    weight_shifts           float16 (n / g)          floating zero-points only; float32 if an adapter was merged
 
-    W~ = scale · level + shift,  shift = 0, or scale · (2^(bits−1) − zero), or the one that is stored
+    W~ = scale · level + shift,  shift = 0, or scale · (2^(bits−1) − zero), or the stored shift
 
-`config.json` says which codebook. A stock load of such a folder fails at the first weight, whose shape is not the
+`config.json` names the codebook. A stock load of such a folder fails at the first weight, whose shape is not the
 model's; transformers loads it once loftq is imported.
 """
 
@@ -49,7 +49,7 @@ PLAN_NOTE = "stock transformers cannot load {what}: import loftq before from_pre
 
 
 def holds(grid: Grid) -> bool:
-    """Whether such codes have a place in this format: all that there are, codebooks in blocks."""
+    """Whether this format can hold codes of this type: all types, but codebooks only in blocks."""
     return grid.integer or grid.block_size != ROW
 
 
@@ -117,31 +117,31 @@ def read(module: str, shape: Sequence[int], grid: Grid, tensor: Callable[[str], 
 def read_scales(
     scales: torch.Tensor, absmax: torch.Tensor | None = None, offset: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The float32 scales that stored ones stand for."""
+    """Decode stored scales to float32."""
     if absmax is None or offset is None:
         return scales.float()
     return NestedScales(scales, absmax, 0.0).decode() + offset
 
 
 def read_zeros(zeros: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """The float32 shifts that packed zero-points stand for under float32 scales."""
+    """Decode packed zero-points to float32 shifts, for float32 scales."""
     return shifts_of(unpack(zeros, bits, len(scales)), scales, bits)
 
 
 def input_groups(
     _module: str, _shape: Sequence[int], _grid: Grid, _tensor: Callable[[str], torch.Tensor]
 ) -> torch.Tensor | None:
-    """None: groups are always of consecutive inputs."""
+    """None: groups always consist of consecutive inputs."""
     return None
 
 
 def load_options(_recipe: Mapping[str, Any]) -> str:
-    """Nothing: `config.json` says all."""
+    """An empty string: `config.json` contains everything."""
     return ""
 
 
 def card_note(_grid: Grid) -> str:
-    """The note in the card for those who load the folder."""
+    """The note in the card on loading the folder."""
     return "- The weights stay packed in memory. `merge_and_unload` gives a dense model with the adapter in it."
 
 
@@ -177,4 +177,6 @@ def check_config(version: int, codebooks: Iterable[str], zero_point: str | None)
     ):
         unknown = sorted(set(names) - set(known))
         if unknown:
-            raise ArtifactError(f"loftq format: {kind} {unknown[0]!r} is none of {', '.join(known)}: upgrade loftq")
+            raise ArtifactError(
+                f"loftq format: {kind} {unknown[0]!r} is unknown (expected one of {', '.join(known)}): upgrade loftq"
+            )

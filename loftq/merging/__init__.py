@@ -1,1 +1,1 @@
-"""A backbone and an adapter become one model: the targets, the exports, the comparison of logits."""
+"""Merges a backbone and an adapter into one model: the targets, and the comparison of logits."""

@@ -1,4 +1,4 @@
-"""Whether a merged model answers as the adapter on its backbone does."""
+"""Compares the logits of a merged model with those of the adapter on its backbone."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from loftq.models.tasks import TASKS, auto_class
 
 
 def checked_difference(target: Target, staging: Staging) -> float | None:
-    """The difference of logits. Raises ArtifactError, and removes what was made, where the target tolerates less."""
+    """The difference of logits. Above the target's tolerance, the output is removed and ArtifactError raised."""
     difference, tolerated = logit_difference(target.pair, staging.folder), target.tolerated
     if difference is not None and tolerated is not None and not difference <= tolerated:
         shutil.rmtree(staging.folder)
         if not any(staging.output.iterdir()):
             staging.output.rmdir()
         raise ArtifactError(
-            f"the merged model answers otherwise than the adapter on its backbone: its logits differ by "
-            f"{difference:.2g} of their norm (at most {tolerated:g} was expected). Nothing was written"
+            f"the outputs of the merged model differ from those of the adapter on its backbone: the logits differ by "
+            f"{difference:.2g} of their norm (expected at most {tolerated:g}). Nothing was written"
         )
     return difference
 
 
 def logit_difference(pair: BackboneAndAdapter, merged: Path) -> float | None:
-    """How far the logits of a few tokens have moved, relative to their norm; None for models of other inputs."""
+    """The difference of the logits of a few tokens, relative to their norm. None if the model does not read tokens."""
     from peft import PeftModel
 
     base = load_base(pair.backbone.artifact or pair.backbone.folder, dtype=torch.float32)

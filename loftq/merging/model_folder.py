@@ -1,4 +1,4 @@
-"""Targets that are the folder of a model: linear by linear, in shards, with its configuration and tokenizer."""
+"""Base class of targets that write the folder of a model, one linear at a time, with configuration and tokenizer."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from loftq.models.tasks import TASKS
 class ModelFolder(Target):
     """A folder that a library loads as a model."""
 
-    format: ClassVar[str]  # in the manifest: a name of LAYOUTS, or one that loftq does not read
-    metadata: ClassVar[dict[str, str]] = {}  # of each shard, beside safetensors' own
-    import_line: ClassVar[str] = ""  # the line of Python before stock loading
+    format: ClassVar[str]  # for the manifest: a name of LAYOUTS, or of a format that loftq does not read
+    metadata: ClassVar[dict[str, str]] = {}  # additional metadata in the header of each shard
+    import_line: ClassVar[str] = ""  # the line of Python that stock loading needs first
 
     @abstractmethod
     def specs(self, module: str) -> list[TensorSpec]:
@@ -35,25 +35,25 @@ class ModelFolder(Target):
 
     @abstractmethod
     def tensors(self, module: str) -> dict[str, torch.Tensor]:
-        """Their values."""
+        """The values of these tensors."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """`config.json`."""
+        """The contents of `config.json`."""
 
     def grid(self, _module: str) -> Grid | None:
-        """The type of what is written; None for what is in no layout of LAYOUTS."""
+        """The type in which a linear is written; None if the format is not in LAYOUTS."""
         return None
 
     def loading_lines(self) -> str:
-        """The Python that loads the folder, for its card."""
+        """Python code that loads the folder, for the card."""
         name = TASKS[self.pair.backbone.task].auto_class
         place = '"..."'
         return f"{self.import_line}from transformers import {name}\n\nmodel = {name}.from_pretrained({place})"
 
     @cached_property
     def shards(self) -> list[Shard]:
-        """The files of the weights, tensors in the order of the backbone's."""
+        """The files of the weights, with tensors in the order of the backbone."""
         backbone, kept = self.pair.backbone, self.kept
         groups = []
         seen: set[str] = set()
@@ -67,7 +67,7 @@ class ModelFolder(Target):
         return lay_out(groups, self.limit, metadata=self.metadata)
 
     def write(self, staging: Staging, quiet: bool) -> None:
-        """Weights, with a progress bar on stderr, and then configuration, tokenizer, card and manifest."""
+        """Write the weights, with a progress bar on stderr, then configuration, tokenizer, card and manifest."""
         self._write_weights(staging, quiet)
         pair = self.pair
         for path in side_files(pair.backbone.folder):

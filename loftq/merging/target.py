@@ -17,14 +17,14 @@ _HEAD_TOLERANCE = 0.02  # a head is trained in float32, and stored in the model'
 
 
 class Target(ABC):
-    """A merge of one pair. `limit` is the most bytes of a shard, where the target has shards."""
+    """A merge of one pair. `limit` is the maximum size of a shard in bytes, for targets that have shards."""
 
-    name: ClassVar[str]  # of --to
+    name: ClassVar[str]  # the value of --to
     text: ClassVar[str]  # a line of --help
-    suffix: ClassVar[str] = ".safetensors"  # of the files that hold the weights
+    suffix: ClassVar[str] = ".safetensors"  # of the files with the weights
     any_backbone: ClassVar[bool] = False  # whether the adapter may have been trained on another backbone
-    comparable: ClassVar[bool] = False  # whether transformers load the result, so that its logits can be compared
-    tolerance: ClassVar[float | None] = None  # how far logits may move, of their norm; None: as far as they do
+    comparable: ClassVar[bool] = False  # whether transformers can load the result, to compare its logits
+    tolerance: ClassVar[float | None] = None  # maximum difference of logits relative to their norm; None: no limit
 
     def __init__(self, pair: BackboneAndAdapter, limit: int) -> None:
         self.pair = pair
@@ -32,22 +32,22 @@ class Target(ABC):
 
     @abstractmethod
     def check(self, allow_rounding: bool) -> float | None:
-        """Raise OptionError where the target cannot hold the pair. Returns the share of the adapter that is lost."""
+        """Return the part of the adapter that would be lost. Raises OptionError if the target cannot hold the pair."""
 
     @abstractmethod
     def write(self, staging: Staging, quiet: bool) -> None:
-        """Write all files, the manifest last. What `staging` has already is not written again."""
+        """Write all files, the manifest last. Tensors that `staging` already has are not written again."""
 
     @property
     def tolerated(self) -> float | None:
-        """How far the logits of this pair may move: a trained head moves them too."""
+        """The tolerance for this pair. It is larger with a trained head, which is rounded too."""
         if self.tolerance is None or not self.pair.adapter.saved:
             return self.tolerance
         return max(self.tolerance, _HEAD_TOLERANCE)
 
     @cached_property
     def kept(self) -> dict[str, TensorSpec]:
-        """The tensors beside quantized weights by name. A head that the adapter trained takes the backbone's place."""
+        """The tensors that are not quantized, by name. A trained head of the adapter replaces that of the backbone."""
         backbone = self.pair.backbone
         specs = {name: spec for name, spec in backbone.checkpoint.tensors.items() if name not in backbone.owners}
         for name, key in self.pair.adapter.saved.items():
@@ -68,7 +68,7 @@ class Target(ABC):
         return (text,)
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that the bytes of the result depend on."""
+        """Everything that the bytes of the result depend on."""
         weights = self.pair.adapter.folder / adapters.WEIGHTS
         state = weights.stat()
         backbone = self.pair.backbone

@@ -1,7 +1,7 @@
-"""GPTQ's layout for transformers, whoever wrote the folder: loads it with our linear.
+"""Loads folders in GPTQ's layout with our linear, whichever program wrote them.
 
-Where gptqmodel is installed, GPTQ folders are its own, and ours is asked for by a name of its own, `OWN_METHOD`: the
-tables of transformers are written once, when this module is imported, and every load chooses for itself.
+If gptqmodel is installed, transformers loads GPTQ folders with it, and our quantizer is selected by its own name,
+`OWN_METHOD`. The tables of transformers are changed only once, when this module is imported.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from loftq.models.gptq_linear import GptqLinear
 from loftq.models.linears import DenseLinear
 from loftq.models.packed_quantizer import PackedQuantizer
 
-OWN_METHOD = "gptq_by_loftq"  # as `quant_method`, during a load alone: what is saved says "gptq"
+OWN_METHOD = "gptq_by_loftq"  # the `quant_method` during loading; saved folders say "gptq"
 
 
 @register_quantization_config(OWN_METHOD)
 class GptqConfig(GPTQConfig):
-    """transformers' own, which does not need optimum to be read, and knows for which quantizer it is."""
+    """transformers' configuration of GPTQ, but it does not require optimum, and records which quantizer is selected."""
 
     def __init__(self, *arguments: Any, quant_method: str = gptq.METHOD, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -37,7 +37,7 @@ class GptqConfig(GPTQConfig):
             self.quant_method = OWN_METHOD  # type: ignore[assignment]
 
     def post_init(self) -> None:
-        """As transformers', but for its question which optimum is installed, asked where modules are named."""
+        """Do what transformers does, but skip its check of optimum's version, which it makes if modules are named."""
         named, self.modules_in_block_to_quantize = self.modules_in_block_to_quantize, None
         super().post_init()  # type: ignore[no-untyped-call]
         self.modules_in_block_to_quantize = named
@@ -45,20 +45,22 @@ class GptqConfig(GPTQConfig):
 
 @register_quantizer(OWN_METHOD)
 class GptqQuantizer(PackedQuantizer):
-    """GPTQ's layout, whoever wrote it: the linears whose codes the checkpoint has."""
+    """Replaces the linears whose codes are in the checkpoint."""
 
     quantization_config: GptqConfig
     _linear = GptqLinear
 
     def __init__(self, quantization_config: GptqConfig, **named: Any) -> None:
-        quantization_config.quant_method = QuantizationMethod.GPTQ  # the choice is made: what is saved is GPTQ's
+        quantization_config.quant_method = (
+            QuantizationMethod.GPTQ
+        )  # it has been selected; from here on the method is GPTQ
         super().__init__(quantization_config, **named)
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
-        """Raise ImportError for what gptqmodel alone can read."""
+        """Raise ImportError for a format that only gptqmodel can read."""
         if self.quantization_config.format not in gptq.READABLE:
             raise ImportError(
-                f"GPTQ's format {self.quantization_config.format!r} is read by gptqmodel alone: "
+                f"GPTQ's format {self.quantization_config.format!r} can only be read by gptqmodel: "
                 "pip install gptqmodel optimum"
             )
 
@@ -80,6 +82,6 @@ def has_gptqmodel() -> bool:
     return bool(is_gptqmodel_available() and is_optimum_available())
 
 
-if not has_gptqmodel():  # which has kernels for GPUs
+if not has_gptqmodel():  # gptqmodel has kernels for GPUs, so it comes first
     AUTO_QUANTIZATION_CONFIG_MAPPING[gptq.METHOD] = GptqConfig
     AUTO_QUANTIZER_MAPPING[gptq.METHOD] = GptqQuantizer

@@ -1,4 +1,4 @@
-"""Load an artifact for training or inference, with what stock loading leaves to the user done."""
+"""Loads an artifact for training or inference, and handles the setup that stock loading leaves to you."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def load_qlora(
 ) -> PeftModel:
     """Load a folder that `loftq quantize` wrote, with its initial adapter or a trained one.
 
-    Beside what `from_pretrained` does: the compute dtype is the folder's (or `dtype`), bitsandbytes' CPU
-    repacking is off, norms and a task's head run in float32 while embeddings stay as they are, inputs require
-    gradients so that gradient checkpointing works, and the adapter is checked to belong to this backbone.
+    In addition to `from_pretrained`, it sets the compute dtype of the folder (or `dtype`), turns off bitsandbytes'
+    repacking of weights on CPUs, runs norms and the head of a task in float32 without changing the embeddings, makes
+    inputs require gradients so that gradient checkpointing works, and checks that the adapter belongs to the backbone.
     Raises ArtifactError.
     """
     from peft import PeftModel
@@ -67,11 +67,11 @@ def load_qalora(
 ) -> PeftModel:
     """Load a group-wise quantized model with a QA-LoRA adapter, in peft's convention (arXiv 2309.14717).
 
-    `folder` is one that `loftq quantize --adapter qalora` wrote, with its initial adapter or a trained one, or any
-    GPTQ checkpoint of a causal language model (version 1 or 2, act-order too), with a trained adapter or, without
-    one, a new one of `rank`, `alpha` (default: the rank) and `pool_size` (default: the group size) that adds nothing
-    yet. `backend="gptqmodel"` runs GPTQ weights by gptqmodel, where that is installed. What else is done is what
-    `load_qlora` does. Raises ArtifactError and OptionError.
+    `folder` is either one that `loftq quantize --adapter qalora` wrote, with its initial adapter or a trained one, or
+    any GPTQ checkpoint of a causal language model (version 1 or 2, with or without act-order). Without `adapter`, such
+    a checkpoint gets a new adapter of `rank`, `alpha` (default: the rank) and `pool_size` (default: the group size),
+    which adds nothing yet. With `backend="gptqmodel"`, gptqmodel runs GPTQ weights, if it is installed. The rest of
+    the setup is that of `load_qlora`. Raises ArtifactError and OptionError.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -80,7 +80,10 @@ def load_qalora(
     if backend not in BACKENDS:
         raise UnknownNameError("backend", backend, BACKENDS)
     if backend == "gptqmodel" and not has_gptqmodel():
-        raise OptionError('backend="gptqmodel": it is not installed: pip install gptqmodel optimum, or leave it out')
+        raise OptionError(
+            'backend="gptqmodel": gptqmodel is not installed: run `pip install gptqmodel optimum`, '
+            "or leave the argument out"
+        )
     ours = (Path(folder) / MANIFEST).is_file() or not gptq.is_gptq(Path(folder))
     artifact = _open(folder, "qalora") if ours else None
     chosen = Path(adapter) if adapter is not None else artifact.adapter if artifact is not None else None
@@ -118,7 +121,7 @@ def _open(folder: str | Path, kind: str) -> Artifact:
 def _group_size(base: Any) -> int:
     actual = int(base.config.quantization_config.group_size)
     if actual == ROW:
-        raise OptionError("this checkpoint has one group a row: say how many inputs to pool with pool_size")
+        raise OptionError("this checkpoint has one group for each row: set pool_size, the number of inputs in a pool")
     return actual
 
 
@@ -129,9 +132,9 @@ def load_base(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Any:
-    """The backbone of an artifact, or of somebody else's folder, ready to train an adapter on.
+    """Load the backbone of an artifact, or a folder of another program, ready for training an adapter on it.
 
-    `backend`, one of BACKENDS, says what runs GPTQ's layout: by default gptqmodel where it is installed.
+    `backend`, one of BACKENDS, runs weights in GPTQ's layout; by default it is gptqmodel if that is installed.
     """
     if isinstance(source, Path):
         folder, task, heads = source, TASKS["causal-lm"], ()
@@ -154,7 +157,7 @@ def load_base(
 
 
 def _config_for_our_linear(folder: Path) -> dict[str, Any]:
-    """The configuration with which transformers load a folder of GPTQ by our linear, though gptqmodel is installed."""
+    """The arguments with which transformers loads a GPTQ folder with our linear, even if gptqmodel is installed."""
     if not gptq.is_gptq(folder):
         return {}
     from transformers import AutoConfig
@@ -169,8 +172,8 @@ def _config_for_our_linear(folder: Path) -> dict[str, Any]:
 def guard_cpu(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights in place on CPUs with AVX512-BF16.
 
-    The repacking happens at the first forward in evaluation mode; dequantization, gradients and merges after
-    it are wrong (bitsandbytes issue 2078).
+    It repacks them in the first forward pass in evaluation mode. Dequantization, gradients and merges are wrong after
+    that (bitsandbytes issue 2078).
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -184,7 +187,7 @@ def _change_dtype(model: nn.Module, dtype: torch.dtype) -> None:
 
     from loftq.models.packed_linear import PackedLinear
 
-    scales: set[int] = set()  # are what the codes were chosen under: in another dtype they would be others
+    scales: set[int] = set()  # they keep their dtype: the codes were chosen for exactly these scales
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
@@ -199,7 +202,7 @@ def _change_dtype(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _norms_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
-    """Norm weights in float32, with activations cast on the way in and back: the rest stays in `dtype`."""
+    """Run norms in float32: their inputs are cast to float32, and their outputs back to `dtype`."""
     for module in model.modules():
         if type(module).__name__.lower().endswith("norm") and not list(module.children()):
             module.float()
@@ -208,7 +211,7 @@ def _norms_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _heads_in_float32(model: nn.Module, names: Iterable[str]) -> None:
-    """Heads that train in full: in bfloat16 an update of a few millionths is lost."""
+    """Keep heads, which train in full, in float32: in bfloat16, small updates would be lost."""
     for name in names:
         head = model.get_submodule(name).float()
         head.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
@@ -216,7 +219,7 @@ def _heads_in_float32(model: nn.Module, names: Iterable[str]) -> None:
 
 @contextmanager
 def _expecting_a_new_head(expected: bool) -> Iterator[None]:
-    """Without transformers' warning that a head begins anew, where the adapter holds it."""
+    """Hide transformers' warning about a newly initialized head if the adapter contains it."""
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     try:

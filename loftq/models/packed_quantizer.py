@@ -1,4 +1,4 @@
-"""The part that our quantizers for transformers share: packed linears take the place of a model's own."""
+"""Base class of our quantizers for transformers, which replace the linears of a model by packed ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loftq.models.packed_linear import PackedLinear
 
 
 class PackedQuantizer(HfQuantizer):
-    """Puts packed linears in the place of a model's own before the weights are loaded."""
+    """Replaces linears of a model by packed linears before the weights are loaded."""
 
     requires_calibration = False
     _linear: type[PackedLinear] = PackedLinear
@@ -46,21 +46,21 @@ class PackedQuantizer(HfQuantizer):
             _check_sizes(model, file, specs)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        model.quantization_method = METHOD  # whatever the layout: peft refuses to merge where this says "gptq"
+        model.quantization_method = METHOD  # for every layout, because peft refuses to merge if this is "gptq"
         return model
 
     def update_device_map(self, device_map: Any) -> Any:
-        """As transformers has it for bitsandbytes' folders: unless it is said where, a model goes to the GPU."""
+        """Put the model on the GPU if there is no device map, as transformers does for bitsandbytes."""
         gpu = find_gpu()
         return device_map if gpu is None or device_map is not None else {"": gpu}
 
     def is_serializable(self) -> bool:
-        """`save_pretrained` writes the tensors as they were loaded."""
+        """Return True: `save_pretrained` writes the tensors as they were loaded."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """With adapters."""
+        """Return True: adapters on the model can be trained."""
         return True
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -71,8 +71,9 @@ class PackedQuantizer(HfQuantizer):
 
 
 def _check_sizes(model: nn.Module, file: Path, specs: Sequence[TensorSpec]) -> None:
-    """Raise ArtifactError for a packed tensor that is not what config.json makes of it: transformers would only say
-    that something does not match.
+    """Raise ArtifactError if a packed tensor does not have the dtype and shape that config.json implies.
+
+    transformers would only report a mismatch, without the cause.
     """
     expected = {
         f"{name}.{key}": tensor
@@ -86,5 +87,5 @@ def _check_sizes(model: nn.Module, file: Path, specs: Sequence[TensorSpec]) -> N
         if wanted is not None and (spec.shape, spec.dtype) != (tuple(wanted.shape), wanted.dtype):
             raise ArtifactError(
                 f"{file}: {spec.name} is {spec.dtype} {list(spec.shape)}, expected {wanted.dtype} "
-                f"{list(wanted.shape)}: the folder is damaged, or its config.json is another's"
+                f"{list(wanted.shape)}: the folder is damaged, or its config.json belongs to another model"
             )

@@ -1,4 +1,4 @@
-"""The plan of a run, from headers alone: all that is decided and checked before the first weight is read."""
+"""The plan of a run: everything that is decided and checked, from headers only, before the first weight is read."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from loftq.planning.recipe import Recipe
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear to quantize: its module, the checkpoint tensor it comes from, its shape (out, in).
+    """A linear to quantize: its module, the name of its tensor in the checkpoint, and its shape (out, in).
 
-    The tensor itself is (in, out) where `transposed`.
+    If `transposed`, the stored tensor is (in, out).
     """
 
     module: str
@@ -38,7 +38,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Plan:
-    """The fate of every tensor, and the place of all bytes."""
+    """The form in which every tensor is written, and its place in the files."""
 
     recipe: Recipe
     source: Source
@@ -62,7 +62,7 @@ class Plan:
 
     @property
     def layout(self) -> Layout:
-        """How a quantized linear is written."""
+        """The layout of quantized linears on disk."""
         return LAYOUTS[self.format]
 
     @property
@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def kind(self) -> str:
-        """The kind of artifact that it becomes: `loftq.load_{kind}` loads it."""
+        """The kind of the artifact. `loftq.load_{kind}` loads it."""
         return "qlora" if self.recipe.pool_size is None else "qalora"
 
     def grid(self, layer: Layer) -> Grid:
@@ -90,7 +90,7 @@ class Plan:
 
     @property
     def quantized_names(self) -> list[str]:
-        """Ends of names that reach the quantized modules and no other: peft's, or else the full names."""
+        """Ends of names that match only the quantized modules: peft's target modules, or else the full names."""
         wanted = {layer.module for layer in self.layers}
         reached = {name for name, _ in self.model.named_modules() if name.endswith(self.target_modules)}
         return list(self.target_modules if reached == wanted else sorted(wanted))
@@ -102,7 +102,7 @@ class Plan:
 
     @cached_property
     def layer_bits(self) -> float:
-        """Bits per weight of the quantized linears, with scales and everything else."""
+        """Bits per weight of the quantized linears, including scales and zero-points."""
         stored = sum(self._stored(layer) for layer in self.layers)
         return 8 * stored / self.weights
 
@@ -123,7 +123,7 @@ class Plan:
 
     @property
     def trained_parameters(self) -> int:
-        """Parameters of the adapter: factors, and a head that is trained with them."""
+        """Number of parameters of the adapter: its factors, and a head that is trained with them."""
         return sum(spec.numel for _, spec in self.adapter.offsets.values())
 
     def bits_of(self, layer: Layer) -> float:

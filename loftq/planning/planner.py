@@ -1,4 +1,4 @@
-"""Resolves a recipe against a source, from headers alone."""
+"""Makes the plan of a recipe for a source, only from headers."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from loftq.planning.notes import notes_on
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.recipe import Recipe
 
-_POOLER = "pooler"  # checkpoints of masked language models often lack it, and transformers begins it anew
+_POOLER = "pooler"  # checkpoints of masked language models often lack it, and transformers initializes it
 
 
 def make_plan(
     source: Source, recipe: Recipe, *, trust_remote_code: bool = False, widths: Mapping[str, int] | None = None
 ) -> Plan:
-    """Resolve a recipe against a source. Raises SourceError or OptionError with what to change.
+    """Make the plan of a recipe for a source. Raises SourceError or OptionError, with the change that is needed.
 
-    `widths` are the bits of each module under `--allocation auto`; until they are known, a plan of the same size is
-    made.
+    `widths` are the bits of each module under `--allocation auto`. Until they are known, the plan has the same size as
+    the final one.
     """
     _refuse_quantized(source)
     model, task = build_meta(
@@ -96,7 +96,7 @@ def _refuse_quantized(source: Source) -> None:
 
 
 def _targets(model: nn.Module, model_linears: Linears, recipe: Recipe, source: Source) -> list[str]:
-    """The modules to quantize: those asked for, or the family's, or all."""
+    """The modules to quantize: those of the recipe, or else those of the family, or else all."""
     if not model_linears.candidates:
         kinds = ", ".join(sorted(set(model_linears.others.values()))) or "none"
         raise SourceError(f"{source.name} has no linear layer that can be quantized (its other dense layers: {kinds})")
@@ -110,7 +110,7 @@ def _targets(model: nn.Module, model_linears: Linears, recipe: Recipe, source: S
 
 
 def _loadable(model: nn.Module, targets: Mapping[str, DenseLinear], recipe: Recipe) -> list[str]:
-    """The formats whose loaders take the targets."""
+    """The formats whose loaders accept the targets."""
     stock = all(layer.stock for layer in targets.values())
     text = getattr(model, "main_input_name", "") == "input_ids"
 
@@ -158,7 +158,7 @@ def _layer(
 
 
 def _new_poolers(names: NameMap) -> list[str]:
-    """Poolers that begin anew before a head: they must be trained with it."""
+    """Newly initialized poolers before a head, which must be trained with it."""
     keys = [key.partition(f".{_POOLER}.") for key in names.created]
     return list(dict.fromkeys(f"{before}.{_POOLER}" for before, found, _ in keys if found))
 

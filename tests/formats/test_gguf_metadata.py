@@ -200,8 +200,8 @@ def test_splits_are_those_of_the_models() -> None:
     ("changes", "bits", "group", "said"),
     [
         ({"model_type": "gemma2"}, 4, 32, "'gemma2'.*known: llama, mistral, qwen2, qwen3"),
-        ({}, 3, 32, "4 bits, not of 3: use --to mlx"),
-        ({}, 4, 48, "multiples of 32 inputs, not of 48: .*--group-size 32, 64 or 128"),
+        ({}, 3, 32, "4 bits, not 3: use --to mlx"),
+        ({}, 4, 48, "a multiple of 32 inputs, not 48: .*--group-size 32, 64 or 128"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, 4, 32, "rotary scaling .*'longrope'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "mscale": 2.0}}, 4, 32, "scaling with 'mscale'"),
     ],
@@ -220,7 +220,9 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 def test_tensors_without_a_place_are_refused(tmp_path: Path) -> None:
     byte_level("qwen2").save_pretrained(tmp_path)
-    with pytest.raises(OptionError, match=r"tensor 'model\.layers\.0\.mixer\.weight' has no place in a GGUF llama"):
+    with pytest.raises(
+        OptionError, match=r"tensor 'model\.layers\.0\.mixer\.weight' has no equivalent in a GGUF llama"
+    ):
         lay_out(tmp_path, "model.layers.0.mixer.weight")
     with pytest.raises(OptionError, match=r"is torch\.float64, expected torch\.float32, torch\.float16"):
         lay_out(tmp_path, "lm_head.weight", torch.float64)

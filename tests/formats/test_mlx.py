@@ -119,7 +119,7 @@ def test_the_rotary_embedding_is_said_as_mlx_lm_reads_it() -> None:
 
 @pytest.mark.parametrize(
     ("bits", "group", "said"),
-    [(5, 64, "2, 3, 4, 8 bits, not of 5"), (4, 16, "32, 64, 128 inputs, not of 16: .*--group-size 64")],
+    [(5, 64, "2, 3, 4, 8 bits, not 5"), (4, 16, "32, 64, 128 inputs, not 16: .*--group-size 64")],
 )
 def test_what_has_no_place_is_refused(bits: int, group: int, said: str) -> None:
     mlx.check_linears(4, 64)

@@ -131,7 +131,7 @@ def test_gptq_formats_that_we_do_not_read_are_left_to_gptqmodel(gptq: Path, tmp_
     config = json.loads((other / "config.json").read_text())
     config["quantization_config"]["checkpoint_format"] = "marlin"
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ImportError, match="'marlin' is read by gptqmodel alone: pip install gptqmodel"):
+    with pytest.raises(ImportError, match="'marlin' can only be read by gptqmodel: pip install gptqmodel"):
         AutoModelForCausalLM.from_pretrained(other)
 
 

@@ -1,4 +1,4 @@
-"""The targets of `loftq merge --to`, a file each, by name."""
+"""The targets of `loftq merge --to` by name. Each has its own file."""
 
 from __future__ import annotations
 

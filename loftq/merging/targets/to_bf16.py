@@ -14,17 +14,17 @@ from loftq.models.tasks import build_meta
 
 
 class Dense(ModelFolder):
-    """16 bits: backbone plus adapter, of any kind."""
+    """A dense model in 16 bits: backbone plus adapter, for every kind of adapter."""
 
     name = "bf16"
     text = "a dense model: any adapter, any backbone"
     format = "dense"
     any_backbone = True
     comparable = True
-    tolerance = 0.1  # weights round to 16 bits, and LLM.int8 rounds the activations of the backbone
+    tolerance = 0.1  # weights are rounded to 16 bits, and LLM.int8 also rounds activations of the backbone
 
     def check(self, allow_rounding: bool) -> None:
-        """Nothing to check: every pair has a dense model."""
+        """Return None: every pair can be merged into a dense model, and nothing is lost."""
 
     @cached_property
     def _transposed(self) -> set[str]:
@@ -46,7 +46,7 @@ class Dense(ModelFolder):
         return {f"{module}.weight": weight.t() if module in self._transposed else weight}
 
     def config(self) -> dict[str, Any]:
-        """`config.json`."""
+        """The contents of `config.json`."""
         config = {key: value for key, value in self.pair.backbone.config.items() if key != "quantization_config"}
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = "bfloat16"
         return config

@@ -1,4 +1,4 @@
-"""`loftq merge --to gguf-q4_1`: one file that llama.cpp runs, with the tokenizer in it."""
+"""`loftq merge --to gguf-q4_1`: one file with the tokenizer in it, for llama.cpp."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from loftq.merging.target import Target
 
 
 class Gguf(Target):
-    """The adapter in the minima of Q4_1."""
+    """A GGUF file whose Q4_1 minima contain the adapter."""
 
     name = "gguf-q4_1"
     text = "QA-LoRA of 4 bits in the minima of one GGUF file, to their 16 bits: for llama.cpp"
     suffix = ".gguf"
 
     def check(self, allow_rounding: bool) -> None:  # noqa: ARG002
-        """Raise OptionError where GGUF cannot hold the backbone."""
+        """Return None. Raises OptionError if GGUF cannot hold the backbone."""
         backbone = self.pair.backbone
         self.pair.require_pools()
         for bits, block in backbone.kinds:
             gguf_q4_1.check_linears(backbone.config, bits, block)
 
     def write(self, staging: Staging, quiet: bool) -> None:
-        """The file, with a progress bar on stderr."""
+        """Write the file, with a progress bar on stderr."""
         pair, kept = self.pair, self.kept
         backbone = pair.backbone
         bar = tqdm(total=len(kept) + len(backbone.grids), disable=quiet, dynamic_ncols=True)

@@ -1,4 +1,4 @@
-"""`loftq merge --to gptq`: zero-points rounded to whole numbers, and most of the adapter with them."""
+"""`loftq merge --to gptq`: zero-points are rounded to whole numbers, which loses most of the adapter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loftq.merging.report import loss_text
 
 
 class Rounded(ModelFolder):
-    """GPTQ's layout, with the codes and scales of the backbone."""
+    """A folder in GPTQ's layout, with the codes and scales of the backbone."""
 
     name = "gptq"
     text = "QA-LoRA in whole zero-points, which lose most of it (--allow-rounding)"
@@ -30,7 +30,10 @@ class Rounded(ModelFolder):
     comparable = True
 
     def check(self, allow_rounding: bool) -> float:
-        """Raise OptionError where GPTQ cannot hold the backbone, or where its rounding was not allowed."""
+        """Return the part of the adapter that is lost.
+
+        Raises OptionError if GPTQ cannot hold the backbone, or if the loss is not allowed.
+        """
         self.pair.require_pools()
         self._check_backbone()
         lost = self.measure()
@@ -42,13 +45,15 @@ class Rounded(ModelFolder):
         return lost
 
     def grid(self, module: str) -> Grid:
-        """The backbone's, with whole zero-points."""
+        """The type of the backbone, with whole zero-points."""
         return replace(self.pair.backbone.grids[module], zero_point="integer")
 
     def _check_backbone(self) -> None:
         backbone = self.pair.backbone
         if len(set(backbone.grids.values())) > 1:
-            raise OptionError(f"--to gptq: {backbone.folder} has several widths, GPTQ one a folder: use --to int")
+            raise OptionError(
+                f"--to gptq: {backbone.folder} has several widths, but a GPTQ folder has only one: use --to int"
+            )
         for module, (rows, columns) in backbone.shapes.items():
             grid = self.grid(module)
             problem = (
@@ -60,16 +65,16 @@ class Rounded(ModelFolder):
                 )
 
     def zeros(self, module: str, scales: Scales, wanted: torch.Tensor) -> torch.Tensor:
-        """Whole zero-points, the nearest to wanted shifts: uint8 (groups,)."""
+        """The whole zero-points nearest to the exact shifts: uint8 (groups,)."""
         half = 2 ** (self.grid(module).bits - 1)
         steps = torch.where(scales.values > 0, wanted / scales.values, 0)
         zeros: torch.Tensor = (half - steps).round_().clamp_(0, 2 * half - 1)
         return zeros.to(torch.uint8)
 
     def measure(self) -> float:
-        """The share of the adapter that whole zero-points lose, over all linears: of Frobenius norms.
+        """The part of the adapter that whole zero-points lose, in Frobenius norms over all linears.
 
-        Infinite where the adapter adds nothing and rounding alone moves the weights.
+        It is infinite if the adapter adds nothing, because then only rounding moves the weights.
         """
         lost = whole = 0.0
         for module, grid in self.pair.backbone.grids.items():
@@ -94,7 +99,7 @@ class Rounded(ModelFolder):
         return gptq.tensors(module, backbone.shapes[module], self.grid(module), backbone.dtype, codes, rounded)
 
     def config(self) -> dict[str, Any]:
-        """`config.json`."""
+        """The contents of `config.json`."""
         backbone = self.pair.backbone
         codebooks: Mapping[str, str] = {module: grid.codebook for module, grid in backbone.grids.items()}
         grid = self.grid(next(iter(codebooks)))

@@ -1,4 +1,4 @@
-"""`loftq merge --to int`: the adapter in the zero-points, exactly."""
+"""`loftq merge --to int`: the adapter is merged exactly into the zero-points."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loftq.models.tasks import build_meta
 
 
 class Integers(ModelFolder):
-    """Our own layout, with the codes and scales of the backbone, bit for bit."""
+    """A folder in our own layout, with exactly the codes and scales of the backbone."""
 
     name = "int"
     text = "QA-LoRA in the zero-points, exactly: the same codes, in our own format"
@@ -31,7 +31,7 @@ class Integers(ModelFolder):
         self.pair.require_pools()
 
     def grid(self, module: str) -> Grid:
-        """The backbone's, with zero-points anywhere."""
+        """The type of the backbone, with floating zero-points."""
         return replace(self.pair.backbone.grids[module], zero_point="float32")
 
     def specs(self, module: str) -> list[TensorSpec]:
@@ -47,7 +47,7 @@ class Integers(ModelFolder):
         return native.tensors(module, backbone.shapes[module], self.grid(module), backbone.dtype, codes, merged)
 
     def config(self) -> dict[str, Any]:
-        """`config.json`."""
+        """The contents of `config.json`."""
         backbone = self.pair.backbone
         model, _ = build_meta(backbone.folder, task=backbone.task)
         skipped = skip_modules(model, find_linears(model), backbone.grids)

@@ -1,4 +1,4 @@
-"""`loftq merge --to lora`: a QA-LoRA adapter as a plain LoRA."""
+"""`loftq merge --to lora`: converts a QA-LoRA adapter to a plain LoRA."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from loftq.merging.target import Target
 
 
 class PlainLora(Target):
-    """The adapter alone: each column of A once for every input of its pool."""
+    """Only the adapter: each column of A is repeated for every input of its pool."""
 
     name = "lora"
     text = "a QA-LoRA adapter as a plain LoRA, for any LoRA server"
 
     def check(self, allow_rounding: bool) -> None:  # noqa: ARG002
-        """Raise OptionError for an adapter that is a plain LoRA already."""
+        """Return None. Raises OptionError if the adapter is already a plain LoRA."""
         self._pool_size()
 
     def _pool_size(self) -> int:
         adapter = self.pair.adapter
         if adapter.pool_size is None:
-            raise OptionError(f"{adapter.folder} is a plain LoRA already: any LoRA server takes it as it is")
+            raise OptionError(f"{adapter.folder} is already a plain LoRA, which any LoRA server can load")
         return adapter.pool_size
 
     def write(self, staging: Staging, quiet: bool) -> None:  # noqa: ARG002 (it takes a moment)
-        """The adapter's weights and configuration."""
+        """Write the weights and the configuration of the adapter."""
         adapter, pool = self.pair.adapter, self._pool_size()
         config = {key: value for key, value in adapter.config.items() if key not in ("use_qalora", "qalora_group_size")}
         ends = {name: name.rpartition(".lora_A.")[1] for name in adapter.shapes}

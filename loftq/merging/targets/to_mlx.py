@@ -1,4 +1,4 @@
-"""`loftq merge --to mlx`: the adapter in the biases of MLX's affine layout, exactly."""
+"""`loftq merge --to mlx`: the adapter is merged exactly into the biases of MLX's affine layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loftq.merging.model_folder import ModelFolder
 
 
 class Mlx(ModelFolder):
-    """A folder for mlx-lm, which alone runs it: its logits are not compared."""
+    """A folder for mlx-lm. Its logits are not compared, because only mlx-lm can run it."""
 
     name = "mlx"
     text = "QA-LoRA in the biases of MLX's affine layout, exactly: for mlx-lm"
@@ -21,13 +21,13 @@ class Mlx(ModelFolder):
     metadata = mlx.METADATA
 
     def check(self, allow_rounding: bool) -> None:  # noqa: ARG002
-        """Raise OptionError where MLX cannot hold the backbone."""
+        """Return None. Raises OptionError if MLX cannot hold the backbone."""
         self.pair.require_pools()
         for bits, block in self.pair.backbone.kinds:
             mlx.check_linears(bits, block)
 
     def loading_lines(self) -> str:
-        """The Python that loads the folder, for its card."""
+        """Python code that loads the folder, for the card."""
         return 'from mlx_lm import load\n\nmodel, tokenizer = load("...")'
 
     def specs(self, module: str) -> list[TensorSpec]:
@@ -40,7 +40,7 @@ class Mlx(ModelFolder):
         return mlx.tensors(module, self.pair.affine(module))
 
     def config(self) -> dict[str, Any]:
-        """`config.json`."""
+        """The contents of `config.json`."""
         grids = self.pair.backbone.grids
         widths = {module: grid.bits for module, grid in grids.items()}
         bits = Counter(widths.values()).most_common(1)[0][0]
