@@ -13,6 +13,7 @@ from loftq.artifacts.staging import Staging
 from loftq.errors import ArtifactError
 from loftq.merging.target import Target
 from loftq.models.loading import load_base
+from loftq.models.peft_targets import load_adapter
 from loftq.models.tasks import TASKS, auto_class
 
 
@@ -32,12 +33,11 @@ def checked_difference(target: Target, staging: Staging) -> float | None:
 
 def logit_difference(pair: BackboneAndAdapter, merged: Path) -> float | None:
     """The difference of the logits of a few tokens, relative to their norm. None if the model does not read tokens."""
-    from peft import PeftModel
 
     base = load_base(pair.backbone.artifact or pair.backbone.folder, dtype=torch.float32)
     if base.main_input_name != "input_ids":
         return None
-    before = _logits(PeftModel.from_pretrained(base, pair.adapter.folder).eval(), base.config)
+    before = _logits(load_adapter(base, pair.adapter.folder).eval(), base.config)
     del base
     task = TASKS[pair.backbone.task]
     after = _logits(auto_class(task).from_pretrained(merged, dtype=torch.float32).eval(), None)

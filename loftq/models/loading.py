@@ -20,6 +20,7 @@ from loftq.formats.adapter import open_adapter, target_names
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.formats.checkpoint import dtype_of, read_checkpoint
 from loftq.models.adapters import check_adapter, check_shapes, foreign_adapter
+from loftq.models.peft_targets import adapt, load_adapter
 from loftq.models.tasks import TASKS, auto_class
 
 if TYPE_CHECKING:
@@ -44,13 +45,12 @@ def load_qlora(
     inputs require gradients so that gradient checkpointing works, and checks that the adapter belongs to the backbone.
     Raises ArtifactError.
     """
-    from peft import PeftModel
 
     artifact = _open(folder, "qlora")
     chosen = artifact.adapter if adapter is None else Path(adapter)
     check_adapter(artifact, chosen)
     base = load_base(artifact, is_trainable, device_map, dtype)
-    return PeftModel.from_pretrained(base, chosen, is_trainable=is_trainable)
+    return load_adapter(base, chosen, is_trainable=is_trainable)
 
 
 def load_qalora(
@@ -73,7 +73,7 @@ def load_qalora(
     which adds nothing yet. With `backend="gptqmodel"`, gptqmodel runs GPTQ weights, if it is installed. The rest of
     the setup is that of `load_qlora`. Raises ArtifactError and OptionError.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig
 
     from loftq.models.gptq_quantizer import has_gptqmodel
 
@@ -96,7 +96,7 @@ def load_qalora(
     if foreign is not None:
         check_shapes(base, foreign, str(folder))
     if chosen is not None:
-        return PeftModel.from_pretrained(base, chosen, is_trainable=is_trainable)
+        return load_adapter(base, chosen, is_trainable=is_trainable)
     quantized = [name for name, module in base.named_modules() if hasattr(module, "qweight")]
     config = LoraConfig(
         r=rank,
@@ -106,7 +106,7 @@ def load_qalora(
         qalora_group_size=pool_size or _group_size(base),
         task_type="CAUSAL_LM",
     )
-    return cast("PeftModel", get_peft_model(base, config))
+    return adapt(base, config)
 
 
 def _open(folder: str | Path, kind: str) -> Artifact:

@@ -84,7 +84,7 @@ def _run(model: Any, ids: torch.Tensor, tasks: Sequence[str], keep: Callable[[to
     out, and only the tensor that it reads is counted.
     """
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    with _Unpadded():
+    with Unpadded():
         if tasks == ("sequence-classification",):
             decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
             keep(model.base_model(**inputs, **decoder)[0])
@@ -92,7 +92,7 @@ def _run(model: Any, ids: torch.Tensor, tasks: Sequence[str], keep: Callable[[to
             model(**inputs, labels=ids)
 
 
-class _Unpadded(TorchFunctionMode):
+class Unpadded(TorchFunctionMode):
     """Answers yes when a model asks whether a mask is all true, since a meta tensor has no values to tell."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

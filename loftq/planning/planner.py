@@ -10,16 +10,18 @@ import torch
 from torch import nn
 
 from loftq.core import allocation
-from loftq.errors import CheckpointError, OptionError, SourceError
+from loftq.errors import CheckpointError, SourceError
 from loftq.formats import adapter
 from loftq.formats.checkpoint import Shard, TensorSpec, lay_out, parse_size
-from loftq.formats.layouts import LAYOUTS, Layout, choose, misfit
+from loftq.formats.layouts import LAYOUTS, Layout, choose
 from loftq.hub.source import Source
 from loftq.models import linears, naming
 from loftq.models.families import family_of
 from loftq.models.linears import DenseLinear, Linears
+from loftq.models.loader_probe import keeps_modules, runs_packed
 from loftq.models.naming import NameMap
 from loftq.models.tasks import build_meta
+from loftq.planning.fitting import Fitting
 from loftq.planning.notes import notes_on
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.recipe import Recipe
@@ -47,10 +49,15 @@ def make_plan(
     resized = heads if recipe.num_labels is not None else ()
     names = naming.map_names(model, source.checkpoint.tensors, new=(*heads, _POOLER), resized=resized)
     saved = (*heads, *_new_poolers(names)) if task.has_head else ()
-    dense = {target: model_linears.candidates[target] for target in targets}
-    shapes = {layer.shape for layer in dense.values()}
-    format = choose(recipe.grids, recipe.format, shapes=shapes, loadable=_loadable(model, dense, recipe))
-    layers = tuple(_layer(target, layer, names.source, source, recipe, format) for target, layer in dense.items())
+    fitting = Fitting({target: model_linears.candidates[target] for target in targets})
+    fitting.leave_to_peft(model)
+    fitting.fit_rank(recipe)
+    shapes = {layer.shape for layer in fitting.targets.values()}
+    format = choose(recipe.grids, recipe.format, shapes=shapes, loadable=_loadable(model, fitting.targets, recipe))
+    fitting.fit_format(recipe, format)
+    targets = list(fitting.targets)
+    _check_code(model, targets, source)
+    layers = tuple(_layer(target, layer, names.source, source) for target, layer in fitting.targets.items())
     layers = _allocate(layers, recipe, widths)
     quantized = {layer.tensor for layer in layers}
     tensors = source.checkpoint.tensors
@@ -79,7 +86,8 @@ def make_plan(
         format=format,
         notes=(),
     )
-    return replace(plan, notes=tuple(notes_on(plan, model_linears, names)))
+    notes = (*notes_on(plan, model_linears, names), *fitting.notes(recipe.compute_dtype))
+    return replace(plan, notes=notes)
 
 
 def _refuse_quantized(source: Source) -> None:
@@ -115,6 +123,8 @@ def _loadable(model: nn.Module, targets: Mapping[str, DenseLinear], recipe: Reci
     text = getattr(model, "main_input_name", "") == "input_ids"
 
     def loads(layout: Layout) -> bool:
+        if not keeps_modules(model, layout.METHOD):
+            return False
         if not layout.STOCK:
             return True
         if not (stock and layout.WITHOUT_WEIGHT):
@@ -124,9 +134,17 @@ def _loadable(model: nn.Module, targets: Mapping[str, DenseLinear], recipe: Reci
     return [name for name, layout in LAYOUTS.items() if loads(layout)]
 
 
-def _layer(
-    module: str, dense: DenseLinear, origin: Mapping[str, str], source: Source, recipe: Recipe, format: str
-) -> Layer:
+def _check_code(model: nn.Module, targets: Sequence[str], source: Source) -> None:
+    """Raise SourceError if the code of a model needs dense weights. Families of the table are tested, so not tried."""
+    model_type = str(model.config.model_type)  # type: ignore[union-attr]
+    if not family_of(model_type).tested and not runs_packed(model, targets):
+        raise SourceError(
+            f"{source.name} cannot be quantized: the code of {model_type} in transformers uses the weights of its "
+            "linears directly, so it needs dense ones"
+        )
+
+
+def _layer(module: str, dense: DenseLinear, origin: Mapping[str, str], source: Source) -> Layer:
     key = f"{module}.weight"
     last = module.rpartition(".")[2]
     if key not in origin:
@@ -137,24 +155,7 @@ def _layer(
     spec = source.checkpoint.tensors[origin[key]]
     if spec.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise CheckpointError(f"tensor {spec.name!r} has dtype {spec.dtype}: expected 16 or 32 bits, not quantized")
-    rows, columns = dense.shape
-    if recipe.pool_size is not None and columns % recipe.pool_size:
-        raise OptionError(
-            f"--pool-size {recipe.pool_size} does not divide the {columns} inputs of {module}: "
-            f"use --pool-size {recipe.group_size}, or --exclude-modules {last}"
-        )
-    inputs = columns // (recipe.pool_size or 1)
-    if recipe.rank > min(rows, inputs):
-        pooled = "" if recipe.pool_size is None else f", pooled by {recipe.pool_size}"
-        raise OptionError(
-            f"--rank {recipe.rank} is larger than the smaller side of {module} ({rows} x {inputs}{pooled}): "
-            f"use at most {min(rows, inputs)}, or --exclude-modules {last}"
-        )
-    for grid in recipe.grids:
-        problem = misfit(format, grid, rows, columns)
-        if problem is not None:
-            raise OptionError(f"{module} ({rows} x {columns}): {problem}, or --exclude-modules {last}")
-    return Layer(module, spec.name, (rows, columns), dense.transposed)
+    return Layer(module, spec.name, dense.shape, dense.transposed)
 
 
 def _new_poolers(names: NameMap) -> list[str]:

@@ -73,15 +73,16 @@ def _calibrating(plan: Plan, dtype: torch.dtype) -> int:
 
 
 def _refining(plan: Plan, dtype: torch.dtype, device: torch.device) -> int | None:
-    from peft import LoraConfig, get_peft_model  # importing it takes seconds
+    from peft import LoraConfig  # importing it takes seconds
 
+    from loftq.models.peft_targets import adapt
     from loftq.solving.refine import LARGE, windows_a_step
 
     length = min(cast(int, plan.recipe.sequence_length), longest_input(plan.model), _tokens(plan))
     with torch.device("meta"):
         model = copy.deepcopy(cast(Any, plan.model)).to(dtype)
         with warnings.catch_warnings(action="ignore"):  # a warning about GPT-2's transposed weights
-            model = get_peft_model(model, LoraConfig(r=plan.recipe.rank, target_modules=list(plan.target_modules)))
+            model = adapt(model, LoraConfig(r=plan.recipe.rank, target_modules=list(plan.target_modules)))
     batch = windows_a_step(length), length
     try:
         kept = kept_bytes(model, batch, (plan.task.name,), device, checkpointing=plan.weights > LARGE)

@@ -33,6 +33,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from loftq.formats.adapter import Adapter, keys, open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.models.loading import load_base
+from loftq.models.peft_targets import load_adapter
 from loftq.models.tasks import TASKS, part_before_head
 
 _HIGHEST_RATE = 2e-4  # at a scaling of one
@@ -66,7 +67,7 @@ def refine(
     """
     # products in float32 are faster on a CPU
     base = load_base(artifact, True, {"": device}, torch.float32 if device.type == "cpu" else None)
-    model = PeftModel.from_pretrained(base, artifact.adapter, is_trainable=True)
+    model = load_adapter(base, artifact.adapter, is_trainable=True)
     adapter = open_adapter(artifact.adapter)
     if _weights(adapter) > LARGE:
         cast(Any, model).gradient_checkpointing_enable()

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 
 from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.formats.adapter import open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.models.devices import compute_dtype, device_to_run
+from loftq.models.peft_targets import adapt
 from loftq.models.positions import longest_input
 from loftq.models.tasks import build_meta
 from loftq.models.training_memory import kept_bytes, trained_bytes
@@ -120,4 +121,4 @@ def _on_meta(settings: TrainSettings, dtype: torch.dtype) -> tuple[Any, int, int
     config.inference_mode = False
     config.use_qalora = False  # QA-LoRA needs quantized linears; a plain LoRA keeps at least as much
     with torch.device("meta"):
-        return get_peft_model(model, config), trainable, weights
+        return adapt(model, config), trainable, weights

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import nn
 
 from loftq.errors import OptionError
@@ -19,6 +19,7 @@ from loftq.hub.source import Source, find_source
 from loftq.models.adapters import check_shapes, foreign_adapter
 from loftq.models.devices import compute_dtype
 from loftq.models.loading import guard_cpu, load_base, load_qalora, load_qlora
+from loftq.models.peft_targets import adapt, load_adapter
 from loftq.models.positions import longest_input
 from loftq.models.tasks import TASKS, Task, auto_class, build_meta
 from loftq.planning.plan import Plan
@@ -143,7 +144,7 @@ def open_to_train(settings: TrainSettings, backbone: Model, device: torch.device
     plan = make_plan(backbone, recipe_of(**quantizing_of(settings, backbone)))
     base = load_dense(backbone.folder, plan.task, dtype, device, num_labels=plan.recipe.num_labels)
     base.enable_input_require_grads()
-    model = get_peft_model(base, lora_config(plan))
+    model = adapt(base, lora_config(plan))
     return Opened(model, load_tokenizer(backbone.folder, model), plan.task, backbone.folder)
 
 
@@ -203,7 +204,7 @@ def _dense_to_use(source: Source, adapter: Path | None, dtype: torch.dtype, devi
     labels = min(rows) if rows and task.name.endswith("-classification") else None
     base = load_dense(source.folder, task, dtype, device, num_labels=labels)
     check_shapes(base, trained, source.name)
-    return PeftModel.from_pretrained(base, adapter), task
+    return load_adapter(base, adapter), task
 
 
 def load_source(name: str, artifact: Artifact, device: torch.device, dtype: torch.dtype) -> Opened:

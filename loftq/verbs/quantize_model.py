@@ -17,6 +17,7 @@ from loftq.formats.layouts import LAYOUTS, choose, misfit
 from loftq.models.layout_linears import linears_of, quantized_classes, replace_module
 from loftq.models.linears import DenseLinear, Linears, select
 from loftq.models.loading import guard_cpu
+from loftq.models.peft_targets import adapt
 from loftq.planning.recipe import Recipe, layer_seed, recipe_of
 
 
@@ -151,7 +152,7 @@ def _solve(name: str, module: nn.Linear, recipe: Recipe, grid: Grid, format: str
 
 
 def _attach(model: nn.Module, names: list[str], recipe: Recipe, solutions: dict[str, Solution]) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     config = LoraConfig(
         r=recipe.rank,
@@ -161,7 +162,7 @@ def _attach(model: nn.Module, names: list[str], recipe: Recipe, solutions: dict[
         target_modules=names,
     )
     plain = {name: model.get_submodule(name) for name in names}
-    adapted = cast(nn.Module, get_peft_model(model, config))
+    adapted = cast(nn.Module, adapt(model, config))
     for name, module in plain.items():  # peft wraps a shared layer under one of its names
         wrapped = model.get_submodule(name)
         for alias in [a for a, m in model.named_modules(remove_duplicate=False) if m is module]:

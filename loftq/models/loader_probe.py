@@ -1,0 +1,74 @@
+"""Asks transformers whether a model with quantized linears can be loaded and run, by a trial on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import deepcopy
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from loftq.models.linears import find_linears
+from loftq.models.training_memory import Unpadded
+
+_TOKENS = 8
+
+
+def keeps_modules(model: nn.Module, method: str) -> bool:
+    """Whether transformers' loader of a quantization method keeps the modules of a model.
+
+    For some methods, it replaces the fused experts of some models by one module for each expert. It then does not find
+    the tensors of the experts in the checkpoint.
+    """
+    from transformers.quantizers import base
+
+    patched = getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
+    if not any(type(module).__name__ in patched for module in model.modules()):
+        return True
+    tried = deepcopy(model)
+    quantizer = cast(Any, SimpleNamespace(quantization_config=SimpleNamespace(quant_method=method)))
+    base.HfQuantizer._convert_model_for_quantization(quantizer, tried)  # type: ignore[no-untyped-call]
+    return {name for name, _ in tried.named_parameters()} == {name for name, _ in model.named_parameters()}
+
+
+def runs_packed(model: nn.Module, targets: Iterable[str]) -> bool:
+    """Whether the code of a model runs with packed linears in place of `targets`.
+
+    Some models read or change the weight of a linear directly. The result is also true if the model cannot be tried,
+    because its inputs are not tokens, or because its code depends on values, which the meta device does not have.
+    """
+    if getattr(model, "main_input_name", "") != "input_ids" or not _runs(deepcopy(model)):
+        return True
+    tried = deepcopy(model)  # another one, because a forward pass may change the state of a model
+    shapes = {name: dense.shape for name, dense in find_linears(tried).candidates.items()}
+    for name in targets:
+        tried.set_submodule(name, _Packed(*shapes[name]))
+    return _runs(tried)
+
+
+class _Packed(nn.Linear):
+    """A stand-in for a linear (out, in) with packed codes: on the meta device, only the shape of the output matters."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = columns, rows
+        self.weight = nn.Parameter(torch.zeros(rows * columns // 2, dtype=torch.uint8, device="meta"), False)
+        self.register_parameter("bias", None)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return a tensor with the shape of the output."""
+        return input.new_empty((*input.shape[:-1], self.out_features))
+
+
+@torch.no_grad()
+def _runs(model: Any) -> bool:
+    ids = torch.zeros((1, _TOKENS), dtype=torch.int64, device="meta")
+    decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    try:
+        with Unpadded():
+            model.eval()(input_ids=ids, **decoder)
+    except Exception:  # the code of a model may raise anything
+        return False
+    return True
