@@ -57,7 +57,7 @@ def check_hashes(
 
     Where the cache has no symbolic links, a file has no etag and is not compared. Raises SourceError.
     """
-    from huggingface_hub.utils import filter_repo_objects
+    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_symlink()]
     for name in filter_repo_objects(names, allow_patterns=None if patterns is None else list(patterns)):
