@@ -61,7 +61,7 @@ def check_hashes(
 
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_symlink()]
     for name in filter_repo_objects(names, allow_patterns=None if patterns is None else list(patterns)):
-        blob = (folder / name).parent / (folder / name).readlink()
+        blob = Path(os.path.normpath((folder / name).parent / (folder / name).readlink()))
         etag = blob.name
         if not blob.is_file() or _is_stamped(blob) or _has_hash(blob, etag):
             continue
