@@ -125,7 +125,7 @@ def _check(artifact: Artifact, source: Source | None, trust_remote_code: bool, q
     links = [name for name in links_below(artifact.folder) if not name.startswith(f"{PARTIAL}/")]
     for name in links:
         yield Problem(
-            name, "is a symbolic link, which is not followed: a copy of the file or folder must take its place"
+            name, "is a symbolic link, which is not followed: a copy must take its place"
         )
     yield from _check_files(artifact, quiet)
     if links:  # what they lead to is not read
@@ -216,6 +216,6 @@ def _notes(artifact: Artifact) -> Iterator[str]:
     unhashed = [name for name, entry in artifact.files.items() if "sha256" not in entry]
     if unhashed:
         yield f"{MANIFEST} has no hashes of {len(unhashed)} files, so their contents were not compared"
-    programs = list(programs_below(artifact.folder))
+    programs = sorted(programs_below(artifact.folder))
     if programs:
         yield f"files that are programs or pickles, which can run code: {few_of(programs)}"

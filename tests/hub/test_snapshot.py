@@ -83,7 +83,7 @@ def test_headers_and_other_readers_refuse_it_too(hub: DamagedHub, pico: Path, tm
 
 def test_a_file_that_was_damaged_in_the_cache_stays_for_its_owner(hub: DamagedHub) -> None:
     blob = (find_source("user/model").folder / "model.safetensors").resolve()
-    blob.write_bytes(bytes(blob.stat().st_size))
+    blob.write_bytes(blob.read_bytes()[:-4] + b"lost")
     with pytest.raises(SourceError, match=f"remove {blob} and run the same command again"):
         find_source("user/model")
     hub.endpoint, address = "http://127.0.0.1:9", hub.endpoint
