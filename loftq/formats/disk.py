@@ -144,6 +144,7 @@ _FAULTS = {  # the problem, and its remedy; None if only another output folder h
     errno.EFBIG: ("a file would be larger than allowed (--overwrite with a smaller --max-shard-size may help)", None),
     errno.ENOTDIR: ("a part of the path is a file", None),
     errno.ENAMETOOLONG: ("the name is too long", None),
+    errno.ELOOP: ("a part of the path is a symbolic link", None),
 }
 
 

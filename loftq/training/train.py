@@ -151,7 +151,7 @@ def _finish(
     record = {"settings": settings.to_dict(), "backbone": identity, "result": result.to_dict()}
     write_record(result.folder, {**record, "history": history, "versions": versions})
     if settings.push_to_hub is not None:
-        push(opened.folder, settings.push_to_hub, adapter=result.folder)
+        push(opened.folder, settings.push_to_hub, adapter=result.folder.resolve())  # --output may be a link
 
 
 def examples(settings: TrainSettings, opened: Opened, rows: Any, evaluation: Any) -> tuple[Any, Any]:
