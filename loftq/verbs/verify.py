@@ -124,9 +124,7 @@ def _check(artifact: Artifact, source: Source | None, trust_remote_code: bool, q
     """Check the files, then their contents, then compare them with the source."""
     links = [name for name in links_below(artifact.folder) if not name.startswith(f"{PARTIAL}/")]
     for name in links:
-        yield Problem(
-            name, "is a symbolic link, which is not followed: a copy must take its place"
-        )
+        yield Problem(name, "is a symbolic link, which is not followed: a copy must take its place")
     yield from _check_files(artifact, quiet)
     if links:  # what they lead to is not read
         return
