@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ from loftq.core.grid import Grid
 from loftq.formats import artifact
 from loftq.formats.adapter import CONFIG, FOLDER, config_text
 from loftq.formats.checkpoint import INDEX, Shard, index_text
-from loftq.hub.source import side_files
+from loftq.hub.source import copy_side_files
 from loftq.planning.plan import Plan
 
 VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numba", "scipy")
@@ -26,8 +25,7 @@ VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "safetenso
 def write_configs(plan: Plan, staging: Staging, folder: Path, trust_remote_code: bool) -> None:
     """Write the files that loaders of the backbone and the adapter read beside the weights."""
     recipe = plan.recipe
-    for path in side_files(plan.source.folder, trust_remote_code):
-        shutil.copyfile(path, staging.folder / path.name)
+    copy_side_files(plan.source.folder, staging.folder, trust_remote_code)
     staging.write_text("config.json", _config_text(plan))
     if len(plan.backbone) > 1:
         staging.write_text(INDEX, index_text(plan.backbone))

@@ -21,16 +21,19 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loftq.errors import OutputError
+from loftq.formats.adapter import FOLDER
 from loftq.formats.artifact import MANIFEST
 from loftq.formats.checkpoint import INDEX
 from loftq.formats.disk import PARTIAL, explain_os_errors, is_inside
+from loftq.formats.links import links_below, refuse_links
+from loftq.formats.model_files import TEMPLATES, model_file_names
 
 _JOURNAL = "journal.jsonl"
 _OLD_DISTILLED = "(distilled)"  # older journals have this name among the tensors, instead of a line of its own kind
@@ -47,6 +50,9 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
     with explain_os_errors(output):
         if output.exists() and not output.is_dir():
             raise OutputError(f"{output} is a file: name a folder with --output")
+        if output.is_symlink() and not output.exists():
+            raise OutputError(f"{output} is a symbolic link to a folder that does not exist: name another --output")
+        _check_partial(output)
         manifest = output / MANIFEST
         begun, complete = is_begun(output), manifest.is_file()
         if begun and not resume and not overwrite:
@@ -62,7 +68,8 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
         if complete and not resume and not overwrite:
             raise OutputError(f"{output} exists already: add --overwrite to make it again, or name another --output")
         if complete:
-            _listed(manifest)  # the listed files will be removed, so the list must be valid
+            # The listed files will be removed, so the list must be valid and not lead out of the folder.
+            _refuse_linked(output, [*_listed(manifest), *model_file_names(output)])
 
 
 @dataclass
@@ -116,11 +123,12 @@ class Staging:
         if not self.ready:
             _append(self._descriptor, {"ready": True})
             self.ready = True
+        names = self.files()
+        _refuse_linked(self.output, names)
         old_manifest = self.output / MANIFEST
         if (self.folder / MANIFEST).is_file() and old_manifest.is_file():
             _remove_listed(self.output, old_manifest)
             old_manifest.unlink()
-        names = self.files()
         for name in [*(n for n in names if n not in _LAST), *(n for n in _LAST if n in names)]:
             target = self.output / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -135,8 +143,9 @@ def open_staging(output: Path, fingerprint: Mapping[str, Any], *, overwrite: boo
     """Create the partial folder, or reopen the one of a run with the same fingerprint."""
     folder = output / PARTIAL
     with explain_os_errors(output):
+        _check_partial(output)
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / _JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = os.open(folder / _JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
         try:
             _lock(descriptor, output)
             if overwrite:
@@ -212,9 +221,23 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
+def _check_partial(output: Path) -> None:
+    """Raise OutputError if the partial folder or anything in it is a symbolic link: no run of ours makes one."""
+    folder = output / PARTIAL
+    links = [PARTIAL] if folder.is_symlink() else [f"{PARTIAL}/{name}" for name in links_below(folder)]
+    refuse_links(output, [*links, MANIFEST], OutputError)
+
+
+def _refuse_linked(output: Path, names: Iterable[str]) -> None:
+    """Raise OutputError if a file that is to be removed or written is a symbolic link, or lies in a linked folder."""
+    refuse_links(output, [FOLDER, TEMPLATES, *names], OutputError)
+
+
 def _remove_listed(output: Path, manifest: Path) -> None:
     """Remove the files that a manifest lists. Those that make the folder loadable are removed first."""
-    for name in ["config.json", INDEX, *_listed(manifest)]:
+    names = ["config.json", INDEX, *_listed(manifest)]
+    _refuse_linked(output, names)
+    for name in names:
         (output / name).unlink(missing_ok=True)
 
 

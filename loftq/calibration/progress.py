@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from loftq.formats.disk import write_whole
+from loftq.formats.disk import is_inside, write_whole
 
 PROGRESS = "progress.json"
 _EVERY = 60.0  # seconds
@@ -103,9 +103,11 @@ class Progress:
         """The record, if it is that of the same calibration and all its files exist; an empty one otherwise."""
         try:
             record = dict(json.loads((self._folder / PROGRESS).read_text(encoding="utf-8")))
-            needed_files = {self._folder / row["file"] for row in record["modules"].values()}
+            names = {row["file"] for row in record["modules"].values()}
+            needed_files = {self._folder / name for name in names}
             needed_files |= {self._state(record["turn"], index) for index in range(record["batches"])}
-            usable = record["identity"] == self._identity and all(path.is_file() for path in needed_files)
+            usable = record["identity"] == self._identity and all(map(is_inside, names))
+            usable = usable and all(path.is_file() for path in needed_files)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
         return record if usable else {}

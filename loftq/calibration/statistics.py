@@ -23,6 +23,8 @@ from loftq.calibration.windows import Calibration
 from loftq.core.moments import PANEL, assemble
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats.checkpoint import Checkpoint
+from loftq.formats.disk import is_inside
+from loftq.formats.links import refuse_links
 from loftq.planning.plan import Layer, Plan
 
 RECORD = "calibration.json"
@@ -139,6 +141,7 @@ def missing_modules(record: dict[str, Any], plan: Plan) -> list[str]:
 def read_record(folder: Path) -> dict[str, Any]:
     """The record of a folder of statistics, with all entries that are used later. Raises ArtifactError."""
     path = folder / RECORD
+    refuse_links(folder, [RECORD, TEACHER], ArtifactError)
     try:
         record = dict(json.loads(path.read_text(encoding="utf-8")))
         version = record["version"]
@@ -150,6 +153,11 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is damaged ({error!r}): {AGAIN}") from error
     if version != VERSION:
         raise ArtifactError(f"{path} has version {version}, this loftq reads version {VERSION}: {AGAIN}")
+    files = [row["file"] for row in record["modules"].values() if row["count"]]
+    outside = [file for file in files if not is_inside(file)]
+    if outside:
+        raise ArtifactError(f"{path} names {outside[0]!r}, which lies outside its folder: {AGAIN}")
+    refuse_links(folder, files, ArtifactError)
     return record
 
 

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats.checkpoint import TensorSpec
+from loftq.formats.links import refuse_links
+from loftq.formats.model_files import model_file_names
 
 FOLDER = "loftq_init"
 CONFIG = "adapter_config.json"
@@ -164,6 +166,7 @@ def open_adapter(folder: Path) -> Adapter:
     """Open the folder of a peft adapter. Raises ArtifactError if it is not one, or is damaged."""
     config = read_config(folder)
     path = folder / WEIGHTS
+    refuse_links(folder, model_file_names(folder), ArtifactError)
     try:
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -177,6 +180,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise ArtifactError(f"{folder} holds no {CONFIG}: expected the folder of a peft adapter")
+    refuse_links(folder, [CONFIG], ArtifactError)
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loftq.errors import ArtifactError
 from loftq.formats import adapter
+from loftq.formats.disk import is_inside
+from loftq.formats.links import refuse_links
+from loftq.formats.model_files import model_file_names
 
 MANIFEST = "loftq.json"
 CARD = "README.md"  # the user may edit it
@@ -47,7 +50,10 @@ class Artifact:
 def open_artifact(folder: Path | str) -> Artifact:
     """Open a loftq folder. Raises ArtifactError if it is not one, is incomplete, or has a newer version."""
     artifact = read_artifact(folder)
+    refuse_links(artifact.folder, [*artifact.files, *_read_names(artifact)], ArtifactError)
     for name, entry in artifact.files.items():
+        if not is_inside(name):
+            raise ArtifactError(f"{artifact.folder / MANIFEST} lists {name!r}, which lies outside its folder")
         path = artifact.folder / name
         if not path.is_file():
             raise ArtifactError(f"{path} is missing: {MANIFEST} lists it")
@@ -55,6 +61,13 @@ def open_artifact(folder: Path | str) -> Artifact:
         if name.endswith(".safetensors") and nbytes != expected:
             raise ArtifactError(f"{path} has {nbytes} bytes, expected {expected}: copy or download it again")
     return artifact
+
+
+def _read_names(artifact: Artifact) -> Iterator[str]:
+    """The names of files that libraries read when they open a folder and its adapter, listed or not."""
+    yield from model_file_names(artifact.folder)
+    if artifact.adapter.is_dir():
+        yield from (f"{adapter.FOLDER}/{name}" for name in model_file_names(artifact.adapter))
 
 
 def read_artifact(folder: Path | str) -> Artifact:
@@ -68,6 +81,7 @@ def read_artifact(folder: Path | str) -> Artifact:
             f"{folder} has no {MANIFEST}: it is not a loftq folder, or the run that wrote it was interrupted "
             "(`loftq quantize ... --resume` finishes it)"
         )
+    refuse_links(folder, [MANIFEST], ArtifactError)
     return Artifact(folder, read_manifest(path))
 
 

@@ -20,6 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from loftq.errors import CheckpointError, OptionError
+from loftq.formats.disk import is_inside
+from loftq.formats.links import refuse_outside
+from loftq.formats.model_files import check_model_folder
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -93,12 +96,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     exist, or if a shard is truncated or damaged.
     """
     index = folder / INDEX
+    check_model_folder(folder)
     names = [path.name for path in folder.iterdir()]
     check_listing(folder, names)
     weight_map = None if SINGLE in names else read_index(folder)
     tensors: dict[str, TensorSpec] = {}
     files: dict[str, str] = {}
-    for file in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
+    shards = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+    refuse_outside(folder, shards)
+    for file in shards:
         if not (folder / file).is_file():
             raise CheckpointError(f"{index} names the shard {file!r}, which does not exist: download it again")
         for spec in read_header(folder / file):
@@ -131,9 +137,15 @@ def read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
+        files = {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a safetensors index ({error!r}): download it again") from error
+    outside = sorted(file for file in set(files.values()) if not is_inside(file))
+    if outside:
+        raise CheckpointError(
+            f"{path} names the shard {outside[0]!r}, which is not a file name inside its folder: download it again"
+        )
+    return files
 
 
 def read_header(path: Path) -> list[TensorSpec]:
@@ -232,7 +244,7 @@ class ShardWriter:
             for shard in self._shards:
                 path = self._folder / shard.file
                 path.parent.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
                 self._descriptors[shard.file] = descriptor
                 _reserve(descriptor, shard.nbytes)
                 _write_at(descriptor, shard.header, 0)

@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,13 +25,35 @@ def replacing(path: Path) -> Iterator[Path]:
     removes it.
     """
     scratch = path.with_name(f".{path.name}.partial")
-    scratch.unlink(missing_ok=True)
-    os.close(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the umask applies
+    mode = _create(scratch)
     try:
         yield scratch
+        scratch.chmod(mode)  # whoever wrote the file may have made it anew
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give the safetensors files below a folder the permissions that the umask gives to a new file.
+
+    safetensors writes a file under a temporary name, which only its owner can read.
+    """
+    probe = folder / ".permissions.partial"
+    mode = _create(probe)
+    probe.unlink()
+    for path in folder.rglob("*.safetensors"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
+def _create(path: Path) -> int:
+    """Create an empty file in the place of an older one, never through a link, and return its permissions."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)  # the umask applies
+    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    os.close(descriptor)
+    return mode
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -40,8 +63,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a file name relative to a folder stays inside that folder."""
-    return not Path(name).is_absolute() and ".." not in Path(name).parts
+    """Whether a file name relative to a folder stays inside that folder, however a system or a library reads it."""
+    parts = Path(name).parts
+    return bool(parts) and not Path(name).is_absolute() and ".." not in parts and not set(name) & {"\\", "\0"}
 
 
 @contextmanager
@@ -49,14 +73,16 @@ def scratch_beside(folder: Path, keep: str | None = None) -> Iterator[Path]:
     """Create a folder `.NAME-partial` that no other run uses. If another run uses it, wait until that has ended.
 
     The folder is removed afterwards, unless it contains a file `keep`, from which the next run continues. Without that
-    file, the next run removes everything that it finds in the folder.
+    file, the next run removes everything that it finds in the folder. Raises OutputError if either folder is a link.
     """
+    if folder.is_symlink():
+        raise OutputError(f"{folder} is a symbolic link, and links are not replaced: name the folder that it leads to")
     scratch = folder.parent / f".{folder.name}-partial"
     descriptor = _lock_folder(scratch)
     try:
         if not _contains(scratch, keep):
             for path in scratch.iterdir():
-                if path.is_dir():
+                if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
                     path.unlink()
@@ -69,11 +95,13 @@ def scratch_beside(folder: Path, keep: str | None = None) -> Iterator[Path]:
 
 
 def _contains(folder: Path, name: str | None) -> bool:
-    return name is not None and (folder / name).exists()
+    """Whether a scratch folder contains a file to continue from. If it contains links, no run of ours wrote it."""
+    return name is not None and (folder / name).exists() and not any(path.is_symlink() for path in folder.rglob("*"))
 
 
 def move_into_place(scratch: Path, folder: Path) -> None:
     """Rename a scratch folder to `folder`, and replace a folder of that name."""
+    follow_umask(scratch)
     if folder.is_dir():
         shutil.rmtree(folder)
     scratch.rename(folder)
@@ -82,9 +110,11 @@ def move_into_place(scratch: Path, folder: Path) -> None:
 def _lock_folder(scratch: Path) -> int:
     """Create a folder if it is missing, and lock it until the returned descriptor is closed or the process ends."""
     while True:
+        if scratch.is_symlink():
+            raise OutputError(f"{scratch} is a symbolic link, not a folder that loftq made: remove the link")
         scratch.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(scratch, os.O_RDONLY)
+            descriptor = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:  # the run that had locked it has renamed it
             continue
         try:
@@ -99,7 +129,7 @@ def _lock_folder(scratch: Path) -> int:
 
 def _is_at(descriptor: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
         return False
 
@@ -114,6 +144,7 @@ _FAULTS = {  # the problem, and its remedy; None if only another output folder h
     errno.EFBIG: ("a file would be larger than allowed (--overwrite with a smaller --max-shard-size may help)", None),
     errno.ENOTDIR: ("a part of the path is a file", None),
     errno.ENAMETOOLONG: ("the name is too long", None),
+    errno.ELOOP: ("a part of the path is a symbolic link", None),
 }
 
 

@@ -26,6 +26,7 @@ from loftq.core.packing import pack, paired, single, unpack
 from loftq.core.scales import Scales, Solved
 from loftq.errors import ArtifactError
 from loftq.formats.checkpoint import TensorSpec
+from loftq.formats.model_files import check_model_folder
 
 METHOD = "gptq"
 CHECKPOINT_FORMAT = "gptq_v2"
@@ -126,7 +127,10 @@ def _read_zeros(qzeros: torch.Tensor, shape: Sequence[int], bits: int, less: int
 
 
 def is_gptq(folder: Path) -> bool:
-    """Whether the `config.json` of a folder names GPTQ."""
+    """Whether the `config.json` of a folder names GPTQ. Raises CheckpointError for links that leave the folder."""
+    if not folder.is_dir():
+        return False
+    check_model_folder(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return bool(config["quantization_config"]["quant_method"] == METHOD)

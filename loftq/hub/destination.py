@@ -12,12 +12,13 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from loftq.display import few_of, one_line
 from loftq.errors import HubError, OptionError
 from loftq.formats.artifact import MANIFEST
 from loftq.hub.errors import checked_token, explain_push_refusals
+from loftq.hub.snapshot import download
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -120,9 +121,9 @@ class Destination:
 
     def _manifest(self) -> dict[str, Any]:
         with explain_push_refusals(self.repo_id):
-            path = self.api.hf_hub_download(self.repo_id, MANIFEST, revision=self.head)
+            folder = download(self.repo_id, revision=self.head, token=cast(Any, self.api.token), patterns=[MANIFEST])
         try:
-            return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
         except (ValueError, TypeError):  # a damaged manifest cannot have the same backbone
             return {}
 

@@ -11,6 +11,7 @@ from loftq.display import one_line
 from loftq.errors import SourceError
 from loftq.formats.checkpoint import TensorSpec, spec_of
 from loftq.hub.errors import checked_token, explain_source_refusals
+from loftq.hub.snapshot import download
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Repository:
 
 def open_repository(name: str, revision: str | None, token: str | None, small: Collection[str]) -> Repository:
     """Find a repository and download its `small` files (patterns of names). Raises SourceError if that fails."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     token = checked_token(token)
@@ -46,7 +47,7 @@ def open_repository(name: str, revision: str | None, token: str | None, small: C
     try:
         with explain_source_refusals(name, revision):
             files = [file.rfilename for file in api.model_info(name, revision=revision).siblings or ()]
-            folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(small)))
+            folder = download(name, revision=revision, token=token, patterns=small)
     except (HTTPError, OSError) as error:
         raise SourceError(f"cannot download {name!r} from the Hub: {one_line(error)}") from error
     return Repository(name, folder.name, folder, files, api)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 
 from loftq.display import one_line
 from loftq.errors import CheckpointError, OptionError, SourceError
-from loftq.formats.artifact import CARD
+from loftq.formats.adapter import CONFIG
+from loftq.formats.artifact import CARD, MANIFEST
 from loftq.formats.checkpoint import (
     INDEX,
     SINGLE,
@@ -25,17 +27,15 @@ from loftq.formats.checkpoint import (
     read_index,
     spec_of,
 )
+from loftq.formats.disk import replacing
+from loftq.formats.links import refuse_outside
+from loftq.formats.model_files import SIDE_FILES, check_model_folder, is_side_file, model_file_names
 from loftq.hub.default_model import default_model, unpack_gguf
 from loftq.hub.errors import checked_token, explain_source_refusals
+from loftq.hub.snapshot import check_hashes, download
 
-_SIDE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "*.tiktoken", "LICENSE*", "NOTICE*"]
-_NEVER_COPIED = (
-    "config.json",
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",
-    "loftq.json",
-    "quantize_config.json",
-)
+# The small files of a repository that are read: those to copy, and those that say what it is.
+_SMALL = (*SIDE_FILES, "config.json", INDEX, CARD, MANIFEST, CONFIG)
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,22 @@ class Source:
 
 
 def side_files(folder: Path, code: bool = False) -> list[Path]:
-    """Return the files of tokenizer, generation config, chat template and licence; with `code`, Python files too."""
-    patterns = [*_SIDE_FILES, "*.py"] if code else _SIDE_FILES
-    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in paths if path.name not in _NEVER_COPIED)
+    """Return the files to copy beside the weights: those of `SIDE_FILES`; with `code`, Python files too.
+
+    Raises CheckpointError for one that is a link out of the folder.
+    """
+    names = [name for name in model_file_names(folder, code) if is_side_file(name, code)]
+    refuse_outside(folder, names)
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def copy_side_files(folder: Path, target: Path, code: bool = False) -> None:
+    """Copy the side files of a folder to another one. Permissions follow the umask. Raises CheckpointError."""
+    for path in side_files(folder, code):
+        copy = target / path.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        with replacing(copy) as scratch:
+            shutil.copyfile(path, scratch)
 
 
 def find_source(
@@ -87,6 +99,7 @@ def find_source(
         return _default_source(revision=revision, token=token, headers_only=headers_only)
     folder = find_folder(model, revision)
     if folder is not None:
+        check_model_folder(folder, trust_remote_code)
         return Source(str(folder.resolve()), folder, read_checkpoint(folder), local=True)
     return _hub_source(model, revision, token, trust_remote_code, headers_only)
 
@@ -119,14 +132,13 @@ def fetch_all(source: Source) -> Path:
 
     Raises SourceError.
     """
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     if source.local:
         return source.folder
     try:
         with explain_source_refusals(source.name, source.revision):
-            return Path(snapshot_download(source.name, revision=source.revision))
+            return download(source.name, revision=source.revision)
     except (HTTPError, OSError) as error:
         raise SourceError(f"cannot download all files of {source.name!r} from the Hub: {one_line(error)}") from error
 
@@ -137,7 +149,7 @@ def _hub_source(
     # The base class of all errors of the client's transport: from httpx in huggingface_hub 1, from httpx2 in 2.
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
-    small = [*_SIDE_FILES, CARD, *(["*.py"] if trust_remote_code else [])]
+    small = [*_SMALL, *(["*.py"] if trust_remote_code else [])]
     token = checked_token(token)
     try:
         with explain_source_refusals(repo, revision):
@@ -147,13 +159,13 @@ def _hub_source(
 
 
 def _download(repo: str, revision: str | None, token: str | None, small: Sequence[str], headers_only: bool) -> Source:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     files = {file.rfilename for file in api.model_info(repo, revision=revision).siblings or ()}
     check_listing(repo, files)
     # The revision is requested by its name, not by its commit, so that the cache can find it by that name later.
-    folder = Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=list(small)))
+    folder = download(repo, revision=revision, token=token, patterns=small)
     commit = folder.name
     weights = [SINGLE] if SINGLE in files else sorted(set(read_index(folder).values()))
     absent = sorted(set(weights) - files)
@@ -161,7 +173,7 @@ def _download(repo: str, revision: str | None, token: str | None, small: Sequenc
         raise CheckpointError(f"{INDEX} of {repo} names the shard {absent[0]!r}, which is not in the repository")
     if headers_only:
         return Source(repo, folder, _remote_headers(api, repo, commit, folder), commit)
-    snapshot_download(repo, revision=commit, token=token, allow_patterns=weights)
+    download(repo, revision=commit, token=token, patterns=weights)
     return Source(repo, folder, read_checkpoint(folder), commit)
 
 
@@ -181,16 +193,15 @@ def _remote_headers(api: Any, repo: str, revision: str, folder: Path) -> Checkpo
 
 
 def _cached_source(repo: str, revision: str | None, small: Sequence[str], error: Exception) -> Source:
-    from huggingface_hub import snapshot_download
-
     try:
-        patterns = list(small)
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=patterns))
-        return Source(repo, folder, read_checkpoint(folder), folder.name)
+        folder = download(repo, revision=revision, patterns=small, local_files_only=True)
+        checkpoint = read_checkpoint(folder)
+        check_hashes(repo, folder, set(checkpoint.files.values()))
     except (CheckpointError, OSError):
         raise SourceError(
             f"cannot download {repo!r} from the Hub, and the cache does not hold all of its files: {one_line(error)}"
         ) from error
+    return Source(repo, folder, checkpoint, folder.name)
 
 
 def _default_source(*, revision: str | None, token: str | None, headers_only: bool) -> Source:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from abc import abstractmethod
 from functools import cached_property
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ from loftq.artifacts.staging import Staging
 from loftq.core.grid import Grid
 from loftq.formats.artifact import CARD
 from loftq.formats.checkpoint import INDEX, Shard, ShardWriter, TensorSpec, index_text, lay_out
-from loftq.hub.source import side_files
+from loftq.hub.source import copy_side_files
 from loftq.merging.target import Target
 from loftq.models.tasks import TASKS
 
@@ -70,8 +69,7 @@ class ModelFolder(Target):
         """Write the weights, with a progress bar on stderr, then configuration, tokenizer, card and manifest."""
         self._write_weights(staging, quiet)
         pair = self.pair
-        for path in side_files(pair.backbone.folder):
-            shutil.copyfile(path, staging.folder / path.name)
+        copy_side_files(pair.backbone.folder, staging.folder)
         staging.write_text("config.json", json.dumps(self.config(), indent=2, sort_keys=True) + "\n")
         if len(self.shards) > 1:
             staging.write_text(INDEX, index_text(self.shards))

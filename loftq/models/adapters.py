@@ -17,6 +17,7 @@ from loftq.errors import ArtifactError
 from loftq.formats.adapter import Adapter, keys, open_adapter
 from loftq.formats.artifact import MANIFEST, Artifact, combine_hashes, open_artifact
 from loftq.formats.checkpoint import Checkpoint
+from loftq.formats.links import refuse_links
 
 TRAINING_RECORD = "training.json"
 _SAMPLE = 256  # number of values of each tensor: if training changes a tensor, it also changes its first rows
@@ -41,6 +42,7 @@ def trained_on(adapter: Path) -> tuple[str, str] | None:
     """Name and hash of the model on which an adapter, or a checkpoint of it, was trained; None if not recorded."""
     folder = adapter.resolve()
     path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / TRAINING_RECORD
+    refuse_links(path.parent, [TRAINING_RECORD], ArtifactError)
     try:
         backbone = json.loads(path.read_text(encoding="utf-8"))["backbone"]
         return str(backbone["model"]), str(backbone["sha256"])

@@ -6,13 +6,15 @@ import json
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from loftq.errors import ArtifactError, OutputError
 from loftq.formats.adapter import CONFIG, WEIGHTS, open_adapter
 from loftq.formats.disk import write_whole
+from loftq.formats.links import links_below, refuse_links
+from loftq.formats.model_files import model_file_names
 from loftq.models.adapters import TRAINING_RECORD
 from loftq.planning.run import check_resume
 from loftq.training.settings import TrainSettings
@@ -23,6 +25,9 @@ def check_run_folder(output: Path, settings: TrainSettings, *, resume: bool, ove
     check_resume(resume, overwrite)
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file: name a folder with --output")
+    if output.is_symlink() and not output.exists():
+        raise OutputError(f"{output} is a symbolic link to a folder that does not exist: name another --output")
+    refuse_links(output, _own_names(output), OutputError)
     record = _read(output)
     if record is None:
         if output.is_dir() and any(output.iterdir()):
@@ -38,6 +43,14 @@ def check_run_folder(output: Path, settings: TrainSettings, *, resume: bool, ove
             f"{output} was begun with another {', '.join(differing)}: use the same settings again, or add "
             "--overwrite instead of --resume"
         )
+
+
+def _own_names(output: Path) -> Iterator[str]:
+    """The names of the files that a training reads, replaces or removes in its folder, links included."""
+    if output.is_dir():
+        yield from model_file_names(output)
+        for folder in output.glob("checkpoint-*"):
+            yield from (folder.name, *(f"{folder.name}/{name}" for name in links_below(folder)))
 
 
 def begin(output: Path, settings: TrainSettings, backbone: Mapping[str, str]) -> None:

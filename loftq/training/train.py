@@ -14,13 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Unpack
 
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from loftq.errors import OptionError
 from loftq.formats.artifact import Artifact
-from loftq.formats.disk import explain_os_errors
+from loftq.formats.disk import explain_os_errors, follow_umask
 from loftq.hub.destination import find_destination
 from loftq.models.adapters import TRAINING_RECORD
 from loftq.settings import declared, from_dict
@@ -146,11 +146,12 @@ def _finish(
     """Save the adapter, the tokenizer and the record, and push the model if the settings name a repository."""
     opened.model.save_pretrained(result.folder, save_embedding_layers=False)  # they do not train
     opened.tokenizer.save_pretrained(result.folder)
+    follow_umask(result.folder)
     versions = {name: version(name) for name in _VERSIONS}
     record = {"settings": settings.to_dict(), "backbone": identity, "result": result.to_dict()}
     write_record(result.folder, {**record, "history": history, "versions": versions})
     if settings.push_to_hub is not None:
-        push(opened.folder, settings.push_to_hub, adapter=result.folder)
+        push(opened.folder, settings.push_to_hub, adapter=result.folder.resolve())  # --output may be a link
 
 
 def examples(settings: TrainSettings, opened: Opened, rows: Any, evaluation: Any) -> tuple[Any, Any]:
@@ -199,6 +200,7 @@ def _trainer(
     trainer.optimizer = trainer.lr_scheduler = None  # training makes both again, with the actual number of steps
     for printing in (PrinterCallback, ProgressCallback):  # they print to stdout, which is only for the result
         trainer.remove_callback(printing)
+    trainer.add_callback(_Permissions())
     if not quiet:
         trainer.add_callback(_Progress())
     return trainer
@@ -208,6 +210,15 @@ def _classified(output: Any) -> dict[str, float]:
     # An encoder-decoder returns hidden states after the logits.
     logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
     return scores(logits, output.label_ids)
+
+
+class _Permissions(TrainerCallback):
+    """Lets the permissions of checkpoints follow the umask."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Correct the permissions of the weights that were saved now."""
+        if state.is_world_process_zero:
+            follow_umask(Path(args.output_dir))
 
 
 class _Progress(ProgressCallback):

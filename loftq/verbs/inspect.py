@@ -18,6 +18,7 @@ from loftq.formats.adapter import Adapter, read_config
 from loftq.formats.artifact import MANIFEST, Artifact, read_artifact
 from loftq.formats.checkpoint import Checkpoint, TensorSpec, read_header
 from loftq.formats.layouts import LAYOUTS
+from loftq.formats.links import refuse_links
 from loftq.hub.repository import open_repository
 from loftq.hub.source import find_folder
 
@@ -71,7 +72,12 @@ def _find(name: str, revision: str | None, token: str | None) -> _Place:
         repository = open_repository(name, revision, token, _SMALL)
         return _Place(name, repository.commit, repository.folder, repository.files, cache(repository.header))
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    return _Place(str(folder), None, folder, files, cache(lambda file: read_header(folder / file)))
+
+    def read(file: str) -> Sequence[TensorSpec]:
+        refuse_links(folder, [file], ArtifactError)
+        return read_header(folder / file)
+
+    return _Place(str(folder), None, folder, files, cache(read))
 
 
 def _inspect_artifact(place: _Place, worst: int) -> Inspection:

@@ -22,6 +22,7 @@ from loftq.errors import ArtifactError, OptionError
 from loftq.formats.adapter import CONFIG, FOLDER, WEIGHTS
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, open_artifact
 from loftq.formats.disk import is_inside
+from loftq.formats.links import refuse_links
 from loftq.hub.destination import find_destination
 from loftq.hub.text import public_name
 from loftq.models.adapters import check_adapter
@@ -130,6 +131,7 @@ def _check_folder(folder: Path) -> Artifact:
     for name in listed:
         if not is_inside(name):
             raise ArtifactError(f"{folder / MANIFEST} is damaged: it lists {name!r}, which lies outside its folder")
+    refuse_links(folder, listed, ArtifactError)
     problems = verify(folder, quiet=True).problems
     if problems:
         raise ArtifactError(
@@ -162,6 +164,8 @@ def _trained(
     artifact: Artifact, folder: Path, name: str, repo_id: str, revision: str | None
 ) -> dict[str, Path | bytes]:
     """The files of a trained adapter, with its card. Raises ArtifactError if it belongs to another backbone."""
+    refuse_links(folder.parent, [folder.name], ArtifactError)
+    refuse_links(folder, [CONFIG, WEIGHTS], ArtifactError)
     check_adapter(artifact, folder)
     card = f"""# {name}
 

@@ -23,13 +23,15 @@ from loftq.artifacts.checks import (
 from loftq.artifacts.pair import BackboneAndAdapter
 from loftq.artifacts.recompute import compare_with_source, plan_again
 from loftq.artifacts.rows import summed_errors
-from loftq.display import key_values, size
+from loftq.display import few_of, key_values, size
 from loftq.errors import OptionError
 from loftq.formats.adapter import FOLDER, open_adapter
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, combine_hashes, read_artifact
 from loftq.formats.checkpoint import INDEX
-from loftq.formats.disk import is_inside
+from loftq.formats.disk import PARTIAL, is_inside
 from loftq.formats.layouts import LAYOUTS
+from loftq.formats.links import linked_part, links_below
+from loftq.formats.programs import programs_below
 from loftq.hub.source import Source, find_source
 
 _TOLERANCE = 1e-9  # of a total, which was computed from the same rows
@@ -120,7 +122,12 @@ def verify(
 
 def _check(artifact: Artifact, source: Source | None, trust_remote_code: bool, quiet: bool) -> Iterator[Problem]:
     """Check the files, then their contents, then compare them with the source."""
+    links = [name for name in links_below(artifact.folder) if not name.startswith(f"{PARTIAL}/")]
+    for name in links:
+        yield Problem(name, "is a symbolic link, which is not followed: a copy must take its place")
     yield from _check_files(artifact, quiet)
+    if links:  # what they lead to is not read
+        return
     if not _is_quantized(artifact):
         return
     manifest = artifact.manifest
@@ -155,7 +162,7 @@ def _check_files(artifact: Artifact, quiet: bool) -> Iterator[Problem]:
                 yield Problem(name, difference)
             bar.update(int(entry["bytes"]))
     for folder in (artifact.folder, artifact.adapter):
-        for path in sorted([*folder.glob("*.safetensors"), *folder.glob(INDEX)]):
+        for path in sorted([*folder.glob("*.safetensors"), *folder.glob(INDEX)]) if folder.is_dir() else ():
             name = path.relative_to(artifact.folder).as_posix()
             if name not in artifact.files:
                 yield Problem(name, f"is not listed in {MANIFEST}, but loaders may read it")
@@ -165,6 +172,8 @@ def _difference(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None
     if not is_inside(name):
         return f"lies outside the folder: {MANIFEST} must not list it"
     path = folder / name
+    if linked_part(folder, name) is not None:
+        return None  # reported as a link
     if not path.is_file():
         return "is missing"
     if name == CARD:
@@ -205,3 +214,6 @@ def _notes(artifact: Artifact) -> Iterator[str]:
     unhashed = [name for name, entry in artifact.files.items() if "sha256" not in entry]
     if unhashed:
         yield f"{MANIFEST} has no hashes of {len(unhashed)} files, so their contents were not compared"
+    programs = sorted(programs_below(artifact.folder))
+    if programs:
+        yield f"files that are programs or pickles, which can run code: {few_of(programs)}"

@@ -239,3 +239,18 @@ def test_outputs_come_back_as_they_were(tmp_path: Path) -> None:
     assert Progress(tmp_path, {"a": 1}).rounds == 3
     assert Progress(tmp_path, {"a": 2}).rounds == 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", ["../precious", "/precious", "moment-00001.safetensors"])
+def test_a_record_that_names_a_file_outside_is_not_continued(file: str, tmp_path: Path) -> None:
+    """The run would remove it. Oracle: the same record with a file inside is continued."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    place = str(tmp_path / "precious") if file.startswith("/") else file
+    first = Progress(folder, {"a": 1})
+    (folder / place).write_text("precious")
+    first.begin()
+    first.keep(0, torch.ones(2))
+    first.end(3, 1, {"q_proj": {"file": place, "count": 1}}, {}, 1)
+    assert Progress(folder, {"a": 1}).rounds == (0 if "precious" in file else 3)
+    assert "precious" not in file or (tmp_path / "precious").read_text() == "precious"

@@ -178,3 +178,22 @@ def test_what_is_damaged_is_named_and_what_to_do(damage: str, pico: Path, cached
         read()
     shutil.rmtree(cached)
     read()
+
+
+@pytest.mark.parametrize("name", ["calibration.json", "teacher.safetensors", "the moment"])
+def test_links_are_not_followed(name: str, pico: Path, cached: Path, tmp_path: Path) -> None:
+    record = json.loads((cached / "calibration.json").read_text())
+    path = cached / (record["modules"][MODULE]["file"] if name == "the moment" else name)
+    shutil.move(path, tmp_path / "outside")
+    path.symlink_to(tmp_path / "outside")
+    plan = plan_of(pico)
+    with pytest.raises(ArtifactError, match=f"{path} is a symbolic link to {tmp_path / 'outside'}"):
+        gather(plan, small(plan), cached, quiet=True)
+
+
+@pytest.mark.parametrize("file", ["../outside", "/outside", "..\\outside"])
+def test_a_record_that_names_a_file_outside_is_refused(file: str, pico: Path, cached: Path) -> None:
+    with_module({"file": file, "count": 512})(cached)
+    plan = plan_of(pico)
+    with pytest.raises(ArtifactError, match="which lies outside its folder: remove the folder"):
+        gather(plan, small(plan), cached, quiet=True)

@@ -345,3 +345,43 @@ def test_a_single_file_goes_before_an_index(pico: Path, pico_sharded: Path, tmp_
     both = shutil.copytree(pico_sharded, tmp_path / "both")
     shutil.copyfile(pico / "model.safetensors", both / "model.safetensors")
     assert set(read_checkpoint(both).files.values()) == {"model.safetensors"}
+
+
+OUTSIDE = [
+    "../{}",
+    "sub/../../{}",
+    "/{}",
+    "//{}",
+    "{parent}/{}",
+    "..\\{}",
+    "C:\\{}",
+    "sub\\{}",
+    "{}\0",
+    "..",
+    ".",
+    "",
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_an_index_names_files_inside_its_folder(name: str, pico_sharded: Path, tmp_path: Path) -> None:
+    """Oracle: files that hold the tensors are where the names lead, as far as the system takes these names."""
+    folder = Path(shutil.copytree(pico_sharded, tmp_path / "a" / "copy"))
+    index = json.loads((folder / INDEX).read_text())
+    for place in (tmp_path, tmp_path / "a", folder):
+        shutil.copy(folder / FIRST, place / f"..\\{FIRST}")
+        shutil.copyfile(pico_sharded / FIRST, place / FIRST)
+    shard = name.format(FIRST, parent=tmp_path)
+    index["weight_map"] = {key: shard if file == FIRST else file for key, file in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="which is not a file name inside its folder: download it again"):
+        read_checkpoint(folder)
+
+
+def test_an_index_may_name_a_file_in_a_subfolder(pico_sharded: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pico_sharded, tmp_path / "copy"))
+    (folder / "sub").mkdir()
+    shutil.move(folder / FIRST, folder / "sub")
+    text = (folder / INDEX).read_text()
+    (folder / INDEX).write_text(text.replace(FIRST, f"sub/{FIRST}"))
+    assert read_checkpoint(folder).tensors == read_checkpoint(pico_sharded).tensors

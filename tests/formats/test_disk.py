@@ -7,8 +7,11 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from loftq.formats.disk import is_inside, replacing, write_whole
+from loftq.errors import OutputError
+from loftq.formats.disk import is_inside, move_into_place, replacing, scratch_beside, write_whole
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
@@ -69,7 +72,62 @@ def test_what_a_killed_run_left_is_in_nobodys_way(tmp_path: Path) -> None:
         ("loftq_init/../../x", False),
         ("/etc/passwd", False),
         ("..", False),
+        ("", False),
+        (".", False),
+        ("..\\config.json", False),
+        ("C:\\config.json", False),
+        ("\\\\server\\config.json", False),
+        ("config.json\0", False),
     ],
 )
 def test_names_that_leave_the_folder(name: str, inside: bool) -> None:
     assert is_inside(name) is inside
+
+
+def test_a_file_that_is_made_anew_has_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    """As safetensors does it, whose files only their owner can read."""
+    before = os.umask(0o002)
+    try:
+        with replacing(tmp_path / "x.safetensors") as scratch:
+            save_file({"a": torch.zeros(2)}, scratch)
+        with scratch_beside(tmp_path / "known") as scratch:
+            save_file({"a": torch.zeros(2)}, scratch / "moment.safetensors")
+            move_into_place(scratch, tmp_path / "known")
+    finally:
+        os.umask(before)
+    for name in ("x.safetensors", "known/moment.safetensors"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o664
+    assert stat.S_IMODE((tmp_path / "known").stat().st_mode) == 0o775
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    """Neither through one that has the temporary name, nor through one in the place of the file."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    for name in (".card.md.partial", "card.md"):
+        (tmp_path / name).symlink_to(precious)
+    write_whole(tmp_path / "card.md", "new")
+    assert (precious.read_text(), (tmp_path / "card.md").read_text()) == ("precious", "new")
+    assert not (tmp_path / "card.md").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["known", ".known-partial"])
+def test_a_scratch_folder_is_not_a_link(name: str, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "precious").write_text("precious")
+    (tmp_path / name).symlink_to(tmp_path / "home")
+    with pytest.raises(OutputError, match=f"{name} is a symbolic link"), scratch_beside(tmp_path / "known"):
+        pass
+    assert (tmp_path / "home" / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("target", ["home", "home/precious", "missing"])
+def test_a_scratch_folder_with_links_is_emptied_and_not_continued(target: str, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "precious").write_text("precious")
+    (tmp_path / ".known-partial").mkdir()
+    (tmp_path / ".known-partial" / "progress").write_text("{}")
+    (tmp_path / ".known-partial" / "state").symlink_to(tmp_path / target)
+    with scratch_beside(tmp_path / "known", "progress") as scratch:
+        assert list(scratch.iterdir()) == []
+    assert (tmp_path / "home" / "precious").read_text() == "precious"

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 import loftq
 from loftq.errors import SourceError
 from loftq.hub.default_model import default_model
-from loftq.hub.source import find_source, side_files
+from loftq.hub.source import fetch_all, find_source, side_files
 
 FAST = ("--rank", "4", "--iter", "1", "--quiet")
 TOKEN = "hf_TheTokenThatOpensIt"
@@ -125,6 +125,35 @@ def test_only_the_weights_that_the_index_names_are_downloaded(hub: Hub, pico_sha
     named = set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
     assert set(find_source("user/model").checkpoint.files.values()) == named
     assert asked_for(hub, ".safetensors") == sorted(named)
+
+
+@pytest.mark.parametrize("headers_only", [False, True])
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "..\\x.safetensors", "sub/../../x.safetensors"])
+def test_an_index_that_names_a_file_outside_is_refused(
+    name: str, headers_only: bool, hub: Hub, pico_sharded: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(pico_sharded, tmp_path / "repository"))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    hub.add("user/model", folder)
+    with pytest.raises(SourceError, match="which is not a file name inside its folder"):
+        find_source("user/model", headers_only=headers_only)
+    assert asked_for(hub, ".safetensors") == []
+
+
+def test_the_cache_of_the_hub_may_be_named_as_a_folder(hub: Hub, pico: Path, run: Run, tmp_path: Path) -> None:
+    """Its files are links, which lead to the cache itself: for a source as for an artifact."""
+    hub.add("user/model", pico)
+    cached = find_source("user/model").folder
+    assert (cached / "config.json").is_symlink()
+    assert run("quantize", cached, *FAST, "--output", tmp_path / "out").exit_code == 0
+    hub.add("user/made", tmp_path / "out")
+    folder = fetch_all(find_source("user/made"))
+    assert (folder / "loftq_init" / "adapter_model.safetensors").is_symlink()
+    assert run("verify", folder, "--quiet").exit_code == 0
+    assert run("inspect", folder).exit_code == 0
+    assert run("merge", folder, "--to", "bf16", "--no-check", "--output", tmp_path / "merged").exit_code == 0
 
 
 @pytest.mark.parametrize(("trusted", "expected"), [(False, []), (True, ["modeling_own.py"])])
