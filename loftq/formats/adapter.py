@@ -142,6 +142,10 @@ class Adapter:
         end = ".lora_A.weight"
         return [name.removeprefix(_PREFIX).removesuffix(end) for name in self.shapes if name.endswith(end)]
 
+    def adapts(self, module: str) -> bool:
+        """Whether a module has factors."""
+        return keys(module)[0] in self.shapes
+
     @cached_property
     def saved(self) -> dict[str, str]:
         """Parameters that are saved in full beside the factors (a head): name in the model to name in the file."""
