@@ -14,7 +14,7 @@ import torch
 from loftq.core.kernels import dispatch
 from loftq.core.pooled import delta
 
-CANCELLED = 0.05  # part of a squared norm: a smaller difference has lost too many digits, and is computed from values
+CANCELLED = 0.005  # part of a squared norm: a smaller difference has lost too many digits, and is computed from values
 
 
 def squared_error(

@@ -8,7 +8,7 @@ Only fields that every peft since 0.10 supports are written, because older relea
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -97,14 +97,19 @@ def target_names(targets: Iterable[str], modules: Iterable[str]) -> list[str]:
     target_set, existing = set(targets), list(modules)
     suffixes = {name.rpartition(".")[2] for name in target_set}
     for names in (suffixes, target_set):
-        ends = tuple(f".{name}" for name in names)
-        unwanted = {name for name in existing if name in names or name.endswith(ends)} - target_set
+        unwanted = {name for name in existing if any(end in names for end in _ends(name))} - target_set
         if not unwanted:
             return sorted(names)
     raise OptionError(
         f"peft cannot adapt the targets without {sorted(unwanted)[0]!r}, which ends with the name of a target: "
         "target both or neither"
     )
+
+
+def _ends(name: str) -> Iterator[str]:
+    """A name, and what follows each of its dots."""
+    parts = name.split(".")
+    return (".".join(parts[first:]) for first in range(len(parts)))
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def solve_layer(
         solution = solve_by(plan.recipe, weight, moment, quantizer, iterations, seed)
     except torch.linalg.LinAlgError as error:
         raise unsolvable(layer.module, one_line(error)) from error
-    check_solution(solution, layer.module)
+    check_solution(solution, quantizer, layer.module)
     return solution
 
 

@@ -153,7 +153,7 @@ def _solve(name: str, module: nn.Linear, recipe: Recipe, grid: Grid, format: str
         solution = solve_loftq(weight, quantizer, rank, recipe.iters, recipe.scaling, svd=recipe.svd, seed=seed)
     except torch.linalg.LinAlgError as error:
         raise unsolvable(name, one_line(error)) from error
-    check_solution(solution, name)
+    check_solution(solution, quantizer, name)
     return solution
 
 

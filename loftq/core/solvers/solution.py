@@ -138,12 +138,17 @@ def _with_final(trace: Trace, squared: float) -> Trace:
     return replace(trace, iterations=tuple(errors))
 
 
-def check_solution(solution: Solution, name: str) -> None:
-    """Raise OptionError if a part of the solution of the layer `name` is NaN or Inf."""
+def check_solution(solution: Solution, quantizer: Quantizer, name: str) -> None:
+    """Raise OptionError if a part of the solution of the layer `name` is NaN or Inf, or can become so in a reader."""
     scales, trace = solution.scales, solution.trace
-    parts = {"the factor A": solution.a, "the factor B": solution.b, "a scale": scales.values}
-    if scales.shifts is not None:
-        parts["a zero-point"] = scales.shifts
+    reach = scales.values.abs() * float(quantizer.levels.abs().max()) + scales.offsets.abs()
+    parts = {
+        "the factor A": solution.a,
+        "the factor B": solution.b,
+        "a scale": scales.values,
+        "a zero-point": scales.offsets,
+        "a quantized weight": reach,
+    }
     odd = [part for part, tensor in parts.items() if not bool(torch.isfinite(tensor).all())]
     if not all(map(math.isfinite, [*_numbers(trace), *(_numbers(trace.outputs) if trace.outputs else ())])):
         odd.append("the error")
