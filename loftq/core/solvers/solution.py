@@ -141,7 +141,7 @@ def _with_final(trace: Trace, squared: float) -> Trace:
 def check_solution(solution: Solution, quantizer: Quantizer, name: str) -> None:
     """Raise OptionError if a part of the solution of the layer `name` is NaN or Inf, or can become so in a reader."""
     scales, trace = solution.scales, solution.trace
-    reach = scales.values.abs() * float(quantizer.levels.abs().max()) + scales.offsets.abs()
+    reach = torch.stack([scales.values * float(level) + scales.offsets for level in quantizer.levels[[0, -1]]])
     parts = {
         "the factor A": solution.a,
         "the factor B": solution.b,
