@@ -144,7 +144,7 @@ def _described(staging: Staging) -> dict[str, dict[str, Any]]:
 
 
 def _write(staging: Staging, manifest: Mapping[str, Any]) -> None:
-    staging.write_text(artifact.MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    staging.write_text(artifact.MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def _config_text(plan: Plan) -> str:

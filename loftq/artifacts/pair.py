@@ -35,17 +35,21 @@ class BackboneAndAdapter:
         saved = self.adapter.saved.get(name)
         return self.backbone.checkpoint.read(name) if saved is None else self.adapter.read(saved)
 
+    def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The factors A and B of a module; None if the adapter has none for it."""
+        return self.adapter.factors(module) if self.adapter.adapts(module) else None
+
     def delta(self, module: str) -> torch.Tensor | None:
         """The matrix that the adapter adds to the weight of a module: (out, in). None if it adds nothing."""
-        if module not in self.adapter.modules:
-            return None
-        return pooled.delta(*self.adapter.factors(module), self.adapter.scaling, self.adapter.pool_size)
+        factors = self.factors(module)
+        return None if factors is None else pooled.delta(*factors, self.adapter.scaling, self.adapter.pool_size)
 
     def correction(self, module: str) -> torch.Tensor | None:
         """The matrix that a QA-LoRA adapter adds to the pools of a module: (out, pools). None if it adds nothing."""
-        if module not in self.adapter.modules:
+        factors = self.factors(module)
+        if factors is None:
             return None
-        return pooled.correction(*self.adapter.factors(module), self.adapter.scaling, cast(int, self.adapter.pool_size))
+        return pooled.correction(*factors, self.adapter.scaling, cast(int, self.adapter.pool_size))
 
     def shifts(self, module: str, scales: Scales) -> torch.Tensor:
         """The shifts of the groups of a module, with the adapter merged into them: float32 (groups,)."""

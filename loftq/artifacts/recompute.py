@@ -9,6 +9,7 @@ import torch
 
 from loftq.artifacts.checks import Problem
 from loftq.artifacts.pair import BackboneAndAdapter
+from loftq.core.error import squared_error
 from loftq.core.metric import squared
 from loftq.errors import ArtifactError, LoftQError
 from loftq.formats.artifact import MANIFEST, combine_hashes
@@ -73,14 +74,13 @@ def _compare_layer(
     backbone, module = pair.backbone, layer.module
     try:
         read = backbone.checkpoint.read
-        residual = weight - read_weight(backbone.format, module, layer.shape, backbone.grids[module], read)
-        added = pair.delta(module)
+        rounded = read_weight(backbone.format, module, layer.shape, backbone.grids[module], read)
+        factors = pair.factors(module)
     except (RuntimeError, ValueError, KeyError, AssertionError) as error:  # readers raise these for damaged tensors
         yield Problem(module, f"cannot be read as {backbone.format}: {error}")
         return
-    if added is not None:
-        residual -= added
-    relative_error = (squared(residual) / (squared(weight) or 1.0)) ** 0.5
+    error = squared_error(weight, rounded, factors, pair.adapter.scaling, pair.adapter.pool_size)
+    relative_error = (error / (squared(weight) or 1.0)) ** 0.5
     if _differ(relative_error, row["error"], row["error"]):
         yield Problem(module, f"has the relative error {relative_error:.6g}, {MANIFEST} has {row['error']:.6g}")
 

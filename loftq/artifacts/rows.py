@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loftq.core.solvers.loftq import Trace
+from loftq.core.solvers.solution import Trace
 from loftq.planning.plan import Layer, Plan
 
 

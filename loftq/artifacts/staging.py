@@ -170,7 +170,7 @@ def _lock(descriptor: int, output: Path) -> None:
 
 
 def _append(descriptor: int, record: Mapping[str, Any]) -> None:
-    line = json.dumps(record).encode() + b"\n"
+    line = json.dumps(record, allow_nan=False).encode() + b"\n"
     while line:  # on an almost full disk, a part may be written
         line = line[os.write(descriptor, line) :]
 

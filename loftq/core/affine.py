@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
@@ -61,6 +62,7 @@ class AffineQuantizer:
     zero_point: str = "integer"
     double_quant: bool = False
     scale_dtype: torch.dtype = torch.float32  # the dtype of stored scales, unless they are doubly quantized
+    unit: float = 1.0  # weights were divided by it, and scales and shifts are stored times it
 
     def __post_init__(self) -> None:
         if self.codebook not in INTEGERS:
@@ -69,6 +71,10 @@ class AffineQuantizer:
             raise UnknownNameError("zero-point", self.zero_point, ZERO_POINTS)
         if self.block_size < 8 or self.block_size % 8:
             raise OptionError(f"group size {self.block_size} is not a multiple of 8")
+
+    def in_unit(self, unit: float) -> Self:
+        """The quantizer of the weight divided by `unit`."""
+        return replace(self, unit=unit)
 
     @property
     def bits(self) -> int:
@@ -211,10 +217,13 @@ class AffineQuantizer:
         """Floating shifts as they are read back: float32."""
         dtype = FLOATING[self.zero_point]
         limit = torch.finfo(dtype).max
+        if self.unit != 1:
+            own = (exact.double() * self.unit).clamp(-limit, limit).to(dtype)
+            return (own.double() / self.unit).float()
         return exact.clamp(-limit, limit).to(dtype).float()
 
     def _stored(self, exact: torch.Tensor, nested: bool = True) -> Scales:
-        return stored_scales(exact, self.scale_dtype, self.double_quant and nested)
+        return stored_scales(exact, self.scale_dtype, self.double_quant and nested, self.unit)
 
     @property
     def _step(self) -> int:

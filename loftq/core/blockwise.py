@@ -13,8 +13,9 @@ On the CPU the loops are compiled (`kernels`); elsewhere the same arithmetic run
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
 
 import torch
 
@@ -38,12 +39,17 @@ class BlockQuantizer:
     block_size: int = 64
     double_quant: bool = False
     scale_dtype: torch.dtype = torch.float32  # the dtype of stored scales, unless they are doubly quantized
+    unit: float = 1.0  # weights were divided by it, and scales are stored times it
 
     def __post_init__(self) -> None:
         if self.codebook not in TABLES:
             raise UnknownNameError("codebook", self.codebook, TABLES)
         if self.block_size < 8 or self.block_size % 8:
             raise OptionError(f"block size {self.block_size} is not a multiple of 8")
+
+    def in_unit(self, unit: float) -> Self:
+        """The quantizer of the weight divided by `unit`."""
+        return replace(self, unit=unit)
 
     @property
     def _rounds_scales(self) -> bool:
@@ -76,7 +82,7 @@ class BlockQuantizer:
 
     def covering(self, extent: torch.Tensor, factor: torch.Tensor | float = 1.0, *, nested: bool = True) -> Scales:
         """Scales whose grid reaches to `factor` times an extent, doubly quantized if `nested` and `double_quant`."""
-        return stored_scales(extent * factor, self.scale_dtype, self.double_quant and nested)
+        return stored_scales(extent * factor, self.scale_dtype, self.double_quant and nested, self.unit)
 
     def encode(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Codes under given scales, two in each byte: uint8 (numel / 2,)."""

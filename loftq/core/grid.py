@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
@@ -25,6 +25,9 @@ class Quantizer(Protocol):
     @property
     def levels(self) -> torch.Tensor:
         """The values that codes stand for before scale and shift: float32 (2**bits,), ascending."""
+
+    def in_unit(self, unit: float) -> Self:
+        """The quantizer of the weight divided by `unit`, a power of two."""
 
     def scales(self, weight: torch.Tensor, correction: torch.Tensor | None = None) -> Scales:
         """Scales of `weight - correction`, as they will be read back."""

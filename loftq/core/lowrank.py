@@ -10,8 +10,8 @@ With U orthonormal, `U Uᵀ E` is the best approximation of E in the span of U, 
 
     ‖E − U Uᵀ E‖² = ‖E‖² − ‖Uᵀ E‖²,
 
-so computing the error that the factors leave needs no second pass over E. The published procedure is `exact`, a
-full SVD.
+so computing the error that the factors leave needs no second pass over E, unless it is so small that the difference has
+lost its digits (`rest`). The published procedure is `exact`, a full SVD.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from dataclasses import dataclass
 
 import torch
 
+from loftq.core.error import CANCELLED
+from loftq.core.kernels import dispatch
+from loftq.core.pooled import spread
+
 _SMALL = 128  # length of a side up to which the whole spectrum costs little
+_NOISE = 1e-6  # part of the largest energy: float32 products leave errors of this size in smaller ones
 _NARROWEST = 8  # least columns of a Krylov block: fewer cost as much, since most of the time goes into reading E
 
 
@@ -42,7 +47,8 @@ class Factors:
     def adapter(self, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
         """A (rank, in) and B (out, rank), of equal norms, with `scaling * B @ A = left @ right`."""
         values = self.singular_values[:rank]
-        inverse_root = torch.where(values > 0, values.rsqrt(), 0).to(self.left.dtype)  # exact zeros stay zero
+        usable = values > torch.finfo(torch.float32).tiny  # others would overflow; their part of E is not visible
+        inverse_root = torch.where(usable, values.rsqrt(), 0).to(self.left.dtype)
         root = values.sqrt().to(self.left.dtype)
         share = scaling**-0.5
         a = self.right[:rank] * (share * inverse_root).unsqueeze(1)
@@ -114,8 +120,30 @@ def factorize(
     return krylov(residual, start, depth)
 
 
+def rest(squared: float, residual: torch.Tensor, factors: Factors, rank: int, pool: int = 1) -> float:
+    """‖E‖² without what the first `rank` factors take of it, where `squared` is ‖E‖² of the `residual` (out, in).
+
+    With a `pool`, the factors are those of the means over pools of so many columns.
+    """
+    difference = squared - pool * factors.captured(rank)
+    if difference >= CANCELLED * squared:
+        return difference
+    total = 0.0
+    step = max(dispatch.CHUNK // residual.shape[1], 1)
+    for first in range(0, len(residual), step):
+        rows = slice(first, first + step)
+        product = factors.left[rows, :rank].double() @ factors.right[:rank].double()
+        total += float((residual[rows].double() - spread(product, pool)).square().sum())
+    return total
+
+
 def _leading(left: torch.Tensor, right: torch.Tensor, count: int) -> Factors:
     """The leading singular directions of E within an orthonormal basis `left`, where right = leftᵀ E."""
     energy, vectors = torch.linalg.eigh((right @ right.T).double())
     turn = vectors[:, -count:].flip(1).to(left.dtype)  # eigh sorts in rising order
-    return Factors(left @ turn, turn.T @ right, energy[-count:].flip(0).clamp(min=0).sqrt())
+    energy = energy[-count:].flip(0).clamp(min=0)
+    rotated = turn.T @ right
+    noisy = energy <= _NOISE * energy[0]
+    if bool(noisy.any()):
+        energy = torch.where(noisy, rotated.double().square().sum(dim=1), energy)
+    return Factors(left @ turn, rotated, energy.sqrt())

@@ -21,7 +21,11 @@ from dataclasses import dataclass
 
 import torch
 
+from loftq.core.kernels import dispatch
+from loftq.errors import OptionError
+
 DAMPING = 0.01
+_USUAL = 60  # exponents of two up to which the mean of H's diagonal is used as it is
 METRICS = {
     "identity": "the weight itself",
     "diagonal": "the outputs, if inputs were uncorrelated",
@@ -30,9 +34,18 @@ METRICS = {
 
 
 def damped(moment: torch.Tensor) -> torch.Tensor:
-    """H (in, in) with a part of its mean diagonal added to the diagonal: float64, positive definite."""
+    """H (in, in) with a part of its mean diagonal added to the diagonal: float64, positive definite.
+
+    If H is so large or small that float32 cannot hold its products, it is divided by a power of four. Errors of outputs
+    are used as parts of the outputs' norm, which that does not change. Raises OptionError for NaN and Inf.
+    """
     exact = moment.double()
     mean = float(exact.diagonal().mean())
+    if not math.isfinite(float(exact.sum())):
+        raise OptionError("the second moment of a layer's inputs holds NaN or Inf: calibrate on another text")
+    _, exponent = math.frexp(mean)
+    if mean > 0 and abs(exponent) > _USUAL:
+        exact, mean = exact * 4.0 ** -(exponent // 2), mean * 4.0 ** -(exponent // 2)
     return exact + torch.eye(len(exact), dtype=torch.float64, device=exact.device) * (DAMPING * mean or 1.0)
 
 
@@ -75,5 +88,12 @@ class Metric:
 
 
 def squared(matrix: torch.Tensor) -> float:
-    """The squared Frobenius norm, with the norms of rows in float32 and their sum in float64."""
-    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
+    """The squared Frobenius norm, with the norms of rows in float32 and their sum in float64.
+
+    If float32 cannot hold the squares, all of it is computed in float64.
+    """
+    usual = float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
+    if 1e-20 < usual < 1e36:
+        return usual
+    step = max(dispatch.CHUNK // max(matrix.shape[1], 1), 1)
+    return sum(float(rows.double().square().sum()) for rows in torch.split(matrix, step))

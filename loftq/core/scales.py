@@ -7,7 +7,7 @@ Scales are stored in float32 or float16, or with double quantization (QLoRA, arX
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,8 +54,15 @@ class Scales:
 Solved = tuple[torch.Tensor, Scales]  # a weight's codes, in the solver's form, and its scales
 
 
-def stored_scales(exact: torch.Tensor, dtype: torch.dtype, double_quant: bool) -> Scales:
-    """Scales float32 (blocks,) as they are read back from their stored form."""
+def stored_scales(exact: torch.Tensor, dtype: torch.dtype, double_quant: bool, unit: float = 1.0) -> Scales:
+    """Scales float32 (blocks,) as they are read back from their stored form.
+
+    They are those of a weight that was divided by `unit`; the stored form has those of the weight itself.
+    """
+    if unit != 1:
+        own = (exact.double() * unit).clamp(max=torch.finfo(torch.float32).max).float()
+        stored = stored_scales(own, dtype, double_quant)
+        return replace(stored, values=(stored.values.double() / unit).float())
     if double_quant:
         nested = encode_scales(exact)
         return Scales(nested.decode(), nested)

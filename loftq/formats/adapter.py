@@ -8,24 +8,25 @@ Only fields that every peft since 0.10 supports are written, because older relea
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from loftq.errors import ArtifactError, OptionError
-from loftq.formats.checkpoint import TensorSpec
+from loftq.formats.checkpoint import TensorSpec, spec_of
 from loftq.formats.links import refuse_links
 from loftq.formats.model_files import model_file_names
+from loftq.formats.tensor_files import TensorFiles
 
 FOLDER = "loftq_init"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # peft's name for the wrapped model
+_REMEDY = "copy or download the adapter again"
 
 
 def scaling(alpha: float, rank: int, rslora: bool) -> float:
@@ -98,8 +99,7 @@ def target_names(targets: Iterable[str], modules: Iterable[str]) -> list[str]:
     target_set, existing = set(targets), list(modules)
     suffixes = {name.rpartition(".")[2] for name in target_set}
     for names in (suffixes, target_set):
-        ends = tuple(f".{name}" for name in names)
-        unwanted = {name for name in existing if name in names or name.endswith(ends)} - target_set
+        unwanted = {name for name in existing if any(end in names for end in _ends(name))} - target_set
         if not unwanted:
             return sorted(names)
     raise OptionError(
@@ -108,13 +108,23 @@ def target_names(targets: Iterable[str], modules: Iterable[str]) -> list[str]:
     )
 
 
+def _ends(name: str) -> Iterator[str]:
+    """A name, and what follows each of its dots."""
+    parts = name.split(".")
+    return (".".join(parts[first:]) for first in range(len(parts)))
+
+
 @dataclass(frozen=True)
 class Adapter:
-    """The folder of an adapter: its configuration, and the shapes of its tensors by name."""
+    """The folder of an adapter: its configuration, and the shapes of its tensors by name.
+
+    `opened` is the file of its tensors, if its header was read here.
+    """
 
     folder: Path
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
+    opened: TensorFiles | None = field(default=None, repr=False, compare=False)
 
     @property
     def kind(self) -> str:
@@ -139,6 +149,10 @@ class Adapter:
         end = ".lora_A.weight"
         return [name.removeprefix(_PREFIX).removesuffix(end) for name in self.shapes if name.endswith(end)]
 
+    def adapts(self, module: str) -> bool:
+        """Whether a module has factors."""
+        return keys(module)[0] in self.shapes
+
     @cached_property
     def saved(self) -> dict[str, str]:
         """Parameters that are saved in full beside the factors (a head): name in the model to name in the file."""
@@ -151,28 +165,23 @@ class Adapter:
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor by its name in the file."""
-        path = self.folder / WEIGHTS
-        try:
-            with safe_open(path, "pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
-                return tensor
-        except (SafetensorError, OSError) as error:
-            raise ArtifactError(
-                f"cannot read tensor {name!r} of {path} ({error}): copy or download the adapter again"
-            ) from error
+        data = self._opened.read(WEIGHTS, name)
+        place = self._opened.places(WEIGHTS)[name]
+        spec = spec_of(name, place.code, place.shape, str(self.folder / WEIGHTS))
+        return data.view(spec.dtype).view(spec.shape)
+
+    @cached_property
+    def _opened(self) -> TensorFiles:
+        return self.opened or TensorFiles(self.folder, ArtifactError, _REMEDY)
 
 
 def open_adapter(folder: Path) -> Adapter:
     """Open the folder of a peft adapter. Raises ArtifactError if it is not one, or is damaged."""
     config = read_config(folder)
-    path = folder / WEIGHTS
     refuse_links(folder, model_file_names(folder), ArtifactError)
-    try:
-        with safe_open(path, "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}): copy or download the adapter again") from error
-    return Adapter(folder, config, shapes)
+    opened = TensorFiles(folder, ArtifactError, _REMEDY)
+    shapes = {name: place.shape for name, place in opened.places(WEIGHTS).items()}
+    return Adapter(folder, config, shapes, opened)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

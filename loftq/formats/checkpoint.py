@@ -1,6 +1,6 @@
 """Safetensors checkpoints, one tensor at a time: a lazy reader, and a writer whose layout is planned in advance.
 
-The reader opens a shard for one tensor and closes it again, so that only that tensor of the file stays mapped. The
+The reader parses the header of each shard once, and reads the bytes of one tensor at a time (`tensor_files`). The
 writer gets every name, dtype and shape before the first byte: it plans the shards and reserves their bytes on disk,
 so that a full disk is an error at the start and not after an hour. Then tensors can be written at their offsets in any
 order, from any thread, and more than once. Only headers are kept in memory.
@@ -12,20 +12,22 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from loftq.errors import CheckpointError, OptionError
 from loftq.formats.disk import is_inside
 from loftq.formats.links import refuse_outside
 from loftq.formats.model_files import check_model_folder
+from loftq.formats.tensor_files import TensorFiles
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_REMEDY = "download it again"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -72,21 +74,33 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a checkpoint by name, from its headers, and the file that holds each tensor."""
+    """The tensors of a checkpoint by name, from its headers, and the file that holds each tensor.
+
+    `opened` are these files, if their headers were read here.
+    """
 
     folder: Path
     tensors: Mapping[str, TensorSpec]
     files: Mapping[str, str]
+    opened: TensorFiles | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def _opened(self) -> TensorFiles:
+        return self.opened or TensorFiles(self.folder, CheckpointError, _REMEDY)
 
     def read(self, name: str) -> torch.Tensor:
-        """Read a tensor. Its bytes of the file stay mapped as long as the tensor exists."""
-        path = self.folder / self.files[name]
-        try:
-            with safe_open(path, "pt") as shard:
-                tensor: torch.Tensor = shard.get_tensor(name)
-                return tensor
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read tensor {name!r} of {path} ({error}): download it again") from error
+        """Read a tensor. Raises CheckpointError if it cannot be read, or if its file has changed."""
+        spec = self.tensors[name]
+        file = self.files[name]
+        data = self._opened.read(file, name)
+        if data.numel() != spec.nbytes:
+            raise CheckpointError(f"tensor {name!r} of {self.folder / file} has {data.numel()} bytes: {_REMEDY}")
+        return data.view(spec.dtype).view(spec.shape)
+
+    def read_first(self, name: str, count: int) -> torch.Tensor:
+        """Read at most the first `count` values of a tensor, flat."""
+        dtype = self.tensors[name].dtype
+        return self._opened.read(self.files[name], name, count * dtype.itemsize).view(dtype)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -104,10 +118,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     files: dict[str, str] = {}
     shards = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
     refuse_outside(folder, shards)
+    opened = TensorFiles(folder, CheckpointError, _REMEDY)
     for file in shards:
         if not (folder / file).is_file():
             raise CheckpointError(f"{index} names the shard {file!r}, which does not exist: download it again")
-        for spec in read_header(folder / file):
+        for spec in _specs(opened, folder, file):
             if weight_map is None or weight_map.get(spec.name) == file:
                 tensors[spec.name], files[spec.name] = spec, file
     missing = sorted(set(weight_map or ()) - set(tensors))
@@ -116,7 +131,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{index} names the tensor {missing[0]!r}, which {file!r} does not contain: download both again"
         )
-    return Checkpoint(folder, tensors, files)
+    return Checkpoint(folder, tensors, files, opened)
 
 
 def check_listing(where: Path | str, names: Collection[str]) -> None:
@@ -150,13 +165,12 @@ def read_index(folder: Path) -> dict[str, str]:
 
 def read_header(path: Path) -> list[TensorSpec]:
     """The tensors of one safetensors file. Raises CheckpointError if it is truncated or damaged."""
-    try:
-        with safe_open(path, "pt") as shard:
-            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a mapping)
-            specs = [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()]
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error}): download it again") from error
-    return [spec_of(name, code, shape, str(path)) for name, code, shape in specs]
+    return _specs(TensorFiles(path.parent, CheckpointError, _REMEDY), path.parent, path.name)
+
+
+def _specs(opened: TensorFiles, folder: Path, file: str) -> list[TensorSpec]:
+    where = str(folder / file)
+    return [spec_of(name, place.code, place.shape, where) for name, place in opened.places(file).items()]
 
 
 def spec_of(name: str, code: str, shape: Sequence[int], where: str) -> TensorSpec:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loftq.core.grid import Grid
-from loftq.core.solvers.loftq import Solution
+from loftq.core.solvers.solution import Solution
 from loftq.formats import bitsandbytes as layout
 
 if TYPE_CHECKING:

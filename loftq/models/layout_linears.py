@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from loftq.core.grid import Grid
-from loftq.core.solvers.loftq import Solution
+from loftq.core.solvers.solution import Solution
 from loftq.formats.layouts import LAYOUTS
 
 Reader = Callable[[str], torch.Tensor]  # reads a tensor by its name

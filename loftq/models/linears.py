@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from loftq.errors import OptionError
+from loftq.models.skipping import Skipped
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,8 @@ def skip_modules(model: nn.Module, linears: Linears, targets: Iterable[str]) -> 
     rest = [name for name in linears.candidates if name not in wanted]
     skipped = [*linears.heads, *linears.kept, *linears.shared, *linears.others, *rest]
     everything = [*linears.candidates, *linears.kept, *linears.shared, *_dense_within(model, linears.heads)]
-    quantized = {name for name in everything if converted(name, [*skipped, *kept_in_float32(model)])}
+    patterns = Skipped([*skipped, *kept_in_float32(model)])
+    quantized = {name for name in everything if not patterns.holds(name)}
     if quantized != wanted:
         odd = sorted(wanted ^ quantized)[0]
         raise OptionError(

@@ -103,8 +103,10 @@ def _missing(
 ) -> list[str]:
     """Entries of the state that no tensor provides, except those that the model itself allows to be missing."""
 
+    originals = {original for copy, original in tied.items() if copy in provided}
+
     def tied_to_provided(key: str) -> bool:
-        return tied.get(key) in provided or any(copy in provided for copy, to in tied.items() if to == key)
+        return tied.get(key) in provided or key in originals
 
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     return [

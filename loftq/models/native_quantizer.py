@@ -10,8 +10,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq.core.grid import Grid
 from loftq.formats.native import METHOD, VERSION, check_config
-from loftq.models.linears import DenseLinear, converted, kept_in_float32
+from loftq.models.linears import DenseLinear, kept_in_float32
 from loftq.models.packed_quantizer import PackedQuantizer
+from loftq.models.skipping import Skipped
 
 
 @register_quantization_config(METHOD)
@@ -54,5 +55,5 @@ class LoftQQuantizer(PackedQuantizer):
 
     def _grids(self, candidates: dict[str, DenseLinear], _names: set[str], model: Any) -> Iterator[tuple[str, Grid]]:
         config = self.quantization_config
-        skipped = [*config.skip_modules, *kept_in_float32(model)]
-        return ((name, config.grid(name)) for name in candidates if converted(name, skipped))
+        skipped = Skipped([*config.skip_modules, *kept_in_float32(model)])
+        return ((name, config.grid(name)) for name in candidates if not skipped.holds(name))

@@ -66,9 +66,12 @@ class Measured:
 
     def by_depth(self, key: str, kind: str | None = None) -> dict[int, float]:
         """The total error of each block, over all of its layers or those of a kind."""
-        rows = [row for row in self.rows if kind in (None, self.places[row["name"]].kind) and key in row]
-        depths = sorted({self.places[row["name"]].depth for row in rows})
-        errors = {d: _together((row for row in rows if self.places[row["name"]].depth == d), key) for d in depths}
+        blocks: dict[int, list[Row]] = {}
+        for row in self.rows:
+            place = self.places[row["name"]]
+            if kind in (None, place.kind) and key in row:
+                blocks.setdefault(place.depth, []).append(row)
+        errors = {depth: _together(blocks[depth], key) for depth in sorted(blocks)}
         return {depth: error for depth, error in errors.items() if error is not None}
 
     def trace(self, prefix: str) -> torch.Tensor:
@@ -133,7 +136,8 @@ def places(names: Sequence[str]) -> dict[str, Place]:
     rests = {name: re.sub(r"\.\d+(?=\.|$)", "", match[2] if match else name) for name, match in parts.items()}
     order = {block: depth for depth, block in enumerate(dict.fromkeys(blocks.values()))}
     kinds = set(rests.values())
-    return {name: Place(order[blocks[name]], _shortest(rests[name], kinds)) for name in names}
+    short = {kind: _shortest(kind, kinds) for kind in kinds}
+    return {name: Place(order[blocks[name]], short[rests[name]]) for name in names}
 
 
 def _shortest(name: str, all_names: Iterable[str]) -> str:

@@ -8,10 +8,9 @@ from tqdm import tqdm
 from loftq.calibration.statistics import Statistics
 from loftq.core.allocation import least_error
 from loftq.planning.plan import Layer, Plan
-from loftq.planning.recipe import layer_seed
 from loftq.planning.run import Run
 from loftq.planning.weights import read_source_weight
-from loftq.solving.layers import one_thread_each, run_jobs, solve_by
+from loftq.solving.layers import one_thread_each, run_jobs, solve_layer
 
 
 def allocate(plan: Plan, statistics: Statistics | None, run: Run) -> dict[str, int]:
@@ -46,8 +45,8 @@ def _errors(plan: Plan, layer: Layer, statistics: Statistics | None, device: tor
     moment = None if statistics is None else statistics.moment(layer.module)
     errors = []
     for width in recipe.widths:
-        once, seed = min(recipe.iters, 1), layer_seed(recipe.seed, layer.module)
-        trace = solve_by(recipe, weight, moment, plan.quantizer(layer, width), once, seed).trace
+        once = min(recipe.iters, 1)
+        trace = solve_layer(plan, layer, weight, moment, plan.quantizer(layer, width), once).trace
         if statistics is None:
             errors.append(trace.final**2)
         else:

@@ -6,6 +6,7 @@ so that a run that is interrupted in between repeats the step from the same star
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from loftq.artifacts.staging import Staging
 from loftq.calibration.statistics import Statistics
 from loftq.core import pooled
 from loftq.core.metric import Metric, damped, squared
+from loftq.errors import OptionError
 from loftq.formats.adapter import FOLDER, WEIGHTS, Adapter, open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.formats.checkpoint import Checkpoint, read_checkpoint
@@ -63,6 +65,8 @@ def _distill(plan: Plan, staging: Staging, start: Path, statistics: Statistics, 
         artifact, statistics.teacher(), plan.recipe.refine, run.device, seed=plan.recipe.seed, quiet=run.quiet
     )
     record = {"refine_steps": refinement.steps, "divergence_before": refinement.before, "divergence": refinement.after}
+    if not (math.isfinite(refinement.before) and math.isfinite(refinement.after)):
+        raise OptionError("the distillation measures a divergence that is NaN or Inf: use --refine 0")
     if not factors:
         return record
     with replacing(staging.folder / FOLDER / WEIGHTS) as scratch:
@@ -89,6 +93,11 @@ def _errors(
     if moment is not None:
         outputs = Metric.of("full", damped(moment.to(device)))
         errors["output_error"] = outputs.norm(residual) / (outputs.norm(weight) or 1.0)
+    if not all(map(math.isfinite, errors.values())):
+        raise OptionError(
+            f"the distillation of {layer.module} ended with an error that is NaN or Inf: use --refine 0, or "
+            f"--exclude-modules {layer.module.rpartition('.')[2]}"
+        )
     return errors
 
 

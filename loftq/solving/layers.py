@@ -20,10 +20,12 @@ from loftq.calibration.statistics import Statistics
 from loftq.core.affine import AffineQuantizer
 from loftq.core.grid import Quantizer
 from loftq.core.solvers.calibrated import solve_calibrated
-from loftq.core.solvers.loftq import Solution, solve_loftq
+from loftq.core.solvers.loftq import solve_loftq
 from loftq.core.solvers.methods import METHODS, WITHOUT_TEXT
 from loftq.core.solvers.pooled import solve_pooled
 from loftq.core.solvers.pooled_calibrated import solve_pooled_calibrated
+from loftq.core.solvers.solution import Solution, check_solution, unsolvable
+from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.formats import adapter
 from loftq.formats.checkpoint import ShardWriter
@@ -100,14 +102,46 @@ def _solve_layer(
     if statistics is not None:
         statistics.check_weight(layer, digest)
     moment = None if statistics is None else statistics.moment(layer.module)
-    seed = layer_seed(recipe.seed, layer.module)
-    solution = solve_by(recipe, weight, moment, plan.quantizer(layer), recipe.iters, seed)
+    _check_range(plan, layer, weight)
+    solution = solve_layer(plan, layer, weight, moment, plan.quantizer(layer), recipe.iters)
     grid = plan.grid(layer)
     packed = plan.layout.tensors(layer.module, layer.shape, grid, recipe.dtype, solution.codes, solution.scales)
     factors = dict(zip(adapter.keys(layer.module), (solution.a, solution.b), strict=True))
-    for name, tensor in {**packed, **factors}.items():
+    tensors = {**packed, **factors}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise unsolvable(layer.module, f"its {name} does not fit {tensor.dtype}")
+    for name, tensor in tensors.items():
         writer.write(name, tensor)
     return {"sha256": digest, "row": layer_row(plan, layer, solution.trace)}
+
+
+def _check_range(plan: Plan, layer: Layer, weight: torch.Tensor) -> None:
+    """Raise OptionError for a weight whose values the compute dtype cannot hold when it is dequantized."""
+    largest = float(weight.abs().max())
+    if largest > torch.finfo(plan.recipe.dtype).max:
+        name = plan.recipe.compute_dtype
+        raise OptionError(
+            f"tensor {layer.tensor!r} holds {largest:.3g}, which does not fit --compute-dtype {name}: use bfloat16"
+        )
+
+
+def solve_layer(
+    plan: Plan,
+    layer: Layer,
+    weight: torch.Tensor,
+    moment: torch.Tensor | None,
+    quantizer: Quantizer,
+    iterations: int,
+) -> Solution:
+    """Solve the weight of a layer. Raises OptionError with its name for a result that is NaN or Inf."""
+    seed = layer_seed(plan.recipe.seed, layer.module)
+    try:
+        solution = solve_by(plan.recipe, weight, moment, quantizer, iterations, seed)
+    except torch.linalg.LinAlgError as error:
+        raise unsolvable(layer.module, one_line(error)) from error
+    check_solution(solution, quantizer, layer.module)
+    return solution
 
 
 def solve_by(

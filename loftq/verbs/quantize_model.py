@@ -11,7 +11,9 @@ from torch import nn
 
 from loftq.core import allocation as budgets
 from loftq.core.grid import Grid
-from loftq.core.solvers.loftq import Solution, solve_loftq
+from loftq.core.solvers.loftq import solve_loftq
+from loftq.core.solvers.solution import Solution, check_solution, unsolvable
+from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.formats.layouts import LAYOUTS, choose, misfit
 from loftq.models.layout_linears import linears_of, quantized_classes, replace_module
@@ -148,7 +150,12 @@ def _solve(name: str, module: nn.Linear, recipe: Recipe, grid: Grid, format: str
     quantizer = grid.quantizer(module.in_features, LAYOUTS[format].SCALE_DTYPE)
     weight = module.weight.detach().float().contiguous()
     seed = layer_seed(recipe.seed, name)
-    return solve_loftq(weight, quantizer, rank, recipe.iters, recipe.scaling, svd=recipe.svd, seed=seed)
+    try:
+        solution = solve_loftq(weight, quantizer, rank, recipe.iters, recipe.scaling, svd=recipe.svd, seed=seed)
+    except torch.linalg.LinAlgError as error:
+        raise unsolvable(name, one_line(error)) from error
+    check_solution(solution, quantizer, name)
+    return solution
 
 
 def _attach(model: nn.Module, names: list[str], recipe: Recipe, solutions: dict[str, Solution]) -> nn.Module:
@@ -162,12 +169,14 @@ def _attach(model: nn.Module, names: list[str], recipe: Recipe, solutions: dict[
         target_modules=names,
     )
     plain = {name: model.get_submodule(name) for name in names}
+    aliases: dict[int, list[str]] = {}
+    for alias, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).append(alias)
     adapted = cast(nn.Module, adapt(model, config))
     for name, module in plain.items():  # peft wraps a shared layer under one of its names
-        wrapped = model.get_submodule(name)
-        for alias in [a for a, m in model.named_modules(remove_duplicate=False) if m is module]:
-            if not alias.endswith(".base_layer"):
-                model.set_submodule(alias, wrapped)
+        for alias in aliases[id(module)]:
+            if model.get_submodule(alias) is module:
+                model.set_submodule(alias, model.get_submodule(name))
     for name, solution in solutions.items():
         layer: Any = model.get_submodule(name)
         with torch.no_grad():

@@ -14,10 +14,11 @@ from loftq.core.rounding import descend, feedback
 from loftq.core.scale_search import search
 from loftq.core.scales import NestedScales, Scales
 from loftq.core.solvers.calibrated import solve_calibrated
-from loftq.core.solvers.loftq import Solution, solve_loftq
+from loftq.core.solvers.loftq import solve_loftq
 from loftq.core.solvers.methods import METHODS
 from loftq.core.solvers.pooled import solve_pooled
 from loftq.core.solvers.pooled_calibrated import solve_pooled_calibrated
+from loftq.core.solvers.solution import Solution
 
 GENERATOR = torch.Generator().manual_seed(0)
 WEIGHT = 0.02 * torch.randn(384, 320, generator=GENERATOR)

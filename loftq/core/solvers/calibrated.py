@@ -25,8 +25,9 @@ from loftq.core.metric import Metric, damped, squared
 from loftq.core.rounding import descend, feedback
 from loftq.core.scale_search import search
 from loftq.core.scales import Scales, Solved
-from loftq.core.solvers.loftq import Solution, Trace, check_solvable, lora_start
+from loftq.core.solvers.loftq import check_solvable, lora_start
 from loftq.core.solvers.methods import Method
+from loftq.core.solvers.solution import Solution, Trace, settled, times, unit_of
 from loftq.errors import OptionError
 
 Norms = tuple[float, float]  # the norm of an error in the weights, and in the outputs
@@ -51,6 +52,11 @@ def solve_calibrated(
     for a method that needs a moment if none is given.
     """
     check_solvable(weight, rank, iterations, scaling)
+    unit = unit_of(weight)
+    if unit != 1:
+        quantizer = quantizer.in_unit(unit)
+        solution = solve_calibrated(weight / unit, quantizer, method, moment, rank, iterations, scaling, seed=seed)
+        return times(solution, unit)
     if moment is None and method.needs_moment:
         raise OptionError("this method needs the second moment of each layer's inputs: calibrate first")
     generator = torch.Generator().manual_seed(seed)
@@ -74,7 +80,7 @@ def solve_calibrated(
             residual = left_by(solved, weight, quantizer)
         whitened = metric.whiten(residual)
         factors = lowrank.factorize(whitened, rank, _DEPTH, None, generator)
-        objective = math.sqrt(max(squared(whitened) - factors.captured(rank), 0.0))
+        objective = math.sqrt(lowrank.rest(squared(whitened), whitened, factors, rank))
         product = factors.left[:, :rank] @ metric.unwhiten(factors.right[:rank])
         residual = residual - product
         output_error = objective if metric is outputs else outputs.norm(residual)
@@ -86,7 +92,8 @@ def solve_calibrated(
 
     trace = trace_of(rounded, errors, best_iteration)
     trace = replace(trace, outputs=trace.outputs if h is not None else None)
-    return Solution(*best, a, b, trace.without_refit() if method.plain else trace)
+    solution = Solution(*best, a, b, trace.without_refit() if method.plain else trace)
+    return settled(solution, weight, quantizer, scaling, root=outputs.root)
 
 
 def trace_of(rounded: Sequence[Norms], iterations: Sequence[Norms], kept: int) -> Trace:

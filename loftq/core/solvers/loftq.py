@@ -15,14 +15,13 @@ Besides W, the loop holds a single matrix of the same size. Codes are computed o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 
 import torch
 
 from loftq.core import lowrank
 from loftq.core.grid import Quantizer
 from loftq.core.kernels import blocks
-from loftq.core.scales import Scales
+from loftq.core.solvers.solution import Solution, Trace, settled, times, unit_of
 from loftq.errors import OptionError, UnknownNameError
 
 SVD = {
@@ -31,44 +30,6 @@ SVD = {
 }
 _DEPTH_COLD = 10  # Krylov steps of the first factorization, which starts from noise
 _DEPTH_WARM = 3  # Krylov steps of the others, which start from the one before; a single step loses up to 1.6 %
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Frobenius norms of a weight and of its errors. `iterations[t-1]` is ‖W − Q_t − s·B_t·A_t‖.
-
-    `kept` is the iteration t that is returned, 0 if none is. `plain` is the error after rounding to the nearest under
-    each block's own range, `refit` the error after the method's own rounding, if it has one. `outputs` are the same
-    errors measured in the layer's outputs (`metric`), if its inputs are known.
-    """
-
-    weight: float
-    plain: float
-    iterations: tuple[float, ...]
-    kept: int
-    refit: float | None = None
-    outputs: Trace | None = None
-
-    @property
-    def final(self) -> float:
-        """The norm of the error that the returned solution leaves."""
-        before = self.plain if self.refit is None else self.refit
-        return self.iterations[self.kept - 1] if self.kept else before
-
-    def without_refit(self) -> Trace:
-        """The trace of a method that has no rounding of its own."""
-        return replace(self, refit=None, outputs=self.outputs and replace(self.outputs, refit=None))
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Codes in the quantizer's form, their scales, A float32 (rank, in), B float32 (out, rank), and the trace."""
-
-    codes: torch.Tensor
-    scales: Scales
-    a: torch.Tensor
-    b: torch.Tensor
-    trace: Trace
 
 
 def solve_loftq(
@@ -89,6 +50,10 @@ def solve_loftq(
     if svd not in SVD:
         raise UnknownNameError("svd", svd, SVD)
     check_solvable(weight, rank, iterations, scaling)
+    unit = unit_of(weight)
+    if unit != 1:
+        quantizer = quantizer.in_unit(unit)
+        return times(solve_loftq(weight / unit, quantizer, rank, iterations, scaling, svd=svd, seed=seed), unit)
     generator = torch.Generator().manual_seed(seed)
     work = torch.empty_like(weight)
     plain = quantizer.residual(weight, None, work)
@@ -104,14 +69,14 @@ def solve_loftq(
         return lowrank.factorize(work, rank, depth, previous, generator)
 
     factors = factorize(None)
-    errors = [_rest(plain, factors, rank)]
+    errors = [_rest(plain, work, factors, rank)]
     best_iteration, best = 1, factors
     parent: lowrank.Factors | None = None
     for t in range(2, iterations + 1):
         previous = factors
         squared = quantizer.residual(weight, _product(previous, rank, work), work)
         factors = factorize(previous)
-        errors.append(_rest(squared, factors, rank))
+        errors.append(_rest(squared, work, factors, rank))
         if errors[-1] < errors[best_iteration - 1]:
             best_iteration, parent, best = t, previous, factors
 
@@ -119,7 +84,7 @@ def solve_loftq(
     codes, scales = quantizer.quantize(target)
     a, b = best.adapter(rank, scaling)
     trace = Trace(norm(weight, quantizer), math.sqrt(plain), tuple(errors), best_iteration)
-    return Solution(codes, scales, a, b, trace)
+    return settled(Solution(codes, scales, a, b, trace), weight, quantizer, scaling)
 
 
 def check_solvable(weight: torch.Tensor, rank: int, iterations: int, scaling: float) -> None:
@@ -136,8 +101,8 @@ def _product(factors: lowrank.Factors, rank: int, out: torch.Tensor) -> torch.Te
     return torch.mm(factors.left[:, :rank], factors.right[:rank], out=out)
 
 
-def _rest(squared: float, factors: lowrank.Factors, rank: int) -> float:
-    return math.sqrt(max(squared - factors.captured(rank), 0.0))
+def _rest(squared: float, residual: torch.Tensor, factors: lowrank.Factors, rank: int) -> float:
+    return math.sqrt(lowrank.rest(squared, residual, factors, rank))
 
 
 def norm(weight: torch.Tensor, quantizer: Quantizer) -> float:

@@ -20,7 +20,8 @@ from loftq.core import lowrank
 from loftq.core.affine import FLOATING, AffineQuantizer
 from loftq.core.pooled import factor, spread
 from loftq.core.scales import Scales
-from loftq.core.solvers.loftq import Solution, Trace, lora_start, norm
+from loftq.core.solvers.loftq import lora_start, norm
+from loftq.core.solvers.solution import Solution, Trace, settled, times, unit_of
 from loftq.errors import OptionError
 
 _ENOUGH = 1 - 1e-6  # the fit stops after a round that leaves more than this part of the error
@@ -42,6 +43,10 @@ def solve_pooled(
     OptionError for a rank above the smaller side of (out, in / pool).
     """
     rows, pools = check_rank(weight, rank, pool)
+    unit = unit_of(weight)
+    if unit != 1:
+        quantizer = quantizer.in_unit(unit)
+        return times(solve_pooled(weight / unit, quantizer, rank, iterations, scaling, pool, seed=seed), unit)
     generator = torch.Generator().manual_seed(seed)
     work = torch.empty_like(weight)
     scales = quantizer.scales(weight)
@@ -65,11 +70,12 @@ def solve_pooled(
         squared = quantizer.residual(weight, shift, work, best)
         means = work.view(rows, pools, pool).mean(dim=2)  # (out, L)
         factors = lowrank.exact(means, rank)
-        errors.append(math.sqrt(max(squared - pool * factors.captured(rank), 0.0)))
+        errors.append(math.sqrt(lowrank.rest(squared, work, factors, rank, pool)))
         if errors[-1] < min([trace.final, *errors[:-1]]):
             a, b = factors.adapter(rank, scaling * factor(weight.shape[1], pool))
             solution, best_iteration = (quantizer.encode(target, best), best, a, b), t
-    return Solution(*solution, replace(trace, iterations=tuple(errors), kept=best_iteration))
+    trace = replace(trace, iterations=tuple(errors), kept=best_iteration)
+    return settled(Solution(*solution, trace), weight, quantizer, scaling, pool)
 
 
 def check_rank(weight: torch.Tensor, rank: int, pool: int) -> tuple[int, int]:

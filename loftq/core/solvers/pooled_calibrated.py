@@ -24,9 +24,10 @@ from loftq.core.regression import fit, pooled_fit
 from loftq.core.rounding import descend, output_squared_norm
 from loftq.core.scales import Solved
 from loftq.core.solvers.calibrated import ROUNDS, Norms, first_rounding, left_by, norms, trace_of
-from loftq.core.solvers.loftq import Solution, lora_start
+from loftq.core.solvers.loftq import lora_start
 from loftq.core.solvers.methods import Method
 from loftq.core.solvers.pooled import check_rank
+from loftq.core.solvers.solution import Solution, settled, times, unit_of
 
 _ENOUGH = 1 - 1e-4  # iteration stops after a round that leaves more than this part of the error
 
@@ -50,6 +51,10 @@ def solve_pooled_calibrated(
     (out, in / pool).
     """
     rows, pools = check_rank(weight, rank, pool)
+    unit = unit_of(weight)
+    if unit != 1:
+        problem = (weight / unit, quantizer.in_unit(unit), method, moment, rank, iterations, scaling, pool)
+        return times(solve_pooled_calibrated(*problem, seed=seed), unit)
     h = damped(moment.to(weight.device))
     outputs = Metric.of("full", h)
     generator = torch.Generator().manual_seed(seed)
@@ -80,7 +85,8 @@ def solve_pooled_calibrated(
                 a, b = metric.unwhiten(a).float(), b.float()
         if enough:
             break
-    return Solution(*best, a, b, trace_of(rounded, errors, best_iteration))
+    solution = Solution(*best, a, b, trace_of(rounded, errors, best_iteration))
+    return settled(solution, weight, quantizer, scaling, pool, outputs.root)
 
 
 def _fitted(

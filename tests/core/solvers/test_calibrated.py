@@ -9,8 +9,9 @@ import torch
 from loftq.core.grid import Grid, Quantizer
 from loftq.core.metric import damped
 from loftq.core.solvers.calibrated import solve_calibrated
-from loftq.core.solvers.loftq import Solution, solve_loftq
+from loftq.core.solvers.loftq import solve_loftq
 from loftq.core.solvers.methods import METHODS, Method
+from loftq.core.solvers.solution import Solution
 from loftq.errors import OptionError
 
 GENERATOR = torch.Generator().manual_seed(0)

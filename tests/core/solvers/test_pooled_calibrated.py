@@ -8,10 +8,10 @@ import torch
 from loftq.core import pooled
 from loftq.core.affine import AffineQuantizer
 from loftq.core.metric import damped
-from loftq.core.solvers.loftq import Solution
 from loftq.core.solvers.methods import METHODS
 from loftq.core.solvers.pooled import solve_pooled
 from loftq.core.solvers.pooled_calibrated import solve_pooled_calibrated
+from loftq.core.solvers.solution import Solution
 
 GENERATOR = torch.Generator().manual_seed(1)
 WEIGHT = 0.02 * torch.randn(48, 64, generator=GENERATOR)

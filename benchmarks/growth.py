@@ -1,0 +1,147 @@
+"""The time a tensor takes, in files of 500 to 16,000 tensors: it must not grow with their number.
+
+    python benchmarks/growth.py [--tensors 500 4000 16000] [--repeats 3] [--profile quantize]
+
+Writes synthetic checkpoints of a Llama with tiny matrices and many layers, in a single file each, and runs `quantize`,
+`verify` with the source, `inspect`, `report` and `merge` to bfloat16 on each, without the comparison of logits, for
+which transformers loads both models. The tiny matrices make the cost of their number visible beside that of their
+values. All runs are in one process, after a run that is not counted and pays for imports and compiled loops. Times are
+this process's CPU time with one worker, the best of the repeats, because other work on the machine disturbs the wall
+clock; they are divided by the number of tensors of the source. The last column is the time a tensor in the largest file
+divided by that in the smallest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import gc
+import pstats
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from machine import SEED, describe, table
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+import loftq
+from loftq.formats.checkpoint import ShardWriter, TensorSpec, lay_out
+
+_HIDDEN, _INNER, _VOCABULARY = 64, 64, 320
+_LARGEST = 1.3  # the ratio that the largest file may reach
+
+
+def specs(layers: int) -> list[TensorSpec]:
+    """The tensors of a tiny Llama with so many layers: 9 in each, and 3."""
+
+    def spec(name: str, *shape: int) -> TensorSpec:
+        return TensorSpec(name, torch.bfloat16, shape)
+
+    tensors = [spec("model.embed_tokens.weight", _VOCABULARY, _HIDDEN), spec("model.norm.weight", _HIDDEN)]
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        tensors += [spec(f"{layer}.self_attn.{name}_proj.weight", _HIDDEN, _HIDDEN) for name in "qkvo"]
+        tensors += [spec(f"{layer}.mlp.{name}_proj.weight", _INNER, _HIDDEN) for name in ("gate", "up")]
+        tensors += [spec(f"{layer}.mlp.down_proj.weight", _HIDDEN, _INNER)]
+        tensors += [spec(f"{layer}.{name}_layernorm.weight", _HIDDEN) for name in ("input", "post_attention")]
+    return [*tensors, spec("lm_head.weight", _VOCABULARY, _HIDDEN)]
+
+
+def make_checkpoint(folder: Path, layers: int) -> Path:
+    """Write a checkpoint of random values in one file, and a tokenizer that reads bytes."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(SEED)
+    shards = lay_out([specs(layers)], 10**12)
+    with ShardWriter(folder, shards) as writer:
+        for name, (_, spec) in shards[0].offsets.items():
+            writer.write(name, (torch.randn(spec.shape, generator=generator) * 0.02).to(spec.dtype))
+    config = LlamaConfig(
+        hidden_size=_HIDDEN,
+        intermediate_size=_INNER,
+        vocab_size=_VOCABULARY,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    alphabet = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def verbs(source: Path, scratch: Path) -> dict[str, Callable[[], object]]:
+    """What is timed, in the order in which one needs the result of the other."""
+    output = scratch / "quantized"
+    return {
+        "quantize": lambda: loftq.quantize(
+            str(source), output=str(output), rank=4, iters=1, workers=1, overwrite=True, quiet=True
+        ),
+        "verify": lambda: loftq.verify(output, source=str(source), quiet=True),
+        "inspect": lambda: loftq.inspect(output),
+        "report": lambda: loftq.report([output], html=scratch / "report.html", overwrite=True),
+        "merge": lambda: loftq.merge(
+            output, to="bf16", output=scratch / "merged", check=False, overwrite=True, quiet=True
+        ),
+    }
+
+
+def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
+    """The least CPU time of this process for a call."""
+    times = []
+    for _ in range(repeats):
+        gc.collect()
+        started = time.process_time()
+        work()
+        times.append(time.process_time() - started)
+    return min(times)
+
+
+def measure(tensors: int, repeats: int, profiled: str | None) -> tuple[int, dict[str, float]]:
+    """The number of tensors of a checkpoint of about that many, and the CPU time a tensor of each verb."""
+    layers = max((tensors - 3) // 9, 1)
+    scratch = Path(tempfile.mkdtemp())
+    try:
+        source = make_checkpoint(scratch / "source", layers)
+        times = {}
+        for name, work in verbs(source, scratch).items():
+            profile = cProfile.Profile()
+            if name == profiled:
+                profile.enable()
+            times[name] = cpu_seconds(work, repeats) / (9 * layers + 3)
+            if name == profiled:
+                profile.disable()
+                pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+        return 9 * layers + 3, times
+    finally:
+        shutil.rmtree(scratch)
+
+
+def main() -> None:
+    """Print the time a tensor, and how it grows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--tensors", type=int, nargs="+", default=[500, 4000, 16000])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--profile", metavar="VERB", help="print where a verb spends its time")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(describe("cpu"), end="\n\n", flush=True)
+    measure(30, 1, None)  # imports, compiled loops
+    figures = [measure(tensors, options.repeats, options.profile) for tensors in options.tensors]
+    rows: list[tuple[str, ...]] = [
+        ("CPU time a tensor", *(f"{tensors} in a file" for tensors, _ in figures), "last / first")
+    ]
+    for verb, first in figures[0][1].items():
+        values = [times[verb] for _, times in figures]
+        rows.append((verb, *(f"{1000 * value:.3f} ms" for value in values), f"{values[-1] / first:.2f}"))
+    print(table(rows))
+    print(f"\nA ratio of at most {_LARGEST} is what this project promises.")
+
+
+if __name__ == "__main__":
+    main()
