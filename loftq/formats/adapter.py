@@ -7,7 +7,6 @@ Only fields that every peft since 0.10 supports are written, because older relea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,11 +18,25 @@ from safetensors import SafetensorError, safe_open
 
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats.checkpoint import TensorSpec
+from loftq.formats.schema import check_value, json_text, number, read_json, whole
 
 FOLDER = "loftq_init"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # peft's name for the wrapped model
+_AGAIN = "copy or download the adapter again"
+_SCHEMA = {"peft_type": str, "base_model_name_or_path?": (str, None), "task_type?": (str, None)}
+_LORA = {  # what loftq reads of a LoRA's configuration; peft knows more keys
+    "r": whole(1, 2**31),
+    "lora_alpha": number(),
+    "target_modules?": ([str], str, None),
+    "modules_to_save?": ([str], None),
+    "use_rslora?": (bool, None),
+    "use_qalora?": (bool, None),
+    "rank_pattern?": ({str: whole(1, 2**31)}, None),
+    "alpha_pattern?": ({str: float}, None),
+}
+_POOLED = {"qalora_group_size": whole(1, 2**31)}
 
 
 def scaling(alpha: float, rank: int, rslora: bool) -> float:
@@ -84,7 +97,7 @@ def config_text(
     }
     if pool_size is not None:
         config |= {"use_qalora": True, "qalora_group_size": pool_size}
-    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return json_text(config, indent=2, sort_keys=True) + "\n"
 
 
 def target_names(targets: Iterable[str], modules: Iterable[str]) -> list[str]:
@@ -168,8 +181,26 @@ def open_adapter(folder: Path) -> Adapter:
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}): copy or download the adapter again") from error
-    return Adapter(folder, config, shapes)
+        raise ArtifactError(f"{path} cannot be read ({error}): {_AGAIN}") from error
+    adapter = Adapter(folder, config, shapes)
+    check_rank(adapter)
+    return adapter
+
+
+def check_rank(adapter: Adapter) -> None:
+    """Raise ArtifactError unless every A has its B, and both have the rank of the configuration."""
+    if adapter.config["peft_type"] != "LORA":
+        return
+    for module in adapter.modules:
+        a, b = (adapter.shapes.get(key, ()) for key in keys(module))
+        if min(len(a), len(b)) < 2:
+            raise ArtifactError(f"{adapter.folder / WEIGHTS} holds no complete pair of factors of {module!r}: {_AGAIN}")
+        rank = adapter.config["r"]
+        if not adapter.config.get("rank_pattern") and (a[0], b[1]) != (rank, rank):
+            raise ArtifactError(
+                f"{adapter.folder / CONFIG}: r is {rank}, but the factors of {module!r} have rank {a[0]} and {b[1]} in "
+                f"{WEIGHTS}: {_AGAIN}"
+            )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -177,7 +208,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise ArtifactError(f"{folder} holds no {CONFIG}: expected the folder of a peft adapter")
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not valid JSON ({error}): copy or download the adapter again") from error
+    config: dict[str, Any] = read_json(path, _SCHEMA, advice=_AGAIN)
+    if config["peft_type"] == "LORA":
+        check_value(config, _LORA | (_POOLED if config.get("use_qalora") else {}), path, advice=_AGAIN)
+    return config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from abc import abstractmethod
 from functools import cached_property
@@ -17,6 +16,7 @@ from loftq.artifacts.staging import Staging
 from loftq.core.grid import Grid
 from loftq.formats.artifact import CARD
 from loftq.formats.checkpoint import INDEX, Shard, ShardWriter, TensorSpec, index_text, lay_out
+from loftq.formats.model_config import config_text
 from loftq.hub.source import side_files
 from loftq.merging.target import Target
 from loftq.models.tasks import TASKS
@@ -72,7 +72,7 @@ class ModelFolder(Target):
         pair = self.pair
         for path in side_files(pair.backbone.folder):
             shutil.copyfile(path, staging.folder / path.name)
-        staging.write_text("config.json", json.dumps(self.config(), indent=2, sort_keys=True) + "\n")
+        staging.write_text("config.json", config_text(self.config()))
         if len(self.shards) > 1:
             staging.write_text(INDEX, index_text(self.shards))
         staging.write_text(
