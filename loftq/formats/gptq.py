@@ -167,7 +167,7 @@ def read_config(entry: Mapping[str, Any], folder: Path) -> tuple[Grid, int]:
     check_value(entry, _ENTRY, f"quantization_config in {folder / FILE}")
     version = entry.get("checkpoint_format") or entry.get("format") or METHOD
     if version not in READABLE:
-        raise ArtifactError(f"{folder}: GPTQ's format {version!r} cannot be read (known: {', '.join(READABLE)})")
+        raise ArtifactError(f"{folder / FILE}: GPTQ's format {version!r} cannot be read (known: {', '.join(READABLE)})")
     return grid_of(entry["bits"], entry["group_size"], entry.get("sym", True)), READABLE[version]
 
 
