@@ -364,8 +364,8 @@ def test_commands_refuse_a_mutated_manifest_in_one_line(
     cases = list(mutations(document, [None, 5, -1, "x", [], {"a": 1}, float("inf")]))
     commands = {
         "inspect": (60, ["inspect", folder]),
-        "verify": (5, ["verify", folder, "--quiet"]),
-        "report": (8, ["report", folder, "--html", tmp_path / "page.html", "--overwrite"]),
+        "verify": (3, ["verify", folder, "--quiet"]),
+        "report": (3, ["report", folder, "--html", tmp_path / "page.html", "--overwrite"]),
         "merge": (
             5,
             ["merge", folder, "--to", "bf16", "--output", tmp_path / "out", "--overwrite", "--no-check", "--quiet"],
