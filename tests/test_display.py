@@ -68,7 +68,7 @@ def test_lines_stay_lines_where_they_are_meant() -> None:
         ("a | b", r"a \| b"),
         ("<img src=x onerror=y>&amp;", "&lt;img src=x onerror=y&gt;&amp;amp;"),
         ("![x](https://a.b/c)", r"!\[x\](https:&#47;/a.b/c)"),
-        ("```\n# title", r"\`\`\`\n# title"),
+        ("```\n# title", r"\`\`\`\\n# title"),
         ("_a_ **b** `c`", r"\_a\_ \*\*b\*\* \`c\`"),
     ],
 )

@@ -89,10 +89,8 @@ def _parse(path: Path) -> dict[str, Any]:
         if suffix == ".toml":
             return tomllib.loads(text)
         if suffix == ".json":
-            return dict(
-                parse_json(text, f"--recipe {path}:", dict, error=OptionError, fault="is invalid", advice="correct it")
-            )
-        if suffix in (".yaml", ".yml"):
+            content = parse_json(text, f"--recipe {path}:", object, error=OptionError, advice="correct it")
+        elif suffix in (".yaml", ".yml"):
             content = _yaml(text)
         else:
             raise OptionError(f"--recipe {path}: expected a .toml, .yaml or .json file")
