@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from loftq.display import columns
 from loftq.models.families import FAMILIES, Family, family_of
 
 from .options import Command, as_json
+from .output import echo, echo_json
 
 _EPILOG = """\b
 Examples:
@@ -31,7 +30,10 @@ def families(model_type: str | None, as_json: bool) -> None:
     """
     shown = [*FAMILIES.values(), family_of("any other")] if model_type is None else [family_of(model_type)]
     rows = [_row(family) for family in shown]
-    click.echo(json.dumps(rows) if as_json else _table(rows))
+    if as_json:
+        echo_json(rows)
+    else:
+        echo(_table(rows))
 
 
 def _row(family: Family) -> dict[str, object]:

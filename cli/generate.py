@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import click
@@ -12,6 +11,7 @@ from loftq.training.generate import read_prompt
 from loftq.training.settings import TrainSettings
 
 from .options import Command, debug, option, options_of
+from .output import model_stream
 
 _EPILOG = """\b
 Examples:
@@ -45,4 +45,4 @@ def generate(model: str, prompt: str, **options: Any) -> None:
 
     DIR is a folder that `loftq quantize` wrote, or any model.
     """
-    run(model, read_prompt(prompt), stream=sys.stdout, **options)
+    run(model, read_prompt(prompt), stream=model_stream(), **options)

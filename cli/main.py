@@ -11,6 +11,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from loftq.display import visible
 from loftq.errors import LoftQError
 
 _COMMANDS = {
@@ -114,7 +115,7 @@ def main(args: list[str] | None = None) -> Any:
 def _show_error(message: str) -> None:
     """Print an error on stderr, over the line that a progress bar may have left."""
     bar = "\r\x1b[K" if sys.stderr.isatty() else ""
-    click.echo(f"{bar}Error: {message}", err=True)
+    click.echo(f"{bar}Error: {visible(message)}", err=True)
 
 
 def _silence_libraries() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 import click
@@ -11,6 +10,7 @@ from loftq.core.solvers.methods import METHODS
 from loftq.display import columns
 
 from .options import Command, as_json
+from .output import echo, echo_json
 
 _NEEDS = {False: "the weights", True: "text"}
 
@@ -31,7 +31,7 @@ def methods(as_json: bool) -> None:
               full-precision model (distillation)
     """
     if as_json:
-        click.echo(json.dumps({name: {**asdict(row), "calibrated": row.calibrated} for name, row in METHODS.items()}))
+        echo_json({name: {**asdict(row), "calibrated": row.calibrated} for name, row in METHODS.items()})
         return
     header = ("method", "scales", "rounding", "metric", "turns", "refine", "minimizes", "needs", "cost", "source")
     rows = [
@@ -49,4 +49,4 @@ def methods(as_json: bool) -> None:
         )
         for name, row in METHODS.items()
     ]
-    click.echo(columns([header, *rows]))
+    echo(columns([header, *rows]))

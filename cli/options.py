@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import click
 
+from loftq.errors import LoftQError
+from loftq.formats.schema import parse_json
 from loftq.settings import GROUPS, Declared, declared
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -105,8 +106,8 @@ def _value(value: str | tuple[str, Any]) -> tuple[str, Any]:
     """NAME=VALUE, the value as JSON where it is JSON, as a text otherwise."""
     name, text = _assignment(value)
     try:
-        return name, json.loads(text)
-    except (ValueError, TypeError):
+        return name, parse_json(text, name, object)
+    except (LoftQError, TypeError):
         return name, text
 
 

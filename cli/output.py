@@ -1,11 +1,17 @@
-"""The output of commands: a result as a table for a person, or as JSON."""
+"""The output of commands: a result as a table for a person, or as JSON.
+
+Everything that commands print goes through `echo`, because names, notes and texts come from files of others.
+"""
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any, Protocol
+import sys
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
 
 import click
+
+from loftq.display import visible
+from loftq.formats.schema import finite, json_text
 
 if TYPE_CHECKING:
     from loftq.solving.report import Report
@@ -21,9 +27,44 @@ class Shown(Protocol):
         """The figures as plain values."""
 
 
+def echo(text: str, *, nl: bool = True) -> None:
+    """Print lines on stdout, with escapes in place of the characters that a terminal would obey."""
+    click.echo(visible(text, lines=True), nl=nl)
+
+
+def echo_json(value: Any) -> None:
+    """Print a value as strict JSON: null stands for a number that is not finite."""
+    click.echo(json_text(finite(value)).replace("\x7f", "\\u007f"))
+
+
+class _VisibleStream:
+    """A stream that shows control characters as escapes. What a model writes is not for a terminal to obey."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        return self._stream.write(
+            "".join(visible(char, lines=True) if char < " " or "\x7f" <= char < "\xa0" else char for char in text)
+        )
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self._stream.flush()
+
+
+def model_stream() -> TextIO:
+    """The stream for text that a model writes: stdout, where a terminal gets no control characters."""
+    return cast(TextIO, _VisibleStream(sys.stdout)) if sys.stdout.isatty() else sys.stdout
+
+
 def show(result: Shown, as_json: bool) -> None:
     """Print a result."""
-    click.echo(json.dumps(result.to_dict()) if as_json else result.table())
+    if as_json:
+        echo_json(result.to_dict())
+    else:
+        echo(result.table())
 
 
 def show_report(report: Report, as_json: bool) -> None:
@@ -32,7 +73,7 @@ def show_report(report: Report, as_json: bool) -> None:
     if as_json:
         return
     if report.pushed is not None:
-        click.echo(f"\n{report.pushed['lines']}", nl=False)
+        echo(f"\n{report.pushed['lines']}", nl=False)
     elif report.seconds is not None:
         loader = "load_qalora" if report.recipe["adapter"] == "qalora" else "load_qlora"
-        click.echo(f"\nLoad it:  model = loftq.{loader}({str(report.folder)!r})")
+        echo(f"\nLoad it:  model = loftq.{loader}({str(report.folder)!r})")

@@ -10,7 +10,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from loftq.verbs.push import push as run
 
 from .options import Command, as_json, debug, option, quiet, token
-from .output import show
+from .output import echo, show
 
 _EPILOG = """\b
 Examples:
@@ -53,4 +53,4 @@ def push(folder: str, repo_id: str, as_json: bool, quiet: bool, **options: Any) 
     report = run(folder, repo_id, **options)
     show(report, as_json)
     if not as_json:
-        click.echo(f"\n{report.lines}", nl=False)
+        echo(f"\n{report.lines}", nl=False)

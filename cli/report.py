@@ -7,6 +7,7 @@ import click
 from loftq.verbs.report import report as run
 
 from .options import Command, debug, option
+from .output import echo
 
 _EPILOG = """\b
 Examples:
@@ -29,4 +30,4 @@ def report(folders: tuple[str, ...], html: str | None, png: str | None, overwrit
     shown for folders that were made with --calibration. Needs `pip install loftq[report]`.
     """
     for path in run(folders, html=html, png=png, overwrite=overwrite):
-        click.echo(path)
+        echo(str(path))

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from loftq.display import size
+from loftq.display import size, visible
 from loftq.planning.command_line import command_line
 from loftq.planning.settings import QuantizeSettings, RunSettings
 from loftq.settings import declared
 from loftq.verbs import zoo as recipes
 
 from .options import Command, as_json, debug, given, options_of
-from .output import show_report
+from .output import echo, echo_json, show_report
 
 _COLUMNS = {"name": "recipe", "model": "model", "bits": "bits", "rank": "rank"}
 _SIZES = {"disk": "on disk", "load": "to load", "train": "to train"}
@@ -40,16 +39,16 @@ def zoo() -> None:
 def list_(markdown: bool, as_json: bool) -> None:
     """List the recipes with what they take on disk, loaded, and in training."""
     if markdown:
-        click.echo(recipes.markdown(), nl=False)
+        echo(recipes.markdown(), nl=False)
         return
     rows = recipes.table()
     if as_json:
-        click.echo(json.dumps(rows))
+        echo_json(rows)
         return
     lines = [{**_COLUMNS, **_SIZES}]
     lines += [{**{key: str(row[key]) for key in _COLUMNS}, **{key: size(row[key]) for key in _SIZES}} for row in rows]
     widths = {key: max(len(line[key]) for line in lines) for key in lines[0]}
-    click.echo("\n".join("  ".join(line[key].ljust(widths[key]) for key in line).rstrip() for line in lines))
+    echo("\n".join("  ".join(line[key].ljust(widths[key]) for key in line).rstrip() for line in lines))
 
 
 @zoo.command()
@@ -65,7 +64,7 @@ def show(name: str) -> None:
         *(("note", note) for note in entry.plan.notes),
     ]
     width = max(len(title) for title, _ in rows)
-    click.echo(entry.text + "\n" + "\n".join(f"{title:<{width}}  {value}" for title, value in rows))
+    echo(entry.text + "\n" + "\n".join(f"{title:<{width}}  {visible(value)}" for title, value in rows))
 
 
 @zoo.command(cls=Command, epilog=_EPILOG)

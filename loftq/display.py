@@ -1,8 +1,67 @@
-"""How things are shown to a person: sizes, lists of names, tables, an error in one line."""
+"""How things are shown to a person: sizes, lists of names, tables, an error in one line.
+
+Names, notes and messages may come from files that somebody else wrote. `visible` makes them safe for a terminal, and
+`markdown` makes them safe for a card.
+"""
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
+
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats (direction, zero width), half surrogates, separators
+_MARKS = re.compile(r"[\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w)|^[#+=-](?=\s|$)|://")
+
+
+def visible(text: str, *, lines: bool = False) -> str:
+    """A text in which escapes such as `\\x1b` replace the characters that a terminal would obey and not show.
+
+    These are control characters, and those that change the direction of text or have no width. With `lines`, line
+    breaks and tabs stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(_escaped(char) if _is_unseen(char) and not (lines and char in "\n\t") else char for char in text)
+
+
+def _is_unseen(char: str) -> bool:
+    return unicodedata.category(char) in _UNSEEN
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode()
+
+
+def markdown(text: str) -> str:
+    """A text for a card, which Markdown and HTML show as it is: no table cell, link, image or tag begins in it."""
+    return _MARKS.sub(_harmless, " ".join(visible(text).split()))
+
+
+def _harmless(match: re.Match[str]) -> str:
+    mark = match[0]
+    if mark in "<>&":
+        return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}[mark]
+    return ":&#47;/" if mark == "://" else f"\\{mark}"  # a whole address would become a link
+
+
+def code(text: str) -> str:
+    """A text as code within a line of Markdown."""
+    shown = visible(text)
+    marks = "`" * (1 + _longest_row(shown))
+    return f"{marks} {shown} {marks}" if shown.startswith("`") or shown.endswith("`") else f"{marks}{shown}{marks}"
+
+
+def code_block(text: str) -> str:
+    """A text as a block of code in Markdown, whose fence is longer than any row of backticks in it."""
+    shown = visible(text, lines=True)
+    fence = "`" * max(3, 1 + _longest_row(shown))
+    return f"{fence}\n{shown}\n{fence}"
+
+
+def _longest_row(text: str) -> int:
+    """The number of backticks that follow each other in a text."""
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def one_line(error: BaseException, most: int | None = None) -> str:
@@ -32,6 +91,7 @@ def key_values(rows: Iterable[tuple[str, str]]) -> str:
 
 def columns(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
     """Rows of cells in columns two spaces apart. With `numbers`, all columns but the first are aligned on the right."""
+    rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     right = range(1, len(widths)) if numbers else range(0)
     lines = (

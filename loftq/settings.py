@@ -14,7 +14,6 @@ An option more is a field more. Rules that join several settings belong to the c
 from __future__ import annotations
 
 import dataclasses
-import json
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -203,6 +202,13 @@ def to_dict(settings: Any) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in declared(type(settings))}
 
 
+def plain(value: Any) -> Any:
+    """A value as it would be read back from JSON: tuples become lists, and keys become texts."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
 def said(settings: Any) -> dict[str, Any]:
     """The settings that differ from their defaults, as JSON holds them."""
     chosen = {
@@ -210,7 +216,7 @@ def said(settings: Any) -> dict[str, Any]:
         for name, entry in declared(type(settings)).items()
         if getattr(settings, name) != entry.default
     }
-    return dict(json.loads(json.dumps(chosen)))
+    return dict(plain(chosen))
 
 
 def _fits(value: Any, kind: type) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loftq.display import columns, few_of, key_values, one_line, size
+from loftq.display import code, code_block, columns, few_of, key_values, markdown, one_line, size, visible
 
 
 def test_values_begin_in_one_column() -> None:
@@ -36,3 +36,47 @@ def test_sizes_are_decimal(nbytes: float, shown: str) -> None:
 def test_a_few_names_stand_for_many() -> None:
     assert few_of(["a", "b", "c"]) == "a, b, c"
     assert few_of(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain ‖W‖ − ü 漢字 🙂", "plain ‖W‖ − ü 漢字 🙂"),
+        ("\x1b]0;title\x07\x1b[31mred", r"\x1b]0;title\x07\x1b[31mred"),
+        ("a\nb\tc\rd", r"a\nb\tc\rd"),
+        ("\x9b31m\x7f\x00", r"\x9b31m\x7f\x00"),
+        ("a\u202eb\u2066c\u200bd\ufeffe\u2028f", r"a\u202eb\u2066c\u200bd\ufeffe\u2028f"),
+        ("file\udce9", r"file\udce9"),
+        ("\U000e0041tag", r"\U000e0041tag"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_shown_as_an_escape(text: str, shown: str) -> None:
+    assert visible(text) == shown
+    assert visible(shown) == shown
+    assert columns([(text, "x")]) == f"{shown}  x"
+
+
+def test_lines_stay_lines_where_they_are_meant() -> None:
+    assert visible("a\n\tb\x1b\n", lines=True) == "a\n\tb\\x1b\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.q_proj"),
+        ("layers.*.q", r"layers.\*.q"),
+        ("a | b", r"a \| b"),
+        ("<img src=x onerror=y>&amp;", "&lt;img src=x onerror=y&gt;&amp;amp;"),
+        ("![x](https://a.b/c)", r"!\[x\](https:&#47;/a.b/c)"),
+        ("```\n# title", r"\`\`\`\\n# title"),
+        ("_a_ **b** `c`", r"\_a\_ \*\*b\*\* \`c\`"),
+    ],
+)
+def test_a_text_in_a_card_is_shown_as_it_is(text: str, escaped: str) -> None:
+    assert markdown(text) == escaped
+
+
+def test_code_in_a_card_ends_where_it_ends() -> None:
+    assert code("a") == "`a`"
+    assert code("`a") == "`` `a ``"
+    assert code_block("x\n```\ny\x1b") == "````\nx\n```\ny\\x1b\n````"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,6 +18,7 @@ from loftq.formats import gptq
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.formats.checkpoint import Checkpoint, dtype_of, read_checkpoint
 from loftq.formats.layouts import LAYOUTS
+from loftq.formats.model_config import read_config
 
 CAUSAL_LM = "causal-lm"
 
@@ -47,7 +47,7 @@ class Backbone:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The contents of its `config.json`."""
-        return dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
+        return read_config(self.folder, ArtifactError)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,7 +113,7 @@ def open_backbone(folder: Path) -> Backbone:
     """Open a loftq folder or a GPTQ checkpoint. Raises ArtifactError."""
     if (folder / MANIFEST).is_file() or not gptq.is_gptq(folder):
         return backbone_of(open_artifact(folder))
-    entry = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    entry = read_config(folder, ArtifactError)["quantization_config"]
     checkpoint = read_checkpoint(folder)
     grid, less = gptq.read_config(entry, folder)
     shapes = gptq.shapes_of(checkpoint.tensors)

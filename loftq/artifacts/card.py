@@ -13,7 +13,7 @@ from loftq.artifacts.card_section import marked
 from loftq.artifacts.loading_snippet import loading_section
 from loftq.core.grid import ROW
 from loftq.core.solvers.methods import METHODS
-from loftq.display import size
+from loftq.display import code, code_block, markdown, size
 from loftq.hub.text import public_name
 from loftq.planning.command_line import command_line
 from loftq.planning.plan import Plan
@@ -27,10 +27,10 @@ _OUTPUTS = {
     "divergence after refining": "divergence",
 }
 _INTRODUCTIONS = {
-    "lora": """A quantized backbone with a LoRA adapter that corrects its rounding error. loftq made both from `{label}`
+    "lora": """A quantized backbone with a LoRA adapter that corrects its rounding error. loftq made both from {label}
 ({how}). As a start for fine-tuning they are closer to the full-precision model than rounding alone.""",
     "qalora": """A backbone of integers in groups with a QA-LoRA adapter on pooled inputs (arXiv 2309.14717). loftq made
-both from `{label}`. A trained adapter can be merged into the zero-points without loss:
+both from {label}. A trained adapter can be merged into the zero-points without loss:
 `loftq merge MODEL_DIR --adapter TRAINED --to int`.""",
 }
 
@@ -43,14 +43,14 @@ def card_text(
     `heading` is the part of the manifest that comes from the plan alone.
     """
     recipe, label = plan.recipe, plan.source.label
-    notes = "".join(f"\n- {note}" for note in plan.notes)
+    notes = "".join(f"\n- {markdown(note)}" for note in plan.notes)
     return f"""---
 {metadata(plan)}
 ---
 
-# {label}, {recipe.bits} bits, rank {recipe.rank}
+# {markdown(label)}, {recipe.bits} bits, rank {recipe.rank}
 
-{_INTRODUCTIONS[recipe.adapter].format(label=label, how=_how(recipe))}
+{_INTRODUCTIONS[recipe.adapter].format(label=code(label), how=_how(recipe))}
 
 ## Load
 
@@ -67,9 +67,7 @@ def card_text(
 With loftq {version("loftq")}, this command makes the folder again, with the same bytes on the same kind of machine.
 `loftq.json` lists all versions and hashes.
 
-```
-{command_line(recipe, plan.source)}
-```
+{code_block(command_line(recipe, plan.source))}
 
 ## Measured
 
@@ -91,9 +89,9 @@ tags:
 - loftq
 ---
 
-# {name}, merged
+# {markdown(name)}, merged
 
-A quantized backbone and its trained {kind} adapter, merged into one model by `loftq merge --to {target}`.
+A quantized backbone and its trained {markdown(kind)} adapter, merged into one model by `loftq merge --to {target}`.
 
 ```python
 {lines}  # this folder or repository
@@ -104,7 +102,7 @@ A quantized backbone and its trained {kind} adapter, merged into one model by `l
 def _head(plan: Plan) -> str:
     if not plan.modules_to_save:
         return ""
-    names = ", ".join(f"`{name}`" for name in plan.modules_to_save)
+    names = ", ".join(code(name) for name in plan.modules_to_save)
     return (
         f"\n- The head ({names}) is a part of the adapter, which trains and saves it. transformers warns that the head "
         "is newly initialized; peft then loads it."
@@ -161,7 +159,7 @@ def _measured(totals: Mapping[str, Any]) -> dict[str, str]:
 
 def _worst_layers(rows: Sequence[Mapping[str, Any]]) -> str:
     worst = sorted(rows, key=lambda row: -row["error"])[:_WORST]
-    lines = [f"| {row['name']} | {row['plain_error']:.5f} | {row['error']:.5f} |" for row in worst]
+    lines = [f"| {markdown(row['name'])} | {row['plain_error']:.5f} | {row['error']:.5f} |" for row in worst]
     return "\n".join(["| layer | rounding alone | with the adapter |", "| --- | --- | --- |", *lines])
 
 
@@ -180,4 +178,6 @@ def _output_errors(plan: Plan) -> str:
 
 
 def _table(rows: Mapping[str, str]) -> str:
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return "\n".join(
+        ["| | |", "| --- | --- |", *(f"| {markdown(name)} | {markdown(value)} |" for name, value in rows.items())]
+    )

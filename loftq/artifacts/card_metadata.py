@@ -35,5 +35,10 @@ def _terms(source: Source) -> dict[str, Any]:
         fields: dict[str, Any] = metadata_load(source.folder / CARD) or {}
     except Exception:  # a card may hold anything; a damaged one names no licence
         fields = {}
-    terms = {name: fields[name] for name in _TERMS if isinstance(fields.get(name), (str, list))}
+    terms = {name: fields[name] for name in _TERMS if _is_text(fields.get(name))}
     return terms or ({"license": source.license} if source.license else {})
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value of another card is a text, or a list of texts. A card may hold structures of any size."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(part, str) for part in value))

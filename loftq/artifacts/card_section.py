@@ -8,6 +8,10 @@ lines, the section stays unchanged.
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+from loftq.display import one_line
+from loftq.errors import ArtifactError
 
 _BEGIN, _END = "<!-- loftq:load -->", "<!-- /loftq:load -->"
 _MARKED = re.compile(f"{_BEGIN}.*?{_END}", re.DOTALL)
@@ -26,6 +30,14 @@ model = PeftModel\.from_pretrained\(base_model, MODEL_DIR, [^\n`#]*\)
 
 or, with loftq installed, `model = loftq\.load_\w+\([^`\n]*\)`\."""
 )
+
+
+def read_card(path: Path) -> str:
+    """The text of a card. Raises ArtifactError if it cannot be read as text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} cannot be read ({one_line(error, 120)}): save it as UTF-8 text") from error
 
 
 def marked(section: str) -> str:

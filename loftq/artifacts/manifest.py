@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,8 +13,11 @@ from loftq.artifacts.rows import totals_of
 from loftq.artifacts.staging import Staging
 from loftq.core.grid import Grid
 from loftq.formats import artifact
-from loftq.formats.adapter import CONFIG, FOLDER, config_text
+from loftq.formats.adapter import CONFIG, FOLDER
+from loftq.formats.adapter import config_text as adapter_config_text
 from loftq.formats.checkpoint import INDEX, Shard, index_text
+from loftq.formats.model_config import config_text, read_config
+from loftq.formats.schema import json_text
 from loftq.hub.source import copy_side_files
 from loftq.planning.plan import Plan
 
@@ -31,7 +33,7 @@ def write_configs(plan: Plan, staging: Staging, folder: Path, trust_remote_code:
         staging.write_text(INDEX, index_text(plan.backbone))
     staging.write_text(
         f"{FOLDER}/{CONFIG}",
-        config_text(
+        adapter_config_text(
             str(folder.resolve()),
             plan.target_modules,
             rank=recipe.rank,
@@ -144,13 +146,13 @@ def _described(staging: Staging) -> dict[str, dict[str, Any]]:
 
 
 def _write(staging: Staging, manifest: Mapping[str, Any]) -> None:
-    staging.write_text(artifact.MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    staging.write_text(artifact.MANIFEST, json_text(manifest, indent=1, sort_keys=True) + "\n")
 
 
 def _config_text(plan: Plan) -> str:
     """The `config.json` of the source with the class of the model, its labels, the dtype, and the quantization."""
     recipe = plan.recipe
-    config = json.loads((plan.source.folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(plan.source.folder, tensors=len(plan.source.checkpoint.tensors))
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = recipe.compute_dtype
     config["architectures"] = [type(plan.model).__name__]
     if recipe.num_labels is not None:
@@ -159,4 +161,4 @@ def _config_text(plan: Plan) -> str:
     config["quantization_config"] = plan.layout.quantization_config(
         recipe.grids[0], recipe.dtype, plan.skip_modules, plan.codebooks, plan.quantized_names
     )
-    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return config_text(config)

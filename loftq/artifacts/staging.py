@@ -17,7 +17,6 @@ Each line of the journal is a JSON object of one of these kinds:
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import threading
@@ -27,16 +26,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loftq.errors import OutputError
+from loftq.errors import ArtifactError, OutputError
 from loftq.formats.adapter import FOLDER
 from loftq.formats.artifact import MANIFEST
 from loftq.formats.checkpoint import INDEX
 from loftq.formats.disk import PARTIAL, explain_os_errors, is_inside
 from loftq.formats.links import links_below, refuse_links
 from loftq.formats.model_files import TEMPLATES, model_file_names
+from loftq.formats.schema import json_text, parse_json, read_json
+from loftq.settings import plain
 
 _JOURNAL = "journal.jsonl"
 _OLD_DISTILLED = "(distilled)"  # older journals have this name among the tensors, instead of a line of its own kind
+_LINE = {"fingerprint?": dict, "tensor?": str, "distilled?": dict, "ready?": bool}
 _LAST = (INDEX, "config.json", MANIFEST)
 
 
@@ -170,7 +172,7 @@ def _lock(descriptor: int, output: Path) -> None:
 
 
 def _append(descriptor: int, record: Mapping[str, Any]) -> None:
-    line = json.dumps(record, allow_nan=False).encode() + b"\n"
+    line = json_text(record).encode() + b"\n"
     while line:  # on an almost full disk, a part may be written
         line = line[os.write(descriptor, line) :]
 
@@ -183,7 +185,7 @@ def _read_journal(path: Path, fingerprint: Mapping[str, Any], output: Path) -> _
     records = [record for line in whole.splitlines() if (record := _parse(line))]
     if not records or "fingerprint" not in records[0]:
         return _Journal()
-    changed = sorted(_differences(records[0]["fingerprint"], json.loads(json.dumps(fingerprint))))
+    changed = sorted(_differences(records[0]["fingerprint"], plain(fingerprint)))
     if changed:
         raise OutputError(
             f"{output} holds an unfinished run whose source or settings differ ({', '.join(changed)}): "
@@ -199,8 +201,8 @@ def _read_journal(path: Path, fingerprint: Mapping[str, Any], output: Path) -> _
 def _parse(line: bytes) -> dict[str, Any]:
     """A line of the journal. A line that a full disk cut short is returned empty, and its step is done again."""
     try:
-        return dict(json.loads(line))
-    except ValueError:
+        return dict(parse_json(line, _JOURNAL, _LINE))
+    except ArtifactError:
         return {}
 
 
@@ -243,10 +245,10 @@ def _remove_listed(output: Path, manifest: Path) -> None:
 
 def _listed(manifest: Path) -> list[str]:
     """The files that a manifest lists. Raises OutputError if it is damaged or lists a file outside its folder."""
-    try:
-        names = [str(name) for name in json.loads(manifest.read_text(encoding="utf-8"))["files"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{manifest} is damaged, so its folder stays unchanged: name another --output") from error
+    content: dict[str, dict[str, Any]] = read_json(
+        manifest, {"files": {str: dict}}, error=OutputError, advice="its folder stays unchanged, name another --output"
+    )
+    names = list(content["files"])
     outside = [name for name in names if not is_inside(name)]
     if outside:
         raise OutputError(f"{manifest} lists {outside[0]!r}, which lies outside its folder: name another --output")

@@ -7,7 +7,6 @@ outside the blocks and one activation for each token.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
@@ -37,6 +36,7 @@ from loftq.calibration.windows import Calibration, prepare
 from loftq.display import few_of
 from loftq.errors import ArtifactError, SourceError
 from loftq.formats.disk import explain_os_errors, move_into_place, scratch_beside
+from loftq.formats.schema import json_text
 from loftq.models.lockstep import run as run_in_lockstep
 from loftq.planning.plan import Plan
 from loftq.planning.run import Run
@@ -115,7 +115,7 @@ def _gather_into(
         "modules": {**modules, **{name: {"file": None, "count": 0} for name in unreached}},
         "notes": [*calibration.notes, *_never_reached(unreached)],
     }
-    (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / RECORD).write_text(json_text(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return True
 
 

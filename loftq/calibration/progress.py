@@ -7,7 +7,6 @@ blocks. If a model uses any of those later, its answers become NaN, and it is ru
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -16,10 +15,21 @@ from typing import Any
 
 import torch
 
-from loftq.formats.disk import is_inside, write_whole
+from loftq.errors import ArtifactError
+from loftq.formats.disk import write_whole
+from loftq.formats.schema import file_name, json_text, read_json, whole
+from loftq.settings import plain
 
 PROGRESS = "progress.json"
 _EVERY = 60.0  # seconds
+_SCHEMA = {
+    "identity": dict,
+    **dict.fromkeys(("rounds", "files"), whole()),
+    "turn": whole(0, 1),
+    "batches": whole(0, 10**6),
+    "modules": {str: {"file": file_name, "count": whole()}},
+    "digests": {str: str},
+}
 
 
 class Progress:
@@ -30,7 +40,7 @@ class Progress:
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        self._folder, self._identity = folder, json.loads(json.dumps(identity))
+        self._folder, self._identity = folder, plain(identity)
         self._kept: set[int] = set()  # batches of the current round whose output is written
         self._due, self._last = False, time.monotonic()
         self._lost: dict[int, Any] = {}
@@ -80,7 +90,7 @@ class Progress:
         self._turn = 1 - self._turn
         record = {"identity": self._identity, "rounds": rounds, "turn": self._turn, "batches": batches}
         record |= {"modules": dict(modules), "digests": dict(digests), "files": files}
-        write_whole(self._folder / PROGRESS, json.dumps(record))
+        write_whole(self._folder / PROGRESS, json_text(record))
         self._last = time.monotonic()
 
     def finish(self) -> None:
@@ -102,13 +112,11 @@ class Progress:
     def _read(self) -> dict[str, Any]:
         """The record, if it is that of the same calibration and all its files exist; an empty one otherwise."""
         try:
-            record = dict(json.loads((self._folder / PROGRESS).read_text(encoding="utf-8")))
-            names = {row["file"] for row in record["modules"].values()}
-            needed_files = {self._folder / name for name in names}
+            record: dict[str, Any] = read_json(self._folder / PROGRESS, _SCHEMA)
+            needed_files = {self._folder / row["file"] for row in record["modules"].values()}
             needed_files |= {self._state(record["turn"], index) for index in range(record["batches"])}
-            usable = record["identity"] == self._identity and all(map(is_inside, names))
-            usable = usable and all(path.is_file() for path in needed_files)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            usable = record["identity"] == self._identity and all(path.is_file() for path in needed_files)
+        except (OSError, ArtifactError):
             return {}
         return record if usable else {}
 

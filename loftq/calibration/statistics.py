@@ -23,18 +23,25 @@ from loftq.calibration.windows import Calibration
 from loftq.core.moments import PANEL, assemble
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats.checkpoint import Checkpoint
-from loftq.formats.disk import is_inside
 from loftq.formats.links import refuse_links
+from loftq.formats.model_config import read_config
+from loftq.formats.schema import check_value, file_name, read_json, whole
 from loftq.planning.plan import Layer, Plan
 
 RECORD = "calibration.json"
 TEACHER = "teacher.safetensors"
 VERSION = 2
 AGAIN = "remove the folder to gather the statistics again, or name another folder with --statistics"
-_SOURCE = dict.fromkeys(("name", "headers_sha256", "config_sha256"), str)
-_SETTINGS = {
-    **dict.fromkeys(("tokens", "sequence_length", "seed"), int),
-    **dict.fromkeys(("task", "text_sha256", "tokenizer_sha256", "windows_sha256"), str),
+_SCHEMA = {
+    "source": dict.fromkeys(("name", "headers_sha256", "config_sha256"), str),
+    "settings": {
+        **dict.fromkeys(("tokens", "sequence_length"), whole(1)),
+        "seed": whole(0, 2**63),
+        **dict.fromkeys(("task", "text_sha256", "tokenizer_sha256", "windows_sha256"), str),
+    },
+    "modules": {str: {"count": whole(), "file": (file_name, None)}},
+    "notes": [str],
+    "weights": {str: str},
 }
 _VOLATILE = (
     "_name_or_path",
@@ -142,38 +149,17 @@ def read_record(folder: Path) -> dict[str, Any]:
     """The record of a folder of statistics, with all entries that are used later. Raises ArtifactError."""
     path = folder / RECORD
     refuse_links(folder, [RECORD, TEACHER], ArtifactError)
-    try:
-        record = dict(json.loads(path.read_text(encoding="utf-8")))
-        version = record["version"]
-        if version == VERSION:
-            _check_record(record)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{folder} has no {RECORD}: expected a folder of calibration statistics") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{path} is damaged ({error!r}): {AGAIN}") from error
-    if version != VERSION:
-        raise ArtifactError(f"{path} has version {version}, this loftq reads version {VERSION}: {AGAIN}")
-    files = [row["file"] for row in record["modules"].values() if row["count"]]
-    outside = [file for file in files if not is_inside(file)]
-    if outside:
-        raise ArtifactError(f"{path} names {outside[0]!r}, which lies outside its folder: {AGAIN}")
-    refuse_links(folder, files, ArtifactError)
+    if not path.is_file():
+        raise ArtifactError(f"{folder} has no {RECORD}: expected a folder of calibration statistics")
+    record: dict[str, Any] = read_json(path, {"version": int}, advice=AGAIN)
+    if record["version"] != VERSION:
+        raise ArtifactError(f"{path} has version {record['version']}, this loftq reads version {VERSION}: {AGAIN}")
+    check_value(record, _SCHEMA, path, advice=AGAIN)
+    for name, row in record["modules"].items():
+        if row["count"]:
+            check_value(row, {"file": file_name}, f"{path}: module {name!r}", advice=AGAIN)
+    refuse_links(folder, [row["file"] for row in record["modules"].values() if row["count"]], ArtifactError)
     return record
-
-
-def _check_record(record: dict[str, Any]) -> None:
-    """Raise KeyError or TypeError if an entry of a record is missing or has the wrong type."""
-    rows: list[tuple[Mapping[str, Any], Mapping[str, type]]] = [
-        (record, {"notes": list, "weights": dict}),
-        (record["source"], _SOURCE),
-        (record["settings"], _SETTINGS),
-    ]
-    for row in record["modules"].values():
-        rows.append((row, {"count": int, "file": str if row["count"] else object}))
-    for row, kinds in rows:
-        for key, kind in kinds.items():
-            if not isinstance(row[key], kind):
-                raise TypeError(f"{key} is {row[key]!r}")
 
 
 def headers_digest(checkpoint: Checkpoint) -> str:
@@ -184,9 +170,14 @@ def headers_digest(checkpoint: Checkpoint) -> str:
 
 def config_digest(folder: Path) -> str:
     """A hash of the entries of a model's `config.json` that affect its results."""
-    text = (folder / "config.json").read_text(encoding="utf-8")
-    config = json.loads(text, object_hook=lambda row: {k: v for k, v in row.items() if k not in _VOLATILE})
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_lasting(read_config(folder)), sort_keys=True).encode()).hexdigest()
+
+
+def _lasting(value: Any) -> Any:
+    """A part of a config without the entries that do not affect the model's results."""
+    if isinstance(value, dict):
+        return {key: _lasting(part) for key, part in value.items() if key not in _VOLATILE}
+    return [_lasting(part) for part in value] if isinstance(value, list) else value
 
 
 def read_panels(path: Path) -> Sequence[torch.Tensor]:

@@ -7,7 +7,6 @@ Only fields that every peft since 0.10 supports are written, because older relea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,13 +19,26 @@ from loftq.errors import ArtifactError, OptionError
 from loftq.formats.checkpoint import TensorSpec, spec_of
 from loftq.formats.links import refuse_links
 from loftq.formats.model_files import model_file_names
+from loftq.formats.schema import check_value, json_text, number, read_json, whole
 from loftq.formats.tensor_files import TensorFiles
 
 FOLDER = "loftq_init"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # peft's name for the wrapped model
-_REMEDY = "copy or download the adapter again"
+_AGAIN = "copy or download the adapter again"
+_SCHEMA = {"peft_type": str, "base_model_name_or_path?": (str, None), "task_type?": (str, None)}
+_LORA = {  # what loftq reads of a LoRA's configuration; peft knows more keys
+    "r": whole(1, 2**31),
+    "lora_alpha": number(),
+    "target_modules?": ([str], str, None),
+    "modules_to_save?": ([str], None),
+    "use_rslora?": (bool, None),
+    "use_qalora?": (bool, None),
+    "rank_pattern?": ({str: whole(1, 2**31)}, None),
+    "alpha_pattern?": ({str: float}, None),
+}
+_POOLED = {"qalora_group_size": whole(1, 2**31)}
 
 
 def scaling(alpha: float, rank: int, rslora: bool) -> float:
@@ -87,7 +99,7 @@ def config_text(
     }
     if pool_size is not None:
         config |= {"use_qalora": True, "qalora_group_size": pool_size}
-    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return json_text(config, indent=2, sort_keys=True) + "\n"
 
 
 def target_names(targets: Iterable[str], modules: Iterable[str]) -> list[str]:
@@ -172,16 +184,34 @@ class Adapter:
 
     @cached_property
     def _opened(self) -> TensorFiles:
-        return self.opened or TensorFiles(self.folder, ArtifactError, _REMEDY)
+        return self.opened or TensorFiles(self.folder, ArtifactError, _AGAIN)
 
 
 def open_adapter(folder: Path) -> Adapter:
     """Open the folder of a peft adapter. Raises ArtifactError if it is not one, or is damaged."""
     config = read_config(folder)
     refuse_links(folder, model_file_names(folder), ArtifactError)
-    opened = TensorFiles(folder, ArtifactError, _REMEDY)
+    opened = TensorFiles(folder, ArtifactError, _AGAIN)
     shapes = {name: place.shape for name, place in opened.places(WEIGHTS).items()}
-    return Adapter(folder, config, shapes, opened)
+    adapter = Adapter(folder, config, shapes, opened)
+    check_rank(adapter)
+    return adapter
+
+
+def check_rank(adapter: Adapter) -> None:
+    """Raise ArtifactError unless every A has its B, and both have the rank of the configuration."""
+    if adapter.config["peft_type"] != "LORA":
+        return
+    for module in adapter.modules:
+        a, b = (adapter.shapes.get(key, ()) for key in keys(module))
+        if min(len(a), len(b)) < 2:
+            raise ArtifactError(f"{adapter.folder / WEIGHTS} holds no complete pair of factors of {module!r}: {_AGAIN}")
+        rank = adapter.config["r"]
+        if not adapter.config.get("rank_pattern") and (a[0], b[1]) != (rank, rank):
+            raise ArtifactError(
+                f"{adapter.folder / CONFIG}: r is {rank}, but the factors of {module!r} have rank {a[0]} and {b[1]} in "
+                f"{WEIGHTS}: {_AGAIN}"
+            )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -190,7 +220,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ArtifactError(f"{folder} holds no {CONFIG}: expected the folder of a peft adapter")
     refuse_links(folder, [CONFIG], ArtifactError)
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not valid JSON ({error}): copy or download the adapter again") from error
+    config: dict[str, Any] = read_json(path, _SCHEMA, advice=_AGAIN)
+    if config["peft_type"] == "LORA":
+        check_value(config, _LORA | (_POOLED if config.get("use_qalora") else {}), path, advice=_AGAIN)
+    return config

@@ -6,21 +6,97 @@ A folder with a `loftq.json` is complete. The manifest lists every file with its
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loftq.core.affine import ZERO_POINTS
+from loftq.core.codebooks import CODEBOOKS, TYPES
+from loftq.core.grid import ROW
 from loftq.errors import ArtifactError
 from loftq.formats import adapter
 from loftq.formats.disk import is_inside
 from loftq.formats.links import refuse_links
 from loftq.formats.model_files import model_file_names
+from loftq.formats.schema import Limited, check_value, number, one_of, read_json, whole
 
 MANIFEST = "loftq.json"
 CARD = "README.md"  # the user may edit it
 VERSION = 1
+
+_AGAIN = "copy or download the folder again"
+_ERROR = number(0)
+_BLOCK = Limited(
+    f"a positive whole number, {ROW} or null", lambda v: v is None or (type(v) is int and (v > 0 or v == ROW))
+)
+_SHAPE = Limited(
+    "two positive whole numbers",
+    lambda v: isinstance(v, list) and len(v) == 2 and all(type(side) is int and 0 < side < 2**40 for side in v),
+)
+_SHARING = {  # the number of weights that share a scale, and their type
+    "block_size": _BLOCK,
+    "group_size": _BLOCK,
+    "zero_point": (None, one_of(ZERO_POINTS)),
+    "double_quant": bool,
+    "compute_dtype": one_of(("bfloat16", "float16", "float32")),
+}
+_RECIPE = {
+    **_SHARING,
+    "bits": number(above=0, most=32),
+    "quant_type": one_of(TYPES),
+    "adapter": str,
+    "rank": whole(1),
+    "alpha": number(above=0),
+    "rslora": bool,
+    "iters": whole(),
+    "calibration": (str, None),
+    "num_labels": (whole(1), None),
+    "pool_size?": (whole(1), None),
+    "method?": (str, None),
+    "seed?": whole(),
+}
+_PLAIN_ROW = {"name": str, "shape": _SHAPE, "codebook": one_of(CODEBOOKS)}
+_OUTPUT_ERRORS = ("output_plain_error", "output_refit_error", "output_error")
+_ROW = {
+    **_PLAIN_ROW,
+    "bits_per_weight": number(0),
+    **dict.fromkeys(("weight_norm", "plain_error", "error"), _ERROR),
+    **dict.fromkeys((f"{name}?" for name in ("refit_error", *_OUTPUT_ERRORS)), _ERROR),
+    "kept_iteration": whole(),
+    "iterations": [_ERROR],
+    "output_iterations?": [_ERROR],
+}
+_SIZES = ("layers", "weights", "source_bytes", "backbone_bytes", "adapter_bytes")
+_TOTALS = {
+    **dict.fromkeys(_SIZES, whole()),
+    "expert_bytes?": whole(),
+    **dict.fromkeys(("bits_per_weight", "plain_error", "error"), _ERROR),
+    **dict.fromkeys(
+        (f"{name}?" for name in ("refit_error", *_OUTPUT_ERRORS, "divergence", "divergence_before")), _ERROR
+    ),
+}
+_SOURCE = {"model": str, "model_type?": str, "task": str, "revision?": (str, None), "sha256?": str, "target?": str}
+_COMMON = {
+    "kind": str,
+    "format?": str,
+    "backbone_sha256": str,
+    "versions?": {str: str},
+    "notes?": [str],
+    "files": {str: {"bytes": whole(), "sha256?": str}},
+}
+_QUANTIZED = {
+    **_COMMON,
+    "format": str,
+    "source": {**_SOURCE, "model_type": str, "revision": (str, None)},
+    "recipe": _RECIPE,
+    "layers": [_ROW],
+    "totals": _TOTALS,
+    "calibration?": (dict, None),
+}
+_MERGED = {**_COMMON, "format": str, "source": _SOURCE, "recipe": _SHARING, "layers": [_PLAIN_ROW]}
+_SCHEMAS = {"qlora": _QUANTIZED, "qalora": _QUANTIZED, "merged": _MERGED}  # other kinds have no layers
+_OTHER = {**_COMMON, "source?": dict, "recipe": dict, "layers?": [dict], "totals?": dict}
 
 
 @dataclass(frozen=True)
@@ -87,21 +163,16 @@ def read_artifact(folder: Path | str) -> Artifact:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """A manifest that has all entries that readers need. Raises ArtifactError."""
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = int(manifest["format_version"])
-        if version > VERSION:
-            raise ArtifactError(
-                f"{path} has format version {version}, this loftq reads up to version {VERSION}: upgrade loftq"
-            )
-        missing = [name for name in ("kind", "recipe", "backbone_sha256") if name not in manifest]
-        if missing:
-            raise KeyError(missing[0])
-        for entry in manifest["files"].values():
-            int(entry["bytes"])
-        return manifest
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error!r}): copy or download the folder again") from error
+    heading = {"format_version": whole(1)}
+    manifest: dict[str, Any] = read_json(path, heading, advice=_AGAIN)
+    if manifest["format_version"] > VERSION:
+        raise ArtifactError(
+            f"{path} has format version {manifest['format_version']}, this loftq reads up to version {VERSION}: "
+            "upgrade loftq"
+        )
+    check_value(manifest, {"kind": str}, path, advice=_AGAIN)
+    check_value(manifest, _SCHEMAS.get(manifest["kind"], _OTHER), path, advice=_AGAIN)
+    return manifest
 
 
 def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

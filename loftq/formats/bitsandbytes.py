@@ -21,7 +21,6 @@ depend on the values in it, so that the layout of a file is known before its wei
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +30,7 @@ from loftq.core.codebooks import codebook, dynamic_map
 from loftq.core.grid import ROW, Grid
 from loftq.core.scales import SCALE_BLOCK, NestedScales, Scales, Solved
 from loftq.formats.checkpoint import TensorSpec
+from loftq.formats.schema import json_text, parse_json
 
 METHOD = "bitsandbytes"
 BLOCK_SIZES: tuple[int, ...] = (ROW, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -110,7 +110,10 @@ def read(module: str, shape: Sequence[int], grid: Grid, tensor: Callable[[str], 
     codes, absmax, _, state = (tensor(name) for name in names[:4])
     if not grid.double_quant:
         return codes.view(-1), Scales(absmax)
-    offset = float(json.loads(bytes(state.tolist()))["nested_offset"])
+    content: dict[str, float] = parse_json(
+        bytes(state.flatten().view(torch.uint8).tolist()), f"tensor {names[3]}", {"nested_offset": float}
+    )
+    offset = float(content["nested_offset"])
     nested = NestedScales(absmax, tensor(names[4]), offset)
     return codes.view(-1), Scales(nested.decode(), nested)
 
@@ -179,10 +182,10 @@ def _quant_state(shape: Sequence[int], grid: Grid, dtype: torch.dtype, offset: f
         "dtype": str(dtype).removeprefix("torch."),
         "shape": list(shape),
     }
-    text = json.dumps(state)
+    text = json_text(state)
     if grid.double_quant:
         state |= {"nested_blocksize": SCALE_BLOCK, "nested_dtype": "float32", "nested_offset": 0}
-        width = len(json.dumps(state)) + _OFFSET_WIDTH
+        width = len(json_text(state)) + _OFFSET_WIDTH
         state["nested_offset"] = offset
-        text = json.dumps(state).ljust(width)
+        text = json_text(state).ljust(width)
     return torch.tensor(list(text.encode()), dtype=torch.uint8)

@@ -8,7 +8,6 @@ order, from any thread, and more than once. Only headers are kept in memory.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -20,9 +19,9 @@ from typing import Self
 import torch
 
 from loftq.errors import CheckpointError, OptionError
-from loftq.formats.disk import is_inside
 from loftq.formats.links import refuse_outside
 from loftq.formats.model_files import check_model_folder
+from loftq.formats.schema import check_value, file_name, json_text, read_json, shown, whole
 from loftq.formats.tensor_files import TensorFiles
 
 INDEX = "model.safetensors.index.json"
@@ -48,7 +47,10 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 def dtype_of(config: Mapping[str, object]) -> torch.dtype:
     """The dtype in which a model computes, from its `config.json`; float16 if that has no dtype."""
-    dtype: torch.dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float16"))
+    name = config.get("dtype") or config.get("torch_dtype") or "float16"
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"config.json: dtype is {shown(name)}, expected a dtype of torch such as bfloat16")
     return dtype
 
 
@@ -150,17 +152,14 @@ def check_listing(where: Path | str, names: Collection[str]) -> None:
 def read_index(folder: Path) -> dict[str, str]:
     """The file of each tensor, from the index of a sharded checkpoint. Raises CheckpointError."""
     path = folder / INDEX
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        files = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a safetensors index ({error!r}): download it again") from error
-    outside = sorted(file for file in set(files.values()) if not is_inside(file))
-    if outside:
-        raise CheckpointError(
-            f"{path} names the shard {outside[0]!r}, which is not a file name inside its folder: download it again"
-        )
-    return files
+    index: dict[str, dict[str, str]] = read_json(
+        path,
+        {"weight_map": {str: file_name}},
+        error=CheckpointError,
+        fault="is not a safetensors index",
+        advice="download it again",
+    )
+    return index["weight_map"]
 
 
 def read_header(path: Path) -> list[TensorSpec]:
@@ -175,6 +174,7 @@ def _specs(opened: TensorFiles, folder: Path, file: str) -> list[TensorSpec]:
 
 def spec_of(name: str, code: str, shape: Sequence[int], where: str) -> TensorSpec:
     """The spec of a tensor, from the dtype code in a header. Raises CheckpointError if torch lacks the dtype."""
+    check_value(list(shape), [whole(0, 2**62)], f"{where}: the shape of tensor {name!r}", error=CheckpointError)
     if code not in DTYPES:
         raise CheckpointError(f"{where}: tensor {name!r} has dtype {code}: expected one of {', '.join(DTYPES)}")
     return TensorSpec(name, DTYPES[code], tuple(shape))
@@ -237,7 +237,7 @@ def _lay_out_one(file: str, specs: Sequence[TensorSpec], metadata: Mapping[str, 
         header[spec.name] = {"dtype": _CODES[spec.dtype], "shape": spec.shape, "data_offsets": [at, end]}
         offsets[spec.name] = (at, spec)
         at = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json_text(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
     return Shard(file, head, {n: (len(head) + o, s) for n, (o, s) in offsets.items()}, len(head) + at)
@@ -301,4 +301,4 @@ def index_text(shards: Sequence[Shard]) -> str:
     weight_map = {name: shard.file for shard in shards for name in shard.offsets}
     total = sum(spec.nbytes for shard in shards for _, spec in shard.offsets.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return json.dumps(index, indent=2) + "\n"
+    return json_text(index, indent=2) + "\n"

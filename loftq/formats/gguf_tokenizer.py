@@ -15,7 +15,6 @@ The vocabulary is filled up to the number of rows of the embedding with tokens o
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Set
 from itertools import pairwise
@@ -23,8 +22,19 @@ from pathlib import Path
 from typing import Any
 
 from loftq.errors import OptionError
+from loftq.formats.schema import Limited, check_value, read_json, whole
 
 FILE = "tokenizer.json"
+_STEP: dict[str, Any] = {"type": str, "pattern?": {"Regex?": str, "String?": str}}
+_STEP |= {"pretokenizers?": [_STEP], "normalizers?": [_STEP]}
+_SCHEMA = {
+    "model": {"type?": (str, None), "merges?": (list, None)},
+    "pre_tokenizer?": (_STEP, None),
+    "normalizer?": (_STEP, None),
+    "added_tokens?": ([{"content": str, "id": whole(0, 2**31), "special": bool}], None),
+}
+_MERGE = Limited("a pair of texts", lambda v: _is_pair(v))
+_BYTE_PAIRS = {"model": {"vocab": {str: whole(0, 2**31)}, "merges": [_MERGE]}}
 SPACE = "▁"  # stands for a space in SentencePiece
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -53,7 +63,7 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
             f"{folder} has no {FILE}, from which --to gguf-q4_1 takes the tokenizer: "
             "save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    source = json.loads(file.read_text(encoding="utf-8"))
+    source = read_json(file, _SCHEMA, error=OptionError, foreign=True)
     kind = _kind(source, file)
     writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(_split(source, file) if kind == "gpt2" else "default")
@@ -72,6 +82,7 @@ def _kind(source: Mapping[str, Any], file: Path) -> str:
     model = source["model"]
     parts = [part["type"] for part in _parts(source.get("pre_tokenizer"))]
     if model.get("type") == "BPE" and model.get("merges"):
+        check_value(source, _BYTE_PAIRS, file, error=OptionError)
         if model.get("byte_fallback"):
             return "llama"
         if "ByteLevel" in parts:
@@ -145,6 +156,11 @@ def _not_merged(merged: Iterable[str], vocab: Mapping[str, int], merges: Set[tup
 def _pair(merge: str | list[str]) -> tuple[str, str]:
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right
+
+
+def _is_pair(merge: Any) -> bool:
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    return isinstance(parts, list) and len(parts) == 2 and all(isinstance(part, str) for part in parts)
 
 
 def _prefixes_space(source: Mapping[str, Any]) -> bool:

@@ -12,7 +12,6 @@ For a linear (out, in) of b bits in groups of g consecutive inputs (arXiv 2210.1
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,10 @@ from loftq.core.packing import pack, paired, single, unpack
 from loftq.core.scales import Scales, Solved
 from loftq.errors import ArtifactError
 from loftq.formats.checkpoint import TensorSpec
+from loftq.formats.model_config import FILE
+from loftq.formats.model_config import read_config as read_model_config
 from loftq.formats.model_files import check_model_folder
+from loftq.formats.schema import Limited, check_value
 
 METHOD = "gptq"
 CHECKPOINT_FORMAT = "gptq_v2"
@@ -39,6 +41,15 @@ HOLDS = (
     f"{', '.join(f'int{bits}' for bits in BITS)} with symmetric or integer zero-points and 16-bit scales, one type a "
     "folder"
 )
+_ENTRY = {
+    "bits": Limited(f"one of {', '.join(map(str, BITS))}", lambda v: type(v) is int and v in BITS),
+    "group_size": Limited(
+        f"a positive whole number or {ROW}", lambda v: type(v) is int and (v == ROW or 0 < v < 2**31)
+    ),
+    "sym?": bool,
+    "checkpoint_format?": (str, None),
+    "format?": (str, None),
+}
 STOCK = True
 SEVERAL_TYPES = False
 WITHOUT_WEIGHT = True
@@ -127,15 +138,17 @@ def _read_zeros(qzeros: torch.Tensor, shape: Sequence[int], bits: int, less: int
 
 
 def is_gptq(folder: Path) -> bool:
-    """Whether the `config.json` of a folder names GPTQ. Raises CheckpointError for links that leave the folder."""
+    """Whether the `config.json` of a folder names GPTQ.
+
+    Raises CheckpointError for links that leave the folder, and ArtifactError if the file is damaged.
+    """
     if not folder.is_dir():
         return False
     check_model_folder(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == METHOD)
-    except (OSError, ValueError, KeyError, TypeError):
+    if not (folder / FILE).is_file():
         return False
+    entry = read_model_config(folder, ArtifactError).get("quantization_config")
+    return isinstance(entry, dict) and entry.get("quant_method") == METHOD
 
 
 def is_ordered(g_idx: torch.Tensor, block: int) -> bool:
@@ -158,15 +171,22 @@ def grid_of(bits: int, group_size: int, symmetric: bool) -> Grid:
 
 def read_config(entry: Mapping[str, Any], folder: Path) -> tuple[Grid, int]:
     """The type of a folder's weights, and the number that was subtracted from zero-points. Raises ArtifactError."""
+    check_value(entry, _ENTRY, f"quantization_config in {folder / FILE}")
     version = entry.get("checkpoint_format") or entry.get("format") or METHOD
     if version not in READABLE:
-        raise ArtifactError(f"{folder}: GPTQ's format {version!r} cannot be read (known: {', '.join(READABLE)})")
+        raise ArtifactError(f"{folder / FILE}: GPTQ's format {version!r} cannot be read (known: {', '.join(READABLE)})")
     return grid_of(entry["bits"], entry["group_size"], entry.get("sym", True)), READABLE[version]
 
 
 def shapes_of(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, int]]:
-    """The shape (out, in) of each linear among the tensors of a checkpoint."""
+    """The shape (out, in) of each linear among the tensors of a checkpoint. Raises ArtifactError if one is missing."""
     modules = [name.removesuffix(".qweight") for name in specs if name.endswith(".qweight")]
+    for module in modules:
+        for name, sides in (("qweight", 2), ("qzeros", 2), ("scales", 2), ("g_idx", 1)):
+            spec = specs.get(f"{module}.{name}")
+            if spec is None or len(spec.shape) != sides:
+                problem = "is missing" if spec is None else f"has the shape {spec.shape}, expected {sides} sides"
+                raise ArtifactError(f"tensor {module}.{name!s} of the GPTQ checkpoint {problem}: download it again")
     return {module: (specs[f"{module}.qweight"].shape[1], specs[f"{module}.g_idx"].numel) for module in modules}
 
 

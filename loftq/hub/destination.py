@@ -7,7 +7,6 @@ adds all files to the repository, so nobody ever loads a part of a model.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,14 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from loftq.display import few_of, one_line
-from loftq.errors import HubError, OptionError
+from loftq.errors import ArtifactError, HubError, OptionError
 from loftq.formats.artifact import MANIFEST
+from loftq.formats.schema import check_value, read_json
 from loftq.hub.errors import checked_token, explain_push_refusals
 from loftq.hub.snapshot import download
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
 
+_ACCOUNT = {  # what the Hub says about a token
+    "name": str,
+    "orgs?": ([{"name?": (str, None)}], None),
+    "auth?": ({"accessToken?": ({"role?": (str, None)}, None)}, None),
+}
 _NOT_A_MODEL = {".gitattributes", "README.md", "LICENSE", ".gitignore"}  # files of a new repository
 
 
@@ -123,8 +128,9 @@ class Destination:
         with explain_push_refusals(self.repo_id):
             folder = download(self.repo_id, revision=self.head, token=cast(Any, self.api.token), patterns=[MANIFEST])
         try:
-            return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-        except (ValueError, TypeError):  # a damaged manifest cannot have the same backbone
+            manifest: dict[str, Any] = read_json(folder / MANIFEST, {"backbone_sha256?": str, "files?": {str: object}})
+            return manifest
+        except ArtifactError:  # a damaged manifest cannot have the same backbone
             return {}
 
 
@@ -154,6 +160,9 @@ def find_destination(
     api = HfApi(token=token)
     with explain_push_refusals(repo_id):
         account = api.whoami()
+        check_value(
+            account, _ACCOUNT, "the answer of the Hub about the token", error=HubError, advice="try again later"
+        )
         info, head = _look_up(api, repo_id, revision)
         tags = api.list_repo_refs(repo_id).tags if info is not None and tag is not None else []
     _check_owner(account, repo_id, info is not None, create_pr)

@@ -90,6 +90,17 @@ def explain_source_refusals(repo: str, revision: str | None) -> Iterator[None]:
         raise SourceError(
             f"the Hub refuses the token for {repo!r}: log in again with `hf auth login`, or pass another --token"
         ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, OSError):  # the network's errors may derive from ValueError too
+            raise
+        raise SourceError(_not_understood(repo, error)) from error
+
+
+def _not_understood(repo: str, error: Exception) -> str:
+    return (
+        f"the answer of the Hub about {repo} cannot be understood ({type(error).__name__}: {one_line(error, 120)}): "
+        "try again later, or check HF_ENDPOINT"
+    )
 
 
 _CONTINUE = "Run the same command again to continue: files that have arrived are not sent twice"
@@ -109,6 +120,8 @@ def explain_push_refusals(repo_id: str) -> Iterator[None]:
         if isinstance(cause, HfHubHTTPError):
             raise HubError(_refusal(repo_id, cause)) from error
         raise HubError(f"cannot reach {repo_id} on the Hub: {_message(cause or error)}. {_CONTINUE}") from error
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise HubError(_not_understood(repo_id, error)) from error
     except ValueError as error:  # the Hub rejects the metadata of a card, or an object
         raise HubError(f"the Hub refuses the files for {repo_id}: {_message(error)}") from error
 

@@ -31,10 +31,10 @@ class Repository:
         try:
             with explain_source_refusals(self.name, self.commit):
                 header = self.api.parse_safetensors_file_metadata(self.name, file, revision=self.commit)
+                where = f"{self.name}/{file}"
+                return [spec_of(name, info.dtype, info.shape, where) for name, info in header.tensors.items()]
         except (HTTPError, OSError) as error:
             raise SourceError(f"cannot read the header of {file} of {self.name}: {one_line(error)}") from error
-        where = f"{self.name}/{file}"
-        return [spec_of(name, info.dtype, info.shape, where) for name, info in header.tensors.items()]
 
 
 def open_repository(name: str, revision: str | None, token: str | None, small: Collection[str]) -> Repository:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from functools import cached_property
 from typing import Any, ClassVar
@@ -16,6 +15,7 @@ from loftq.artifacts.staging import Staging
 from loftq.core.grid import Grid
 from loftq.formats.artifact import CARD
 from loftq.formats.checkpoint import INDEX, Shard, ShardWriter, TensorSpec, index_text, lay_out
+from loftq.formats.model_config import config_text
 from loftq.hub.source import copy_side_files
 from loftq.merging.target import Target
 from loftq.models.tasks import TASKS
@@ -70,7 +70,7 @@ class ModelFolder(Target):
         self._write_weights(staging, quiet)
         pair = self.pair
         copy_side_files(pair.backbone.folder, staging.folder)
-        staging.write_text("config.json", json.dumps(self.config(), indent=2, sort_keys=True) + "\n")
+        staging.write_text("config.json", config_text(self.config()))
         if len(self.shards) > 1:
             staging.write_text(INDEX, index_text(self.shards))
         staging.write_text(

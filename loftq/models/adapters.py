@@ -7,7 +7,6 @@ For any other checkpoint, it is a hash of samples, because reading all weights o
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import torch
@@ -18,8 +17,10 @@ from loftq.formats.adapter import Adapter, keys, open_adapter
 from loftq.formats.artifact import MANIFEST, Artifact, combine_hashes, open_artifact
 from loftq.formats.checkpoint import Checkpoint
 from loftq.formats.links import refuse_links
+from loftq.formats.schema import read_json
 
 TRAINING_RECORD = "training.json"
+TRAINING_SCHEMA = {"settings?": dict, "backbone?": {"model": str, "sha256": str}}
 _SAMPLE = 256  # number of values of each tensor: if training changes a tensor, it also changes its first rows
 _SIDES = (("in_features", "nx"), ("out_features", "nf"))  # attributes of linears, and of transformers' Conv1D
 
@@ -39,15 +40,15 @@ def sampled_hash(checkpoint: Checkpoint) -> str:
 
 
 def trained_on(adapter: Path) -> tuple[str, str] | None:
-    """Name and hash of the model on which an adapter, or a checkpoint of it, was trained; None if not recorded."""
+    """Name and hash of the model on which an adapter, or a checkpoint of it, was trained; None if not recorded.
+
+    Raises ArtifactError for a damaged record.
+    """
     folder = adapter.resolve()
     path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / TRAINING_RECORD
     refuse_links(path.parent, [TRAINING_RECORD], ArtifactError)
-    try:
-        backbone = json.loads(path.read_text(encoding="utf-8"))["backbone"]
-        return str(backbone["model"]), str(backbone["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    backbone = read_json(path, TRAINING_SCHEMA).get("backbone") if path.is_file() else None
+    return None if backbone is None else (backbone["model"], backbone["sha256"])
 
 
 def foreign_adapter(folder: Path, name: str, checkpoint: Checkpoint) -> Adapter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from loftq.formats import gptq
 from loftq.formats.adapter import open_adapter, target_names
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.formats.checkpoint import dtype_of, read_checkpoint
+from loftq.formats.model_config import read_config
 from loftq.models.adapters import check_adapter, check_shapes, foreign_adapter
 from loftq.models.peft_targets import adapt, load_adapter
 from loftq.models.tasks import TASKS, auto_class
@@ -138,10 +138,11 @@ def load_base(
     """
     if isinstance(source, Path):
         folder, task, heads = source, TASKS["causal-lm"], ()
-        stored = dtype_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        stored = dtype_of(read_config(folder, ArtifactError))
     else:
-        folder, task = source.folder, TASKS[source.manifest["source"].get("task", "causal-lm")]
-        heads = open_adapter(source.adapter).config["modules_to_save"] or ()
+        folder, task = source.folder, TASKS[source.manifest["source"]["task"]]
+        read_config(folder, ArtifactError)
+        heads = open_adapter(source.adapter).config.get("modules_to_save") or ()
         stored = getattr(torch, source.manifest["recipe"]["compute_dtype"])
     with _expecting_a_new_head(task.has_head):
         config = _config_for_our_linear(folder) if backend == "loftq" else {}

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from loftq.display import one_line
-from loftq.errors import OptionError, SourceError, UnknownNameError
+from loftq.errors import LoftQError, OptionError, SourceError, UnknownNameError
+from loftq.formats.model_config import read_config
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,13 @@ def build_meta(
     trust_remote_code: bool = False,
     buffers: bool = False,
     dtype: torch.dtype | None = None,
+    tensors: int | None = None,
 ) -> tuple[nn.Module, Task]:
     """Build the model of a checkpoint folder on the meta device, and return it with its task.
 
     `num_labels` resizes a classifier. With `buffers`, the model's buffers are real tensors on the CPU, as the model's
-    own code computes them. `dtype` is the dtype of the parameters, by default that of the config.
+    own code computes them. `dtype` is the dtype of the parameters, by default that of the config. `tensors` is the
+    number of tensors in the checkpoint, if the folder does not hold them.
 
     Raises SourceError for a model type that transformers does not know, for one that needs code of its own if
     `trust_remote_code` is false, and for an architecture that belongs to no task. Raises OptionError for a task for
@@ -84,12 +87,15 @@ def build_meta(
 
     if task is not None and task not in TASKS:
         raise UnknownNameError("task", task, TASKS)
+    read_config(folder, tensors=tensors)  # transformers would build a billion layers
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         architectures = [str(name) for name in config.architectures or ()]
+        chosen = _choose(folder, config, architectures, task)
+    except LoftQError:
+        raise
     except Exception as error:  # for invalid values, the class of a config may raise any exception
         raise SourceError(_config_problem(folder, error)) from error
-    chosen = _choose(folder, config, architectures, task)
     if num_labels is not None:
         if not chosen.name.endswith("-classification"):
             raise OptionError(

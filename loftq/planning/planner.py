@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -14,6 +13,7 @@ from loftq.errors import CheckpointError, SourceError
 from loftq.formats import adapter
 from loftq.formats.checkpoint import Shard, TensorSpec, lay_out, parse_size
 from loftq.formats.layouts import LAYOUTS, Layout, choose
+from loftq.formats.model_config import read_config
 from loftq.hub.source import Source
 from loftq.models import linears, naming
 from loftq.models.families import family_of
@@ -39,7 +39,11 @@ def make_plan(
     """
     _refuse_quantized(source)
     model, task = build_meta(
-        source.folder, task=recipe.task, num_labels=recipe.num_labels, trust_remote_code=trust_remote_code
+        source.folder,
+        task=recipe.task,
+        num_labels=recipe.num_labels,
+        trust_remote_code=trust_remote_code,
+        tensors=len(source.checkpoint.tensors),
     )
     if family_of(str(model.config.model_type)).float32:  # type: ignore[union-attr]
         recipe = replace(recipe, compute_dtype="float32")
@@ -91,13 +95,7 @@ def make_plan(
 
 
 def _refuse_quantized(source: Source) -> None:
-    path = source.folder / "config.json"
-    if not path.is_file():
-        raise SourceError(f"{source.name} has no config.json: expected a model that transformers saved")
-    try:
-        quantization = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
-    except (ValueError, AttributeError) as error:
-        raise SourceError(f"{path} is not a JSON object ({error}): download it again") from error
+    quantization = read_config(source.folder, tensors=len(source.checkpoint.tensors)).get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise SourceError(f"{source.name} is already quantized ({method}): start from its full-precision weights")

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
 
+from loftq.display import visible
 from loftq.reporting.drawing import Palette
 from loftq.reporting.measured import OUTPUTS, WEIGHTS, Measured, Place
 
@@ -168,7 +169,7 @@ def overview(figure: Figure, palette: Palette, artifacts: Sequence[Measured]) ->
         dict.fromkeys(Path(measured.artifact.manifest["source"]["model"]).name for measured in artifacts)
     )
     figure.suptitle(
-        f"{models}    (pale, ring, dotted: plain rounding; full color: with the adapter)", x=0.01, ha="left"
+        f"{visible(models)}    (pale, ring, dotted: plain rounding; full color: with the adapter)", x=0.01, ha="left"
     )
     panels = figure.subplots(2, 3)
     sizes(panels[0][0], palette, artifacts)

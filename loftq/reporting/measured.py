@@ -14,6 +14,7 @@ import torch
 
 from loftq.artifacts.rows import summed_errors
 from loftq.core.solvers.methods import METHODS
+from loftq.display import visible
 from loftq.errors import ArtifactError
 from loftq.formats.adapter import Adapter, open_adapter
 from loftq.formats.artifact import Artifact, open_artifact
@@ -136,7 +137,7 @@ def places(names: Sequence[str]) -> dict[str, Place]:
     rests = {name: re.sub(r"\.\d+(?=\.|$)", "", match[2] if match else name) for name, match in parts.items()}
     order = {block: depth for depth, block in enumerate(dict.fromkeys(blocks.values()))}
     kinds = set(rests.values())
-    short = {kind: _shortest(kind, kinds) for kind in kinds}
+    short = {kind: visible(_shortest(kind, kinds)) for kind in kinds}
     return {name: Place(order[blocks[name]], short[rests[name]]) for name in names}
 
 
@@ -173,7 +174,7 @@ def _labels(artifacts: Sequence[Artifact]) -> list[str]:
     labels = [_label(artifact.manifest) for artifact in artifacts]
     counts = Counter(labels)
     return [
-        label if counts[label] == 1 else f"{label} ({artifact.folder.resolve().name})"
+        label if counts[label] == 1 else f"{label} ({visible(artifact.folder.resolve().name)})"
         for label, artifact in zip(labels, artifacts, strict=True)
     ]
 
@@ -188,4 +189,4 @@ def _label(manifest: Mapping[str, Any]) -> str:
         method = "QA-LoRA"
     elif not recipe["iters"]:
         method = "QLoRA"
-    return f"{kind}, rank {recipe['rank']}, {method}"
+    return visible(f"{kind}, rank {recipe['rank']}, {method}")

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from loftq.display import size
+from loftq.display import size, visible
 from loftq.reporting.measured import OUTPUTS, Measured
 
 _TEMPLATE = "data/report.html"
@@ -36,7 +36,9 @@ def write_page(artifacts: list[Measured], path: Path) -> None:
     texts = {key.replace("_", " "): list(map(_cell, values)) for key, values in settings.items() if any(values)}
     models = list(dict.fromkeys(measured.artifact.manifest["source"]["model"] for measured in artifacts))
     text = resources.files("loftq.reporting").joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined).from_string(text)
+    page = jinja2.Environment(
+        autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, finalize=_shown
+    ).from_string(text)
     rendered = page.render(
         title=", ".join(Path(model).name for model in models),
         outputs=OUTPUTS,
@@ -54,6 +56,11 @@ def write_page(artifacts: list[Measured], path: Path) -> None:
         ),
     )
     path.write_text(rendered, encoding="utf-8")
+
+
+def _shown(value: Any) -> Any:
+    """A value of the page. Texts come from files: the template escapes HTML in them, and this what has no glyph."""
+    return visible(value) if type(value) is str else value
 
 
 def _recipe_keys(artifacts: Sequence[Measured]) -> list[str]:

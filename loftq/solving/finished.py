@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,7 @@ from loftq.formats import artifact
 from loftq.hub.text import find_text
 from loftq.planning.plan import Plan
 from loftq.planning.weights import digest_of
+from loftq.settings import plain
 
 
 def finished_layers(folder: Path, plan: Plan, trust_remote_code: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -44,7 +44,7 @@ def finished_layers(folder: Path, plan: Plan, trust_remote_code: bool) -> tuple[
 
 def differences(manifest: Mapping[str, Any], plan: Plan) -> list[str]:
     """The names of settings that differ between an artifact's manifest and a plan; `source` if the models differ."""
-    planned = json.loads(json.dumps(plan.recipe.to_dict()))
+    planned = plain(plan.recipe.to_dict())
     differing = [key for key in planned if manifest["recipe"].get(key) != planned[key]]
     if (manifest["source"]["model"], manifest["source"]["revision"]) != (plan.source.name, plan.source.revision):
         differing.append("source")

@@ -11,7 +11,8 @@ from typing import Any, Unpack
 
 import torch
 
-from loftq.display import columns
+from loftq.artifacts.card_section import read_card
+from loftq.display import columns, markdown
 from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, open_artifact
 from loftq.formats.disk import write_whole
@@ -56,8 +57,11 @@ class Evaluation:
     def section(self) -> str:
         """Return the table as a section of a model card, under a heading that names the task and the data."""
         heading, *models = self._cells()
-        rows = "\n".join(f"| {' | '.join(line)} |" for line in (heading, ["---"] * len(heading), *models))
-        return "\n\n".join([f"### {self.task}, {Path(self.data).name}", rows, *self.notes]) + "\n"
+        rows = "\n".join(
+            f"| {' | '.join(map(markdown, line))} |" for line in (heading, ["---"] * len(heading), *models)
+        )
+        title = f"### {self.task}, {markdown(Path(self.data).name)}"
+        return "\n\n".join([title, rows, *map(markdown, self.notes)]) + "\n"
 
 
 def _shown(value: float) -> str:
@@ -122,7 +126,7 @@ def _check_use(model: str, settings: EvaluateSettings) -> None:
 
 def _into_card(path: Path, evaluation: Evaluation) -> None:
     """Write the table at the end of a card, and remove an earlier one of the same task and data."""
-    text = path.read_text(encoding="utf-8")
+    text = read_card(path)
     section = evaluation.section()
     heading = re.escape(section.partition("\n")[0])
     kept = re.sub(rf"\n{heading}\n.*?(?=\n#|\Z)", "", text, flags=re.DOTALL)

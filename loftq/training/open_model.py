@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from loftq.planning.plan import Plan
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import recipe_of
 from loftq.planning.settings import QuantizeSettings
-from loftq.settings import option_name
+from loftq.settings import option_name, plain
 from loftq.training import tasks
 from loftq.training.encoding import load_tokenizer
 from loftq.training.model import Model
@@ -102,7 +101,7 @@ def check_artifact(settings: TrainSettings, artifact: Artifact) -> None:
             "full-precision model instead"
         )
     for name, value in settings.quantizing.items():
-        if recipe.get(name) != json.loads(json.dumps(value)):
+        if recipe.get(name) != plain(value):
             raise OptionError(
                 f"{option_name(name)} {value}: {artifact.folder} is quantized already, with {recipe.get(name)}: leave "
                 "the option out, or quantize the model again"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from loftq.artifacts.staging import is_begun
 from loftq.errors import OutputError
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact, read_artifact
+from loftq.formats.schema import json_text
 from loftq.hub.source import Source
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import recipe_of
@@ -59,7 +59,7 @@ def _folder(source: Source, options: dict[str, Any]) -> Path:
     folder = Path(SAVE_DIR) / "-".join([name, *(["qalora"] if options["adapter"] == "qalora" else []), *labels])
     if set(options) <= set(_NAMED) and not _is_in_use(folder, source, options):
         return folder
-    identity = json.dumps([source.name, source.revision, options], sort_keys=True)
+    identity = json_text([source.name, source.revision, options], sort_keys=True)
     return folder.with_name(f"{folder.name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}")
 
 

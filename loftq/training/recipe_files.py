@@ -6,7 +6,6 @@ of FinLoRA's `finetune_configs.json` are understood too.
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 from loftq.display import one_line
 from loftq.errors import OptionError, UnknownNameError
+from loftq.formats.schema import parse_json
 
 ALIASES = {
     "base_model": "model",
@@ -89,12 +89,12 @@ def _parse(path: Path) -> dict[str, Any]:
         if suffix == ".toml":
             return tomllib.loads(text)
         if suffix == ".json":
-            content = json.loads(text)
+            content = parse_json(text, f"--recipe {path}:", object, error=OptionError, advice="correct it")
         elif suffix in (".yaml", ".yml"):
             content = _yaml(text)
         else:
             raise OptionError(f"--recipe {path}: expected a .toml, .yaml or .json file")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OptionError(f"--recipe {path}: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise OptionError(f"--recipe {path}: expected a table of names and values")

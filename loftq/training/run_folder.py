@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import zipfile
@@ -15,7 +14,8 @@ from loftq.formats.adapter import CONFIG, WEIGHTS, open_adapter
 from loftq.formats.disk import write_whole
 from loftq.formats.links import links_below, refuse_links
 from loftq.formats.model_files import model_file_names
-from loftq.models.adapters import TRAINING_RECORD
+from loftq.formats.schema import finite, json_text, read_json, whole
+from loftq.models.adapters import TRAINING_RECORD, TRAINING_SCHEMA
 from loftq.planning.run import check_resume
 from loftq.training.settings import TrainSettings
 
@@ -65,18 +65,16 @@ def begin(output: Path, settings: TrainSettings, backbone: Mapping[str, str]) ->
 def write_record(output: Path, record: dict[str, Any]) -> None:
     """Write the record `training.json`, as a whole or not at all."""
     output.mkdir(parents=True, exist_ok=True)
-    write_whole(output / TRAINING_RECORD, json.dumps(record, indent=1, default=str) + "\n")
+    write_whole(output / TRAINING_RECORD, json_text(finite(record), indent=1, default=str) + "\n")
 
 
 def _read(output: Path) -> dict[str, Any] | None:
     path = output / TRAINING_RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        if record is not None and not (isinstance(record, dict) and isinstance(record.get("settings"), dict)):
-            raise ValueError("expected the settings of a training")
-        return record
-    except ValueError as error:
-        raise OutputError(f"{path} is damaged ({error}): remove {output}, or name another --output") from error
+    if not path.is_file():
+        return None
+    advice = f"remove {output}, or name another --output"
+    record: dict[str, Any] = read_json(path, TRAINING_SCHEMA | {"settings": dict}, error=OutputError, advice=advice)
+    return record
 
 
 # Files that torch.save writes: zip archives, whose index is at the end.
@@ -111,9 +109,9 @@ def _step(checkpoint: Path) -> int:
 
 def _is_complete(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        read_json(checkpoint / "trainer_state.json", {"global_step": whole()}, foreign=True)
         open_adapter(checkpoint)
-    except (OSError, ValueError, ArtifactError):
+    except (OSError, ArtifactError):
         return False
     return all(_are_archives(checkpoint.glob(pattern)) for pattern in _PICKLED)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import fields as fields_of
@@ -12,7 +11,7 @@ from typing import Any, TypedDict
 from loftq.errors import OptionError, UnknownNameError
 from loftq.models.devices import COMPUTE_DTYPES
 from loftq.planning.settings import QuantizeSettings
-from loftq.settings import again, check, check_names, from_dict, setting, to_dict
+from loftq.settings import again, check, check_names, from_dict, plain, setting, to_dict
 from loftq.training.recipe_files import ALIASES
 from loftq.training.tasks import TRAINING_TASKS
 
@@ -173,7 +172,7 @@ class TrainSettings:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as in a recipe file, without the settings that were not given."""
         values = {name: value for name, value in to_dict(self).items() if value not in (None, (), {})}
-        return dict(json.loads(json.dumps(values)))
+        return dict(plain(values))
 
     def differences(self, earlier: Mapping[str, Any]) -> list[str]:
         """Return the names of settings that differ from those of an earlier run and that change the result."""

@@ -8,24 +8,25 @@ machine.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq.artifacts.card_section import replace_marked
+from loftq.artifacts.card_section import read_card, replace_marked
 from loftq.artifacts.loading_snippet import loading_lines, loading_section
 from loftq.display import key_values, size
 from loftq.errors import ArtifactError, OptionError
-from loftq.formats.adapter import CONFIG, FOLDER, WEIGHTS
+from loftq.formats.adapter import CONFIG, FOLDER, WEIGHTS, read_config
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, open_artifact
 from loftq.formats.disk import is_inside
 from loftq.formats.links import refuse_links
+from loftq.formats.schema import json_text
 from loftq.hub.destination import find_destination
 from loftq.hub.text import public_name
 from loftq.models.adapters import check_adapter
+from loftq.settings import plain
 from loftq.verbs.verify import verify
 
 
@@ -143,8 +144,8 @@ def _check_folder(folder: Path) -> Artifact:
 
 def _published(artifact: Artifact, repo_id: str, revision: str | None) -> dict[str, Path | bytes]:
     """The files of the artifact by name: a path, or the content of a file that is changed for the repository."""
-    manifest = json.loads(json.dumps(artifact.manifest))
-    card = (artifact.folder / CARD).read_text(encoding="utf-8")
+    manifest = plain(artifact.manifest)
+    card = read_card(artifact.folder / CARD)
     changed = {
         f"{FOLDER}/{CONFIG}": _adapter_config(artifact.adapter, repo_id, revision),
         CARD: replace_marked(card, loading_section(manifest, repo_id, revision)).encode(),
@@ -156,7 +157,7 @@ def _published(artifact: Artifact, repo_id: str, revision: str | None) -> dict[s
         source["model"] = Path(source["model"]).name
     if recipe["calibration"] is not None:
         recipe["calibration"] = public_name(recipe["calibration"])
-    changed[MANIFEST] = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
+    changed[MANIFEST] = (json_text(manifest, indent=1, sort_keys=True) + "\n").encode()
     return {name: artifact.folder / name for name in manifest["files"]} | changed
 
 
@@ -184,11 +185,11 @@ with the weights that the backbone was made from, it corrects errors that do not
 
 def _adapter_config(folder: Path, repo_id: str, revision: str | None) -> bytes:
     """The configuration of an adapter, with the repository as its base model."""
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_config(folder)
     config["base_model_name_or_path"] = repo_id
     if revision is not None:
         config["revision"] = revision
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    return (json_text(config, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _check_subfolder(artifact: Artifact, name: str) -> str:

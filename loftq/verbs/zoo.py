@@ -8,7 +8,6 @@ without the Hub.
 from __future__ import annotations
 
 import dataclasses
-import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 from loftq.display import size
 from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.checkpoint import SINGLE, Checkpoint, TensorSpec, dtype_of
+from loftq.formats.model_config import read_config
 from loftq.hub.source import Source
 from loftq.models.tasks import build_meta
 from loftq.planning.footprint import TOKENS, Footprint, footprint
@@ -105,7 +105,7 @@ def read_entry(name: str, text: str) -> Entry:
     """A recipe from the text of its file. Raises OptionError if it is not valid."""
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise OptionError(f"{name}.toml is not valid TOML: {error}") from error
     shipped = values.pop(_PACKAGE, None) is not None
     model = values.pop("model", None)
@@ -160,7 +160,7 @@ def _source(model: str) -> Source:
 def config_source(model: str, folder: Path) -> Source:
     """A source that has only a `config.json`. Its tensors are those of the model that transformers builds from it."""
     built: Any = build_meta(folder)[0]
-    dtype = dtype_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    dtype = dtype_of(read_config(folder))
     tied = built.all_tied_weights_keys
     tensors = {
         name: TensorSpec(name, dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))

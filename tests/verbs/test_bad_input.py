@@ -309,10 +309,26 @@ def test_no_config(model: Path, refuse: Callable[..., Refused], out: Path) -> No
     check(refuse(model), 1, [model, "no config.json"], out)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00"])
-def test_config_is_not_json(text: str, model: Path, refuse: Callable[..., Refused], out: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("\x00", "not valid JSON"),
+        ("[]", "it is a list of 0, expected an object"),
+        ("null", "it is null, expected an object"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "nested too deeply"),
+    ],
+    ids=["empty", "cut", "null character", "list", "null", "deep"],
+)
+def test_config_is_not_json(text: str, reason: str, model: Path, refuse: Callable[..., Refused], out: Path) -> None:
     (model / "config.json").write_text(text)
-    check(refuse(model), 1, [model / "config.json", "not a JSON object", "download it again"], out)
+    check(refuse(model), 1, [model / "config.json", reason, "download it again"], out)
+
+
+def test_a_billion_layers(model: Path, refuse: Callable[..., Refused], out: Path) -> None:
+    edit_config(model, num_hidden_layers=10**9)
+    check(refuse(model), 1, [model / "config.json", "num_hidden_layers is 1000000000", "21 tensors"], out)
 
 
 def test_unknown_model_type(model: Path, refuse: Callable[..., Refused], out: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import torch
 
 from loftq.artifacts.manifest import write_export_manifest
@@ -12,6 +10,7 @@ from loftq.core import pooled
 from loftq.errors import OptionError
 from loftq.formats import adapter as adapters
 from loftq.formats.checkpoint import ShardWriter, TensorSpec, lay_out
+from loftq.formats.schema import json_text
 from loftq.merging.target import Target
 
 
@@ -45,5 +44,5 @@ class PlainLora(Target):
             for name in adapter.shapes:
                 tensor = adapter.read(name).float()
                 writer.write(name, pooled.plain_lora(tensor, pool) if ends[name] else tensor)
-        staging.write_text(adapters.CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        staging.write_text(adapters.CONFIG, json_text(config, indent=2, sort_keys=True) + "\n")
         write_export_manifest(staging, self.pair.backbone, "adapter")
