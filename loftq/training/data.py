@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq.display import one_line
-from loftq.errors import OptionError
+from loftq.errors import LoftQError, OptionError
+from loftq.formats.disk import explain_os_errors
 from loftq.hub.errors import explain_data
+from loftq.training.json_rows import check_json, find_bad_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,6 +25,8 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".tsv": ("from_csv", {"delimiter": "\t"}),
     ".parquet": ("from_parquet", {}),
 }
+_NO_ROWS = re.compile("corresponds to no data|No columns to parse")
+_JSON = (".jsonl", ".json")
 _HELD_OUT = 20  # one example in this many is held out
 _MOST_HELD_OUT = 500
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%-]+))?")
@@ -59,6 +63,8 @@ def _check_files(paths: Sequence[Path], option: str) -> None:
     for path in paths:
         if path.suffix.lower() != ".parquet":
             _check_encoding(path, option)
+        if path.suffix.lower() in _JSON:
+            check_json(path, f"{option} {path}")
 
 
 def _check_encoding(path: Path, option: str) -> None:
@@ -86,14 +92,26 @@ def _library(names: Sequence[str], option: str) -> Any:
 def _file_rows(datasets: Any, paths: Sequence[Path], option: str) -> Dataset:
     reader, settings = _READERS[paths[0].suffix.lower()]
     files = [str(path) for path in paths]
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
     try:
         if reader == "from_csv":
             settings = {**settings, **_as_text(datasets, files[0], settings.get("delimiter", ","))}
-        return getattr(datasets.Dataset, reader)(
-            files, **settings
-        )  # `load_dataset` would report its use over the network
+        with explain_os_errors(cache, "HF_DATASETS_CACHE"):  # the rows are copied there
+            return getattr(datasets.Dataset, reader)(
+                files, **settings
+            )  # `load_dataset` would report its use over the network
+    except LoftQError:
+        raise
     except Exception as error:  # each reader has its own errors
         cause = error.__cause__ or error
+        with explain_os_errors(cache, "HF_DATASETS_CACHE"):
+            if isinstance(cause, OSError) and cause.errno is not None:
+                raise cause from error
+        if _NO_ROWS.search(str(cause)) or isinstance(cause, StopIteration):
+            raise OptionError(f"{option} {', '.join(files)}: has no rows: name other data") from error
+        if reader == "from_json":
+            for path in paths:
+                find_bad_row(path, f"{option} {path}")
         raise OptionError(f"{option} {', '.join(files)}: cannot be read: {one_line(cause, 300)}") from error
 
 
