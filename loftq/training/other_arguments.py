@@ -44,14 +44,14 @@ def check_set(values: Mapping[str, Any]) -> None:
     These are arguments that hold a secret, because they would be written into records and checkpoints; arguments that
     have an option of their own; and arguments that transformers does not have.
     """
-    from transformers import TrainingArguments
-
     secret = find_secret(values)
     if secret is not None:
         raise OptionError(
             f"--set {secret}: holds a secret, which would be written into checkpoints: leave it out, and log in with "
             "`hf auth login` or set HF_TOKEN; other services read their own environment variable"
         )
+    from transformers import TrainingArguments
+
     argument_names = {entry.name for entry in fields(TrainingArguments)}
     for name in values:
         if name in _FIXED:
