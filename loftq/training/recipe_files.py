@@ -158,7 +158,8 @@ def _yaml(text: str) -> Any:
     except yaml.YAMLError as error:  # its text may quote a line of the file, which may hold a password
         place = getattr(error, "problem_mark", None)
         line = f"line {place.line + 1}: " if place is not None else ""
-        raise ValueError(f"{line}not YAML ({getattr(error, 'problem', None) or type(error).__name__})") from error
+        parts = [getattr(error, part, None) for part in ("context", "problem")]
+        raise ValueError(f"{line}not YAML ({', '.join(filter(None, parts)) or type(error).__name__})") from error
     except (TypeError, AttributeError, KeyError, OverflowError) as error:  # from a tag that does not fit its value
         raise ValueError(f"not YAML ({error!r:.80})") from error
 

@@ -25,7 +25,7 @@ from loftq.models.adapters import TRAINING_RECORD
 from loftq.planning.run import check_resume
 from loftq.settings import declared, from_dict
 from loftq.training.arguments import arguments_of, explain_settings
-from loftq.training.data import hold_out, read_rows
+from loftq.training.data import explain_cache_errors, hold_out, read_rows
 from loftq.training.encoding import Collator, Encoder
 from loftq.training.model import Model, find_model, identity_of
 from loftq.training.open_model import Opened, count_parameters, mode_of, open_to_train
@@ -118,7 +118,8 @@ def _train_in(output: Path, settings: TrainSettings, run: TrainRun) -> Result:
             ready_settings, backbone = quantized(settings, backbone, quiet=quiet)
         identity = identity_of(backbone)
         opened = _opened(ready_settings, backbone, arguments, quiet=quiet)
-        train_examples, eval_examples = examples(settings, opened, rows, evaluation)
+        with explain_cache_errors():
+            train_examples, eval_examples = examples(settings, opened, rows, evaluation)
         trainer = _trainer(settings, opened, arguments, train_examples, eval_examples, quiet=quiet)
         resume = run.resume and (output / TRAINING_RECORD).is_file()
         last = last_checkpoint(output) if resume else None
