@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import resource
@@ -31,6 +32,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def artifact(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    importlib.import_module("loftq.training.train")  # which writes files of its own when it is imported first
     folder = tmp_path_factory.mktemp("artifact") / "out"
     return loftq.quantize(str(pico), output=folder, rank=4, iters=1, quiet=True).folder
 
