@@ -119,7 +119,9 @@ def main(args: list[str] | None = None) -> Any:
 def _out_of_files(error: BaseException) -> str | None:
     """The message for an error that comes from a limit of open files, whatever was read or written; else None."""
     link: BaseException | None = error
-    while link is not None:
+    seen: set[int] = set()
+    while link is not None and id(link) not in seen:  # a chain may be a circle
+        seen.add(id(link))
         number = link.errno if isinstance(link, OSError) else None
         if number in (errno.EMFILE, errno.ENFILE) or re.search(r"Too many open files|os error 2[34]\b", str(link)):
             return "too many files are open: raise the limit, for example with `ulimit -n 65536`, and run again"

@@ -124,6 +124,16 @@ def test_too_many_open_files_are_one_line(error: Exception, run: Run, monkeypatc
         assert ended.stderr.startswith("Error: too many files are open: raise the limit, for example with `ulimit -n")
 
 
+def test_a_chain_of_errors_may_be_a_circle(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        cause = OSError(errno.EIO, "Input/output error")
+        cause.__cause__ = cause
+        raise OutputError("cannot write") from cause
+
+    monkeypatch.setattr(program._Commands, "invoke", fail)
+    assert run("inspect", "folder").stderr == "Error: cannot write\n"
+
+
 def test_a_real_limit_of_open_files(run: Run, pico: Path, tmp_path: Path) -> None:
     """After a run that has imported all that it needs."""
     options = ["--rank", 4, "--iter", 1, "--quiet"]

@@ -202,7 +202,7 @@ def explain_write_errors(output: Path) -> Iterator[None]:
                     shutil.rmtree(path, ignore_errors=True)
         try:
             with explain_os_errors(output):
-                raise cause from error
+                raise cause
         except OutputError as explained:
             begun = (output / TRAINING_RECORD).is_file()
             resume = ". To continue from the last checkpoint, run again with --resume" if begun else ""

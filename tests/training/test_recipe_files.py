@@ -189,7 +189,11 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] *
         ("yaml", "".join(" " * i + f"a{i}:\n" for i in range(1200)), "too many tables inside each other"),
         ("json", DEEP["json"], "too many tables inside each other"),
         ("toml", DEEP["toml"], "too many tables inside each other"),
-        ("yaml", "seed: !!python/object/apply:os.system ['id']\n", "line 1: not YAML .* could not determine"),
+        (
+            "yaml",
+            "seed: !!python/object/apply:os.system ['id']\n",
+            "line 1: not YAML .could not determine a constructor",
+        ),
         ("yaml", "seed: !!binary aGk=\n", "seed is a bytes, but a text, a number or a list was expected"),
         ("yaml", "set: {run_name: 2024-01-01}\n", "set.run_name is a date, but .*: put a text in quotes"),
         ("toml", "set = {run_name = 2024-01-01T00:00:00}\n", "set.run_name is a datetime"),

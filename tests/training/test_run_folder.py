@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import resource
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from processes import start_python
 from rows import sums, write_rows
 from safetensors.torch import load_file
 
@@ -44,8 +42,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def asked(artifact: Path, data: Path, tmp_path: Path) -> list[Any]:
-    """A training of three steps, each with a checkpoint."""
-    steps = ["--max-steps", 3, "--save-steps", 1, "--set", "eval_strategy=no", "--batch-size", 2]
+    """A training of two steps, each with a checkpoint."""
+    steps = ["--max-steps", 2, "--save-steps", 1, "--set", "eval_strategy=no", "--batch-size", 2]
     return ["train", artifact, "--data", data, "--output", tmp_path / "out", *steps, "--cutoff-len", 32, "--quiet"]
 
 
@@ -68,22 +66,23 @@ def test_the_second_writer_is_refused_at_once(asked: list[Any], tmp_path: Path, 
 
 
 def test_a_killed_writer_holds_nothing(tmp_path: Path) -> None:
-    code = f"""
-from pathlib import Path
-from loftq.training.run_folder import sole_writer
-with sole_writer(Path({str(tmp_path / "out")!r})):
-    Path({str(tmp_path / "begun")!r}).touch()
-    import time
-    time.sleep(100)
-"""
-    process = start_python(code)
-    while not (tmp_path / "begun").exists():
-        assert process.returncode is None
-        os.sched_yield()
+    """A fork of this process holds the lock until it is killed."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with sole_writer(tmp_path / "out"):
+                os.write(writer, b"locked")
+                signal.pause()
+        finally:
+            os._exit(1)
+    assert os.read(reader, 6) == b"locked"
     with pytest.raises(OutputError, match="another training is writing"), sole_writer(tmp_path / "out"):
         pass
-    process.send_signal(signal.SIGKILL)
-    process.wait(60)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    os.close(reader)
+    os.close(writer)
     with sole_writer(tmp_path / "out"):
         pass
 
@@ -132,14 +131,20 @@ def test_a_file_larger_than_allowed(limit: int, asked: list[Any], tmp_path: Path
     assert run(*asked, "--resume").exit_code == 0
 
 
+@pytest.fixture(scope="module")
+def whole(artifact: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The adapter of a run in one piece."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    options: dict[str, Any] = {"max_steps": 2, "save_steps": 1, "batch_size": 2, "cutoff_len": 32, "quiet": True}
+    loftq.train(str(artifact), data=str(data), output=folder, set={"eval_strategy": "no"}, **options)
+    return dict(load_file(folder / WEIGHTS))
+
+
 @pytest.mark.parametrize("call", ["torch.save", "trainer_state", "tokenizer"])
 def test_a_full_disk_keeps_the_last_checkpoint(
-    call: str, asked: list[Any], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    call: str, asked: list[Any], whole: Any, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second checkpoint breaks off; the run goes on from the first one and ends as one in one piece."""
-    assert run(*asked).exit_code == 0
-    whole = load_file(tmp_path / "out" / WEIGHTS)
-    shutil.rmtree(tmp_path / "out")
     save, replace, opened = torch.save, Path.write_bytes, open
 
     def full(path: object) -> bool:
