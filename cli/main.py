@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import io
 import os
 import re
 import sys
@@ -100,8 +101,9 @@ def main(args: list[str] | None = None) -> Any:
         click.echo("interrupted" + (f": finished work is kept, {way} to continue" if way else ""), err=True)
         sys.exit(130)
     except click.ClickException as error:
-        error.message = redacted(error.message)  # it may quote an argument
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        click.echo(redacted(shown.getvalue()), nl=False, err=True)  # it may quote an argument
         sys.exit(error.exit_code)
     except MemoryError:
         _show_error("out of memory: use fewer --workers (--dry-run shows how much memory one needs)")
