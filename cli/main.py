@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import io
 import os
+import re
 import sys
 from importlib import import_module
 from typing import Any
@@ -13,6 +16,7 @@ from click.shell_completion import CompletionItem
 
 from loftq.display import visible
 from loftq.errors import LoftQError
+from loftq.secrets import redacted
 
 _COMMANDS = {
     "quantize": "Quantize a model and initialize its LoRA adapter.",
@@ -98,18 +102,34 @@ def main(args: list[str] | None = None) -> Any:
         click.echo("interrupted" + (f": finished work is kept, {way} to continue" if way else ""), err=True)
         sys.exit(130)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except LoftQError as error:
-        if "--debug" in arguments:
-            raise
-        _show_error(str(error))
+        shown = io.StringIO()
+        error.show(shown)
+        click.echo(redacted(shown.getvalue()), nl=False, err=True)  # it may quote an argument
         sys.exit(error.exit_code)
     except MemoryError:
         _show_error("out of memory: use fewer --workers (--dry-run shows how much memory one needs)")
         sys.exit(1)
+    except Exception as error:
+        limit = _out_of_files(error)
+        if "--debug" in arguments or not (limit or isinstance(error, LoftQError)):
+            raise
+        _show_error(limit or str(error))
+        sys.exit(1 if limit else getattr(error, "exit_code", 1))
     finally:
         gc.freeze()  # at the end they need not be searched for cycles, which takes a second
+
+
+def _out_of_files(error: BaseException) -> str | None:
+    """The message for an error that comes from a limit of open files, whatever was read or written; else None."""
+    link: BaseException | None = error
+    seen: set[int] = set()
+    while link is not None and id(link) not in seen:  # a chain may be a circle
+        seen.add(id(link))
+        number = link.errno if isinstance(link, OSError) else None
+        if number in (errno.EMFILE, errno.ENFILE) or re.search(r"Too many open files|os error 2[34]\b", str(link)):
+            return "too many files are open: raise the limit, for example with `ulimit -n 65536`, and run again"
+        link = link.__cause__ or link.__context__
+    return None
 
 
 def _show_error(message: str) -> None:

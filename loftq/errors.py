@@ -14,11 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from loftq.secrets import redacted
+
 
 class LoftQError(Exception):
-    """Base class of all errors that this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose. Passwords and tokens in a message are hidden."""
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(redacted(str(message)))
 
 
 class OptionError(LoftQError):

@@ -5,12 +5,19 @@ Covers: cli/main.py, cli/output.py, cli/quantize.py, loftq/planning/run.py.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from loftq.errors import CheckpointError, OutputError
+from loftq_cli import main as program
 
 Run = Callable[..., Any]
 
@@ -91,3 +98,67 @@ def test_version_names_what_matters(run: Run) -> None:
     text = run("--version").stdout
     for name in ("loftq", "torch", "transformers", "peft", "bitsandbytes"):
         assert name in text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        RuntimeError("unable to open shared memory: Too many open files (24)"),
+        CheckpointError(
+            "shard is truncated or damaged (I/O error: Too many open files (os error 24)): download it again"
+        ),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_many_open_files_are_one_line(error: Exception, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever met the limit, and also as the cause of another error."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OutputError("another error") from error
+
+    for raised in (fail, lambda *_, **__: (_ for _ in ()).throw(error)):
+        monkeypatch.setattr(program._Commands, "invoke", raised)
+        ended = run("inspect", "folder")
+        assert (ended.exit_code, ended.stderr.count("\n")) == (1, 1)
+        assert ended.stderr.startswith("Error: too many files are open: raise the limit, for example with `ulimit -n")
+
+
+def test_a_chain_of_errors_may_be_a_circle(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        cause = OSError(errno.EIO, "Input/output error")
+        cause.__cause__ = cause
+        raise OutputError("cannot write") from cause
+
+    monkeypatch.setattr(program._Commands, "invoke", fail)
+    assert run("inspect", "folder").stderr == "Error: cannot write\n"
+
+
+def test_a_real_limit_of_open_files(run: Run, pico: Path, tmp_path: Path) -> None:
+    """After a run that has imported all that it needs."""
+    options = ["--rank", 4, "--iter", 1, "--quiet"]
+    assert run("quantize", pico, "--output", tmp_path / "warm", *options).exit_code == 0
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = [os.open(os.devnull, os.O_RDONLY)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened[0] + 4, limits[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                opened.append(os.open(os.devnull, os.O_RDONLY))
+        ended = run("quantize", pico, "--output", tmp_path / "out", *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for descriptor in opened:
+            os.close(descriptor)
+    assert (ended.exit_code, ended.stderr.count("\n")) == (1, 1), ended.stderr
+    assert "too many files are open" in ended.stderr
+
+
+def test_no_message_shows_a_secret(run: Run) -> None:
+    """A token in the place of another argument."""
+    for words in (["push", "folder", "owner/name", "hf_AbCdEfGhIjKlMnOpQr"], ["quantize", "https://me:pass@host/x"]):
+        ended = run(*words)
+        assert ended.exit_code != 0
+        assert "hf_AbC" not in ended.stderr
+        assert "pass" not in ended.stderr
+        assert "***" in ended.stderr

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    ("errors", "settings", "display"),
+    ("errors", "settings", "display", "secrets"),
     ("core",),
     ("formats",),
     ("models", "hub"),

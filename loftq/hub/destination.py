@@ -19,6 +19,7 @@ from loftq.formats.artifact import MANIFEST
 from loftq.formats.schema import check_value, read_json
 from loftq.hub.errors import checked_token, explain_push_refusals
 from loftq.hub.snapshot import download
+from loftq.secrets import redacted
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -49,7 +50,7 @@ class Destination:
     @property
     def url(self) -> str:
         """The address of the repository's page."""
-        return f"{self.api.endpoint}/{self.repo_id}"
+        return redacted(f"{self.api.endpoint}/{self.repo_id}")
 
     def refuse_other_models(self) -> None:
         """Raise HubError if the revision holds a model that loftq did not write: a push would mix the two."""

@@ -87,9 +87,12 @@ def _parse(content: str, source: str) -> Iterator[Mapping[str, Any]]:
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             try:
-                yield json.loads(line)
+                row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise OptionError(f"--calibration {source}: line {number} is not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise OptionError(f"--calibration {source}: line {number} is not an object with a column `text`")
+            yield row
 
 
 def _column(rows: Iterable[Any], source: str) -> Iterator[str]:

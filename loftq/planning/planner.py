@@ -25,6 +25,7 @@ from loftq.planning.fitting import Fitting
 from loftq.planning.notes import notes_on
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.recipe import Recipe
+from loftq.planning.weights import refuse_narrow
 
 _POOLER = "pooler"  # checkpoints of masked language models often lack it, and transformers initializes it
 
@@ -176,6 +177,7 @@ def _kept_spec(key: str, spec: TensorSpec, saved: Sequence[str], recipe: Recipe)
     """The written form of an unquantized tensor: in the compute dtype or, for a head, in that of the adapter."""
     if not spec.dtype.is_floating_point:
         return TensorSpec(key, spec.dtype, spec.shape)
+    refuse_narrow(spec)
     if any(key.startswith(f"{module}.") for module in saved):
         return TensorSpec(adapter.key_of(key), torch.float32, spec.shape)
     return TensorSpec(key, recipe.dtype, spec.shape)

@@ -7,6 +7,7 @@ import hashlib
 import torch
 
 from loftq.errors import CheckpointError
+from loftq.formats.checkpoint import TensorSpec
 from loftq.hub.source import Source
 from loftq.planning.plan import Layer, Plan
 
@@ -20,6 +21,15 @@ def read_source_weight(plan: Plan, layer: Layer, device: torch.device) -> tuple[
     weight = (stored.t() if layer.transposed else stored).to(device, torch.float32).contiguous()
     check_finite(weight, layer.tensor, plan.source)
     return weight, digest_of(stored)
+
+
+def refuse_narrow(spec: TensorSpec) -> None:
+    """Raise CheckpointError for a tensor of 8-bit floating point: its values mean nothing without their scales."""
+    if spec.dtype.is_floating_point and spec.dtype.itemsize < 2:
+        raise CheckpointError(
+            f"tensor {spec.name!r} has dtype {spec.dtype}: expected 16 or 32 bits, not quantized: use the model's "
+            "16-bit weights"
+        )
 
 
 def digest_of(tensor: torch.Tensor) -> str:

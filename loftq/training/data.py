@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq.display import one_line
-from loftq.errors import OptionError
+from loftq.errors import OptionError, OutputError
+from loftq.formats.disk import explain_os_errors
 from loftq.hub.errors import explain_data
+from loftq.training.json_rows import check_json, find_bad_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,6 +28,8 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".tsv": ("from_csv", {"delimiter": "\t"}),
     ".parquet": ("from_parquet", {}),
 }
+_NO_ROWS = re.compile("corresponds to no data|No columns to parse")
+_JSON = (".jsonl", ".json")
 _HELD_OUT = 20  # one example in this many is held out
 _MOST_HELD_OUT = 500
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%-]+))?")
@@ -57,8 +64,13 @@ def _check_files(paths: Sequence[Path], option: str) -> None:
     if any(_READERS[path.suffix.lower()] != _READERS[paths[0].suffix.lower()] for path in paths):
         raise OptionError(f"{option} {', '.join(map(str, paths))}: expected files of the same kind")
     for path in paths:
-        if path.suffix.lower() != ".parquet":
-            _check_encoding(path, option)
+        try:
+            if path.suffix.lower() != ".parquet":
+                _check_encoding(path, option)
+            if path.suffix.lower() in _JSON:
+                check_json(path, f"{option} {path}: cannot be read")
+        except OSError as error:
+            raise OptionError(f"{option} {path}: cannot be read: {error.strerror}") from error
 
 
 def _check_encoding(path: Path, option: str) -> None:
@@ -89,12 +101,43 @@ def _file_rows(datasets: Any, paths: Sequence[Path], option: str) -> Dataset:
     try:
         if reader == "from_csv":
             settings = {**settings, **_as_text(datasets, files[0], settings.get("delimiter", ","))}
-        return getattr(datasets.Dataset, reader)(
-            files, **settings
-        )  # `load_dataset` would report its use over the network
+        with _silent(datasets), explain_cache_errors():
+            return getattr(datasets.Dataset, reader)(
+                files, **settings
+            )  # `load_dataset` would report its use over the network
+    except OutputError:
+        raise
     except Exception as error:  # each reader has its own errors
         cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+            with explain_cache_errors():
+                raise cause from error
+        if _NO_ROWS.search(str(cause)) or isinstance(cause, StopIteration):
+            raise OptionError(f"{option} {', '.join(files)}: has no rows: name other data") from error
+        if reader == "from_json":
+            for path in paths:
+                find_bad_row(path, f"{option} {path}: cannot be read")
         raise OptionError(f"{option} {', '.join(files)}: cannot be read: {one_line(cause, 300)}") from error
+
+
+@contextmanager
+def _silent(datasets: Any) -> Iterator[None]:
+    """Keep the library from printing an error that is also raised."""
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def explain_cache_errors() -> Iterator[None]:
+    """Turn an error from the disk of the cache, where `datasets` keeps copies of rows, into an OutputError."""
+    from datasets import config
+
+    with explain_os_errors(Path(config.HF_DATASETS_CACHE), "HF_DATASETS_CACHE"):
+        yield
 
 
 def _as_text(datasets: Any, file: str, delimiter: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.models.tokenizers import read_tokenizer, special_tokens
+from loftq.training.chat_templates import write_messages
 
 IGNORED = -100  # torch's label for a token that adds no loss
 _RESERVED = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<unk>")
+
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 Piece = tuple[str, bool]  # a text, and whether the model learns to write it
 
@@ -50,6 +53,7 @@ class Encoder:
 
     def ids(self, text: str) -> list[int]:
         """The token ids of a text, without any special tokens that are not written in the text itself."""
+        check_text(text)
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def document(self, text: str) -> list[int]:
@@ -62,6 +66,8 @@ class Encoder:
         A prompt that is too long loses its beginning, as in generation; a response that is too long loses its end.
         """
         if self.seq2seq:
+            check_text(prompt)
+            check_text(response)
             source = self.tokenizer(prompt, truncation=True, max_length=self._source_limit).input_ids
             target = self.tokenizer(text_target=response, truncation=True, max_length=self._target_limit).input_ids
             return {"input_ids": list(source), "labels": list(target)}
@@ -76,6 +82,7 @@ class Encoder:
         A prompt that is too long loses its beginning.
         """
         if self.seq2seq:
+            check_text(text)
             return list(self.tokenizer(text, truncation=True, max_length=self._source_limit).input_ids)
         ids, limit = self.ids(text), self._prompt_limit(room) - len(self._begin)
         return [*self._begin, *ids[max(len(ids) - limit, 0) :]]
@@ -85,7 +92,9 @@ class Encoder:
 
         Raises OptionError if the result is too long: a cut would remove the marks of who is speaking.
         """
-        ids, limit = self.ids(written(self.tokenizer, messages, answer=True)), self._prompt_limit(room)
+        ids, limit = self.ids(write_messages(self.tokenizer, messages, answer=True)), self._prompt_limit(room)
+        if not ids:
+            raise OptionError("the chat template writes nothing for this conversation: add --no-chat-template")
         if len(ids) > limit:
             raise OptionError(
                 f"the chat template writes a prompt of {len(ids)} tokens, but with an answer of {room} tokens, within "
@@ -116,6 +125,12 @@ class Encoder:
         return min(self.max_target_length or self.cutoff_len, self.cutoff_len)
 
 
+def check_text(text: str) -> None:
+    """Raise OptionError for a text that no tokenizer takes, because it holds half of a surrogate pair."""
+    if not text.isascii() and _SURROGATE.search(text):
+        raise OptionError(f"{text!r:.80} holds half of a surrogate pair, which is not valid text: correct it")
+
+
 def turns(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[Piece]:
     """Split a conversation, as the chat template writes it, into pieces; the assistant's messages are learned.
 
@@ -129,10 +144,11 @@ def turns(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[Piece]:
             "a conversation in the data does not end with a message of the assistant, so there is nothing to learn: "
             "remove it, or add an answer"
         )
-    whole = written(tokenizer, messages)
+    whole = write_messages(tokenizer, messages)
     for chosen in (answers, answers[-1:]):
         spans = [
-            (written(tokenizer, messages[:at], answer=True), written(tokenizer, messages[: at + 1])) for at in chosen
+            (write_messages(tokenizer, messages[:at], answer=True), write_messages(tokenizer, messages[: at + 1]))
+            for at in chosen
         ]
         if all(whole.startswith(after) and after.startswith(before) for before, after in spans):
             break
@@ -148,23 +164,21 @@ def turns(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[Piece]:
     return pieces
 
 
-def written(tokenizer: Any, messages: Sequence[dict[str, str]], *, answer: bool = False) -> str:
-    """Write messages with the chat template; with `answer`, the beginning of an answer follows them."""
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer))
-    except Exception as error:  # a template is a program and may raise any error
-        raise OptionError(
-            f"the chat template refuses a conversation in the data: {one_line(error)}: add --no-chat-template, or "
-            "correct the conversation"
-        ) from error
-
-
 def uses_template(encoder: Encoder, default: bool) -> bool:
-    """Whether prompts are written with the chat template. Raises OptionError if it is requested but does not exist."""
-    has = getattr(encoder.tokenizer, "chat_template", None) is not None and not encoder.seq2seq
+    """Whether prompts are written with the chat template. Raises OptionError if it is requested but does not exist.
+
+    Also raises OptionError for an empty template.
+    """
+    template = getattr(encoder.tokenizer, "chat_template", None)
+    has = template is not None and not encoder.seq2seq
     if encoder.chat_template and not has:
         raise OptionError("--chat-template: the model's tokenizer has no chat template: leave the option out")
-    return has and (default if encoder.chat_template is None else encoder.chat_template)
+    used = has and (default if encoder.chat_template is None else encoder.chat_template)
+    if used and not str(template).strip():
+        raise OptionError(
+            "the model's chat template is empty: add --no-chat-template, or copy the template of the original model"
+        )
+    return used
 
 
 def load_tokenizer(folder: Path, model: nn.Module) -> Any:

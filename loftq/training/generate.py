@@ -59,6 +59,8 @@ def generate(
             ids = encoder.templated(messages, max_new_tokens)
         else:
             ids = encoder.prompt(prompt if system is None else f"{system}\n{prompt}", max_new_tokens)
+            if not ids:
+                raise OptionError("--prompt has no tokens: give a text")
         set_seed(seed)
         sampling: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
@@ -82,6 +84,9 @@ def answers(
     If the longest prompt leaves less than `max_new_tokens` of the model's positions, all answers have this lower limit,
     so that an answer does not depend on the batch that it is in.
     """
+    for number, ids in enumerate(prompts, 1):
+        if not ids:
+            raise OptionError(f"row {number}: the prompt has no tokens: remove the row, or give it a text")
     room = _room(opened, prompts, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))  # prompts of similar lengths need less padding
     texts_by_place: dict[int, str] = {}

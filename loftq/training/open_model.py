@@ -25,6 +25,7 @@ from loftq.planning.plan import Plan
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import recipe_of
 from loftq.planning.settings import QuantizeSettings
+from loftq.planning.weights import refuse_narrow
 from loftq.settings import option_name, plain
 from loftq.training import tasks
 from loftq.training.encoding import load_tokenizer
@@ -141,7 +142,7 @@ def open_to_train(settings: TrainSettings, backbone: Model, device: torch.device
         model = load_qalora(backbone, device_map=place, dtype=dtype, rank=rank, alpha=settings.alpha)
         return Opened(model, load_tokenizer(backbone, model), TASKS["causal-lm"], backbone)
     plan = make_plan(backbone, recipe_of(**quantizing_of(settings, backbone)))
-    base = load_dense(backbone.folder, plan.task, dtype, device, num_labels=plan.recipe.num_labels)
+    base = load_dense(backbone, plan.task, dtype, device, num_labels=plan.recipe.num_labels)
     base.enable_input_require_grads()
     model = adapt(base, lora_config(plan))
     return Opened(model, load_tokenizer(backbone.folder, model), plan.task, backbone.folder)
@@ -160,11 +161,14 @@ def lora_config(plan: Plan) -> LoraConfig:
 
 
 def load_dense(
-    folder: Path, task: Task, dtype: torch.dtype, device: torch.device, *, num_labels: int | None = None
+    source: Source, task: Task, dtype: torch.dtype, device: torch.device, *, num_labels: int | None = None
 ) -> Any:
-    """Load a full-precision model."""
+    """Load a full-precision model. Raises CheckpointError for 8-bit weights that no configuration explains."""
+    if "quantization_config" not in (source.folder / "config.json").read_text(encoding="utf-8"):
+        for spec in source.checkpoint.tensors.values():
+            refuse_narrow(spec)
     labels = {} if num_labels is None else {"num_labels": num_labels}
-    model = auto_class(task).from_pretrained(folder, dtype=dtype, device_map={"": device}, **labels)
+    model = auto_class(task).from_pretrained(source.folder, dtype=dtype, device_map={"": device}, **labels)
     guard_cpu(model)
     return model
 
@@ -194,14 +198,14 @@ def open_to_use(backbone: Model, adapter: str | None, device: torch.device, dtyp
 def _dense_to_use(source: Source, adapter: Path | None, dtype: torch.dtype, device: torch.device) -> tuple[Any, Task]:
     if adapter is None:
         task = build_meta(source.folder)[1]
-        return load_dense(source.folder, task, dtype, device), task
+        return load_dense(source, task, dtype, device), task
     trained = foreign_adapter(adapter, source.name, source.checkpoint)
     tasks_by_type = {task.peft_type: task for task in TASKS.values() if task.peft_type}
     task = tasks_by_type.get(str(trained.config.get("task_type"))) or build_meta(source.folder)[1]
     rows = [trained.shapes[name][0] for name in trained.saved.values() if len(trained.shapes[name]) == 2]
     # If a head has two layers, the last one has as many rows as there are labels.
     labels = min(rows) if rows and task.name.endswith("-classification") else None
-    base = load_dense(source.folder, task, dtype, device, num_labels=labels)
+    base = load_dense(source, task, dtype, device, num_labels=labels)
     check_shapes(base, trained, source.name)
     return load_adapter(base, adapter), task
 
@@ -212,7 +216,7 @@ def load_source(name: str, artifact: Artifact, device: torch.device, dtype: torc
     shipped = default_model()["model"] == name and not Path(name).is_dir()
     source = find_source(None if shipped else name, revision=artifact.manifest["source"]["revision"])
     task = TASKS[artifact.manifest["source"]["task"]]
-    model = load_dense(source.folder, task, dtype, device, num_labels=recipe["num_labels"])
+    model = load_dense(source, task, dtype, device, num_labels=recipe["num_labels"])
     model.eval()
     return Opened(model, load_tokenizer(source.folder, model), task, source.folder)
 

@@ -6,9 +6,11 @@ of FinLoRA's `finetune_configs.json` are understood too.
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,9 @@ ALIASES = {
 }
 _DORA = "peft_use_dora"  # a key of FinLoRA; false means a plain LoRA
 _TABLES = ("columns", "set")  # settings that are tables themselves
+_LARGEST = 1_000_000  # bytes of a file
+_MOST_VALUES = 100_000  # in a YAML file with all aliases written out
+_MOST_BRACKETS = 1_000
 _PATHS = ("data", "eval_data", "model")
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 
@@ -81,24 +86,56 @@ def laid_over(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.stat().st_size > _LARGEST:
+            raise OptionError(f"--recipe {path}: has more than {_LARGEST // 10**6} MB: expected a file of settings")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"--recipe {path}: cannot be read ({error})") from error
     suffix = path.suffix.lower()
+    if suffix != ".json" and suffix not in _READERS:
+        raise OptionError(f"--recipe {path}: expected a .toml, .yaml or .json file")
     try:
-        if suffix == ".toml":
-            return tomllib.loads(text)
         if suffix == ".json":
             content = parse_json(text, f"--recipe {path}:", object, error=OptionError, advice="correct it")
-        elif suffix in (".yaml", ".yml"):
-            content = _yaml(text)
         else:
-            raise OptionError(f"--recipe {path}: expected a .toml, .yaml or .json file")
-    except (ValueError, RecursionError) as error:
-        raise OptionError(f"--recipe {path}: {one_line(error)}") from error
+            content = _READERS[suffix](text)
+        _check_plain(content)
+    except RecursionError as error:
+        raise OptionError(
+            f"--recipe {path}: has too many tables inside each other: expected names and values"
+        ) from error
+    except ValueError as error:
+        raise OptionError(f"--recipe {path}: {one_line(error, 300)}") from error
     if not isinstance(content, dict):
         raise OptionError(f"--recipe {path}: expected a table of names and values")
     return {str(key): value for key, value in content.items()}
+
+
+def _check_plain(value: Any, name: str = "") -> None:
+    """Raise ValueError for a value that no setting has, such as a date, bytes, or a number that is not finite."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_plain(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            _check_plain(inner, name)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} = {value}: expected a finite number")
+    elif isinstance(value, str) and re.search(r"[\ud800-\udfff\0]", value):
+        raise ValueError(f"{name} holds a character that is not valid in a text")
+    elif not isinstance(value, (str, int, float, type(None))):
+        kind = type(value).__name__
+        raise ValueError(f"{name} is a {kind}, but a text, a number or a list was expected: put a text in quotes")
+
+
+def _unique(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A table of pairs. Raises ValueError for a name that occurs twice."""
+    table: dict[Any, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"the name {name!r:.80} occurs twice: remove one of them")
+        table[name] = value
+    return table
 
 
 def _yaml(text: str) -> Any:
@@ -108,16 +145,56 @@ def _yaml(text: str) -> Any:
         """Reads 2e-4 as a number, as TOML and JSON do."""
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+    if text.count("[") + text.count("{") > _MOST_BRACKETS:  # the reader's time grows with the square of their depth
+        raise ValueError(f"has more than {_MOST_BRACKETS:,} lists and tables: write less")
     try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(error) from error
+        loader = Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_nodes(node, {})
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:  # its text may quote a line of the file, which may hold a password
+        place = getattr(error, "problem_mark", None)
+        line = f"line {place.line + 1}: " if place is not None else ""
+        parts = [getattr(error, part, None) for part in ("context", "problem")]
+        raise ValueError(f"{line}not YAML ({', '.join(filter(None, parts)) or type(error).__name__})") from error
+    except (TypeError, AttributeError, KeyError, OverflowError) as error:  # from a tag that does not fit its value
+        raise ValueError(f"not YAML ({error!r:.80})") from error
+
+
+def _check_nodes(node: Any, sizes: dict[int, int | None]) -> int:
+    """The number of values that a YAML node stands for, with each alias counted as all that it repeats.
+
+    `sizes` holds it by the identity of each node, and None while the node is being counted. Raises ValueError for more
+    than `_MOST_VALUES`, for a node inside itself, and for a name that occurs twice in a table.
+    """
+    if id(node) in sizes:
+        size = sizes[id(node)]
+        if size is None:
+            raise ValueError(f"line {node.start_mark.line + 1}: an alias stands for a value that contains it")
+        return size
+    sizes[id(node)] = None
+    total = 1
+    if node.id == "mapping":
+        _unique((key.value, None) for key, _ in node.value if key.id == "scalar")
+        total += sum(_check_nodes(key, sizes) + _check_nodes(value, sizes) for key, value in node.value)
+    elif node.id == "sequence":
+        total += sum(_check_nodes(value, sizes) for value in node.value)
+    if total > _MOST_VALUES:
+        raise ValueError(f"aliases repeat their values until there are more than {_MOST_VALUES:,}: write less")
+    sizes[id(node)] = total
+    return total
+
+
+_READERS: Mapping[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".yaml": _yaml, ".yml": _yaml}
 
 
 def _located(value: Any, folder: Path) -> Any:
     """Resolve a path, or each path of a list: if it exists only beside the recipe, the folder is added."""
     if isinstance(value, list):
         return [_located(path, folder) for path in value]
-    if isinstance(value, str) and (folder / value).exists() and not Path(value).exists():
-        return str(folder / value)
+    with suppress(OSError):  # the name of a data set may be too long for a file
+        if isinstance(value, str) and (folder / value).exists() and not Path(value).exists():
+            return str(folder / value)
     return value

@@ -2,29 +2,80 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import re
+import resource
 import shutil
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from loftq.display import one_line
 from loftq.errors import ArtifactError, OutputError
 from loftq.formats.adapter import CONFIG, WEIGHTS, open_adapter
-from loftq.formats.disk import write_whole
+from loftq.formats.disk import explain_os_errors, write_whole
 from loftq.formats.links import links_below, refuse_links
 from loftq.formats.model_files import model_file_names
 from loftq.formats.schema import finite, json_text, read_json, whole
 from loftq.models.adapters import TRAINING_RECORD, TRAINING_SCHEMA
-from loftq.planning.run import check_resume
 from loftq.training.settings import TrainSettings
 
 
-def check_run_folder(output: Path, settings: TrainSettings, *, resume: bool, overwrite: bool) -> None:
-    """Raise OutputError for a folder that cannot be used, and OptionError for options that contradict each other."""
-    check_resume(resume, overwrite)
+@contextmanager
+def sole_writer(output: Path) -> Iterator[None]:
+    """Create the folder of a training, and lock it until the block or the process ends.
+
+    The first of several processes holds the lock for all of them. A folder that stays empty is removed again. Raises
+    OutputError if another training writes into the folder, and for a file of its name.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file: name a folder with --output")
+    created = [folder for folder in (output, *output.parents) if not folder.exists()]
+    with explain_os_errors(output):
+        descriptor = _open_folder(output)
+    try:
+        _lock(descriptor, output)
+        yield
+    finally:
+        for folder in created:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+        os.close(descriptor)
+
+
+def _open_folder(output: Path) -> int:
+    """Create a folder if it is missing, and open it."""
+    while True:
+        output.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # another run removed it because it was empty
+            return os.open(output, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _lock(descriptor: int, output: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(f"another training is writing {output}: wait for it, or name another --output") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.EBADF, errno.ENOLCK, errno.EINVAL):
+            raise
+        return  # some network file systems have no locks for folders
+    if not output.exists() or not os.path.samestat(os.fstat(descriptor), output.stat()):
+        raise OutputError(f"another training has just removed {output}: run the same command again")
+
+
+def check_run_folder(output: Path, settings: TrainSettings, *, resume: bool, overwrite: bool) -> None:
+    """Raise OutputError for a folder that cannot be used."""
     if output.is_symlink() and not output.exists():
         raise OutputError(f"{output} is a symbolic link to a folder that does not exist: name another --output")
     refuse_links(output, _own_names(output), OutputError)
@@ -55,15 +106,18 @@ def _own_names(output: Path) -> Iterator[str]:
 
 def begin(output: Path, settings: TrainSettings, backbone: Mapping[str, str]) -> None:
     """Remove the files of an earlier training, and write the settings and the backbone of this one."""
-    for folder in output.glob("checkpoint-*"):
-        shutil.rmtree(folder)
+    for path in output.glob("checkpoint-*"):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
     for name in (WEIGHTS, CONFIG):
         (output / name).unlink(missing_ok=True)
     write_record(output, {"settings": settings.to_dict(), "backbone": backbone})
 
 
 def write_record(output: Path, record: dict[str, Any]) -> None:
-    """Write the record `training.json`, as a whole or not at all."""
+    """Write the record `training.json`, as a whole or not at all. A figure that is not finite is written as null."""
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / TRAINING_RECORD, json_text(finite(record), indent=1, default=str) + "\n")
 
@@ -118,4 +172,59 @@ def _is_complete(checkpoint: Path) -> bool:
 
 def _are_archives(paths: Iterable[Path]) -> bool:
     files = list(paths)
-    return bool(files) and all(map(zipfile.is_zipfile, files))
+    return bool(files) and all(map(_is_archive, files))
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file is a zip archive whose parts have the checksums that it lists for them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError):
+        return False
+
+
+@contextmanager
+def explain_write_errors(output: Path) -> Iterator[None]:
+    """Turn an error from writing into the folder of a training into an OutputError with the next step.
+
+    The checkpoint that it left unfinished is removed, so that its space is free and the one before it is the last.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        cause = _write_error(error, output) if isinstance(error, RuntimeError) else error
+        if cause is None:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            for path in checkpoints(output):
+                if not _is_complete(path):
+                    shutil.rmtree(path, ignore_errors=True)
+        try:
+            with explain_os_errors(output):
+                raise cause
+        except OutputError as explained:
+            begun = (output / TRAINING_RECORD).is_file()
+            resume = ". To continue from the last checkpoint, run again with --resume" if begun else ""
+            raise OutputError(f"{explained}{resume}") from error
+
+
+_TORCH_CANNOT_WRITE = re.compile(r"inline_container|PytorchStreamWriter|file write failed|iostream error")
+_PROBE = 2**20  # bytes
+
+
+def _write_error(error: RuntimeError, output: Path) -> OSError | OutputError | None:
+    """The cause of an error of torch.save, which does not tell it; None for any other error."""
+    if not _TORCH_CANNOT_WRITE.search(str(error)):
+        return None
+    probe = output / ".probe.partial"
+    try:
+        probe.write_bytes(bytes(_PROBE))
+    except OSError as cause:
+        return cause
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+    if resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY:
+        return OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    return OutputError(f"cannot write a whole checkpoint into {output} ({one_line(error, 200)}): check the disk")

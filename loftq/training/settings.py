@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -12,6 +11,7 @@ from loftq.errors import OptionError, UnknownNameError
 from loftq.models.devices import COMPUTE_DTYPES
 from loftq.planning.settings import QuantizeSettings
 from loftq.settings import again, check, check_names, from_dict, plain, setting, to_dict
+from loftq.training.other_arguments import OWN, check_choices, check_set
 from loftq.training.recipe_files import ALIASES
 from loftq.training.tasks import TRAINING_TASKS
 
@@ -162,7 +162,8 @@ class TrainSettings:
         if self.chat_template and self.task not in _PROMPTED:
             tasks = " or ".join(_PROMPTED)
             raise OptionError(f"--chat-template: {self.task} has no prompts: leave it out, or use --task {tasks}")
-        _check_arguments(self)
+        check_set(self.set)
+        check_choices(self.lr_scheduler, self.optim)
 
     @property
     def quantizing(self) -> dict[str, Any]:
@@ -236,34 +237,8 @@ class TrainKeywords(TypedDict, total=False):
     quiet: bool
 
 
-_OWN = {
-    "output_dir": "--output",
-    "num_train_epochs": "--epochs",
-    "max_steps": "--max-steps",
-    "learning_rate": "--learning-rate",
-    "lr_scheduler_type": "--lr-scheduler",
-    "warmup_steps": "--warmup-steps",
-    "weight_decay": "--weight-decay",
-    "per_device_train_batch_size": "--batch-size",
-    "per_device_eval_batch_size": "--eval-batch-size",
-    "gradient_accumulation_steps": "--gradient-accumulation",
-    "seed": "--seed",
-    "eval_steps": "--eval-steps",
-    "save_steps": "--save-steps",
-    "report_to": "--report-to",
-    "gradient_checkpointing": "--gradient-checkpointing",
-    "activation_checkpointing": "--gradient-checkpointing",
-    "optim": "--optim",
-    "bf16": "--dtype",
-    "fp16": "--dtype",
-    "use_cpu": "--cpu",
-    "push_to_hub": "--push-to-hub",
-    "hub_model_id": "--push-to-hub",
-    "resume_from_checkpoint": "--resume",
-}
-_FIXED = {"remove_unused_columns": "the examples have no unused columns"}
 # Names that other programs give to a setting: refused in Python and on the command line, with our name for it.
-_OTHERWISE = {"lr": "learning_rate", **{name: own[2:].replace("-", "_") for name, own in _OWN.items()}, **ALIASES}
+_OTHERWISE = {"lr": "learning_rate", **{name: own[2:].replace("-", "_") for name, own in OWN.items()}, **ALIASES}
 _MISSING = {
     "model": "name a folder that `loftq quantize` wrote, or a model",
     "data": "name files or a data set with --data",
@@ -278,22 +253,3 @@ def settings_of(values: Mapping[str, Any]) -> TrainSettings:
         if not values.get(name):
             raise OptionError(f"no {name} is given: {advice}")
     return from_dict(TrainSettings, {**values, "output": str(Path(str(values["output"])).expanduser())})
-
-
-def _check_arguments(settings: TrainSettings) -> None:
-    """Raise OptionError for a name that transformers does not have, and for an argument with a setting of its own."""
-    from transformers import SchedulerType, TrainingArguments
-    from transformers.training_args import OptimizerNames
-
-    argument_names = {entry.name for entry in fields_of(TrainingArguments)}
-    for name in settings.set:
-        if name in _FIXED:
-            raise OptionError(f"--set {name}: cannot be changed, because {_FIXED[name]}: leave it out")
-        if name in _OWN:
-            raise OptionError(f"--set {name}: use the option {_OWN[name]} instead")
-        if name not in argument_names:
-            raise UnknownNameError("TrainingArguments name", name, argument_names)
-    if settings.lr_scheduler not in {*SchedulerType}:
-        raise UnknownNameError("lr scheduler", settings.lr_scheduler, [kind.value for kind in SchedulerType])
-    if settings.optim is not None and settings.optim not in {*OptimizerNames}:
-        raise UnknownNameError("optim", settings.optim, [kind.value for kind in OptimizerNames])

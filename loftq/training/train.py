@@ -20,18 +20,27 @@ from transformers.trainer_utils import IntervalStrategy
 
 from loftq.errors import OptionError
 from loftq.formats.artifact import Artifact
-from loftq.formats.disk import explain_os_errors, follow_umask
+from loftq.formats.disk import follow_umask
 from loftq.hub.destination import find_destination
 from loftq.models.adapters import TRAINING_RECORD
+from loftq.planning.run import check_resume
 from loftq.settings import declared, from_dict
 from loftq.training.arguments import arguments_of, explain_settings
-from loftq.training.data import hold_out, read_rows
+from loftq.training.data import explain_cache_errors, hold_out, read_rows
 from loftq.training.encoding import Collator, Encoder
 from loftq.training.model import Model, find_model, identity_of
 from loftq.training.open_model import Opened, count_parameters, mode_of, open_to_train
 from loftq.training.process import explain_memory, hush
 from loftq.training.quantize_first import quantized
-from loftq.training.run_folder import begin, check_run_folder, give_up_after, last_checkpoint, write_record
+from loftq.training.run_folder import (
+    begin,
+    check_run_folder,
+    explain_write_errors,
+    give_up_after,
+    last_checkpoint,
+    sole_writer,
+    write_record,
+)
 from loftq.training.settings import TrainKeywords, TrainRun, TrainSettings, settings_of
 from loftq.training.tasks import TRAINING_TASKS
 from loftq.training.tasks.classification import scores
@@ -83,9 +92,16 @@ def train(model: str | Path | None = None, **settings: Unpack[TrainKeywords]) ->
 
 
 def _train(settings: TrainSettings, run: TrainRun) -> Result:
-    started = time.perf_counter()
+    check_resume(run.resume, run.overwrite)
     output = Path(settings.output)
-    check_run_folder(output, settings, resume=run.resume, overwrite=run.overwrite)
+    with sole_writer(output):
+        check_run_folder(output, settings, resume=run.resume, overwrite=run.overwrite)
+        return _train_in(output, settings, run)
+
+
+def _train_in(output: Path, settings: TrainSettings, run: TrainRun) -> Result:
+    """Train in a folder that no other run writes into."""
+    started = time.perf_counter()
     quiet = run.quiet or os.environ.get("LOCAL_RANK", "0") != "0"  # only the first of several processes reports
     hush(quiet)
     rows = read_rows(settings.data)
@@ -98,12 +114,13 @@ def _train(settings: TrainSettings, run: TrainRun) -> Result:
                 f"--push-to-hub applies only to an artifact of loftq: leave it out, and push {output} with `hf upload`"
             )
         find_destination(settings.push_to_hub).refuse_other_models()
-    with explain_memory(), explain_os_errors(output):
+    with explain_memory(), explain_write_errors(output):
         with arguments.main_process_first():
             ready_settings, backbone = quantized(settings, backbone, quiet=quiet)
         identity = identity_of(backbone)
         opened = _opened(ready_settings, backbone, arguments, quiet=quiet)
-        train_examples, eval_examples = examples(settings, opened, rows, evaluation)
+        with explain_cache_errors():
+            train_examples, eval_examples = examples(settings, opened, rows, evaluation)
         trainer = _trainer(settings, opened, arguments, train_examples, eval_examples, quiet=quiet)
         resume = run.resume and (output / TRAINING_RECORD).is_file()
         last = last_checkpoint(output) if resume else None

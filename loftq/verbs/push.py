@@ -1,8 +1,8 @@
 """`loftq push`: uploads a folder to a repository on the Hub, which can then be loaded by its id.
 
-The files that `loftq.json` lists and `loftq.json` itself are uploaded. Three of them are changed: the configuration of
-the adapter and the card name the repository, and the manifest, which has the hashes of both, contains no path of this
-machine.
+The files that `loftq.json` lists and `loftq.json` itself are uploaded. Some of them are changed: the configuration of
+the adapter and the card name the repository, and neither they nor the other configurations contain a path of this
+machine. The manifest has the hashes of the changed files.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from loftq.formats.disk import is_inside
 from loftq.formats.links import refuse_links
 from loftq.formats.schema import json_text
 from loftq.hub.destination import find_destination
+from loftq.hub.public import public_json, without_homes, without_paths
 from loftq.hub.text import public_name
 from loftq.models.adapters import check_adapter
 from loftq.settings import plain
@@ -146,19 +147,27 @@ def _published(artifact: Artifact, repo_id: str, revision: str | None) -> dict[s
     """The files of the artifact by name: a path, or the content of a file that is changed for the repository."""
     manifest = plain(artifact.manifest)
     card = read_card(artifact.folder / CARD)
-    changed = {
+    changed = {name: public for name in manifest["files"] if (public := _public_config(artifact.folder, name))}
+    changed |= {
         f"{FOLDER}/{CONFIG}": _adapter_config(artifact.adapter, repo_id, revision),
-        CARD: replace_marked(card, loading_section(manifest, repo_id, revision)).encode(),
+        CARD: without_homes(replace_marked(card, loading_section(manifest, repo_id, revision))).encode(),
     }
     for name, content in changed.items():
         manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    source, recipe = manifest["source"], manifest["recipe"]
-    if Path(source["model"]).is_absolute():
-        source["model"] = Path(source["model"]).name
+    recipe = manifest["recipe"]
     if recipe["calibration"] is not None:
         recipe["calibration"] = public_name(recipe["calibration"])
-    changed[MANIFEST] = (json_text(manifest, indent=1, sort_keys=True) + "\n").encode()
+    changed[MANIFEST] = (json_text(without_paths(manifest), indent=1, sort_keys=True) + "\n").encode()
     return {name: artifact.folder / name for name in manifest["files"]} | changed
+
+
+def _public_config(folder: Path, name: str) -> bytes | None:
+    """The content of a configuration without paths; None for a file that is uploaded as it is."""
+    if not name.endswith(".json"):
+        return None
+    content = (folder / name).read_bytes()
+    public = public_json(name, content)
+    return None if public == content else public
 
 
 def _trained(
@@ -189,7 +198,7 @@ def _adapter_config(folder: Path, repo_id: str, revision: str | None) -> bytes:
     config["base_model_name_or_path"] = repo_id
     if revision is not None:
         config["revision"] = revision
-    return (json_text(config, indent=2, sort_keys=True) + "\n").encode()
+    return (json_text(without_paths(config), indent=2, sort_keys=True) + "\n").encode()
 
 
 def _check_subfolder(artifact: Artifact, name: str) -> str:

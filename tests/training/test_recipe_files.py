@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,56 @@ def test_a_table_of_the_recipe_stays_beside_set(tmp_path: Path, capsys: pytest.C
     with pytest.raises(SystemExit):
         main(["train", "--recipe", str(tmp_path / "run.toml"), "--set", "tf32=true", "--dry-run"])
     assert "unknown TrainingArguments name 'nonsense'" in capsys.readouterr().err
+
+
+DEEP = {"yaml": "a: " + "[" * 5000 + "]" * 5000, "json": "[" * 99_999, "toml": "a = " + "[" * 5000 + "]" * 5000}
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text", "match"),
+    [
+        ("yaml", LAUGHS, "aliases repeat their values until there are more than 100,000"),
+        ("yaml", LAUGHS.replace("[x, x]", "{x: 1}").replace("[*", "{<<: [*").replace("]\n", "]}\n"), "aliases repeat"),
+        ("yaml", "set: &a [*a]\n", "line 1: an alias stands for a value that contains it"),
+        ("yaml", "set: &a {b: *a}\n", "line 1: an alias stands for a value that contains it"),
+        ("yaml", DEEP["yaml"], "more than 1,000 lists and tables"),
+        ("yaml", "".join(" " * i + f"a{i}:\n" for i in range(1200)), "too many tables inside each other"),
+        ("json", DEEP["json"], "too many tables inside each other"),
+        ("toml", DEEP["toml"], "too many tables inside each other"),
+        (
+            "yaml",
+            "seed: !!python/object/apply:os.system ['id']\n",
+            "line 1: not YAML .could not determine a constructor",
+        ),
+        ("yaml", "seed: !!binary aGk=\n", "seed is a bytes, but a text, a number or a list was expected"),
+        ("yaml", "set: {run_name: 2024-01-01}\n", "set.run_name is a date, but .*: put a text in quotes"),
+        ("toml", "set = {run_name = 2024-01-01T00:00:00}\n", "set.run_name is a datetime"),
+        ("yaml", "set: !!set {a, b}\n", "set is a set"),
+        ("yaml", "seed: !!bool maybe\n", "not YAML"),
+        ("yaml", "seed: \x00\n", "not YAML"),
+        ("yaml", "seed: 1\nseed: 2\n", "the name 'seed' occurs twice"),
+        ("json", '{"seed": 1, "seed": 2}', "the name 'seed' occurs twice"),
+        ("yaml", "epochs: .inf\n", "epochs = inf: expected a finite number"),
+        ("json", '{"set": {"max_grad_norm": NaN}}', "set.max_grad_norm = nan: expected a finite number"),
+        ("toml", f"seed = {'9' * 5000}\n", "limit"),
+        ("json", '{"model": "\\ud800"}', "model holds a character that is not valid in a text"),
+        ("yaml", "#" * 1_000_001, "has more than 1 MB"),
+    ],
+)
+def test_what_no_recipe_holds_is_one_line(suffix: str, text: str, match: str, tmp_path: Path) -> None:
+    """Soon, whatever the file grows to when it is read."""
+    path = tmp_path / f"run.{suffix}"
+    path.write_text(text, encoding="utf-8")
+    started = time.monotonic()
+    with pytest.raises(OptionError, match=f"--recipe {path}: .*{match}") as refused:
+        read_recipe(path)
+    assert "\n" not in str(refused.value)
+    assert time.monotonic() - started < 20
+
+
+def test_anchors_and_a_mark_of_byte_order_are_fine(tmp_path: Path) -> None:
+    text = "\ufeffbase: &base {model: m, epochs: 2e0}\nrun:\n  <<: *base\n  epochs: 3\n  data: [&d a.jsonl, *d]\n"
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    settings = read_recipe(tmp_path / "run.yaml", "run")
+    assert settings == {"output": "run", "model": "m", "epochs": 3, "data": ["a.jsonl", "a.jsonl"]}

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rows import sums, write_rows
+from safetensors.torch import load_file, save_file
 
 import loftq
-from loftq.errors import OptionError, OutputError
+from loftq.errors import CheckpointError, OptionError, OutputError
 from loftq_cli import main as program
 
 Run = Callable[..., Any]
@@ -43,6 +45,22 @@ def test_a_foreign_checkpoint_leaves_no_choice(option: dict[str, Any], foreign: 
     name = "--" + next(iter(option)).replace("_", "-")
     with pytest.raises(OptionError, match=f"{name}: .* is quantized already, and not by loftq"):
         loftq.train(str(foreign), data=data, output=tmp_path / "out", quiet=True, **option)
+
+
+def test_weights_of_8_bits_are_named(pico: Path, tmp_path: Path) -> None:
+    """Without their scales they would be read as other values."""
+    folder = Path(shutil.copytree(pico, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, folder / "model.safetensors", {"format": "pt"})
+    data = str(write_rows(tmp_path / "data.jsonl", sums(4)))
+    for use in (
+        lambda: loftq.generate(str(folder), "hi", cpu=True),
+        lambda: loftq.train(str(folder), adapter="lora", rank=4, data=data, output=tmp_path / "out", quiet=True),
+        lambda: loftq.evaluate(str(folder), data=data, columns={"text": "prompt"}, cpu=True, quiet=True),
+    ):
+        with pytest.raises(CheckpointError, match=f"tensor {name!r} has dtype torch.float8_e4m3fn: expected 16 or 32"):
+            use()
 
 
 @pytest.mark.parametrize("text", ["[1]", '{"settings": 5}', "{}", "{"])

@@ -301,6 +301,15 @@ def test_a_weight_in_a_quantized_dtype(
     check(refuse(model), 1, [Q_PROJ, str(dtype), "expected 16 or 32 bits"], out)
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_kept_tensor_of_8_bits(
+    name: str, dtype: torch.dtype, model: Path, refuse: Callable[..., Refused], out: Path
+) -> None:
+    edit_weights(model, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    check(refuse(model), 1, [name, str(dtype), "expected 16 or 32 bits"], out)
+
+
 # The config
 
 

@@ -170,6 +170,35 @@ def test_what_is_downloaded_is_a_folder_of_ours(made: Path, hub: WritableHub, ru
     assert loftq.load_qlora(folder).peft_config["default"].base_model_name_or_path == "alice/pico"
 
 
+def test_paths_in_files_of_others_stay_behind(pico: Path, hub: WritableHub, run: Run, tmp_path: Path) -> None:
+    """In a source's configurations, a card and an adapter that name places; oracle: `verify` of what is downloaded."""
+    home = "/home/somebody/models"
+    source = Path(shutil.copytree(pico, tmp_path / "source"))
+    for name, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
+        config = json.loads((source / name).read_text())
+        (source / name).write_text(json.dumps({**config, key: f"{home}/pico", "eos_token": "</s>"}))
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 9000)
+    with_text = {"calibration": str(text), "calibration_tokens": 4096, "sequence_length": 64, "refine": 0}
+    folder = loftq.quantize(str(source), rank=4, iters=1, output=tmp_path / "out", quiet=True, **with_text).folder
+    card = folder / "README.md"
+    card.write_text(card.read_text() + f"\nMade from {home}/pico.\n")
+    trained = Path(shutil.copytree(folder / "loftq_init", tmp_path / "mine"))
+    config = json.loads((trained / "adapter_config.json").read_text())
+    (trained / "adapter_config.json").write_text(json.dumps({**config, "eva_config": {"cache": f"{home}/x"}}))
+    done = run("push", folder, "alice/pico", "--token", TOKEN, "--adapter", trained)
+    assert done.exit_code == 0, done.stderr
+    downloaded = tmp_path / "downloaded"
+    for name, content in hub.files("alice/pico").items():
+        assert home.encode() not in content, name
+        assert str(tmp_path).encode() not in content, name
+        (downloaded / name).parent.mkdir(parents=True, exist_ok=True)
+        (downloaded / name).write_bytes(content)
+    assert json.loads((downloaded / "config.json").read_text())["_name_or_path"] == "pico"
+    verified = run("verify", downloaded)
+    assert verified.exit_code == 0, verified.stdout + verified.stderr
+
+
 def test_a_card_that_was_edited_keeps_its_words(made: Path, hub: WritableHub, run: Run, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(made, tmp_path / "edited"))
     card = (folder / "README.md").read_text()
