@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +26,7 @@ def write_configs(plan: Plan, staging: Staging, folder: Path, trust_remote_code:
     """Write the files that loaders of the backbone and the adapter read beside the weights."""
     recipe = plan.recipe
     for path in side_files(plan.source.folder, trust_remote_code):
-        shutil.copyfile(path, staging.folder / path.name)
+        staging.copy(path)
     staging.write_text("config.json", _config_text(plan))
     if len(plan.backbone) > 1:
         staging.write_text(INDEX, index_text(plan.backbone))
@@ -61,7 +60,7 @@ def write_manifest(
     """
     sums = {**totals_of(plan, rows), **measured}
     staging.write_text("README.md", card_text(plan, heading(plan), sums, rows))
-    files = _described(staging)
+    files, zero_blocks = staging.describe()
     hashes = {name: record["sha256"] for name, record in staging.done.items() if "sha256" in record}
     manifest = {
         **heading(plan),
@@ -72,6 +71,7 @@ def write_manifest(
         "notes": list(plan.notes),
         "calibration": calibration,
         "files": files,
+        "zero_blocks": zero_blocks,
     }
     manifest["source"]["sha256"] = artifact.combine_hashes(hashes)
     _write(staging, manifest)
@@ -102,7 +102,7 @@ def write_merged_manifest(
     shards: Sequence[Shard],
 ) -> None:
     """`loftq.json` of a backbone with its adapter merged in. `grids` are the types of linears that stay quantized."""
-    files = _described(staging)
+    files, zero_blocks = staging.describe()
     shared = next(iter(grids.values()), None)
     manifest = {
         "format_version": artifact.VERSION,
@@ -123,26 +123,24 @@ def write_merged_manifest(
             for module, grid in grids.items()
         ],
         "files": files,
+        "zero_blocks": zero_blocks,
     }
     _write(staging, manifest)
 
 
 def write_export_manifest(staging: Staging, backbone: Backbone, kind: str) -> None:
     """`loftq.json` of what is no folder of a model: an adapter alone, or a file of another format."""
+    files, zero_blocks = staging.describe()
     manifest = {
         "format_version": artifact.VERSION,
         "kind": kind,
         "recipe": {},
         "backbone_sha256": backbone.artifact.backbone_hash if backbone.artifact else "",
         "layers": [],
-        "files": _described(staging),
+        "files": files,
+        "zero_blocks": zero_blocks,
     }
     _write(staging, manifest)
-
-
-def _described(staging: Staging) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file beside the manifest."""
-    return artifact.describe_files(staging.folder, [name for name in staging.files() if name != artifact.MANIFEST])
 
 
 def _write(staging: Staging, manifest: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from abc import abstractmethod
 from functools import cached_property
 from typing import Any, ClassVar
@@ -16,7 +15,7 @@ from loftq.artifacts.manifest import write_merged_manifest
 from loftq.artifacts.staging import Staging
 from loftq.core.grid import Grid
 from loftq.formats.artifact import CARD
-from loftq.formats.checkpoint import INDEX, Shard, ShardWriter, TensorSpec, index_text, lay_out
+from loftq.formats.checkpoint import INDEX, Shard, TensorSpec, index_text, lay_out
 from loftq.hub.source import side_files
 from loftq.merging.target import Target
 from loftq.models.tasks import TASKS
@@ -71,7 +70,7 @@ class ModelFolder(Target):
         self._write_weights(staging, quiet)
         pair = self.pair
         for path in side_files(pair.backbone.folder):
-            shutil.copyfile(path, staging.folder / path.name)
+            staging.copy(path)
         staging.write_text("config.json", json.dumps(self.config(), indent=2, sort_keys=True) + "\n")
         if len(self.shards) > 1:
             staging.write_text(INDEX, index_text(self.shards))
@@ -84,11 +83,9 @@ class ModelFolder(Target):
     def _write_weights(self, staging: Staging, quiet: bool) -> None:
         kept = self.kept
         names = [*self.pair.backbone.grids, *kept]
-        left = [name for name in names if name not in staging.done]
-        bar = tqdm(left, initial=len(names) - len(left), total=len(names), disable=quiet, dynamic_ncols=True)
-        with ShardWriter(staging.folder, self.shards) as writer:
+        with staging.writing(self.shards) as writer:
+            left = [name for name in names if name not in staging.done]
+            bar = tqdm(left, initial=len(names) - len(left), total=len(names), disable=quiet, dynamic_ncols=True)
             for name in bar:
                 stored = {name: self.pair.kept(name).to(kept[name].dtype)} if name in kept else self.tensors(name)
-                for key, tensor in stored.items():
-                    writer.write(key, tensor)
-                staging.note(name, {})
+                staging.note(name, {"written": {key: writer.write(key, tensor) for key, tensor in stored.items()}})

@@ -23,7 +23,7 @@ from loftq.planning.run import Run, start
 from loftq.planning.settings import QuantizeKeywords, QuantizeSettings, RunSettings
 from loftq.settings import from_dict, split
 from loftq.solving.allocate import allocate
-from loftq.solving.distill import distill, distilled, distilled_row
+from loftq.solving.distill import distill, distilled, distilled_row, reopen
 from loftq.solving.finished import fingerprint_of, finished_layers
 from loftq.solving.layers import solve_all
 from loftq.solving.memory import needed
@@ -121,6 +121,7 @@ def _make(plan: Plan, folder: Path, run: Run) -> _Result:
         plan = replace(plan, notes=(*plan.notes, *statistics.notes))
     with open_staging(folder, fingerprint_of(plan, statistics, run.device), overwrite=run.overwrite) as staging:
         if not staging.ready:
+            reopen(staging)
             solve_all(plan, staging, statistics, run)
             write_configs(plan, staging, folder, run.trust_remote_code)
             if statistics is not None and recipe.refine:

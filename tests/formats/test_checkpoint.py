@@ -23,7 +23,6 @@ from loftq.formats.checkpoint import (
     INDEX,
     SINGLE,
     Shard,
-    ShardWriter,
     TensorSpec,
     check_listing,
     index_text,
@@ -32,6 +31,7 @@ from loftq.formats.checkpoint import (
     read_checkpoint,
     spec_of,
 )
+from loftq.formats.shard_writer import ShardWriter
 
 SHAPES = [(3, 5), (7,), (), (0,), (4, 0, 2), (2, 3, 4), (1, 1), (63, 33)]  # an odd number of items in all
 LIMIT = 10**9
