@@ -68,8 +68,11 @@ def _not_written(path: Path, reason: str) -> str:
     return f"{path} does not hold what this run wrote ({reason}): run again with --resume to write that part again"
 
 
-def listed_difference(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
-    """How a file differs from its entry in `loftq.json`; None if it does not. The user may edit the card."""
+def listed_difference(folder: Path, name: str, entry: Mapping[str, Any], contents: Scan | None = None) -> str | None:
+    """How a file differs from its entry in `loftq.json`; None if it does not. The user may edit the card.
+
+    `contents` are those of the file, where it has been read already.
+    """
     path = folder / name
     if not path.is_file():
         return "is missing"
@@ -78,7 +81,10 @@ def listed_difference(folder: Path, name: str, entry: Mapping[str, Any]) -> str 
     nbytes, expected = path.stat().st_size, int(entry["bytes"])
     if nbytes != expected:
         return f"has {nbytes} bytes, expected {expected}"
-    return "SHA-256 mismatch" if "sha256" in entry and hash_of(path) != entry["sha256"] else None
+    if not entry.get("sha256"):
+        return None
+    digest = hash_of(path) if contents is None else contents.sha256
+    return None if digest == entry["sha256"] else "SHA-256 mismatch"
 
 
 def hash_of(path: Path) -> str:

@@ -63,6 +63,12 @@ class Source:
         states = {name: (self.checkpoint.folder / name).stat() for name in names}
         return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
 
+    def side_states(self, code: bool = False) -> dict[str, list[int]]:
+        """The same for each file that is copied or read beside the weights; with `code`, also for Python files."""
+        paths = [path for path in (self.folder / INDEX, self.folder / CARD) if path.is_file()]
+        states = {path.name: path.stat() for path in (*paths, *side_files(self.folder, code))}
+        return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+
 
 def side_files(folder: Path, code: bool = False) -> list[Path]:
     """Return the files of tokenizer, generation config, chat template and licence; with `code`, Python files too."""

@@ -44,10 +44,12 @@ def merge(
     target = TARGETS[to](open_pair(Path(folder), adapter), parse_size(max_shard_size))
     notes = target.notes()
     lost = target.check(allow_rounding)
-    with open_staging(out, target.fingerprint(), overwrite=overwrite) as staging:
+    fingerprint = target.fingerprint()
+    with open_staging(out, fingerprint, overwrite=overwrite) as staging:
         difference = None
         if not staging.ready:
             target.write(staging, quiet)
+            target.check_sources(fingerprint)
             if check and target.comparable:
                 difference = checked_difference(target, staging)
         staging.publish()
