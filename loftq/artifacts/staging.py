@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from loftq.artifacts.journal import JOURNAL, Journal, append, read_journal
-from loftq.artifacts.written import Description, describe, hash_of, listed_difference
+from loftq.artifacts.written import Description, describe, listed_difference
 from loftq.errors import OutputError
 from loftq.formats.artifact import MANIFEST
 from loftq.formats.checkpoint import INDEX, Shard
 from loftq.formats.disk import PARTIAL, explain_os_errors, is_inside, make_folder, sync
+from loftq.formats.scan import hash_of
 from loftq.formats.shard_writer import ShardWriter
 
 EVERY = 1.0  # seconds between two waits for the disk; a power cut costs at most the work of this time

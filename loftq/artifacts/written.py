@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 from loftq.errors import OutputError
 from loftq.formats.artifact import CARD
 from loftq.formats.checkpoint import Shard
-from loftq.formats.scan import Scan, scan
+from loftq.formats.scan import Scan, hash_of, scan
 
 
 class Description(NamedTuple):
@@ -85,9 +84,3 @@ def listed_difference(folder: Path, name: str, entry: Mapping[str, Any], content
         return None
     digest = hash_of(path) if contents is None else contents.sha256
     return None if digest == entry["sha256"] else "SHA-256 mismatch"
-
-
-def hash_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -87,3 +87,9 @@ def _places_of(path: Path) -> dict[str, tuple[int, int]]:
         return {name: (8 + size + int(start), 8 + size + int(end)) for name, (start, end) in places.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from loftq.artifacts.manifest import heading
 from loftq.artifacts.staging import Staging
-from loftq.artifacts.written import hash_of
 from loftq.calibration.statistics import Statistics
 from loftq.core import pooled
 from loftq.core.metric import Metric, damped, squared
@@ -24,6 +23,7 @@ from loftq.formats.adapter import FOLDER, WEIGHTS, Adapter, open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.formats.checkpoint import Checkpoint, read_checkpoint
 from loftq.formats.disk import replacing
+from loftq.formats.scan import hash_of
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.run import Run
 from loftq.planning.weights import read_source_weight

@@ -243,6 +243,41 @@ def test_a_manifest_without_hashes_says_so(folder: Path, pico: Path) -> None:
     assert found.table().rstrip().endswith("not fully checked")
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("name", [f"{LAYER}.weight", f"{LAYER}.weight.absmax", "model.embed_tokens.weight", "all"])
+def test_zeroed_weights_are_never_sound(name: str, recorded: bool, folder: Path) -> None:
+    """The hashes are those of the damaged files. Without a record of the zeros, the norms of layers show them."""
+    for path in folder.glob("*.safetensors") if name == "all" else [shard_of(folder, name)]:
+        change_tensors(
+            path, lambda tensors: [tensors[n].zero_() for n in tensors if name in ("all", n) and "quant_s" not in n]
+        )
+    hash_again(folder)
+    if not recorded:
+        change(folder / "loftq.json", lambda manifest: manifest.pop("zero_blocks"))
+    found = loftq.verify(folder, quiet=True)
+    assert not found.sound
+    owner = LAYER if not recorded and LAYER in name else name
+    assert name == "all" or owner in {where for where, _ in found.problems}
+
+
+def test_a_hole_in_a_file_with_right_hashes_is_named(folder: Path) -> None:
+    """A block of a disk is lost in the middle of a tensor."""
+    path = shard_of(folder, "model.embed_tokens.weight")
+    content = bytearray(path.read_bytes())
+    at = 8 + int.from_bytes(content[:8], "little")
+    at = -(-at // 512) * 512
+    content[at : at + 1024] = bytes(1024)
+    path.write_bytes(content)
+    hash_again(folder)
+    assert any("zero bytes" in what for _, what in verify(folder))
+
+
+@pytest.mark.parametrize("key", ["layers", "files"])
+def test_a_manifest_that_lists_nothing_is_not_sound(key: str, folder: Path) -> None:
+    change(folder / "loftq.json", lambda manifest: manifest.update({key: type(manifest[key])()}))
+    assert not loftq.verify(folder, quiet=True).sound
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
