@@ -10,6 +10,7 @@ from loftq.artifacts.staging import check_output, open_staging
 from loftq.errors import UnknownNameError
 from loftq.formats.artifact import read_artifact
 from loftq.formats.checkpoint import parse_size
+from loftq.formats.disk import explain_os_errors
 from loftq.merging.logits import checked_difference
 from loftq.merging.report import MergeReport
 from loftq.merging.targets import TARGETS
@@ -53,7 +54,8 @@ def merge(
             if check and target.comparable:
                 difference = checked_difference(target, staging)
         staging.publish()
-    files = read_artifact(out).manifest["files"]
+    with explain_os_errors(out, action="read"):
+        files = read_artifact(out).manifest["files"]
     nbytes = sum(entry["bytes"] for name, entry in files.items() if name.endswith(target.suffix))
     layers, seconds = len(target.pair.adapter.modules), time.perf_counter() - started
     return MergeReport(out, to, nbytes, layers, difference, lost, notes, seconds)
