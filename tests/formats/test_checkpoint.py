@@ -1,4 +1,7 @@
-"""Reading and writing checkpoints, against safetensors and transformers, which write and read the same files."""
+"""Reading and writing checkpoints, against safetensors and transformers, which write and read the same files.
+
+Covers: loftq/formats/shard_writer.py.
+"""
 
 from __future__ import annotations
 

@@ -271,7 +271,7 @@ def test_the_power_is_cut(count: int, server: Server, command: Command, out: Pat
     draw = random.Random(count)
     for seed in range(count):
         shutil.rmtree(out, ignore_errors=True)
-        at = draw.randrange(1, calls + 1)
+        at = draw.randrange(1 if seed % 2 else 2 * calls // 3, calls + 1)  # half of them while files are moved
         where = f"the power is cut at call {at} with seed {seed}"
         assert server.run(*command, output=out, at=at, cut=seed).exit_code == -signal.SIGKILL, where
         if out.exists():
@@ -324,6 +324,38 @@ def test_a_damaged_file_of_a_run_that_only_had_to_move_its_files(
         again = server.run(*command, "--overwrite", output=out)
         assert again.exit_code == 0, again.stderr
         assert hashes(out) == expected
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "generation_config.json"])
+def test_a_source_that_changes_during_the_run(name: str, pico: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    """It is one line with the file's name, and nothing is called finished."""
+    model = Path(shutil.copytree(pico, tmp_path / "model"))
+
+    def change(*_: Any) -> Any:
+        (model / name).touch()
+        return {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loftq.verbs.quantize.distilled", change)  # after all tensors are written
+        patch.setattr("loftq.verbs.quantize.write_configs", lambda *_: change())
+        ended = run("quantize", model, "--output", tmp_path / "out", *SETTINGS)
+    assert ended.exit_code == 1
+    assert ended.stderr.startswith(f"Error: {model / name} was changed during the run: ")
+    assert ended.stderr.count("\n") == 1
+    assert not opens(tmp_path / "out")
+
+
+def test_a_finished_folder_is_compared_before_it_is_used_again(
+    pico: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    command = ("quantize", pico, "--output", tmp_path / "out", *SETTINGS)
+    assert run(*command).exit_code == 0
+    assert run(*command, "--resume").exit_code == 0
+    path = tmp_path / "out" / "model-00002-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-4096] + bytes(4096))
+    refused = run(*command, "--resume")
+    assert refused.exit_code == 1
+    assert f"is finished, but its {path.name} SHA-256 mismatch: add --overwrite" in refused.stderr
 
 
 @pytest.mark.parametrize("torn", [False, True])

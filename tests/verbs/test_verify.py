@@ -1,6 +1,6 @@
 """Verify: what is sound is found sound, and what is not is named, whatever was done to the folder.
 
-Covers: cli/verify.py, loftq/artifacts/checks.py, loftq/artifacts/recompute.py.
+Covers: cli/verify.py, loftq/artifacts/checks.py, loftq/artifacts/recompute.py, loftq/artifacts/zeroed.py.
 """
 
 from __future__ import annotations
