@@ -22,7 +22,8 @@ from machine import SEED, describe, table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from loftq.formats.checkpoint import ShardWriter, TensorSpec, index_text, lay_out
+from loftq.formats.checkpoint import TensorSpec, index_text, lay_out
+from loftq.formats.shard_writer import ShardWriter
 
 _HIDDEN, _INNER, _VOCABULARY = 4096, 11008, 32000
 _RUN = """

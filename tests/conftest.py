@@ -150,6 +150,15 @@ def cuda() -> torch.device:
     return torch.device("cuda")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """Tests do not wait until their files survive a power cut; those of power cuts replace these calls themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fsync", "fdatasync"):
+            patch.setattr(os, name, lambda _descriptor: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """What a test draws without a seed of its own is the same in every run."""

@@ -18,7 +18,7 @@ from loftq.formats.adapter import config_text as adapter_config_text
 from loftq.formats.checkpoint import INDEX, Shard, index_text
 from loftq.formats.model_config import config_text, read_config
 from loftq.formats.schema import json_text
-from loftq.hub.source import copy_side_files
+from loftq.hub.source import side_files
 from loftq.planning.plan import Plan
 
 VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numba", "scipy")
@@ -27,7 +27,8 @@ VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "safetenso
 def write_configs(plan: Plan, staging: Staging, folder: Path, trust_remote_code: bool) -> None:
     """Write the files that loaders of the backbone and the adapter read beside the weights."""
     recipe = plan.recipe
-    copy_side_files(plan.source.folder, staging.folder, trust_remote_code)
+    for path in side_files(plan.source.folder, trust_remote_code):
+        staging.copy(path, path.relative_to(plan.source.folder).as_posix())
     staging.write_text("config.json", _config_text(plan))
     if len(plan.backbone) > 1:
         staging.write_text(INDEX, index_text(plan.backbone))
@@ -61,7 +62,7 @@ def write_manifest(
     """
     sums = {**totals_of(plan, rows), **measured}
     staging.write_text("README.md", card_text(plan, heading(plan), sums, rows))
-    files = _described(staging)
+    files, zero_blocks = staging.describe()
     hashes = {name: record["sha256"] for name, record in staging.done.items() if "sha256" in record}
     manifest = {
         **heading(plan),
@@ -72,6 +73,7 @@ def write_manifest(
         "notes": list(plan.notes),
         "calibration": calibration,
         "files": files,
+        "zero_blocks": zero_blocks,
     }
     manifest["source"]["sha256"] = artifact.combine_hashes(hashes)
     _write(staging, manifest)
@@ -102,7 +104,7 @@ def write_merged_manifest(
     shards: Sequence[Shard],
 ) -> None:
     """`loftq.json` of a backbone with its adapter merged in. `grids` are the types of linears that stay quantized."""
-    files = _described(staging)
+    files, zero_blocks = staging.describe()
     shared = next(iter(grids.values()), None)
     manifest = {
         "format_version": artifact.VERSION,
@@ -123,26 +125,24 @@ def write_merged_manifest(
             for module, grid in grids.items()
         ],
         "files": files,
+        "zero_blocks": zero_blocks,
     }
     _write(staging, manifest)
 
 
 def write_export_manifest(staging: Staging, backbone: Backbone, kind: str) -> None:
     """`loftq.json` of what is no folder of a model: an adapter alone, or a file of another format."""
+    files, zero_blocks = staging.describe()
     manifest = {
         "format_version": artifact.VERSION,
         "kind": kind,
         "recipe": {},
         "backbone_sha256": backbone.artifact.backbone_hash if backbone.artifact else "",
         "layers": [],
-        "files": _described(staging),
+        "files": files,
+        "zero_blocks": zero_blocks,
     }
     _write(staging, manifest)
-
-
-def _described(staging: Staging) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file beside the manifest."""
-    return artifact.describe_files(staging.folder, [name for name in staging.files() if name != artifact.MANIFEST])
 
 
 def _write(staging: Staging, manifest: Mapping[str, Any]) -> None:

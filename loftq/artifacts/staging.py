@@ -1,50 +1,48 @@
 """The partial folder of an unfinished run, which can be killed at any moment and resumed.
 
-All files are written to `OUTPUT/.loftq-partial/`: the shards, with their bytes reserved, and a journal with a line for
-each completed step. A tensor is written first and recorded in the journal afterwards. A resumed run skips the recorded
-tensors and writes the others again, with the same bytes. When all files are complete, the journal records that, and the
-files are moved to their final places: the weights first, then the index and `config.json`, and `loftq.json` last.
-Therefore a folder that loads is complete. The journal shows how far a run has come, so it is removed last.
+All files are written to `OUTPUT/.loftq-partial/`: the shards, with their bytes reserved, and a journal of the completed
+steps (`loftq.artifacts.journal`). The bytes of a tensor reach the disk first and its line in the journal afterwards,
+so that this also holds after a power cut. A resumed run reads the recorded tensors again. It skips those whose bytes
+have the recorded hash and writes the others again, with the same bytes.
 
-Each line of the journal is a JSON object of one of these kinds:
-
-    {"fingerprint": {...}}        the first line: everything that the bytes of the result depend on
-    {"tensor": NAME, ...}         a tensor is written; the other entries are its record
-    {"distilled": {...}}          the adapter is distilled; the entries are the measured values
-    {"ready": true}               all files are complete and only have to be moved
+When all files are complete and on the disk, the journal records that, and the files are moved to their final places:
+the weights first, then the index and `config.json`, and `loftq.json` last. Therefore a folder that loads is complete.
+Only the files that `loftq.json` lists are moved. The journal shows how far a run has come, so it is removed last.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from loftq.errors import ArtifactError, OutputError
+from loftq.artifacts.journal import JOURNAL, Journal, append, read_journal
+from loftq.artifacts.written import Description, describe, listed_difference
+from loftq.errors import OutputError
 from loftq.formats.adapter import FOLDER
 from loftq.formats.artifact import MANIFEST
-from loftq.formats.checkpoint import INDEX
-from loftq.formats.disk import PARTIAL, explain_os_errors, is_inside
+from loftq.formats.checkpoint import INDEX, Shard
+from loftq.formats.disk import PARTIAL, explain_os_errors, is_inside, make_folder, replacing, sync
 from loftq.formats.links import links_below, refuse_links
 from loftq.formats.model_files import TEMPLATES, model_file_names
-from loftq.formats.schema import json_text, parse_json, read_json
-from loftq.settings import plain
+from loftq.formats.scan import hash_of
+from loftq.formats.schema import read_json, whole
+from loftq.formats.shard_writer import ShardWriter
 
-_JOURNAL = "journal.jsonl"
-_OLD_DISTILLED = "(distilled)"  # older journals have this name among the tensors, instead of a line of its own kind
-_LINE = {"fingerprint?": dict, "tensor?": str, "distilled?": dict, "ready?": bool}
+EVERY = 1.0  # seconds between two waits for the disk; a power cut costs at most the work of this time
 _LAST = (INDEX, "config.json", MANIFEST)
 
 
 def is_begun(output: Path) -> bool:
     """Whether an output folder contains the files of an unfinished run."""
-    return (output / PARTIAL / _JOURNAL).is_file()
+    return (output / PARTIAL / JOURNAL).is_file()
 
 
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
@@ -58,7 +56,7 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
         manifest = output / MANIFEST
         begun, complete = is_begun(output), manifest.is_file()
         if begun and not resume and not overwrite:
-            done = (output / PARTIAL / _JOURNAL).read_bytes().count(b'\n{"tensor":')
+            done = (output / PARTIAL / JOURNAL).read_bytes().count(b'\n{"tensor":')
             raise OutputError(
                 f"{output} holds an unfinished run ({done} tensors done): "
                 "add --resume to finish it, or --overwrite to start again"
@@ -74,70 +72,167 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
             _refuse_linked(output, [*_listed(manifest), *model_file_names(output)])
 
 
-@dataclass
-class _Journal:
-    """The contents of a journal: the records of tensors by name and of the distillation, and whether all is done."""
-
-    done: dict[str, dict[str, Any]] = field(default_factory=dict)
-    distilled: dict[str, Any] | None = None
-    ready: bool = False
-
-
 class Staging:
     """The partial folder of one output, locked for this process.
 
     `done` holds the records of the written tensors; `distilled` is the record of the distillation, None until it is
-    done; `ready` is true when all files are complete and only have to be moved.
+    done; `ready` is true when all files are complete and only have to be moved. `shards` are the planned files of
+    tensors. `hashes` are the SHA-256 of files that were written as a whole, by name; None if it is not known.
     """
 
-    def __init__(self, output: Path, descriptor: int, journal: _Journal) -> None:
+    def __init__(self, output: Path, descriptor: int, journal: Journal) -> None:
         self.output = output
         self.folder = output / PARTIAL
         self.done, self.distilled, self.ready = journal.done, journal.distilled, journal.ready
+        self.shards: tuple[Shard, ...] = ()
+        self.hashes: dict[str, str | None] = {}
         self._descriptor = descriptor
-        self._lock = threading.Lock()
+        self._pending: list[dict[str, Any]] = []  # lines of the journal whose tensors may not be on the disk yet
+        self._lock, self._flushing = threading.Lock(), threading.Lock()
+        self._last = time.monotonic()
+        self._error: OSError | None = None
+        self._sync: Callable[[], None] | None = None
+
+    @contextmanager
+    def writing(self, shards: Sequence[Shard]) -> Iterator[ShardWriter]:
+        """Open the planned shards. Forgets the recorded tensors whose bytes are not there, so they are written again.
+
+        Files that have an entry in `hashes` are complete, and stay as they are.
+        """
+        self.shards = tuple(shards)
+        with ShardWriter(self.folder, shards, kept=dict(self.hashes)) as writer:
+            for name in [name for name, record in self.done.items() if not _is_there(writer, record)]:
+                del self.done[name]
+            self._sync, ended = writer.sync, threading.Event()
+            flusher = threading.Thread(target=self._flush_often, args=(ended,), name="loftq-journal", daemon=True)
+            flusher.start()
+            try:
+                yield writer
+            except BaseException:
+                with suppress(OSError):  # the error that ended the run matters more
+                    self.flush()
+                raise
+            finally:
+                ended.set()
+                flusher.join()
+            self.flush()
 
     def note(self, name: str, record: Mapping[str, Any]) -> None:
-        """Record in the journal that a tensor is written."""
+        """Record in the journal that a tensor is written. The line is written together with others, by `flush`.
+
+        `record["written"]` has the SHA-256 of each tensor that this step wrote.
+        """
         with self._lock:
-            _append(self._descriptor, {"tensor": name, **record})
             self.done[name] = dict(record)
+            self._pending.append({"tensor": name, **record})
+        if time.monotonic() - self._last >= EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait until all written tensors are on the disk, and then write their lines of the journal.
+
+        After a failure nobody knows which bytes are lost, so nothing more is recorded: the same error is raised again.
+        """
+        with self._flushing:
+            if self._error is not None:
+                raise self._error
+            with self._lock:
+                pending, self._pending = self._pending, []
+            if not pending:
+                return
+            try:
+                if self._sync is not None:
+                    self._sync()
+                append(self._descriptor, pending)
+            except OSError as error:
+                self._error = error
+                raise
+            self._last = time.monotonic()
+
+    def _flush_often(self, ended: threading.Event) -> None:
+        """Record what is written, also while a step takes long. An error is raised in the thread of the next step."""
+        while not ended.wait(1.0):
+            with suppress(OSError):
+                self.flush()
 
     def note_distilled(self, record: Mapping[str, Any]) -> None:
-        """Record in the journal that the adapter is distilled."""
-        with self._lock:
-            _append(self._descriptor, {"distilled": dict(record)})
-            self.distilled = dict(record)
+        """Record in the journal that the adapter is distilled. Its file is on the disk already."""
+        self.flush()
+        append(self._descriptor, [{"distilled": dict(record)}])
+        self.distilled = dict(record)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file into the partial folder."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+        self.hashes[name] = hashlib.sha256(text.encode()).hexdigest()
 
-    def files(self) -> list[str]:
-        """The names of all files written so far, relative to the output folder."""
-        names = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
-        return sorted(name for name in names if name != _JOURNAL)
+    def copy(self, source: Path, name: str) -> None:
+        """Copy a file into the partial folder, under a name. Its permissions follow the umask."""
+        self.hashes[name] = hash_of(source)
+        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.folder / name) as scratch:
+            shutil.copyfile(source, scratch)
+
+    def describe(self) -> Description:
+        """Read all planned files once. Raises OutputError if one is missing or is not what was written."""
+        return describe(self.folder, self.shards, self.hashes, self.done)
 
     def publish(self) -> None:
         """Move all files to their final places, after removing an older artifact. Can be killed and called again."""
-        if not self.ready:
-            _append(self._descriptor, {"ready": True})
+        again = f"add --overwrite instead of --resume to make {self.output} again"
+        manifest = next((path for path in (self.folder / MANIFEST, self.output / MANIFEST) if path.is_file()), None)
+        if manifest is None:
+            raise OutputError(f"{self.folder / MANIFEST} is missing: {again}")
+        names = [*_listed(manifest), MANIFEST]
+        if self.ready:
+            self._check_ready(manifest, again)
+        else:
+            for path in {self.folder / name for name in names} | {(self.folder / name).parent for name in names}:
+                sync(path)
+            append(self._descriptor, [{"ready": True}])
             self.ready = True
-        names = self.files()
         _refuse_linked(self.output, names)
         old_manifest = self.output / MANIFEST
         if (self.folder / MANIFEST).is_file() and old_manifest.is_file():
             _remove_listed(self.output, old_manifest)
             old_manifest.unlink()
-        for name in [*(n for n in names if n not in _LAST), *(n for n in _LAST if n in names)]:
-            target = self.output / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (self.folder / name).replace(target)
+            sync(self.output)
+        self._move([name for name in names if name not in _LAST])
+        self._move([name for name in _LAST if name in names and name != MANIFEST])
+        self._move([MANIFEST])
         _clear(self.folder)
-        (self.folder / _JOURNAL).unlink()
+        (self.folder / JOURNAL).unlink()
         self.folder.rmdir()
+        sync(self.output)
+
+    def _move(self, names: Sequence[str]) -> None:
+        """Move files to their final places, where they have not been moved yet, and make that durable."""
+        for name in names:
+            if (self.folder / name).is_file():
+                make_folder((self.output / name).parent)
+                (self.folder / name).replace(self.output / name)
+        for folder in {(self.output / name).parent for name in names}:
+            sync(folder)
+
+    def _check_ready(self, manifest: Path, again: str) -> None:
+        """Raise OutputError unless all files that are being moved are those that `loftq.json` lists."""
+        for name, entry in read_json(manifest, {"files": {str: {"bytes": whole(), "sha256?": str}}}, error=OutputError)[
+            "files"
+        ].items():
+            folder = self.folder if (self.folder / name).is_file() else self.output
+            difference = listed_difference(folder, name, entry)
+            if difference is not None:
+                raise OutputError(f"{folder / name} {difference}, but it was complete before: {again}")
+
+
+def _is_there(writer: ShardWriter, record: Mapping[str, Any]) -> bool:
+    """Whether a recorded step has hashes, and the tensors that it wrote still have them."""
+    written = record.get("written")
+    if not isinstance(written, dict) or not written:
+        return False
+    return all(writer.holds(name, sha256) for name, sha256 in written.items())
 
 
 @contextmanager
@@ -146,19 +241,20 @@ def open_staging(output: Path, fingerprint: Mapping[str, Any], *, overwrite: boo
     folder = output / PARTIAL
     with explain_os_errors(output):
         _check_partial(output)
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / _JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+        make_folder(folder)
+        descriptor = os.open(folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
         try:
             _lock(descriptor, output)
             if overwrite:
                 os.ftruncate(descriptor, 0)
-            journal = _read_journal(folder / _JOURNAL, fingerprint, output)
+            journal = read_journal(folder / JOURNAL, fingerprint, output)
             if not journal.done and not journal.ready:
                 if (folder / MANIFEST).is_file() and not (output / MANIFEST).is_file():
                     _remove_listed(output, folder / MANIFEST)  # the abandoned run had begun to publish
                 _clear(folder)
                 os.ftruncate(descriptor, 0)
-                _append(descriptor, {"fingerprint": fingerprint})
+                append(descriptor, [{"fingerprint": fingerprint}])
+                sync(folder)
             yield Staging(output, descriptor, journal)
         finally:
             os.close(descriptor)
@@ -171,55 +267,11 @@ def _lock(descriptor: int, output: Path) -> None:
         raise OutputError(f"another run is writing {output}: wait for it, or name another --output") from error
 
 
-def _append(descriptor: int, record: Mapping[str, Any]) -> None:
-    line = json_text(record).encode() + b"\n"
-    while line:  # on an almost full disk, a part may be written
-        line = line[os.write(descriptor, line) :]
-
-
-def _read_journal(path: Path, fingerprint: Mapping[str, Any], output: Path) -> _Journal:
-    """Read a journal. Removes the incomplete last line that a killed run may have left."""
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    os.truncate(path, len(whole))
-    records = [record for line in whole.splitlines() if (record := _parse(line))]
-    if not records or "fingerprint" not in records[0]:
-        return _Journal()
-    changed = sorted(_differences(records[0]["fingerprint"], plain(fingerprint)))
-    if changed:
-        raise OutputError(
-            f"{output} holds an unfinished run whose source or settings differ ({', '.join(changed)}): "
-            "resume it with the source and settings that it was started with, or add --overwrite to start again"
-        )
-    done = {record.pop("tensor"): record for record in records if "tensor" in record}
-    distilled = done.pop(_OLD_DISTILLED, None)
-    for record in records:
-        distilled = record.get("distilled", distilled)
-    return _Journal(done, distilled, any("ready" in record for record in records))
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    """A line of the journal. A line that a full disk cut short is returned empty, and its step is done again."""
-    try:
-        return dict(parse_json(line, _JOURNAL, _LINE))
-    except ArtifactError:
-        return {}
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    for key in {*before, *now}:
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new)
-        elif old != new:
-            yield f"{key} has changed" if isinstance(old, list) else f"{key} was {old}"
-
-
 def _clear(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != _JOURNAL:
+        elif path.name != JOURNAL:
             path.unlink()
 
 

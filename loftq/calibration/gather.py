@@ -35,7 +35,8 @@ from loftq.calibration.statistics import (
 from loftq.calibration.windows import Calibration, prepare
 from loftq.display import few_of
 from loftq.errors import ArtifactError, SourceError
-from loftq.formats.disk import explain_os_errors, move_into_place, scratch_beside
+from loftq.formats.disk import explain_os_errors, move_into_place, scratch_beside, write_whole
+from loftq.formats.scan import hash_of
 from loftq.formats.schema import json_text
 from loftq.models.lockstep import run as run_in_lockstep
 from loftq.planning.plan import Plan
@@ -114,8 +115,9 @@ def _gather_into(
         "weights": weights.digests,
         "modules": {**modules, **{name: {"file": None, "count": 0} for name in unreached}},
         "notes": [*calibration.notes, *_never_reached(unreached)],
+        "sha256": {name: hash_of(folder / name) for name in {TEACHER, *(row["file"] for row in modules.values())}},
     }
-    (folder / RECORD).write_text(json_text(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_whole(folder / RECORD, json_text(record, indent=1, sort_keys=True) + "\n")
     return True
 
 

@@ -17,6 +17,7 @@ from loftq.calibration.progress import Progress
 from loftq.calibration.statistics import read_panels
 from loftq.core.moments import Moment
 from loftq.errors import SourceError
+from loftq.formats.disk import sync
 from loftq.planning.plan import Plan
 
 TOP = 256  # number of tokens whose log-probabilities are kept at each position
@@ -132,6 +133,7 @@ class InputObserver:
         self._files += 1
         file = f"moment-{self._files:05d}.safetensors"
         save_file({str(i): panel for i, panel in enumerate(panels)}, self._folder / file)
+        sync(self._folder / file)  # before a record of the progress names it
         for module in modules:
             self.modules[module] = {"file": file, "count": total.count}
 

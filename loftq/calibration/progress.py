@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from loftq.errors import ArtifactError
-from loftq.formats.disk import write_whole
+from loftq.formats.disk import sync, write_whole
+from loftq.formats.scan import hash_of
 from loftq.formats.schema import file_name, json_text, read_json, whole
 from loftq.settings import plain
 
@@ -29,6 +30,7 @@ _SCHEMA = {
     "batches": whole(0, 10**6),
     "modules": {str: {"file": file_name, "count": whole()}},
     "digests": {str: str},
+    "sha256": {str: str},
 }
 
 
@@ -76,6 +78,7 @@ class Progress:
             return
         try:
             torch.save(_mapped(output, torch.clone), self._state(1 - self._turn, index))
+            sync(self._state(1 - self._turn, index))
             self._kept.add(index)
         except (OSError, RuntimeError):  # the disk is full: the run continues without writing its progress
             self._due, self._last = False, math.inf
@@ -90,7 +93,8 @@ class Progress:
         self._turn = 1 - self._turn
         record = {"identity": self._identity, "rounds": rounds, "turn": self._turn, "batches": batches}
         record |= {"modules": dict(modules), "digests": dict(digests), "files": files}
-        write_whole(self._folder / PROGRESS, json_text(record))
+        hashes = {path.name: hash_of(path) for path in self._needed_files(record)}
+        write_whole(self._folder / PROGRESS, json_text({**record, "sha256": hashes}))
         self._last = time.monotonic()
 
     def finish(self) -> None:
@@ -109,13 +113,19 @@ class Progress:
     def _state(self, turn: int, index: int) -> Path:
         return self._folder / f"state-{turn}-{index:05d}.pt"
 
+    def _needed_files(self, record: Mapping[str, Any]) -> set[Path]:
+        """The files from which a run continues."""
+        moments = {self._folder / row["file"] for row in record["modules"].values()}
+        return moments | {self._state(record["turn"], index) for index in range(record["batches"])}
+
     def _read(self) -> dict[str, Any]:
-        """The record, if it is that of the same calibration and all its files exist; an empty one otherwise."""
+        """The record, if it is that of the same calibration and all its files have their hashes; else an empty one."""
         try:
             record: dict[str, Any] = read_json(self._folder / PROGRESS, _SCHEMA)
-            needed_files = {self._folder / row["file"] for row in record["modules"].values()}
-            needed_files |= {self._state(record["turn"], index) for index in range(record["batches"])}
-            usable = record["identity"] == self._identity and all(path.is_file() for path in needed_files)
+            hashes = record["sha256"]
+            usable = record["identity"] == self._identity and all(
+                hash_of(path) == hashes.get(path.name) for path in self._needed_files(record)
+            )
         except (OSError, ArtifactError):
             return {}
         return record if usable else {}

@@ -25,6 +25,7 @@ from loftq.errors import ArtifactError, OptionError
 from loftq.formats.checkpoint import Checkpoint
 from loftq.formats.links import refuse_links
 from loftq.formats.model_config import read_config
+from loftq.formats.scan import hash_of
 from loftq.formats.schema import check_value, file_name, read_json, whole
 from loftq.planning.plan import Layer, Plan
 
@@ -82,7 +83,7 @@ class Statistics:
         """The moment H (in, in) of a module's inputs, float32; None if it was never reached. Raises ArtifactError."""
         if not self.count(module):
             return None
-        path = self.folder / self.record["modules"][module]["file"]
+        path = self._checked(self.record["modules"][module]["file"])
         panels, size = read_panels(path), self.sizes[module]
         expected = [(min(PANEL, size - start), size - start) for start in range(0, size, PANEL)]
         if [tuple(panel.shape) for panel in panels] != expected:
@@ -90,6 +91,14 @@ class Statistics:
         if not all(panel.dtype == torch.float32 and bool(torch.isfinite(panel).all()) for panel in panels):
             raise ArtifactError(f"{path} is damaged (expected finite float32 values): {AGAIN}")
         return assemble(panels)
+
+    def _checked(self, name: str) -> Path:
+        """The path of a file that has the recorded hash. Older records have no hashes. Raises ArtifactError."""
+        path, recorded = self.folder / name, self.record.get("sha256")
+        expected = recorded.get(name) if isinstance(recorded, dict) else None
+        if expected is not None and path.is_file() and hash_of(path) != expected:
+            raise ArtifactError(f"{path} is damaged (SHA-256 mismatch): {AGAIN}")
+        return path
 
     def check_weight(self, layer: Layer, digest: str) -> None:
         """Raise ArtifactError unless the SHA-256 of a layer's tensor is that of the weights the model was run with."""
@@ -102,7 +111,7 @@ class Statistics:
         `input_ids` int32 (windows, length), for seq2seq also `decoder_input_ids`; and either `values` float16 and
         `indices` int32 (windows, length, k), or `hidden` bfloat16 (windows, length, hidden size). Raises ArtifactError.
         """
-        path = self.folder / TEACHER
+        path = self._checked(TEACHER)
         tensors = _load(path)
         answers = {name for name in tensors if not name.endswith("_ids")}
         shape = (self.tokens // self.settings["sequence_length"], self.settings["sequence_length"])

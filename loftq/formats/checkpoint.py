@@ -1,20 +1,16 @@
-"""Safetensors checkpoints, one tensor at a time: a lazy reader, and a writer whose layout is planned in advance.
+"""Safetensors checkpoints, one tensor at a time: a lazy reader, and the plan of shards before the first byte of them.
 
 The reader parses the header of each shard once, and reads the bytes of one tensor at a time (`tensor_files`). The
-writer gets every name, dtype and shape before the first byte: it plans the shards and reserves their bytes on disk,
-so that a full disk is an error at the start and not after an hour. Then tensors can be written at their offsets in any
-order, from any thread, and more than once. Only headers are kept in memory.
+plan has every name, dtype and shape; `loftq.formats.shard_writer` writes by it. Only headers are kept in memory.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Self
 
 import torch
 
@@ -241,59 +237,6 @@ def _lay_out_one(file: str, specs: Sequence[TensorSpec], metadata: Mapping[str, 
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
     return Shard(file, head, {n: (len(head) + o, s) for n, (o, s) in offsets.items()}, len(head) + at)
-
-
-class ShardWriter:
-    """Writes tensors into the planned shards of a folder. It is thread-safe, and a context manager."""
-
-    def __init__(self, folder: Path, shards: Iterable[Shard]) -> None:
-        self._folder = folder
-        self._shards = list(shards)
-        self._places = {name: (shard, *place) for shard in self._shards for name, place in shard.offsets.items()}
-        self._descriptors: dict[str, int] = {}
-
-    def __enter__(self) -> Self:
-        """Create or reopen the files and reserve their bytes."""
-        try:
-            for shard in self._shards:
-                path = self._folder / shard.file
-                path.parent.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-                self._descriptors[shard.file] = descriptor
-                _reserve(descriptor, shard.nbytes)
-                _write_at(descriptor, shard.header, 0)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a tensor at its planned offset. Raises CheckpointError if its dtype or shape is not the planned one."""
-        shard, offset, spec = self._places[name]
-        if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-            raise CheckpointError(
-                f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected {spec.dtype} {spec.shape}"
-            )
-        if tensor.numel():
-            flat = tensor.detach().cpu().contiguous().view(-1)
-            _write_at(self._descriptors[shard.file], flat.view(torch.uint8).numpy().data, offset)
-
-
-def _reserve(descriptor: int, nbytes: int) -> None:
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, nbytes)
-    os.ftruncate(descriptor, nbytes)
-
-
-def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
 
 
 def index_text(shards: Sequence[Shard]) -> str:

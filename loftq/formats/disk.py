@@ -29,7 +29,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield scratch
         scratch.chmod(mode)  # whoever wrote the file may have made it anew
+        sync(scratch)
         scratch.replace(path)
+        sync(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -60,6 +62,34 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file (text in UTF-8) so that a reader sees either the old content or all of the new one."""
     with replacing(path) as scratch:
         scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's list of names, are on the disk and survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems have no such call for folders. They keep the names in order by themselves.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and the missing ones above it, so that all of them survive a power cut."""
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in created:
+        sync(folder.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` a folder with all files and folders in it."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
 
 
 def is_inside(name: str) -> bool:
@@ -100,11 +130,13 @@ def _contains(folder: Path, name: str | None) -> bool:
 
 
 def move_into_place(scratch: Path, folder: Path) -> None:
-    """Rename a scratch folder to `folder`, and replace a folder of that name."""
+    """Rename a scratch folder to `folder`, and replace a folder of that name. Its files are on the disk before that."""
     follow_umask(scratch)
+    sync_tree(scratch)
     if folder.is_dir():
         shutil.rmtree(folder)
     scratch.rename(folder)
+    sync(folder.parent)
 
 
 def _lock_folder(scratch: Path) -> int:
@@ -145,29 +177,48 @@ _FAULTS = {  # the problem, and its remedy; None if only another output folder h
     errno.ENOTDIR: ("a part of the path is a file", None),
     errno.ENAMETOOLONG: ("the name is too long", None),
     errno.ELOOP: ("a part of the path is a symbolic link", None),
+    errno.EIO: ("the disk failed to read or write (input/output error)", "check the disk and its connection"),
+    errno.ESTALE: ("the network file system has lost the folder", "mount it again"),
+    errno.EMFILE: ("too many files are open in this process", "raise the limit with `ulimit -n 65536`"),
+    errno.ENFILE: ("too many files are open on this machine", "close other programs"),
+    errno.ENOMEM: ("the memory of the machine is full", "close other programs"),
 }
+_OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # another folder does not help
 
 
 @contextmanager
-def explain_os_errors(output: Path, option: str = "--output") -> Iterator[None]:
-    """Turn a system error about a full or read-only disk into an OutputError with the next step.
+def explain_os_errors(output: Path, option: str = "--output", action: str = "write") -> Iterator[None]:
+    """Turn a system error about a full or read-only disk, or a limit, into an OutputError with the next step.
 
-    `option` is the option that names the folder.
+    `option` is the option that names the folder, `action` is what was done with it.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         number = _errno(error)
+        if number == errno.ENOENT and _is_under(output, error):
+            name = Path(str(getattr(error, "filename", output))).name
+            raise OutputError(
+                f"cannot {action} {output}: {name} was removed during the run: run the same command again"
+            ) from error
         if number not in _FAULTS:
             raise
         problem, remedy = _FAULTS[number]
         if remedy is None:
             advice = f"name another {option}"
-        elif os.access(output / PARTIAL, os.F_OK):
+        elif action == "write" and os.access(output / PARTIAL, os.F_OK):
             advice = f"{remedy}, then run again with --resume"
-        else:
+        elif action == "write" and number not in _OF_THE_MACHINE:
             advice = f"{remedy}, or name another {option}"
-        raise OutputError(f"cannot write {output}: {problem}: {advice}") from error
+        else:
+            advice = f"{remedy}, then run the same command again"
+        raise OutputError(f"cannot {action} {output}: {problem}: {advice}") from error
+
+
+def _is_under(folder: Path, error: OSError | SafetensorError) -> bool:
+    """Whether an error names a file that lies in a folder."""
+    name = getattr(error, "filename", None)
+    return isinstance(name, (str, os.PathLike)) and Path(name).absolute().is_relative_to(folder.absolute())
 
 
 def _errno(error: OSError | SafetensorError) -> int | None:

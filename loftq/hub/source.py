@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ from loftq.formats.checkpoint import (
     read_index,
     spec_of,
 )
-from loftq.formats.disk import replacing
 from loftq.formats.links import refuse_outside
 from loftq.formats.model_files import SIDE_FILES, check_model_folder, is_side_file, model_file_names
 from loftq.hub.default_model import default_model, unpack_gguf
@@ -63,6 +61,12 @@ class Source:
         states = {name: (self.checkpoint.folder / name).stat() for name in names}
         return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
 
+    def side_states(self, code: bool = False) -> dict[str, list[int]]:
+        """The same for each file that is copied or read beside the weights; with `code`, also for Python files."""
+        paths = [path for path in (self.folder / INDEX, self.folder / CARD) if path.is_file()]
+        states = {path.name: path.stat() for path in (*paths, *side_files(self.folder, code))}
+        return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+
 
 def side_files(folder: Path, code: bool = False) -> list[Path]:
     """Return the files to copy beside the weights: those of `SIDE_FILES`; with `code`, Python files too.
@@ -72,15 +76,6 @@ def side_files(folder: Path, code: bool = False) -> list[Path]:
     names = [name for name in model_file_names(folder, code) if is_side_file(name, code)]
     refuse_outside(folder, names)
     return [folder / name for name in names if (folder / name).is_file()]
-
-
-def copy_side_files(folder: Path, target: Path, code: bool = False) -> None:
-    """Copy the side files of a folder to another one. Permissions follow the umask. Raises CheckpointError."""
-    for path in side_files(folder, code):
-        copy = target / path.relative_to(folder)
-        copy.parent.mkdir(exist_ok=True)
-        with replacing(copy) as scratch:
-            shutil.copyfile(path, scratch)
 
 
 def find_source(

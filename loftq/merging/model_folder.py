@@ -14,9 +14,9 @@ from loftq.artifacts.manifest import write_merged_manifest
 from loftq.artifacts.staging import Staging
 from loftq.core.grid import Grid
 from loftq.formats.artifact import CARD
-from loftq.formats.checkpoint import INDEX, Shard, ShardWriter, TensorSpec, index_text, lay_out
+from loftq.formats.checkpoint import INDEX, Shard, TensorSpec, index_text, lay_out
 from loftq.formats.model_config import config_text
-from loftq.hub.source import copy_side_files
+from loftq.hub.source import side_files
 from loftq.merging.target import Target
 from loftq.models.tasks import TASKS
 
@@ -69,7 +69,8 @@ class ModelFolder(Target):
         """Write the weights, with a progress bar on stderr, then configuration, tokenizer, card and manifest."""
         self._write_weights(staging, quiet)
         pair = self.pair
-        copy_side_files(pair.backbone.folder, staging.folder)
+        for path in side_files(pair.backbone.folder):
+            staging.copy(path, path.relative_to(pair.backbone.folder).as_posix())
         staging.write_text("config.json", config_text(self.config()))
         if len(self.shards) > 1:
             staging.write_text(INDEX, index_text(self.shards))
@@ -82,11 +83,9 @@ class ModelFolder(Target):
     def _write_weights(self, staging: Staging, quiet: bool) -> None:
         kept = self.kept
         names = [*self.pair.backbone.grids, *kept]
-        left = [name for name in names if name not in staging.done]
-        bar = tqdm(left, initial=len(names) - len(left), total=len(names), disable=quiet, dynamic_ncols=True)
-        with ShardWriter(staging.folder, self.shards) as writer:
+        with staging.writing(self.shards) as writer:
+            left = [name for name in names if name not in staging.done]
+            bar = tqdm(left, initial=len(names) - len(left), total=len(names), disable=quiet, dynamic_ncols=True)
             for name in bar:
                 stored = {name: self.pair.kept(name).to(kept[name].dtype)} if name in kept else self.tensors(name)
-                for key, tensor in stored.items():
-                    writer.write(key, tensor)
-                staging.note(name, {})
+                staging.note(name, {"written": {key: writer.write(key, tensor) for key, tensor in stored.items()}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from loftq.artifacts.staging import Staging
 from loftq.errors import ArtifactError
 from loftq.formats import adapter as adapters
 from loftq.formats.checkpoint import TensorSpec
+from loftq.hub.source import side_files
 
 _HEAD_TOLERANCE = 0.02  # a head is trained in float32, and stored in the model's 16 bits
 
@@ -77,4 +79,25 @@ class Target(ABC):
             "backbone": backbone.artifact.backbone_hash if backbone.artifact else str(backbone.folder.resolve()),
             "adapter": [str(weights.resolve()), state.st_size, state.st_mtime_ns],
             "version": version("loftq"),
+            "read_files": self._states(),
         }
+
+    def check_sources(self, fingerprint: Mapping[str, Any]) -> None:
+        """Raise ArtifactError if a file that was read is not the one that it was when the fingerprint was made."""
+        before = fingerprint["read_files"]
+        try:
+            now = self._states()
+        except FileNotFoundError as error:
+            raise ArtifactError(f"{error.filename} was removed during the run: restore it and run again") from error
+        changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        if changed:
+            raise ArtifactError(f"{changed[0]} was changed during the run: run again with --overwrite")
+
+    def _states(self) -> dict[str, list[int]]:
+        """Size and modification time (ns) of each file that is read, by its path."""
+        backbone, adapter = self.pair.backbone, self.pair.adapter.folder
+        names = sorted({"config.json", *backbone.checkpoint.files.values()})
+        paths = [*(backbone.folder / name for name in names), *side_files(backbone.folder)]
+        paths += [adapter / adapters.WEIGHTS, adapter / adapters.CONFIG]
+        states = {str(path): path.stat() for path in paths}
+        return {path: [state.st_size, state.st_mtime_ns] for path, state in states.items()}

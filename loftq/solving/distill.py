@@ -25,6 +25,7 @@ from loftq.formats.adapter import FOLDER, WEIGHTS, Adapter, open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.formats.checkpoint import Checkpoint, read_checkpoint
 from loftq.formats.disk import replacing
+from loftq.formats.scan import hash_of
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.run import Run
 from loftq.planning.weights import read_source_weight
@@ -32,16 +33,33 @@ from loftq.planning.weights import read_source_weight
 _START = "start.safetensors"
 
 
+def reopen(staging: Staging) -> None:
+    """Trust the record of an earlier distillation only if the adapter still has its bytes.
+
+    Otherwise the factors of the solver take its place, where they are kept, and the step is done again.
+    """
+    name, start = f"{FOLDER}/{WEIGHTS}", staging.folder / _START
+    weights = staging.folder / name
+    if staging.distilled is not None and not staging.ready:
+        recorded = staging.distilled.get("adapter_sha256")
+        if recorded is not None and weights.is_file() and hash_of(weights) == recorded:
+            staging.hashes[name] = recorded
+            return
+        staging.distilled = None
+    if start.is_file() and not staging.ready:
+        weights.parent.mkdir(exist_ok=True)
+        start.replace(weights)
+
+
 def distill(plan: Plan, staging: Staging, statistics: Statistics, run: Run) -> None:
     """Refine the adapter in the partial folder, unless that is done, and record the remaining error of each layer."""
-    start = staging.folder / _START
+    start, name = staging.folder / _START, f"{FOLDER}/{WEIGHTS}"
     if staging.distilled is None:
-        weights = staging.folder / FOLDER / WEIGHTS
-        if not start.is_file():
-            _copy(weights, start)
-        else:
-            _copy(start, weights)
-        staging.note_distilled(_distill(plan, staging, start, statistics, run))
+        _copy(staging.folder / name, start)
+        record = _distill(plan, staging, start, statistics, run)
+        digest = hash_of(staging.folder / name)
+        staging.note_distilled({**record, "adapter_sha256": digest})
+        staging.hashes[name] = digest
     start.unlink(missing_ok=True)
 
 

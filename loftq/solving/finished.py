@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from loftq.artifacts.written import listed_difference
 from loftq.calibration.gather import windows_of
 from loftq.calibration.statistics import Statistics
-from loftq.errors import OutputError
+from loftq.errors import OutputError, SourceError
 from loftq.formats import artifact
 from loftq.hub.text import find_text
 from loftq.planning.plan import Plan
@@ -21,7 +22,8 @@ from loftq.settings import plain
 
 def finished_layers(folder: Path, plan: Plan, trust_remote_code: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The layers and totals of a complete folder. Raises OutputError if it is the result of another run."""
-    manifest = artifact.open_artifact(folder).manifest
+    finished = artifact.open_artifact(folder)
+    manifest = finished.manifest
     if differing := differences(manifest, plan):
         raise OutputError(
             f"{folder} is finished, but its {', '.join(differing)} differs: "
@@ -32,6 +34,13 @@ def finished_layers(folder: Path, plan: Plan, trust_remote_code: bool) -> tuple[
             f"the weights of {plan.source.name} have changed since {folder} was made from it: make it again "
             f"(`loftq quantize {plan.source.name} ... --output {folder} --overwrite`) or remove it"
         )
+    for name, entry in finished.files.items():
+        difference = listed_difference(folder, name, entry)
+        if difference is not None:
+            raise OutputError(
+                f"{folder} is finished, but its {name} {difference}: "
+                "add --overwrite instead of --resume to make it again, or name another --output"
+            )
     text = plan.recipe.calibration
     calibrated = manifest.get("calibration")
     if text and calibrated and find_text(text) and windows_of(plan, trust_remote_code).settings != calibrated:
@@ -60,16 +69,35 @@ def _is_changed(plan: Plan, source: Mapping[str, Any]) -> bool:
     return artifact.combine_hashes(hashes) != str(source["sha256"])
 
 
-def fingerprint_of(plan: Plan, statistics: Statistics | None, device: torch.device) -> dict[str, Any]:
+def fingerprint_of(
+    plan: Plan, statistics: Statistics | None, device: torch.device, trust_remote_code: bool
+) -> dict[str, Any]:
     """Everything that the bytes of the result depend on. An unfinished run is resumed only if all of it is the same."""
     return {
         "source": {
             "name": plan.source.name,
             "revision": plan.source.revision,
             "files": plan.source.file_states(),
+            "side_files": plan.source.side_states(trust_remote_code),
         },
         "recipe": plan.recipe.to_dict(),
         "calibration": statistics.settings if statistics is not None else None,
         "device": device.type,
         "versions": {name: version(name) for name in ("loftq", "torch", "transformers")},
     }
+
+
+def check_source(plan: Plan, fingerprint: Mapping[str, Any], trust_remote_code: bool) -> None:
+    """Raise SourceError if a file of the source is not the one that it was when the fingerprint was made."""
+    source = fingerprint["source"]
+    before = {**source["files"], **source["side_files"]}
+    try:
+        now = {**plan.source.file_states(), **plan.source.side_states(trust_remote_code)}
+    except FileNotFoundError as error:
+        raise SourceError(f"{error.filename} was removed during the run: {_AGAIN}") from error
+    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if changed:
+        raise SourceError(f"{plan.source.folder / changed[0]} was changed during the run: {_AGAIN}")
+
+
+_AGAIN = "restore the source and run again with --resume, or start again with --overwrite"

@@ -28,7 +28,7 @@ from loftq.core.solvers.solution import Solution, check_solution, unsolvable
 from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.formats import adapter
-from loftq.formats.checkpoint import ShardWriter
+from loftq.formats.shard_writer import ShardWriter
 from loftq.models import naming
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.recipe import Recipe, layer_seed
@@ -45,12 +45,11 @@ def solve_all(plan: Plan, staging: Staging, statistics: Statistics | None, run: 
     # embeddings come first: at the end one worker would be busy with them while the others wait
     kept = {name: spec.numel for name, spec in {**plan.created, **plan.passed}.items()}
     sizes = {**kept, **{name: layer.weights for name, layer in layers.items()}}
-    left = [name for name in sizes if name not in staging.done]
     everything = sum(sizes.values())
-    begun = everything - sum(sizes[name] for name in left)
-    bar = tqdm(total=everything, initial=begun, unit="w", unit_scale=True, disable=run.quiet, dynamic_ncols=True)
-    shards = [*plan.backbone, plan.adapter]
-    with bar, one_thread_each(), ShardWriter(staging.folder, shards) as writer:
+    with one_thread_each(), staging.writing([*plan.backbone, plan.adapter]) as writer:
+        left = [name for name in sizes if name not in staging.done]
+        begun = everything - sum(sizes[name] for name in left)
+        bar = tqdm(total=everything, initial=begun, unit="w", unit_scale=True, disable=run.quiet, dynamic_ncols=True)
 
         def work(name: str) -> None:
             layer = layers.get(name)
@@ -64,10 +63,11 @@ def solve_all(plan: Plan, staging: Staging, statistics: Statistics | None, run: 
             bar.set_postfix_str(layer.module if layer else name, refresh=False)
             bar.update(sizes[name])
 
-        # in this thread: they are drawn from torch's own generator, which all threads share
-        for name in [name for name in left if name in plan.created]:
-            work(name)
-        run_jobs(work, [name for name in left if name not in plan.created], run.workers)
+        with bar:
+            # in this thread: they are drawn from torch's own generator, which all threads share
+            for name in [name for name in left if name in plan.created]:
+                work(name)
+            run_jobs(work, [name for name in left if name not in plan.created], run.workers)
 
 
 @contextmanager
@@ -111,9 +111,8 @@ def _solve_layer(
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not is_finite(tensor):
             raise unsolvable(layer.module, f"its {name} does not fit {tensor.dtype}")
-    for name, tensor in tensors.items():
-        writer.write(name, tensor)
-    return {"sha256": digest, "row": layer_row(plan, layer, solution.trace)}
+    written = {name: writer.write(name, tensor) for name, tensor in tensors.items()}
+    return {"sha256": digest, "row": layer_row(plan, layer, solution.trace), "written": written}
 
 
 def _check_range(plan: Plan, layer: Layer, weight: torch.Tensor) -> None:
@@ -138,7 +137,7 @@ def solve_layer(
     seed = layer_seed(plan.recipe.seed, layer.module)
     try:
         solution = solve_by(plan.recipe, weight, moment, quantizer, iterations, seed)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise unsolvable(layer.module, one_line(error)) from error
     check_solution(solution, quantizer, layer.module)
     return solution
@@ -169,13 +168,12 @@ def _pass_through(plan: Plan, name: str, writer: ShardWriter) -> dict[str, Any]:
     cast = stored.to(spec.dtype)
     if cast.is_floating_point() and stored.dtype != cast.dtype and not is_finite(cast):
         raise OptionError(f"tensor {name!r} does not fit --compute-dtype {plan.recipe.compute_dtype}: use bfloat16")
-    writer.write(spec.name, cast)
-    return {"sha256": digest_of(stored)}
+    return {"sha256": digest_of(stored), "written": {spec.name: writer.write(spec.name, cast)}}
 
 
 def _create(plan: Plan, key: str, writer: ShardWriter) -> dict[str, Any]:
     """Initialize a parameter that is not in the checkpoint: the head of a new task, a pooler."""
     seed = layer_seed(plan.recipe.seed, key)
     spec = plan.created[key]
-    writer.write(spec.name, naming.initial_tensor(plan.model, key, seed).to(spec.dtype))
-    return {}
+    tensor = naming.initial_tensor(plan.model, key, seed).to(spec.dtype)
+    return {"written": {spec.name: writer.write(spec.name, tensor)}}

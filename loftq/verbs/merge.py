@@ -10,6 +10,7 @@ from loftq.artifacts.staging import check_output, open_staging
 from loftq.errors import UnknownNameError
 from loftq.formats.artifact import read_artifact
 from loftq.formats.checkpoint import parse_size
+from loftq.formats.disk import explain_os_errors
 from loftq.merging.logits import checked_difference
 from loftq.merging.report import MergeReport
 from loftq.merging.targets import TARGETS
@@ -44,14 +45,17 @@ def merge(
     target = TARGETS[to](open_pair(Path(folder), adapter), parse_size(max_shard_size))
     notes = target.notes()
     lost = target.check(allow_rounding)
-    with open_staging(out, target.fingerprint(), overwrite=overwrite) as staging:
+    fingerprint = target.fingerprint()
+    with open_staging(out, fingerprint, overwrite=overwrite) as staging:
         difference = None
         if not staging.ready:
             target.write(staging, quiet)
+            target.check_sources(fingerprint)
             if check and target.comparable:
                 difference = checked_difference(target, staging)
         staging.publish()
-    files = read_artifact(out).manifest["files"]
+    with explain_os_errors(out, action="read"):
+        files = read_artifact(out).manifest["files"]
     nbytes = sum(entry["bytes"] for name, entry in files.items() if name.endswith(target.suffix))
     layers, seconds = len(target.pair.adapter.modules), time.perf_counter() - started
     return MergeReport(out, to, nbytes, layers, difference, lost, notes, seconds)

@@ -20,7 +20,7 @@ from loftq.display import key_values, size
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats.adapter import CONFIG, FOLDER, WEIGHTS, read_config
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, open_artifact
-from loftq.formats.disk import is_inside
+from loftq.formats.disk import explain_os_errors, is_inside
 from loftq.formats.links import refuse_links
 from loftq.formats.schema import json_text
 from loftq.hub.destination import find_destination
@@ -88,7 +88,8 @@ def push(
     has already is replaced only with `overwrite`. `token` is by default that of the login. With `dry_run` nothing is
     sent. The folder stays unchanged. If interrupted, push again to continue. Raises LoftQError.
     """
-    artifact = _check_folder(Path(folder))
+    with explain_os_errors(Path(folder), action="read"):
+        artifact = _check_folder(Path(folder))
     files: dict[str, Path | bytes] = _published(artifact, repo_id, revision)
     name = None
     if adapter is not None:

@@ -23,8 +23,8 @@ from loftq.planning.run import Run, start
 from loftq.planning.settings import QuantizeKeywords, QuantizeSettings, RunSettings
 from loftq.settings import from_dict, split
 from loftq.solving.allocate import allocate
-from loftq.solving.distill import distill, distilled, distilled_row
-from loftq.solving.finished import fingerprint_of, finished_layers
+from loftq.solving.distill import distill, distilled, distilled_row, reopen
+from loftq.solving.finished import check_source, fingerprint_of, finished_layers
 from loftq.solving.layers import solve_all
 from loftq.solving.memory import needed
 from loftq.solving.report import Report, peak_memory, planned_report, report_of
@@ -119,12 +119,15 @@ def _make(plan: Plan, folder: Path, run: Run) -> _Result:
         plan = make_plan(plan.source, recipe, trust_remote_code=run.trust_remote_code, widths=widths)
     if statistics is not None:
         plan = replace(plan, notes=(*plan.notes, *statistics.notes))
-    with open_staging(folder, fingerprint_of(plan, statistics, run.device), overwrite=run.overwrite) as staging:
+    fingerprint = fingerprint_of(plan, statistics, run.device, run.trust_remote_code)
+    with open_staging(folder, fingerprint, overwrite=run.overwrite) as staging:
         if not staging.ready:
+            reopen(staging)
             solve_all(plan, staging, statistics, run)
             write_configs(plan, staging, folder, run.trust_remote_code)
             if statistics is not None and recipe.refine:
                 distill(plan, staging, statistics, run)
+            check_source(plan, fingerprint, run.trust_remote_code)
             calibration = statistics.settings if statistics else None
             write_manifest(plan, staging, _rows(plan, staging), distilled(staging), calibration)
         result = _Result(plan, _rows(plan, staging), distilled(staging))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,8 @@ from loftq.artifacts.checks import (
 from loftq.artifacts.pair import BackboneAndAdapter
 from loftq.artifacts.recompute import compare_with_source, plan_again
 from loftq.artifacts.rows import summed_errors
+from loftq.artifacts.written import listed_difference
+from loftq.artifacts.zeroed import implausible_zeros, new_zeros
 from loftq.display import few_of, key_values, size
 from loftq.errors import OptionError
 from loftq.formats.adapter import FOLDER, open_adapter
@@ -32,8 +33,10 @@ from loftq.formats.disk import PARTIAL, is_inside
 from loftq.formats.layouts import LAYOUTS
 from loftq.formats.links import linked_part, links_below
 from loftq.formats.programs import programs_below
+from loftq.formats.scan import scan
 from loftq.hub.source import Source, find_source
 
+_QUANTIZED = ("qlora", "qalora")  # kinds of folders that have quantized layers and an adapter
 _TOLERANCE = 1e-9  # of a total, which was computed from the same rows
 
 
@@ -49,11 +52,12 @@ class Verification:
     source: str | None  # the model from which the errors were computed again
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
+    unchecked: tuple[str, ...] = ()  # files whose contents could not be compared
 
     @property
     def sound(self) -> bool:
-        """Whether nothing differs."""
-        return not self.problems
+        """Whether everything was compared, and nothing differs."""
+        return not self.problems and not self.unchecked
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON values."""
@@ -64,7 +68,7 @@ class Verification:
         """A table for a person, with the compared parts and a line for each problem."""
         rows = [
             ("folder", f"{self.folder}, {self.kind}"),
-            ("files", f"{self.files}, {size(self.bytes)}: sizes and hashes"),
+            ("files", f"{self.files}, {size(self.bytes)}: sizes and hashes{self._except()}"),
         ]
         if self.layers:
             rows.append(("layers", f"{self.layers}: names, dtypes and shapes"))
@@ -73,8 +77,12 @@ class Verification:
         rows += [("note", note) for note in self.notes]
         rows += [("differs", f"{problem.where}: {problem.what}") for problem in self.problems]
         count = len(self.problems)
-        rows.append(("result", "sound" if self.sound else f"{count} problem{'s' if count > 1 else ''}"))
+        result = f"{count} problem{'s' if count > 1 else ''}" if count else "not fully checked"
+        rows.append(("result", "sound" if self.sound else result))
         return key_values(rows)
+
+    def _except(self) -> str:
+        return f" (no hashes of {len(self.unchecked)} of them)" if self.unchecked else ""
 
 
 def verify(
@@ -91,7 +99,8 @@ def verify(
     `source` is the folder or Hub id of the model that the folder was made of. If it is given, the error of every layer
     is computed again from the values that bitsandbytes, or the linear of the format, reads from the files, and compared
     with the reported error; the other tensors are compared with those of the source. `revision` is by default the one
-    in `loftq.json`. One tensor is in memory at a time. Changes of the card are allowed. Raises ArtifactError if the
+    in `loftq.json`. One tensor is in memory at a time. Changes of the card are allowed. A folder is sound only if
+    `loftq.json` has the hashes of all other files. Raises ArtifactError if the
     folder is not a loftq folder, SourceError if the source cannot be read, and OptionError if the folder has no errors
     to compute again.
     """
@@ -117,6 +126,7 @@ def verify(
         source=model.name if model else None,
         problems=tuple(problems),
         notes=tuple(_notes(artifact)),
+        unchecked=tuple(_unhashed(artifact)),
     )
 
 
@@ -125,10 +135,14 @@ def _check(artifact: Artifact, source: Source | None, trust_remote_code: bool, q
     links = [name for name in links_below(artifact.folder) if not name.startswith(f"{PARTIAL}/")]
     for name in links:
         yield Problem(name, "is a symbolic link, which is not followed: a copy must take its place")
-    yield from _check_files(artifact, quiet)
+    zero_blocks: dict[str, int] = {}
+    yield from _check_files(artifact, zero_blocks, quiet)
     if links:  # what they lead to is not read
         return
+    yield from new_zeros(zero_blocks, artifact.manifest)
     if not _is_quantized(artifact):
+        if artifact.manifest["kind"] in _QUANTIZED:
+            yield Problem(MANIFEST, "lists no layers of a format that loftq reads")
         return
     manifest = artifact.manifest
     try:
@@ -140,10 +154,11 @@ def _check(artifact: Artifact, source: Source | None, trust_remote_code: bool, q
     yield from collected(backbone_problems(backbone, manifest), "the backbone")
     if adapter is not None:
         yield from collected(adapter_problems(backbone, adapter, manifest["recipe"]), "the adapter")
+    pair = None if adapter is None else BackboneAndAdapter(backbone, adapter)
+    yield from collected(implausible_zeros(zero_blocks, backbone, pair, manifest), "the backbone")
     yield from collected(_check_totals(artifact), MANIFEST)
     yield from collected(model_problems(backbone, adapter, trust_remote_code), "config.json")
-    if source is not None and adapter is not None:
-        pair = BackboneAndAdapter(backbone, adapter)
+    if source is not None and pair is not None:
         yield from collected(_check_source(pair, source, manifest, trust_remote_code, quiet), source.name)
 
 
@@ -151,39 +166,33 @@ def _is_quantized(artifact: Artifact) -> bool:
     return artifact.manifest.get("format") in LAYOUTS and bool(artifact.manifest.get("layers"))
 
 
-def _check_files(artifact: Artifact, quiet: bool) -> Iterator[Problem]:
-    """Check every listed file, and report files of weights that are not listed."""
+def _check_files(artifact: Artifact, zero_blocks: dict[str, int], quiet: bool) -> Iterator[Problem]:
+    """Check every listed file, and report files that loaders read but that are not listed.
+
+    `zero_blocks` gets the number of blocks of zeros of each tensor that has any.
+    """
     total = sum(int(entry["bytes"]) for entry in artifact.files.values())
     with tqdm(total=total, unit="B", unit_scale=True, disable=quiet, dynamic_ncols=True, desc="files") as bar:
         for name, entry in sorted(artifact.files.items()):
             bar.set_postfix_str(name, refresh=False)
-            difference = _difference(artifact.folder, name, entry)
+            if not is_inside(name):
+                yield Problem(name, f"lies outside the folder: {MANIFEST} must not list it")
+                continue
+            if linked_part(artifact.folder, name) is not None:
+                continue  # reported as a link
+            contents = scan(artifact.folder / name) if (artifact.folder / name).is_file() else None
+            difference = listed_difference(artifact.folder, name, entry, contents)
             if difference is not None:
                 yield Problem(name, difference)
+            elif contents is not None:
+                zero_blocks |= contents.zero_blocks
             bar.update(int(entry["bytes"]))
     for folder in (artifact.folder, artifact.adapter):
-        for path in sorted([*folder.glob("*.safetensors"), *folder.glob(INDEX)]) if folder.is_dir() else ():
+        patterns = ("*.safetensors", INDEX, "*config.json")
+        for path in sorted(path for pattern in patterns for path in folder.glob(pattern)) if folder.is_dir() else ():
             name = path.relative_to(artifact.folder).as_posix()
             if name not in artifact.files:
                 yield Problem(name, f"is not listed in {MANIFEST}, but loaders may read it")
-
-
-def _difference(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
-    if not is_inside(name):
-        return f"lies outside the folder: {MANIFEST} must not list it"
-    path = folder / name
-    if linked_part(folder, name) is not None:
-        return None  # reported as a link
-    if not path.is_file():
-        return "is missing"
-    if name == CARD:
-        return None
-    nbytes, expected = path.stat().st_size, int(entry["bytes"])
-    if nbytes != expected:
-        return f"has {nbytes} bytes, expected {expected}"
-    with path.open("rb") as file:
-        changed = "sha256" in entry and hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]
-    return "SHA-256 mismatch" if changed else None
 
 
 def _check_totals(artifact: Artifact) -> Iterator[Problem]:
@@ -211,9 +220,15 @@ def _check_source(
 
 def _notes(artifact: Artifact) -> Iterator[str]:
     """Notes about parts that were not compared."""
-    unhashed = [name for name, entry in artifact.files.items() if "sha256" not in entry]
+    unhashed = _unhashed(artifact)
     if unhashed:
-        yield f"{MANIFEST} has no hashes of {len(unhashed)} files, so their contents were not compared"
+        names = few_of(unhashed)
+        yield f"{MANIFEST} has no hashes of {len(unhashed)} files, so their contents were not compared ({names})"
     programs = sorted(programs_below(artifact.folder))
     if programs:
         yield f"files that are programs or pickles, which can run code: {few_of(programs)}"
+
+
+def _unhashed(artifact: Artifact) -> list[str]:
+    """The files without a hash in the manifest, except the card, which the user may edit."""
+    return [name for name, entry in artifact.files.items() if not entry.get("sha256") and name != CARD]

@@ -15,7 +15,8 @@ from torch import nn
 
 from loftq.errors import OptionError
 from loftq.formats import adapter
-from loftq.formats.checkpoint import ShardWriter, lay_out
+from loftq.formats.checkpoint import lay_out
+from loftq.formats.shard_writer import ShardWriter
 
 OPTIONS = [
     {"rank": 4, "alpha": 4.0, "rslora": False, "dropout": 0.0},

@@ -1,4 +1,7 @@
-"""Reading and writing checkpoints, against safetensors and transformers, which write and read the same files."""
+"""Reading and writing checkpoints, against safetensors and transformers, which write and read the same files.
+
+Covers: loftq/formats/shard_writer.py.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,6 @@ from loftq.formats.checkpoint import (
     INDEX,
     SINGLE,
     Shard,
-    ShardWriter,
     TensorSpec,
     check_listing,
     index_text,
@@ -32,6 +34,7 @@ from loftq.formats.checkpoint import (
     read_checkpoint,
     spec_of,
 )
+from loftq.formats.shard_writer import ShardWriter
 
 SHAPES = [(3, 5), (7,), (), (0,), (4, 0, 2), (2, 3, 4), (1, 1), (63, 33)]  # an odd number of items in all
 LIMIT = 10**9

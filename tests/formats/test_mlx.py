@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from loftq.core.affine import AffineWeight
 from loftq.errors import OptionError
 from loftq.formats import mlx
-from loftq.formats.checkpoint import SINGLE, ShardWriter, TensorSpec, lay_out
+from loftq.formats.checkpoint import SINGLE, TensorSpec, lay_out
+from loftq.formats.shard_writer import ShardWriter
 
 SHAPES = [(8, 64, 32), (5, 192, 64), (24, 256, 128)]
 NARROW = "model.layers.1.mlp.down_proj"

@@ -1,4 +1,4 @@
-"""Tensors read at their offsets: the oracle is safetensors' own reader. Opens and parsed headers are counted, not timed."""
+"""Tensors read at their offsets. Oracle: safetensors' own reader. Opens and parsed headers are counted, not timed."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def test_names_are_skipped_as_transformers_skips_them() -> None:
     assert 500 < skipped < 5500
 
 
-def test_as_many_patterns_as_modules_are_looked_up_not_compared(monkeypatch: object) -> None:
+def test_as_many_patterns_as_modules_are_looked_up_not_compared() -> None:
     """12,000 patterns: compared with each other, they would take hours."""
     modules = [f"model.layers.{i}.{kind}" for i in range(1000) for kind in ("k_proj", "v_proj", "o_proj")]
     ours = Skipped(modules)

@@ -26,6 +26,8 @@ import pytest
 from folders import Files, hashes, opens
 from processes import start_python
 
+from loftq.artifacts import staging
+
 PARTIAL = ".loftq-partial"
 SETTINGS = ("--rank", 4, "--iter", 1, "--max-shard-size", "60KB", "--workers", 1, "--quiet")
 PAGE = resource.getpagesize()
@@ -224,6 +226,11 @@ def test_a_read_only_disk_with_an_artifact(disk: Disk, whole: tuple[Files, int])
 
 
 # Failing system calls
+
+
+@pytest.fixture(autouse=True)
+def _noted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "EVERY", 0)
 
 
 @pytest.fixture

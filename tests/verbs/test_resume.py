@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 from folders import Files, hashes, opens
+from power_cut import ForgetfulDisk
 from processes import start_python
 
 PARTIAL = ".loftq-partial"
@@ -63,11 +64,20 @@ class Server:
         self.scratch = scratch
 
     def run(
-        self, *arguments: object, output: Path, at: int = 0, send: int = signal.SIGKILL, torn: bool = False
+        self,
+        *arguments: object,
+        output: Path,
+        at: int = 0,
+        send: int = signal.SIGKILL,
+        torn: bool = False,
+        cut: int | None = None,
     ) -> Ended:
-        """Run a command; before its call number `at` on `output`, or after half of it, it gets a signal."""
+        """Run a command; before its call number `at` on `output`, or after half of it, it gets a signal.
+
+        With the seed `cut`, the power is cut at that call, or at the end if `at` is -1.
+        """
         job = {"arguments": [str(argument) for argument in arguments], "output": str(output)}
-        return self.ask(job | {"at": at, "send": int(send), "torn": torn})
+        return self.ask(job | {"at": at, "send": int(send), "torn": torn, "cut": cut})
 
     def ask(self, job: dict[str, Any]) -> Ended:
         """Send a job and read what became of it."""
@@ -240,6 +250,112 @@ def test_killed_at_every_system_call(
     expected, events = undisturbed
     for event in events:
         kill_and_resume(server, command, out, event, expected, run, torn=torn)
+
+
+def test_a_finished_run_survives_a_power_cut(
+    server: Server, command: Command, out: Path, undisturbed: Undisturbed
+) -> None:
+    """All that it wrote is on the disk when it ends, with any part of the rest lost."""
+    for seed in range(3):
+        shutil.rmtree(out, ignore_errors=True)
+        assert server.run(*command, output=out, at=-1, cut=seed).exit_code == 0
+        assert hashes(out) == undisturbed[0], seed
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(300, marks=pytest.mark.slow)])
+def test_the_power_is_cut(count: int, server: Server, command: Command, out: Path, undisturbed: Undisturbed) -> None:
+    """What was never synced is lost at some calls, chosen by a seed: never a wrong folder, and the same bytes."""
+    expected = undisturbed[0]
+    calls = len(server.run(*command, output=out, cut=0).events)
+    assert calls > len(undisturbed[1])
+    draw = random.Random(count)
+    for seed in range(count):
+        shutil.rmtree(out, ignore_errors=True)
+        at = draw.randrange(1 if seed % 2 else 2 * calls // 3, calls + 1)  # half of them while files are moved
+        where = f"the power is cut at call {at} with seed {seed}"
+        assert server.run(*command, output=out, at=at, cut=seed).exit_code == -signal.SIGKILL, where
+        if out.exists():
+            check_unfinished(out, expected)
+        if hashes(out) != expected:
+            resume(server, command, out, expected, where)
+
+
+def test_zeros_in_place_of_written_tensors(
+    server: Server, command: Command, out: Path, undisturbed: Undisturbed
+) -> None:
+    """The journal says that they are written, their pages are lost: they are written again."""
+    expected, events = undisturbed
+    chosen = tensor_writes(events)
+    for damage in ("zeros", "cut short", "gone", "header"):
+        shutil.rmtree(out, ignore_errors=True)
+        server.run(*command, output=out, at=chosen[-2].number)
+        for path in (out / PARTIAL).rglob("*.safetensors"):
+            content = path.read_bytes()
+            start = 8 + int.from_bytes(content[:8], "little")
+            path.write_bytes(
+                {
+                    "zeros": content[:start] + bytes(len(content) - start),
+                    "cut short": content[: len(content) // 2],
+                    "gone": b"",
+                    "header": bytes(start) + content[start:],
+                }[damage]
+            )
+            if damage == "gone":
+                path.unlink()
+        resume(server, command, out, expected, damage)
+
+
+def test_a_damaged_file_of_a_run_that_only_had_to_move_its_files(
+    server: Server, command: Command, out: Path, undisturbed: Undisturbed
+) -> None:
+    """One line with the file and the next step; what the line says works."""
+    expected, events = undisturbed
+    publishing = stages(events)["publishing"]
+    for event in (publishing[2], publishing[-4]):
+        shutil.rmtree(out, ignore_errors=True)
+        server.run(*command, output=out, at=event.number)
+        path = next(out.rglob("model-00002*"))
+        content = path.read_bytes()
+        path.write_bytes(content[:-4096] + bytes(4096))
+        refused = server.run(*command, "--resume", output=out)
+        assert refused.exit_code == 1
+        assert refused.stderr.startswith(f"Error: {path} SHA-256 mismatch, but it was complete before: add --overwrite")
+        assert refused.stderr.count("\n") == 1
+        again = server.run(*command, "--overwrite", output=out)
+        assert again.exit_code == 0, again.stderr
+        assert hashes(out) == expected
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "generation_config.json"])
+def test_a_source_that_changes_during_the_run(name: str, pico: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    """It is one line with the file's name, and nothing is called finished."""
+    model = Path(shutil.copytree(pico, tmp_path / "model"))
+
+    def change(*_: Any) -> Any:
+        (model / name).touch()
+        return {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loftq.verbs.quantize.distilled", change)  # after all tensors are written
+        patch.setattr("loftq.verbs.quantize.write_configs", lambda *_: change())
+        ended = run("quantize", model, "--output", tmp_path / "out", *SETTINGS)
+    assert ended.exit_code == 1
+    assert ended.stderr.startswith(f"Error: {model / name} was changed during the run: ")
+    assert ended.stderr.count("\n") == 1
+    assert not opens(tmp_path / "out")
+
+
+def test_a_finished_folder_is_compared_before_it_is_used_again(
+    pico: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    command = ("quantize", pico, "--output", tmp_path / "out", *SETTINGS)
+    assert run(*command).exit_code == 0
+    assert run(*command, "--resume").exit_code == 0
+    path = tmp_path / "out" / "model-00002-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-4096] + bytes(4096))
+    refused = run(*command, "--resume")
+    assert refused.exit_code == 1
+    assert f"is finished, but its {path.name} SHA-256 mismatch: add --overwrite" in refused.stderr
 
 
 @pytest.mark.parametrize("torn", [False, True])
@@ -561,9 +677,12 @@ def serve(pico: str) -> None:
     import torch
     from tqdm import tqdm
 
+    from loftq.artifacts import staging
     from loftq_cli.main import main
 
     torch.set_num_threads(1)
+    os.fsync = os.fdatasync = lambda _descriptor: None  # nothing here waits for a disk
+    staging.EVERY = 0  # a line of the journal after each tensor, so that the tests can stop between any two
     tqdm.monitor_interval = 0  # or every bar starts a thread
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
         main(["quantize", pico, "--output", f"{scratch}/out", *map(str, SETTINGS), "--workers", "1"])
@@ -593,8 +712,10 @@ def run_child(main: Callable[[list[str]], Any], job: dict[str, Any]) -> None:
     code = 70
     try:
         with Path(job["trace"]).open("w", buffering=1) as trace:
-            count_calls(job, trace.write)
+            disk = count_calls(job, trace.write)
             main(job["arguments"])
+            if disk is not None and job["at"] == -1:
+                disk.cut(job["cut"])
             code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
@@ -603,22 +724,36 @@ def run_child(main: Callable[[list[str]], Any], job: dict[str, Any]) -> None:
         os._exit(code)
 
 
-def count_calls(job: dict[str, Any], trace: Callable[[str], object]) -> None:
-    """Replace what changes files by functions that count, and signal this process at call number `at`."""
+def count_calls(job: dict[str, Any], trace: Callable[[str], object]) -> ForgetfulDisk | None:
+    """Replace what changes files by functions that count, and signal this process at call number `at`.
+
+    Returns the disk whose power is cut there instead, if there is to be one.
+    """
     output = Path(job["output"])
     lock = threading.Lock()
     count = 0
+    disk = None if job.get("cut") is None else ForgetfulDisk(output.parent)
+    is_cut = False
+    cutting: list[threading.Thread] = []
 
     def step(call: str, path: Path, half: Callable[[], object] | None = None) -> None:
-        nonlocal count
-        if not path.is_relative_to(output):
+        nonlocal count, is_cut
+        while is_cut and threading.current_thread() is not cutting[0]:
+            time.sleep(60)
+        if is_cut or not path.is_relative_to(output):
             return
         with lock:
             count += 1
+            if disk is not None:
+                disk.changed()
             trace(json.dumps([count, call, path.relative_to(output).as_posix()]) + "\n")
             if count == job["at"]:
                 if job["torn"] and half is not None:
                     half()
+                if disk is not None:
+                    cutting.append(threading.current_thread())
+                    is_cut = True
+                    disk.cut(job["cut"])
                 os.kill(os.getpid(), job["send"])
 
     def opened(descriptor: int) -> Path:
@@ -669,6 +804,10 @@ def count_calls(job: dict[str, Any], trace: Callable[[str], object]) -> None:
         by_text: [(Path, "write_text")],
         by_copy: [(shutil, "copyfile")],
     }
+    if disk is not None:
+        os.fsync = os.fdatasync = disk.fsync
+        counters[by_descriptor] += [(os, "fsync"), (os, "fdatasync")]
     for counter, calls in counters.items():
         for owner, call in calls:
             setattr(owner, call, counted(getattr(owner, call), call, counter))
+    return disk

@@ -1,6 +1,6 @@
 """Verify: what is sound is found sound, and what is not is named, whatever was done to the folder.
 
-Covers: cli/verify.py, loftq/artifacts/checks.py, loftq/artifacts/recompute.py.
+Covers: cli/verify.py, loftq/artifacts/checks.py, loftq/artifacts/recompute.py, loftq/artifacts/zeroed.py.
 """
 
 from __future__ import annotations
@@ -234,9 +234,48 @@ def test_what_is_listed_outside_the_folder_is_not_read(folder: Path) -> None:
 def test_a_manifest_without_hashes_says_so(folder: Path, pico: Path) -> None:
     change(folder / "loftq.json", lambda manifest: [entry.pop("sha256") for entry in manifest["files"].values()])
     found = loftq.verify(folder, pico, quiet=True)
-    assert found.sound
-    count = len(json.loads((folder / "loftq.json").read_text())["files"])
-    assert found.notes == (f"loftq.json has no hashes of {count} files, so their contents were not compared",)
+    assert found.problems == ()
+    assert not found.sound  # nothing was wrong, but nobody can know it of files that only have hashes
+    names = set(json.loads((folder / "loftq.json").read_text())["files"]) - {"README.md"}
+    assert set(found.unchecked) == names
+    (note,) = found.notes
+    assert note.startswith(f"loftq.json has no hashes of {len(names)} files, so their contents were not compared")
+    assert found.table().rstrip().endswith("not fully checked")
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("name", [f"{LAYER}.weight", f"{LAYER}.weight.absmax", "model.embed_tokens.weight", "all"])
+def test_zeroed_weights_are_never_sound(name: str, recorded: bool, folder: Path) -> None:
+    """The hashes are those of the damaged files. Without a record of the zeros, the norms of layers show them."""
+    for path in folder.glob("*.safetensors") if name == "all" else [shard_of(folder, name)]:
+        change_tensors(
+            path, lambda tensors: [tensors[n].zero_() for n in tensors if name in ("all", n) and "quant_s" not in n]
+        )
+    hash_again(folder)
+    if not recorded:
+        change(folder / "loftq.json", lambda manifest: manifest.pop("zero_blocks"))
+    found = loftq.verify(folder, quiet=True)
+    assert not found.sound
+    owner = LAYER if not recorded and LAYER in name else name
+    assert name == "all" or owner in {where for where, _ in found.problems}
+
+
+def test_a_hole_in_a_file_with_right_hashes_is_named(folder: Path) -> None:
+    """A block of a disk is lost in the middle of a tensor."""
+    path = shard_of(folder, "model.embed_tokens.weight")
+    content = bytearray(path.read_bytes())
+    at = 8 + int.from_bytes(content[:8], "little")
+    at = -(-at // 512) * 512
+    content[at : at + 1024] = bytes(1024)
+    path.write_bytes(content)
+    hash_again(folder)
+    assert any("zero bytes" in what for _, what in verify(folder))
+
+
+@pytest.mark.parametrize("key", ["layers", "files"])
+def test_a_manifest_that_lists_nothing_is_not_sound(key: str, folder: Path) -> None:
+    change(folder / "loftq.json", lambda manifest: manifest.update({key: type(manifest[key])()}))
+    assert not loftq.verify(folder, quiet=True).sound
 
 
 @pytest.mark.parametrize(

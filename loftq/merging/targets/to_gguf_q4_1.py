@@ -43,4 +43,5 @@ class Gguf(Target):
         path = staging.folder / f"{backbone.folder.name}-q4_1.gguf"
         with bar:
             gguf_q4_1.write(path, backbone.config, backbone.folder, backbone.shapes, kept, linear, dense)
+        staging.hashes[path.name] = None
         write_export_manifest(staging, backbone, "gguf")

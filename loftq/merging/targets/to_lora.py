@@ -9,7 +9,7 @@ from loftq.artifacts.staging import Staging
 from loftq.core import pooled
 from loftq.errors import OptionError
 from loftq.formats import adapter as adapters
-from loftq.formats.checkpoint import ShardWriter, TensorSpec, lay_out
+from loftq.formats.checkpoint import TensorSpec, lay_out
 from loftq.formats.schema import json_text
 from loftq.merging.target import Target
 
@@ -40,9 +40,10 @@ class PlainLora(Target):
             for name, shape in adapter.shapes.items()
         ]
         shards = lay_out([specs], sum(spec.nbytes for spec in specs) + 1, adapters.WEIGHTS)
-        with ShardWriter(staging.folder, shards) as writer:
+        with staging.writing(shards) as writer:
             for name in adapter.shapes:
                 tensor = adapter.read(name).float()
-                writer.write(name, pooled.plain_lora(tensor, pool) if ends[name] else tensor)
+                digest = writer.write(name, pooled.plain_lora(tensor, pool) if ends[name] else tensor)
+                staging.note(name, {"written": {name: digest}})
         staging.write_text(adapters.CONFIG, json_text(config, indent=2, sort_keys=True) + "\n")
         write_export_manifest(staging, self.pair.backbone, "adapter")

@@ -1,4 +1,4 @@
-"""Properties of all solvers at full rank and at extreme scales. The oracle is the error in float64 of what they return."""
+"""Properties of all solvers at full rank and at extreme scales. Oracle: the error in float64 of what they return."""
 
 from __future__ import annotations
 
@@ -172,5 +172,5 @@ def test_a_solution_that_is_not_finite_is_refused_by_the_layers_name() -> None:
 def test_integers_that_reach_beyond_float32_are_refused() -> None:
     weight = draw(ROWS, COLUMNS).sign() * 3.4e38
     quantizer = GRIDS[2].quantizer(COLUMNS)
-    with pytest.raises(OptionError, match="layer cannot be quantized .a quantized weight is NaN or Inf"):
+    with pytest.raises(OptionError, match=r"layer cannot be quantized .a quantized weight is NaN or Inf"):
         check_solution(solve_loftq(weight, quantizer, 4, 1, 1.0), quantizer, "layer")
