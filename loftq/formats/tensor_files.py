@@ -94,7 +94,7 @@ class TensorFiles:
             for status in (os.fstat(opened.descriptor), (self._folder / file).stat()):
                 if _state(status) != header.state:
                     raise self._refusal(file, name, "the file has changed since its header was read")
-            _fill(opened.descriptor, memoryview(data.numpy()), place.begin)
+            _fill(opened.descriptor, data.numpy().data, place.begin)
         except OSError as error:
             raise self._refusal(file, name, error.strerror or str(error)) from error
         return data

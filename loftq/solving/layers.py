@@ -138,7 +138,7 @@ def solve_layer(
     seed = layer_seed(plan.recipe.seed, layer.module)
     try:
         solution = solve_by(plan.recipe, weight, moment, quantizer, iterations, seed)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise unsolvable(layer.module, one_line(error)) from error
     check_solution(solution, quantizer, layer.module)
     return solution

@@ -151,7 +151,7 @@ def _solve(name: str, module: nn.Linear, recipe: Recipe, grid: Grid, format: str
     seed = layer_seed(recipe.seed, name)
     try:
         solution = solve_loftq(weight, quantizer, rank, recipe.iters, recipe.scaling, svd=recipe.svd, seed=seed)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise unsolvable(name, one_line(error)) from error
     check_solution(solution, quantizer, name)
     return solution
