@@ -79,8 +79,8 @@ def _compare_layer(
     except (RuntimeError, ValueError, KeyError, AssertionError) as error:  # readers raise these for damaged tensors
         yield Problem(module, f"cannot be read as {backbone.format}: {error}")
         return
-    squared_norm = squared_error(weight, rounded, factors, pair.adapter.scaling, pair.adapter.pool_size)
-    relative_error = (squared_norm / (squared(weight) or 1.0)) ** 0.5
+    left = squared_error(weight, rounded, factors, pair.adapter.scaling, pair.adapter.pool_size)
+    relative_error = (left / (squared(weight) or 1.0)) ** 0.5
     if _differ(relative_error, row["error"], row["error"]):
         yield Problem(module, f"has the relative error {relative_error:.6g}, {MANIFEST} has {row['error']:.6g}")
 

@@ -1,4 +1,4 @@
-"""Properties of all solvers at full rank and at extreme scales. Oracle: the error in float64 of what they return."""
+"""Properties of all solvers at full rank and at extreme scales. The oracle is the float64 error of what they return."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WEIGHTS = {
     "rank 1": torch.outer(draw(ROWS), draw(COLUMNS, seed=1)),
     "duplicates": DUPLICATES,
     "outlier 1e30": outlier(1e30),
-    "outlier 3e38": outlier(3e38),
+    "outlier 1e38": outlier(1e38),
     "1e30": draw(ROWS, COLUMNS) * 1e30,
     "1e37": draw(ROWS, COLUMNS) * 1e37,
     "1e-30": draw(ROWS, COLUMNS) * 1e-30,
@@ -165,12 +165,12 @@ def test_a_solution_that_is_not_finite_is_refused_by_the_layers_name() -> None:
         "the error": replace(solved, trace=replace(solved.trace, plain=math.nan)),
     }
     for part, solution in broken.items():
-        with pytest.raises(OptionError, match=f"layers.0.q_proj cannot be quantized .{part} is NaN or Inf"):
+        with pytest.raises(OptionError, match=rf"layers\.0\.q_proj cannot be quantized \({part} is NaN or Inf"):
             check_solution(solution, quantizer, "layers.0.q_proj")
 
 
 def test_integers_that_reach_beyond_float32_are_refused() -> None:
     weight = draw(ROWS, COLUMNS).sign() * 3.4e38
     quantizer = GRIDS[2].quantizer(COLUMNS)
-    with pytest.raises(OptionError, match=r"layer cannot be quantized .a quantized weight is NaN or Inf"):
+    with pytest.raises(OptionError, match=r"layer cannot be quantized \(a quantized weight is NaN or Inf"):
         check_solution(solve_loftq(weight, quantizer, 4, 1, 1.0), quantizer, "layer")
