@@ -16,6 +16,7 @@ from loftq.core.codebooks import CODEBOOKS, TYPES
 from loftq.core.grid import ROW
 from loftq.errors import ArtifactError
 from loftq.formats import adapter
+from loftq.formats.layouts import LAYOUTS
 from loftq.formats.schema import Limited, check_value, number, one_of, read_json, whole
 
 MANIFEST = "loftq.json"
@@ -84,7 +85,7 @@ _COMMON = {
 }
 _QUANTIZED = {
     **_COMMON,
-    "format": str,
+    "format": one_of(LAYOUTS),
     "source": {**_SOURCE, "model_type": str, "revision": (str, None)},
     "recipe": _RECIPE,
     "layers": [_ROW],

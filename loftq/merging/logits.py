@@ -12,7 +12,7 @@ from loftq.artifacts.pair import BackboneAndAdapter
 from loftq.artifacts.staging import Staging
 from loftq.errors import ArtifactError
 from loftq.merging.target import Target
-from loftq.models.loading import load_base
+from loftq.models.loading import explain_loading, load_adapter, load_base
 from loftq.models.tasks import TASKS, auto_class
 
 
@@ -32,15 +32,15 @@ def checked_difference(target: Target, staging: Staging) -> float | None:
 
 def logit_difference(pair: BackboneAndAdapter, merged: Path) -> float | None:
     """How far the logits of a few tokens have moved, relative to their norm; None for models of other inputs."""
-    from peft import PeftModel
-
     base = load_base(pair.backbone.artifact or pair.backbone.folder, dtype=torch.float32)
     if base.main_input_name != "input_ids":
         return None
-    before = _logits(PeftModel.from_pretrained(base, pair.adapter.folder).eval(), base.config)
+    before = _logits(load_adapter(base, pair.adapter.folder).eval(), base.config)
     del base
     task = TASKS[pair.backbone.task]
-    after = _logits(auto_class(task).from_pretrained(merged, dtype=torch.float32).eval(), None)
+    with explain_loading(merged):
+        model = auto_class(task).from_pretrained(merged, dtype=torch.float32)
+    after = _logits(model.eval(), None)
     return float((after - before).norm() / before.norm())
 
 

@@ -13,14 +13,16 @@ import torch
 from torch import nn
 
 from loftq.core.grid import ROW
-from loftq.errors import ArtifactError, OptionError, UnknownNameError
+from loftq.display import one_line
+from loftq.errors import ArtifactError, LoftQError, OptionError, UnknownNameError
 from loftq.formats import gptq
-from loftq.formats.adapter import open_adapter, target_names
+from loftq.formats.adapter import CONFIG, open_adapter, target_names
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.formats.checkpoint import dtype_of, read_checkpoint
-from loftq.formats.model_config import read_config
+from loftq.formats.model_config import FILE, read_config
 from loftq.models.adapters import check_adapter, check_shapes, foreign_adapter
-from loftq.models.tasks import TASKS, auto_class
+from loftq.models.devices import is_full_memory
+from loftq.models.tasks import TASKS, auto_class, recorded_task
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,13 +46,11 @@ def load_qlora(
     gradients so that gradient checkpointing works, and the adapter is checked to belong to this backbone.
     Raises ArtifactError.
     """
-    from peft import PeftModel
-
     artifact = _open(folder, "qlora")
     chosen = artifact.adapter if adapter is None else Path(adapter)
     check_adapter(artifact, chosen)
     base = load_base(artifact, is_trainable, device_map, dtype)
-    return PeftModel.from_pretrained(base, chosen, is_trainable=is_trainable)
+    return load_adapter(base, chosen, is_trainable)
 
 
 def load_qalora(
@@ -73,7 +73,7 @@ def load_qalora(
     yet. `backend="gptqmodel"` runs GPTQ weights by gptqmodel, where that is installed. What else is done is what
     `load_qlora` does. Raises ArtifactError and OptionError.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     from loftq.models.gptq_quantizer import has_gptqmodel
 
@@ -93,7 +93,7 @@ def load_qalora(
     if foreign is not None:
         check_shapes(base, foreign, str(folder))
     if chosen is not None:
-        return PeftModel.from_pretrained(base, chosen, is_trainable=is_trainable)
+        return load_adapter(base, chosen, is_trainable)
     quantized = [name for name, module in base.named_modules() if hasattr(module, "qweight")]
     config = LoraConfig(
         r=rank,
@@ -137,21 +137,45 @@ def load_base(
         folder, task, heads = source, TASKS["causal-lm"], ()
         stored = dtype_of(read_config(folder, ArtifactError))
     else:
-        folder, task = source.folder, TASKS[source.manifest["source"]["task"]]
+        folder, task = source.folder, recorded_task(source.manifest)
         read_config(folder, ArtifactError)
         heads = open_adapter(source.adapter).config.get("modules_to_save") or ()
         stored = getattr(torch, source.manifest["recipe"]["compute_dtype"])
-    with _expecting_a_new_head(task.has_head):
+    with explain_loading(folder), _expecting_a_new_head(task.has_head):
         config = _config_for_our_linear(folder) if backend == "loftq" else {}
         base: Any = auto_class(task).from_pretrained(folder, dtype=stored, device_map=device_map, **config)
-    guard_cpu(base)
-    if dtype is not None and dtype != stored:
-        _change_dtype(base, dtype)
-    _norms_in_float32(base, dtype or stored)
-    if is_trainable:
-        base.enable_input_require_grads()
-    _heads_in_float32(base, heads)
+        guard_cpu(base)
+        if dtype is not None and dtype != stored:
+            _change_dtype(base, dtype)
+        _norms_in_float32(base, dtype or stored)
+        if is_trainable:
+            base.enable_input_require_grads()
+        _heads_in_float32(base, heads)
     return base
+
+
+def load_adapter(base: Any, folder: str | Path, is_trainable: bool = False) -> PeftModel:
+    """Put the adapter in a folder on a model, by peft. Raises ArtifactError."""
+    from peft import PeftModel
+
+    with explain_loading(Path(folder), CONFIG):
+        return PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
+
+
+@contextmanager
+def explain_loading(folder: Path, file: str = FILE) -> Iterator[None]:
+    """Turn an error of transformers or peft about the values of `file` in a folder into an ArtifactError."""
+    try:
+        yield
+    except LoftQError:
+        raise
+    except Exception as error:  # the classes of configurations, models and quantizers may raise any exception
+        if is_full_memory(error) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        reason = one_line(error, 300)
+        raise ArtifactError(
+            f"{folder} cannot be loaded with its {file} ({reason}): copy or download the folder again"
+        ) from error
 
 
 def _config_for_our_linear(folder: Path) -> dict[str, Any]:

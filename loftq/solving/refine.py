@@ -32,8 +32,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from loftq.formats.adapter import Adapter, keys, open_adapter
 from loftq.formats.artifact import Artifact
-from loftq.models.loading import load_base
-from loftq.models.tasks import TASKS, part_before_head
+from loftq.models.loading import load_adapter, load_base
+from loftq.models.tasks import part_before_head, recorded_task
 
 _HIGHEST_RATE = 2e-4  # at a scaling of one
 _REACH = 0.018  # rate times rank, divided by the root of the divergence
@@ -66,11 +66,11 @@ def refine(
     """
     # products in float32 are faster on a CPU
     base = load_base(artifact, True, {"": device}, torch.float32 if device.type == "cpu" else None)
-    model = PeftModel.from_pretrained(base, artifact.adapter, is_trainable=True)
+    model = load_adapter(base, artifact.adapter, is_trainable=True)
     adapter = open_adapter(artifact.adapter)
     if _weights(adapter) > LARGE:
         cast(Any, model).gradient_checkpointing_enable()
-    core = part_before_head(base, TASKS[artifact.manifest["source"]["task"]])
+    core = part_before_head(base, recorded_task(artifact.manifest))
     rank, scaling = int(adapter.config["r"]), adapter.scaling
     refinement = learn(model, core, teacher, steps, rank, scaling, device, seed=seed, quiet=quiet)
     if not refinement.steps:

@@ -13,13 +13,14 @@ from torch import nn
 
 from loftq.errors import OptionError
 from loftq.formats.artifact import Artifact
+from loftq.formats.model_config import read_config
 from loftq.hub.default_model import default_model
 from loftq.hub.source import Source, find_source
 from loftq.models.adapters import check_shapes, foreign_adapter
 from loftq.models.devices import compute_dtype
-from loftq.models.loading import guard_cpu, load_base, load_qalora, load_qlora
+from loftq.models.loading import explain_loading, guard_cpu, load_adapter, load_base, load_qalora, load_qlora
 from loftq.models.positions import longest_input
-from loftq.models.tasks import TASKS, Task, auto_class, build_meta
+from loftq.models.tasks import TASKS, Task, auto_class, build_meta, recorded_task
 from loftq.planning.plan import Plan
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import recipe_of
@@ -126,7 +127,7 @@ def open_to_train(settings: TrainSettings, backbone: Model, device: torch.device
     place = {"": device}
     if isinstance(backbone, Artifact):
         model: Any = loader_of(backbone)(backbone.folder, device_map=place, dtype=dtype)
-        task = TASKS[backbone.manifest["source"]["task"]]
+        task = recorded_task(backbone.manifest)
         return Opened(model, load_tokenizer(backbone.folder, model), task, backbone.folder)
     if isinstance(backbone, Path):
         tasks.TRAINING_TASKS[settings.task].require(settings.task, "causal-lm", str(backbone))
@@ -163,7 +164,9 @@ def load_dense(
 ) -> Any:
     """Load a full-precision model."""
     labels = {} if num_labels is None else {"num_labels": num_labels}
-    model = auto_class(task).from_pretrained(folder, dtype=dtype, device_map={"": device}, **labels)
+    read_config(folder)
+    with explain_loading(folder):
+        model = auto_class(task).from_pretrained(folder, dtype=dtype, device_map={"": device}, **labels)
     guard_cpu(model)
     return model
 
@@ -176,7 +179,7 @@ def open_to_use(backbone: Model, adapter: str | None, device: torch.device, dtyp
     place = {"": device}
     if isinstance(backbone, Artifact):
         model: Any = loader_of(backbone)(backbone.folder, adapter, is_trainable=False, device_map=place, dtype=dtype)
-        task, folder = TASKS[backbone.manifest["source"]["task"]], backbone.folder
+        task, folder = recorded_task(backbone.manifest), backbone.folder
     elif isinstance(backbone, Path):
         if adapter is None:
             model = load_base(backbone, False, place, dtype)
@@ -202,7 +205,7 @@ def _dense_to_use(source: Source, adapter: Path | None, dtype: torch.dtype, devi
     labels = min(rows) if rows and task.name.endswith("-classification") else None
     base = load_dense(source.folder, task, dtype, device, num_labels=labels)
     check_shapes(base, trained, source.name)
-    return PeftModel.from_pretrained(base, adapter), task
+    return load_adapter(base, adapter), task
 
 
 def load_source(name: str, artifact: Artifact, device: torch.device, dtype: torch.dtype) -> Opened:
@@ -210,7 +213,7 @@ def load_source(name: str, artifact: Artifact, device: torch.device, dtype: torc
     recipe = artifact.manifest["recipe"]
     shipped = default_model()["model"] == name and not Path(name).is_dir()
     source = find_source(None if shipped else name, revision=artifact.manifest["source"]["revision"])
-    task = TASKS[artifact.manifest["source"]["task"]]
+    task = recorded_task(artifact.manifest)
     model = load_dense(source.folder, task, dtype, device, num_labels=recipe["num_labels"])
     model.eval()
     return Opened(model, load_tokenizer(source.folder, model), task, source.folder)
