@@ -19,6 +19,8 @@ from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.formats.checkpoint import Checkpoint, dtype_of, read_checkpoint
 from loftq.formats.layouts import LAYOUTS
 from loftq.formats.model_config import read_config
+from loftq.formats.schema import AGAIN
+from loftq.models.tasks import recorded_task
 
 CAUSAL_LM = "causal-lm"
 
@@ -131,8 +133,12 @@ def backbone_of(artifact: Artifact, checkpoint: Checkpoint | None = None) -> Bac
             "expected a folder that `loftq quantize` wrote"
         )
     shared = recipe["block_size"] if recipe["group_size"] is None else recipe["group_size"]
+    if shared is None:
+        raise ArtifactError(
+            f"{artifact.folder / MANIFEST} is damaged (recipe has no block_size and no group_size): {AGAIN}"
+        )
     grids = {row["name"]: Grid(row["codebook"], shared, recipe["double_quant"], recipe["zero_point"]) for row in rows}
     shapes = {row["name"]: (row["shape"][0], row["shape"][1]) for row in rows}
-    task = manifest["source"].get("task", CAUSAL_LM)
+    task = recorded_task(manifest).name
     checkpoint = checkpoint or read_checkpoint(artifact.folder)
     return Backbone(checkpoint, manifest["format"], grids, shapes, task, artifact)

@@ -7,7 +7,7 @@ from typing import Any
 
 from loftq.formats.adapter import FOLDER
 from loftq.formats.layouts import LAYOUTS
-from loftq.models.tasks import TASKS
+from loftq.models.tasks import recorded_task
 
 
 def loading_lines(
@@ -17,7 +17,7 @@ def loading_lines(
 
     `manifest` is a manifest or the heading of one. Without the id of a repository the place is left open.
     """
-    recipe, loader = manifest["recipe"], TASKS[manifest["source"]["task"]].auto_class
+    recipe, loader = manifest["recipe"], recorded_task(manifest).auto_class
     place = '"..."  # this folder or repository' if repo_id is None else f'"{repo_id}"'
     at = [] if revision is None else [f'revision="{revision}"']
     dtype = f"torch_dtype=torch.{recipe['compute_dtype']}"

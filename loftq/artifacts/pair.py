@@ -9,11 +9,13 @@ from typing import cast
 import torch
 
 from loftq.artifacts.backbone import Backbone, open_backbone
+from loftq.artifacts.checks import backbone_problems, collected
 from loftq.core import pooled
 from loftq.core.affine import AffineWeight
 from loftq.core.scales import Scales
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats.adapter import Adapter, open_adapter
+from loftq.formats.artifact import MANIFEST
 from loftq.models.adapters import fitting_adapter, other_backbone
 
 _PLAIN = {"use_dora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}
@@ -88,6 +90,12 @@ def open_pair(folder: Path, adapter: str | Path | None) -> BackboneAndAdapter:
     """
     backbone = open_backbone(folder)
     ours = backbone.artifact
+    if ours is not None:
+        for problem in collected(backbone_problems(backbone, ours.manifest), MANIFEST):
+            raise ArtifactError(
+                f"{folder} does not match its {MANIFEST}: {problem.where}: {problem.what} "
+                f"(`loftq verify {folder}` lists all problems): copy or download the folder again"
+            )
     if adapter is None:
         if ours is None or not ours.adapter.is_dir():
             raise OptionError(f"{folder} has no adapter of its own: name a trained one with --adapter")

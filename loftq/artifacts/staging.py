@@ -36,6 +36,7 @@ from loftq.formats.scan import hash_of
 from loftq.formats.schema import read_json, whole
 from loftq.formats.shard_writer import ShardWriter
 
+_FILES = {"files": {str: {"bytes": whole(), "sha256?": str}}}  # the part of `loftq.json` that a move needs
 EVERY = 1.0  # seconds between two waits for the disk; a power cut costs at most the work of this time
 _LAST = (INDEX, "config.json", MANIFEST)
 
@@ -218,9 +219,7 @@ class Staging:
 
     def _check_ready(self, manifest: Path, again: str) -> None:
         """Raise OutputError unless all files that are being moved are those that `loftq.json` lists."""
-        for name, entry in read_json(manifest, {"files": {str: {"bytes": whole(), "sha256?": str}}}, error=OutputError)[
-            "files"
-        ].items():
+        for name, entry in read_json(manifest, _FILES, error=OutputError)["files"].items():
             folder = self.folder if (self.folder / name).is_file() else self.output
             difference = listed_difference(folder, name, entry)
             if difference is not None:

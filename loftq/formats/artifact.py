@@ -17,6 +17,7 @@ from loftq.core.grid import ROW
 from loftq.errors import ArtifactError
 from loftq.formats import adapter
 from loftq.formats.disk import is_inside
+from loftq.formats.layouts import LAYOUTS
 from loftq.formats.links import refuse_links
 from loftq.formats.model_files import model_file_names
 from loftq.formats.schema import Limited, check_value, number, one_of, read_json, whole
@@ -87,7 +88,7 @@ _COMMON = {
 }
 _QUANTIZED = {
     **_COMMON,
-    "format": str,
+    "format": one_of(LAYOUTS),
     "source": {**_SOURCE, "model_type": str, "revision": (str, None)},
     "recipe": _RECIPE,
     "layers": [_ROW],

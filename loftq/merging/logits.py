@@ -14,6 +14,7 @@ from loftq.errors import ArtifactError
 from loftq.merging.target import Target
 from loftq.models.loading import load_base
 from loftq.models.peft_targets import load_adapter
+from loftq.models.refusals import explain_loading
 from loftq.models.tasks import TASKS, auto_class
 
 
@@ -40,7 +41,9 @@ def logit_difference(pair: BackboneAndAdapter, merged: Path) -> float | None:
     before = _logits(load_adapter(base, pair.adapter.folder).eval(), base.config)
     del base
     task = TASKS[pair.backbone.task]
-    after = _logits(auto_class(task).from_pretrained(merged, dtype=torch.float32).eval(), None)
+    with explain_loading(merged):
+        model = auto_class(task).from_pretrained(merged, dtype=torch.float32)
+    after = _logits(model.eval(), None)
     return float((after - before).norm() / before.norm())
 
 

@@ -70,6 +70,13 @@ def explain_full_memory(advice: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search(_FULL, str(error)):
+        if not is_full_memory(error):
             raise
         raise LoftQError(f"out of memory: {advice}") from error
+
+
+def is_full_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is full."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and re.search(_FULL, str(error)) is not None

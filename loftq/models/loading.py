@@ -21,7 +21,8 @@ from loftq.formats.checkpoint import dtype_of, read_checkpoint
 from loftq.formats.model_config import read_config
 from loftq.models.adapters import check_adapter, check_shapes, foreign_adapter
 from loftq.models.peft_targets import adapt, load_adapter
-from loftq.models.tasks import TASKS, auto_class
+from loftq.models.refusals import explain_loading
+from loftq.models.tasks import TASKS, auto_class, recorded_task
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -140,20 +141,20 @@ def load_base(
         folder, task, heads = source, TASKS["causal-lm"], ()
         stored = dtype_of(read_config(folder, ArtifactError))
     else:
-        folder, task = source.folder, TASKS[source.manifest["source"]["task"]]
+        folder, task = source.folder, recorded_task(source.manifest)
         read_config(folder, ArtifactError)
         heads = open_adapter(source.adapter).config.get("modules_to_save") or ()
         stored = getattr(torch, source.manifest["recipe"]["compute_dtype"])
-    with _expecting_a_new_head(task.has_head):
+    with explain_loading(folder), _expecting_a_new_head(task.has_head):
         config = _config_for_our_linear(folder) if backend == "loftq" else {}
         base: Any = auto_class(task).from_pretrained(folder, dtype=stored, device_map=device_map, **config)
-    guard_cpu(base)
-    if dtype is not None and dtype != stored:
-        _change_dtype(base, dtype)
-    _norms_in_float32(base, dtype or stored)
-    if is_trainable:
-        base.enable_input_require_grads()
-    _heads_in_float32(base, heads)
+        guard_cpu(base)
+        if dtype is not None and dtype != stored:
+            _change_dtype(base, dtype)
+        _norms_in_float32(base, dtype or stored)
+        if is_trainable:
+            base.enable_input_require_grads()
+        _heads_in_float32(base, heads)
     return base
 
 

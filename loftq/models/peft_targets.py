@@ -18,7 +18,8 @@ from torch import nn
 
 from loftq.display import one_line
 from loftq.errors import ArtifactError, OptionError
-from loftq.formats.adapter import open_adapter
+from loftq.formats.adapter import CONFIG, open_adapter
+from loftq.models.refusals import explain_loading
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -99,11 +100,8 @@ def load_adapter(model: Any, folder: Path, *, is_trainable: bool = False) -> Pef
 
     adapter = open_adapter(folder)
     named = set(adapter.modules) <= {name for name, _ in model.named_modules()}
-    with as_named() if named else nullcontext():
-        try:
-            adapted = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
-        except ValueError as error:
-            raise ArtifactError(f"peft cannot load the adapter {folder}: {one_line(error)}") from error
+    with as_named() if named else nullcontext(), explain_loading(folder, CONFIG):
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
     if not named:
         return adapted
     stored = set(adapter.shapes)

@@ -7,6 +7,7 @@ is built on the meta device, where it takes no memory, in the same way as transf
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,8 @@ import torch
 from torch import nn
 
 from loftq.display import one_line
-from loftq.errors import LoftQError, OptionError, SourceError, UnknownNameError
+from loftq.errors import ArtifactError, LoftQError, OptionError, SourceError, UnknownNameError
+from loftq.formats.artifact import MANIFEST
 from loftq.formats.model_config import read_config
 
 
@@ -46,6 +48,17 @@ TASKS = {
         Task("feature-extraction", "AutoModel", "FEATURE_EXTRACTION"),
     )
 }
+
+
+def recorded_task(manifest: Mapping[str, Any]) -> Task:
+    """The task that a manifest names. Raises ArtifactError if this version does not know it."""
+    name = manifest["source"]["task"]
+    if name not in TASKS:
+        raise ArtifactError(
+            f"{MANIFEST} names the task {name!r}, which this loftq does not know (known: {', '.join(TASKS)}): "
+            "upgrade loftq, or copy or download the folder again"
+        )
+    return TASKS[name]
 
 
 def auto_class(task: Task) -> Any:

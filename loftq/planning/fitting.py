@@ -15,23 +15,34 @@ from torch import nn
 
 from loftq.display import few_of
 from loftq.errors import OptionError
-from loftq.formats.layouts import misfit
-from loftq.models import peft_targets
+from loftq.formats.layouts import LAYOUTS, Layout, choose, misfit
+from loftq.models import linears, peft_targets
 from loftq.models.linears import DenseLinear
+from loftq.models.loader_probe import keeps_modules
 from loftq.planning.recipe import Recipe
 
 Targets = Mapping[str, DenseLinear]
 
 
 class Fitting:
-    """The linears that are left, `targets`, and those that stay in 16 bits, `reasons`, by the name of the module."""
+    """The linears of a model that are quantized, `targets`, and those that stay in 16 bits, `reasons`, by module.
 
-    def __init__(self, targets: Targets) -> None:
+    `format` is the name of the layout, which is that of the recipe or the first that can hold the linears. Raises
+    OptionError if linears with more than half of the weights do not fit, or if no linear is left.
+    """
+
+    def __init__(self, model: nn.Module, targets: Targets, recipe: Recipe) -> None:
         self.targets = dict(targets)
         self.reasons: dict[str, str] = {}
         self._weights = sum(prod(dense.shape) for dense in targets.values())
+        self._leave_to_peft(model)
+        self._take_out(lambda module, dense: _rank_problem(module, dense, recipe))
+        shapes = {dense.shape for dense in self.targets.values()}
+        loadable = _loadable(model, self.targets, recipe)
+        self.format = choose(recipe.grids, recipe.format, shapes=shapes, loadable=loadable)
+        self._take_out(lambda module, dense: _format_problem(module, dense, recipe, self.format))
 
-    def leave_to_peft(self, model: nn.Module) -> None:
+    def _leave_to_peft(self, model: nn.Module) -> None:
         """Take out the linears that peft refuses, or whose adapters it would put on other parameters.
 
         Raises OptionError if no linear is left.
@@ -43,26 +54,6 @@ class Fitting:
                 del self.targets[module]
         if not self.targets:
             raise OptionError(f"no linear is left to quantize: {next(iter(self.reasons.values()))}")
-
-    def fit_rank(self, recipe: Recipe) -> None:
-        """Take out the linears that are too small for the rank or the pool. Raises OptionError if they are too many."""
-        self._take_out(lambda module, dense: _rank_problem(module, dense, recipe))
-
-    def fit_format(self, recipe: Recipe, format: str) -> None:
-        """Take out the linears that a format cannot hold. Raises OptionError if they are too many."""
-
-        def problem(module: str, dense: DenseLinear) -> tuple[str, str] | None:
-            rows, columns = dense.shape
-            for grid in recipe.grids:
-                text = misfit(format, grid, rows, columns)
-                if text is not None:
-                    last = module.rpartition(".")[2]
-                    return f"{module} ({rows} x {columns}): {text}, or --exclude-modules {last}", "they do not fit " + (
-                        f"{grid.sharing} {grid.block(columns)}" if "divide" in text else f"--format {format}"
-                    )
-            return None
-
-        self._take_out(problem)
 
     def notes(self, dtype: str) -> Iterator[str]:
         """One note for each reason, with a few names."""
@@ -101,3 +92,31 @@ def _rank_problem(module: str, dense: DenseLinear, recipe: Recipe) -> tuple[str,
         )
         return text, f"they are smaller than --rank {recipe.rank}"
     return None
+
+
+def _format_problem(module: str, dense: DenseLinear, recipe: Recipe, format: str) -> tuple[str, str] | None:
+    rows, columns = dense.shape
+    for grid in recipe.grids:
+        problem = misfit(format, grid, rows, columns)
+        if problem is not None:
+            text = f"{module} ({rows} x {columns}): {problem}, or --exclude-modules {module.rpartition('.')[2]}"
+            wanted = f"{grid.sharing} {grid.block(columns)}" if "divide" in problem else f"--format {format}"
+            return text, f"they do not fit {wanted}"
+    return None
+
+
+def _loadable(model: nn.Module, targets: Mapping[str, DenseLinear], recipe: Recipe) -> list[str]:
+    """The formats whose loaders accept the targets."""
+    stock = all(layer.stock for layer in targets.values())
+    text = getattr(model, "main_input_name", "") == "input_ids"
+
+    def loads(layout: Layout) -> bool:
+        if not keeps_modules(model, layout.METHOD):
+            return False
+        if not layout.STOCK:
+            return True
+        if not (stock and layout.WITHOUT_WEIGHT):
+            return stock
+        return text and all(map(layout.holds, recipe.grids)) and linears.bears_other_linears(model, targets)
+
+    return [name for name, layout in LAYOUTS.items() if loads(layout)]

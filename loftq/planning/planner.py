@@ -12,13 +12,13 @@ from loftq.core import allocation
 from loftq.errors import CheckpointError, SourceError
 from loftq.formats import adapter
 from loftq.formats.checkpoint import Shard, TensorSpec, lay_out, parse_size
-from loftq.formats.layouts import LAYOUTS, Layout, choose
+from loftq.formats.layouts import LAYOUTS, Layout
 from loftq.formats.model_config import read_config
 from loftq.hub.source import Source
 from loftq.models import linears, naming
 from loftq.models.families import family_of
 from loftq.models.linears import DenseLinear, Linears
-from loftq.models.loader_probe import keeps_modules, runs_packed
+from loftq.models.loader_probe import runs_packed
 from loftq.models.naming import NameMap
 from loftq.models.tasks import build_meta
 from loftq.planning.fitting import Fitting
@@ -54,13 +54,8 @@ def make_plan(
     resized = heads if recipe.num_labels is not None else ()
     names = naming.map_names(model, source.checkpoint.tensors, new=(*heads, _POOLER), resized=resized)
     saved = (*heads, *_new_poolers(names)) if task.has_head else ()
-    fitting = Fitting({target: model_linears.candidates[target] for target in targets})
-    fitting.leave_to_peft(model)
-    fitting.fit_rank(recipe)
-    shapes = {layer.shape for layer in fitting.targets.values()}
-    format = choose(recipe.grids, recipe.format, shapes=shapes, loadable=_loadable(model, fitting.targets, recipe))
-    fitting.fit_format(recipe, format)
-    targets = list(fitting.targets)
+    fitting = Fitting(model, {target: model_linears.candidates[target] for target in targets}, recipe)
+    targets, format = list(fitting.targets), fitting.format
     _check_code(model, targets, source)
     layers = tuple(_layer(target, layer, names.source, source) for target, layer in fitting.targets.items())
     layers = _allocate(layers, recipe, widths)
@@ -114,23 +109,6 @@ def _targets(model: nn.Module, model_linears: Linears, recipe: Recipe, source: S
         reached = [p for p in usual or () if any(linears.reaches(p, name) for name in names)]
         wanted = tuple(reached) or None
     return linears.select(model, model_linears, wanted, recipe.exclude_modules)
-
-
-def _loadable(model: nn.Module, targets: Mapping[str, DenseLinear], recipe: Recipe) -> list[str]:
-    """The formats whose loaders accept the targets."""
-    stock = all(layer.stock for layer in targets.values())
-    text = getattr(model, "main_input_name", "") == "input_ids"
-
-    def loads(layout: Layout) -> bool:
-        if not keeps_modules(model, layout.METHOD):
-            return False
-        if not layout.STOCK:
-            return True
-        if not (stock and layout.WITHOUT_WEIGHT):
-            return stock
-        return text and all(map(layout.holds, recipe.grids)) and linears.bears_other_linears(model, targets)
-
-    return [name for name, layout in LAYOUTS.items() if loads(layout)]
 
 
 def _check_code(model: nn.Module, targets: Sequence[str], source: Source) -> None:

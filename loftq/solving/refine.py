@@ -34,7 +34,7 @@ from loftq.formats.adapter import Adapter, keys, open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.models.loading import load_base
 from loftq.models.peft_targets import load_adapter
-from loftq.models.tasks import TASKS, part_before_head
+from loftq.models.tasks import part_before_head, recorded_task
 
 _HIGHEST_RATE = 2e-4  # at a scaling of one
 _REACH = 0.018  # rate times rank, divided by the root of the divergence
@@ -71,7 +71,7 @@ def refine(
     adapter = open_adapter(artifact.adapter)
     if _weights(adapter) > LARGE:
         cast(Any, model).gradient_checkpointing_enable()
-    core = part_before_head(base, TASKS[artifact.manifest["source"]["task"]])
+    core = part_before_head(base, recorded_task(artifact.manifest))
     rank, scaling = int(adapter.config["r"]), adapter.scaling
     refinement = learn(model, core, teacher, steps, rank, scaling, device, seed=seed, quiet=quiet)
     if not refinement.steps:

@@ -12,11 +12,12 @@ from peft import LoraConfig
 
 from loftq.display import one_line
 from loftq.errors import OptionError
-from loftq.formats.adapter import open_adapter
+from loftq.formats.adapter import CONFIG, open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.models.devices import compute_dtype, device_to_run
 from loftq.models.peft_targets import adapt
 from loftq.models.positions import longest_input
+from loftq.models.refusals import explain_loading
 from loftq.models.tasks import build_meta
 from loftq.models.training_memory import kept_bytes, trained_bytes
 from loftq.planning.planner import make_plan
@@ -107,7 +108,8 @@ def _on_meta(settings: TrainSettings, dtype: torch.dtype) -> tuple[Any, int, int
         recipe, adapter = backbone.manifest["recipe"], open_adapter(backbone.adapter)
         task = backbone.manifest["source"]["task"]
         model, _ = build_meta(backbone.folder, task=task, num_labels=recipe["num_labels"], dtype=dtype)
-        config = LoraConfig.from_pretrained(backbone.adapter)
+        with explain_loading(backbone.adapter, CONFIG):
+            config = LoraConfig.from_pretrained(backbone.adapter)
         trainable = sum(math.prod(shape) for shape in adapter.shapes.values())
         weights = int(backbone.manifest["totals"]["backbone_bytes"])
     else:

@@ -13,6 +13,7 @@ from torch import nn
 
 from loftq.errors import OptionError
 from loftq.formats.artifact import Artifact
+from loftq.formats.model_config import read_config
 from loftq.hub.default_model import default_model
 from loftq.hub.source import Source, find_source
 from loftq.models.adapters import check_shapes, foreign_adapter
@@ -20,7 +21,8 @@ from loftq.models.devices import compute_dtype
 from loftq.models.loading import guard_cpu, load_base, load_qalora, load_qlora
 from loftq.models.peft_targets import adapt, load_adapter
 from loftq.models.positions import longest_input
-from loftq.models.tasks import TASKS, Task, auto_class, build_meta
+from loftq.models.refusals import explain_loading
+from loftq.models.tasks import TASKS, Task, auto_class, build_meta, recorded_task
 from loftq.planning.plan import Plan
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import recipe_of
@@ -128,7 +130,7 @@ def open_to_train(settings: TrainSettings, backbone: Model, device: torch.device
     place = {"": device}
     if isinstance(backbone, Artifact):
         model: Any = loader_of(backbone)(backbone.folder, device_map=place, dtype=dtype)
-        task = TASKS[backbone.manifest["source"]["task"]]
+        task = recorded_task(backbone.manifest)
         return Opened(model, load_tokenizer(backbone.folder, model), task, backbone.folder)
     if isinstance(backbone, Path):
         tasks.TRAINING_TASKS[settings.task].require(settings.task, "causal-lm", str(backbone))
@@ -164,11 +166,12 @@ def load_dense(
     source: Source, task: Task, dtype: torch.dtype, device: torch.device, *, num_labels: int | None = None
 ) -> Any:
     """Load a full-precision model. Raises CheckpointError for 8-bit weights that no configuration explains."""
-    if "quantization_config" not in (source.folder / "config.json").read_text(encoding="utf-8"):
+    if "quantization_config" not in read_config(source.folder):
         for spec in source.checkpoint.tensors.values():
             refuse_narrow(spec)
     labels = {} if num_labels is None else {"num_labels": num_labels}
-    model = auto_class(task).from_pretrained(source.folder, dtype=dtype, device_map={"": device}, **labels)
+    with explain_loading(source.folder):
+        model = auto_class(task).from_pretrained(source.folder, dtype=dtype, device_map={"": device}, **labels)
     guard_cpu(model)
     return model
 
@@ -181,7 +184,7 @@ def open_to_use(backbone: Model, adapter: str | None, device: torch.device, dtyp
     place = {"": device}
     if isinstance(backbone, Artifact):
         model: Any = loader_of(backbone)(backbone.folder, adapter, is_trainable=False, device_map=place, dtype=dtype)
-        task, folder = TASKS[backbone.manifest["source"]["task"]], backbone.folder
+        task, folder = recorded_task(backbone.manifest), backbone.folder
     elif isinstance(backbone, Path):
         if adapter is None:
             model = load_base(backbone, False, place, dtype)
@@ -215,7 +218,7 @@ def load_source(name: str, artifact: Artifact, device: torch.device, dtype: torc
     recipe = artifact.manifest["recipe"]
     shipped = default_model()["model"] == name and not Path(name).is_dir()
     source = find_source(None if shipped else name, revision=artifact.manifest["source"]["revision"])
-    task = TASKS[artifact.manifest["source"]["task"]]
+    task = recorded_task(artifact.manifest)
     model = load_dense(source, task, dtype, device, num_labels=recipe["num_labels"])
     model.eval()
     return Opened(model, load_tokenizer(source.folder, model), task, source.folder)

@@ -14,7 +14,7 @@ from loftq.artifacts.inspection import TRAINED, Inspection
 from loftq.core.grid import ROW, Grid
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats import adapter as adapters
-from loftq.formats.adapter import Adapter, read_config
+from loftq.formats.adapter import Adapter, check_rank, read_config
 from loftq.formats.artifact import MANIFEST, Artifact, read_artifact
 from loftq.formats.checkpoint import Checkpoint, TensorSpec, read_header
 from loftq.formats.layouts import LAYOUTS
@@ -132,7 +132,9 @@ def _checkpoint(place: _Place, artifact: Artifact) -> Checkpoint:
 def _adapter(place: _Place, path: str) -> Adapter:
     folder = place.folder / path
     shapes = {spec.name: spec.shape for spec in place.header(f"{path}{adapters.WEIGHTS}")}
-    return Adapter(folder, read_config(folder), shapes)
+    adapter = Adapter(folder, read_config(folder), shapes)
+    check_rank(adapter)
+    return adapter
 
 
 def _described(adapter: Adapter) -> dict[str, Any]:

@@ -20,8 +20,10 @@ from loftq.planning.fitting import Fitting
 from loftq.planning.recipe import recipe_of
 
 
-def fitting(**shapes: tuple[int, int]) -> Fitting:
-    return Fitting({f"block.{name}": DenseLinear(shape) for name, shape in shapes.items()})
+def fitting(settings: dict[str, Any], **shapes: tuple[int, int]) -> Fitting:
+    """Linears of these shapes in a model without a configuration, about which peft has nothing to say."""
+    targets = {f"block.{name}": DenseLinear(shape) for name, shape in shapes.items()}
+    return Fitting(nn.Module(), targets, recipe_of(**settings, format="loftq"))
 
 
 @pytest.mark.parametrize(
@@ -35,10 +37,7 @@ def fitting(**shapes: tuple[int, int]) -> Fitting:
     ],
 )
 def test_an_odd_linear_stays(settings: dict[str, Any], odd: tuple[int, int], reason: str) -> None:
-    plan = fitting(odd=odd, usual=(4096, 256))
-    recipe = recipe_of(**settings)
-    plan.fit_rank(recipe)
-    plan.fit_format(recipe, "loftq")
+    plan = fitting(settings, odd=odd, usual=(4096, 256))
     assert list(plan.targets) == ["block.usual"]
     assert plan.reasons == {"block.odd": reason}
     assert list(plan.notes("float16")) == [f"linears that stay in float16, because {reason}: block.odd"]
@@ -46,9 +45,9 @@ def test_an_odd_linear_stays(settings: dict[str, Any], odd: tuple[int, int], rea
 
 def test_settings_that_fit_hardly_any_weight_are_refused() -> None:
     with pytest.raises(OptionError, match=r"--rank 65 is larger than the smaller side of block.large \(64 x 128\)"):
-        fitting(large=(64, 128), small=(66, 66)).fit_rank(recipe_of(rank=65))
+        fitting({"rank": 65}, large=(64, 128), small=(66, 66))
     with pytest.raises(OptionError, match=r"--block-size 64 does not divide its 72 inputs"):
-        fitting(large=(64, 72)).fit_format(recipe_of(rank=4), "loftq")
+        fitting({"rank": 4}, large=(64, 72))
 
 
 def test_small_linears_keep_their_values_and_the_rest_loads(tmp_path: Path) -> None:
