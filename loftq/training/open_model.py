@@ -13,7 +13,7 @@ from torch import nn
 
 from loftq.errors import OptionError
 from loftq.formats.artifact import Artifact
-from loftq.formats.model_config import read_config
+from loftq.formats.model_config import check_beside, read_config
 from loftq.hub.default_model import default_model
 from loftq.hub.source import Source, find_source
 from loftq.models.adapters import check_shapes, foreign_adapter
@@ -165,6 +165,7 @@ def load_dense(
     """Load a full-precision model."""
     labels = {} if num_labels is None else {"num_labels": num_labels}
     read_config(folder)
+    check_beside(folder)
     with explain_loading(folder):
         model = auto_class(task).from_pretrained(folder, dtype=dtype, device_map={"": device}, **labels)
     guard_cpu(model)
