@@ -139,6 +139,6 @@ def backbone_of(artifact: Artifact, checkpoint: Checkpoint | None = None) -> Bac
         )
     grids = {row["name"]: Grid(row["codebook"], shared, recipe["double_quant"], recipe["zero_point"]) for row in rows}
     shapes = {row["name"]: (row["shape"][0], row["shape"][1]) for row in rows}
-    task = recorded_task(manifest).name
+    task = recorded_task(manifest, artifact.folder / MANIFEST).name
     checkpoint = checkpoint or read_checkpoint(artifact.folder)
     return Backbone(checkpoint, manifest["format"], grids, shapes, task, artifact)

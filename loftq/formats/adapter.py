@@ -35,6 +35,7 @@ _LORA = {  # what loftq reads of a LoRA's configuration; peft knows more keys
     "modules_to_save?": ([str], None),
     "use_rslora?": (bool, None),
     "use_qalora?": (bool, None),
+    "lora_dropout?": number(0),
     "rank_pattern?": ({str: whole(1, 2**31)}, None),
     "alpha_pattern?": ({str: float}, None),
 }

@@ -16,12 +16,28 @@ from safetensors import SafetensorError, safe_open
 
 from loftq.errors import LoftQError, SourceError
 from loftq.formats.checkpoint import INDEX, SINGLE, read_index
-from loftq.formats.schema import json_text, read_json, shown
+from loftq.formats.schema import json_text, number, read_json, shown, whole
 
 FILE = "config.json"
 _AGAIN = "download it again"
 _SCHEMA = {"model_type?": (str, None), "architectures?": ([str], None)}
 _COUNTS = re.compile(r"(layers?|blocks|experts?|stages|groups|depths?|attention_types)$")  # each makes modules
+_TOKEN = (str, dict, None)
+_IDS = (whole(), [whole()], None)
+_BESIDE = {  # files that transformers reads beside it, and the values in them that its errors do not name
+    "tokenizer_config.json": {
+        "model_max_length?": (number(0), None),
+        "tokenizer_class?": (str, None),
+        "chat_template?": (str, list, dict, None),
+        **dict.fromkeys((f"{name}_token?" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")), _TOKEN),
+    },
+    "generation_config.json": {
+        **dict.fromkeys((f"{name}_token_id?" for name in ("eos", "bos", "pad", "decoder_start")), _IDS),
+        **dict.fromkeys(("temperature?", "top_p?", "repetition_penalty?", "length_penalty?"), (float, None)),
+        **dict.fromkeys(("max_length?", "max_new_tokens?", "min_length?", "top_k?", "num_beams?"), (whole(), None)),
+        **dict.fromkeys(("do_sample?", "use_cache?"), (bool, None)),
+    },
+}
 _FEWEST = 64  # a model may use the same tensors in several layers
 _MOST = 4096  # where there is no checkpoint to compare with
 _LIMITS = {  # other numbers for which code of models makes tables
@@ -50,6 +66,13 @@ def read_config(folder: Path, error: type[LoftQError] = SourceError, tensors: in
             if names.search(last) and value > most:
                 raise error(f"{path} is damaged ({key} is {shown(value)}, expected at most {most}): {_AGAIN}")
     return config
+
+
+def check_beside(folder: Path, error: type[LoftQError] = SourceError) -> None:
+    """Raise `error` if a configuration beside `config.json` has values that make no sense."""
+    for name, schema in _BESIDE.items():
+        if (folder / name).is_file():
+            read_json(folder / name, schema, error=error, advice=_AGAIN, foreign=True)
 
 
 def config_text(config: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from loftq.formats import gptq
 from loftq.formats.adapter import open_adapter, target_names
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.formats.checkpoint import dtype_of, read_checkpoint
-from loftq.formats.model_config import read_config
+from loftq.formats.model_config import check_beside, read_config
 from loftq.models.adapters import check_adapter, check_shapes, foreign_adapter
 from loftq.models.peft_targets import adapt, load_adapter
 from loftq.models.refusals import explain_loading
@@ -141,8 +141,9 @@ def load_base(
         folder, task, heads = source, TASKS["causal-lm"], ()
         stored = dtype_of(read_config(folder, ArtifactError))
     else:
-        folder, task = source.folder, recorded_task(source.manifest)
+        folder, task = source.folder, recorded_task(source.manifest, source.folder / MANIFEST)
         read_config(folder, ArtifactError)
+        check_beside(folder, ArtifactError)
         heads = open_adapter(source.adapter).config.get("modules_to_save") or ()
         stored = getattr(torch, source.manifest["recipe"]["compute_dtype"])
     with explain_loading(folder), _expecting_a_new_head(task.has_head):

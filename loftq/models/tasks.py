@@ -50,12 +50,12 @@ TASKS = {
 }
 
 
-def recorded_task(manifest: Mapping[str, Any]) -> Task:
-    """The task that a manifest names. Raises ArtifactError if this version does not know it."""
+def recorded_task(manifest: Mapping[str, Any], where: object = MANIFEST) -> Task:
+    """The task that the manifest `where` names. Raises ArtifactError if this version does not know it."""
     name = manifest["source"]["task"]
     if name not in TASKS:
         raise ArtifactError(
-            f"{MANIFEST} names the task {name!r}, which this loftq does not know (known: {', '.join(TASKS)}): "
+            f"{where} names the task {name!r}, which this loftq does not know (known: {', '.join(TASKS)}): "
             "upgrade loftq, or copy or download the folder again"
         )
     return TASKS[name]

@@ -7,6 +7,7 @@ from typing import Any
 
 from loftq.display import one_line
 from loftq.errors import SourceError
+from loftq.formats.model_config import check_beside
 
 _FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
@@ -21,6 +22,7 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     missing = f"{folder} has no tokenizer that can be loaded: copy the tokenizer's files of the original model there"
     if not any(path.is_file() for pattern in _FILES for path in folder.glob(pattern)):
         raise SourceError(missing)
+    check_beside(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a tokenizer's own class may raise anything for files that make no sense

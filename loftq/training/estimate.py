@@ -122,5 +122,6 @@ def _on_meta(settings: TrainSettings, dtype: torch.dtype) -> tuple[Any, int, int
             weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     config.inference_mode = False
     config.use_qalora = False  # QA-LoRA needs quantized linears; a plain LoRA keeps at least as much
-    with torch.device("meta"):
+    origin = backbone.adapter if isinstance(backbone, Artifact) else backbone.folder
+    with explain_loading(origin, CONFIG), torch.device("meta"):
         return adapt(model, config), trainable, weights

@@ -13,7 +13,7 @@ from torch import nn
 
 from loftq.errors import OptionError
 from loftq.formats.artifact import Artifact
-from loftq.formats.model_config import read_config
+from loftq.formats.model_config import check_beside, read_config
 from loftq.hub.default_model import default_model
 from loftq.hub.source import Source, find_source
 from loftq.models.adapters import check_shapes, foreign_adapter
@@ -170,6 +170,7 @@ def load_dense(
         for spec in source.checkpoint.tensors.values():
             refuse_narrow(spec)
     labels = {} if num_labels is None else {"num_labels": num_labels}
+    check_beside(source.folder)
     with explain_loading(source.folder):
         model = auto_class(task).from_pretrained(source.folder, dtype=dtype, device_map={"": device}, **labels)
     guard_cpu(model)

@@ -279,7 +279,8 @@ def test_every_mutation_of_every_file_is_read_or_refused_in_one_line(
         if kind != "training.json of a run":  # whose settings differ
             read(document)
         refused = 0
-        for where, changed in mutations(document):
+        cases = list(mutations(document))
+        for where, changed in random.Random(0).sample(cases, min(len(cases), 500)):
             try:
                 read(changed)
             except LoftQError as error:
@@ -402,6 +403,63 @@ def test_merge_names_the_key_of_an_adapters_configuration(
     assert key in result.stderr
     assert str(adapter / ADAPTER) in result.stderr
     check_command(result)
+
+
+GENERATE = ["generate", "DIR", "--prompt", "hi", "--max-new-tokens", "2"]
+TRAIN = ["train", "DIR", "--data", "DATA", "--output", "OUT", "--dry-run"]
+MERGE = ["merge", "DIR", "--to", "bf16", "--output", "OUT", "--quiet"]
+AGAIN = ["quantize", "SOURCE", "--output", "DIR", "--rank", "4", "--iter", "1", "--resume", "--quiet"]
+EVALUATE = ["evaluate", "DIR", "--data", "DATA", "--quiet"]
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "keys", "value"),
+    [
+        (GENERATE, "config.json", ["quantization_config", "bnb_4bit_quant_type"], True),
+        (GENERATE, "config.json", ["quantization_config", "llm_int8_skip_modules"], ["x"]),
+        (GENERATE, "config.json", ["attention_bias"], "x"),
+        (GENERATE, "config.json", ["rope_parameters", "rope_type"], "x"),
+        (EVALUATE, "config.json", ["num_hidden_layers"], 10**9),
+        (EVALUATE, "config.json", ["hidden_size"], -1),
+        (GENERATE, "generation_config.json", ["eos_token_id"], "x"),
+        (GENERATE, "tokenizer_config.json", ["model_max_length"], {"a": 1}),
+        (EVALUATE, "tokenizer_config.json", ["eos_token"], 5),
+        (GENERATE, "loftq.json", ["source", "task"], "x"),
+        (TRAIN, "loftq.json", ["recipe", "num_labels"], "x"),
+        (TRAIN, f"loftq_init/{ADAPTER}", ["bias"], None),
+        (TRAIN, f"loftq_init/{ADAPTER}", ["lora_dropout"], "x"),
+        (MERGE, "loftq.json", ["recipe", "block_size"], None),
+        (MERGE, "loftq.json", ["layers", 0, "shape"], [1, 1]),
+        (MERGE, "loftq.json", ["layers", 0, "codebook"], "int8"),
+        (AGAIN, "loftq.json", ["totals"], {}),
+    ],
+)
+def test_commands_name_the_file_of_a_value_that_makes_no_sense(
+    command: list[str],
+    file: str,
+    keys: list[Any],
+    value: Any,
+    folder: Path,
+    pico: Path,
+    run: Callable[..., Result],
+    tmp_path: Path,
+) -> None:
+    """The errors of transformers and peft about values in a folder's configurations are one line too."""
+    document = json.loads((folder / file).read_text())
+    *parents, last = keys
+    container = document
+    for key in parents:
+        container = container[key]
+    container[last] = value
+    (folder / file).write_text(json.dumps(document))
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "a text to learn"}) + "\n")
+    places = {"DIR": folder, "DATA": tmp_path / "data.jsonl", "OUT": tmp_path / "out", "SOURCE": pico}
+    result = run(*(places.get(word, word) for word in command))
+    assert result.exit_code == 1
+    error = next(line for line in result.stderr.splitlines() if line.startswith("Error: "))
+    assert Path(file).name in error
+    assert str(folder) in error
+    assert "Traceback" not in result.stderr
 
 
 def test_what_a_manifest_says_reaches_the_terminal_escaped(folder: Path, run: Callable[..., Result]) -> None:
