@@ -127,7 +127,7 @@ def _out_of_files(error: BaseException) -> str | None:
         seen.add(id(link))
         number = link.errno if isinstance(link, OSError) else None
         if number in (errno.EMFILE, errno.ENFILE) or re.search(r"Too many open files|os error 2[34]\b", str(link)):
-            return "too many files are open: raise the limit, for example with `ulimit -n 65536`, and run again"
+            return "too many files are open in this process: raise the limit with `ulimit -n 65536`, and run again"
         link = link.__cause__ or link.__context__
     return None
 

@@ -189,14 +189,19 @@ class Adapter:
 
 
 def open_adapter(folder: Path) -> Adapter:
-    """Open the folder of a peft adapter. Raises ArtifactError if it is not one, or is damaged."""
+    """Open the folder of a peft adapter. Raises ArtifactError if it is not one, is damaged, or is not complete."""
+    adapter = read_adapter(folder)
+    check_rank(adapter)
+    return adapter
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Open the folder of a peft adapter, without checking that its tensors fit its configuration."""
     config = read_config(folder)
     refuse_links(folder, model_file_names(folder), ArtifactError)
     opened = TensorFiles(folder, ArtifactError, _AGAIN)
     shapes = {name: place.shape for name, place in opened.places(WEIGHTS).items()}
-    adapter = Adapter(folder, config, shapes, opened)
-    check_rank(adapter)
-    return adapter
+    return Adapter(folder, config, shapes, opened)
 
 
 def check_rank(adapter: Adapter) -> None:

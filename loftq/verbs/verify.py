@@ -26,7 +26,7 @@ from loftq.artifacts.written import listed_difference
 from loftq.artifacts.zeroed import implausible_zeros, new_zeros
 from loftq.display import few_of, key_values, size
 from loftq.errors import OptionError
-from loftq.formats.adapter import FOLDER, open_adapter
+from loftq.formats.adapter import FOLDER, read_adapter
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, combine_hashes, read_artifact
 from loftq.formats.checkpoint import INDEX
 from loftq.formats.disk import PARTIAL, is_inside
@@ -147,7 +147,7 @@ def _check(artifact: Artifact, source: Source | None, trust_remote_code: bool, q
     manifest = artifact.manifest
     try:
         backbone = backbone_of(artifact)
-        adapter = open_adapter(artifact.adapter) if "rank" in manifest["recipe"] else None
+        adapter = read_adapter(artifact.adapter) if "rank" in manifest["recipe"] else None
     except UNREADABLE as error:
         yield Problem("headers", f"cannot be read: {explained(error)}")
         return

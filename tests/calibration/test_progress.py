@@ -162,6 +162,7 @@ def test_another_calibration_begins_anew(change: str, tmp_path: Path, monkeypatc
     partial = tmp_path / ".known-partial"
     if change == "weights":
         os.utime(model / "model.safetensors", ns=(1, 1))
+        plan = plan_of(model)
     elif change == "moment":
         next(partial.glob("moment-*")).unlink()
     elif change == "state":

@@ -83,7 +83,7 @@ def test_rows_are_documents(form: str, column: str, tmp_path: Path) -> None:
         ([{"a": "x", "b": "y"}], r"expected a column `text`, or a single column of strings \(columns: a, b\)"),
         ([{"a": 1}], r"columns: a\)"),
         ([{"text": "x"}, {"text": None}], "row 2 has no string in its column 'text'"),
-        (["x"], "row 1 is not an object"),
+        (["x"], "line 1 is not an object"),
     ],
 )
 def test_rows_without_a_text_are_refused(rows: list[Any], match: str, tmp_path: Path) -> None:

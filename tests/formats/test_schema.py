@@ -209,7 +209,7 @@ def readers(artifact: Path, pico_sharded: Path, scratch: Path) -> dict[str, tupl
     entry = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "checkpoint_format": "gptq_v2"}
     settings = SimpleNamespace(differences=lambda _: ["seed"])
     index = json.loads((sharded / "model.safetensors.index.json").read_text())
-    hub = SimpleNamespace(hf_hub_download=lambda *_, **__: scratch / "loftq.json")
+    hub = SimpleNamespace(token=None)
     pushed = Destination(hub, "me/x", False, None, None, False, True, "c", None, frozenset({"loftq.json", "a"}))  # type: ignore[arg-type]
     manifest = json.loads((artifact / "loftq.json").read_text())
     manifest["layers"] = manifest["layers"][:1]
@@ -273,8 +273,9 @@ def _use(folder: Path) -> object:
 
 
 def test_every_mutation_of_every_file_is_read_or_refused_in_one_line(
-    artifact: Path, pico_sharded: Path, tmp_path: Path
+    artifact: Path, pico_sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("loftq.hub.destination.download", lambda *_, **__: tmp_path)
     for kind, (document, name, read) in readers(artifact, pico_sharded, tmp_path).items():
         if kind != "training.json of a run":  # whose settings differ
             read(document)

@@ -1,6 +1,6 @@
 """Loading: by the lines of the original README in a process without loftq, and by load_qlora.
 
-Covers: loftq/models/adapters.py.
+Covers: loftq/models/adapters.py, loftq/models/refusals.py.
 """
 
 from __future__ import annotations

@@ -263,7 +263,7 @@ def test_a_plain_lora_computes_the_same(pooled: tuple[Path, Path], tmp_path: Pat
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     plain = PeftModel.from_pretrained(base, tmp_path / "out")
     assert (logits_of(plain) - wanted).norm() < 1e-5 * wanted.norm()
-    with pytest.raises(OptionError, match="plain LoRA already"):
+    with pytest.raises(OptionError, match="already a plain LoRA"):
         merge(make_plain(tmp_path), tmp_path / "plain" / "loftq_init", tmp_path / "again", to="lora")
 
 
@@ -432,8 +432,8 @@ def test_gguf(kind: str, tmp_path: Path) -> None:
     ("options", "to", "said"),
     [
         ({"bits": 3}, "gguf-q4_1", "holds integers of 4 bits, not 3: use --to mlx"),
-        ({"bits": 4}, "gguf-q4_1", "groups of multiples of 32"),
-        ({"bits": 4}, "mlx", "holds groups of 32, 64, 128 inputs, not of 16"),
+        ({"bits": 4}, "gguf-q4_1", "groups of a multiple of 32"),
+        ({"bits": 4}, "mlx", "holds groups of 32, 64, 128 inputs, not 16"),
         ({"bits": 3.5}, "gptq", "several widths, but a GPTQ folder has only one: use --to int"),
     ],
 )
