@@ -176,6 +176,13 @@ class Adapter:
 
 def open_adapter(folder: Path) -> Adapter:
     """Open the folder of a peft adapter. Raises ArtifactError if it is not one, or is damaged."""
+    adapter = read_adapter(folder)
+    check_rank(adapter)
+    return adapter
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The folder of a peft adapter, whose tensors are not compared with its configuration. Raises ArtifactError."""
     config = read_config(folder)
     path = folder / WEIGHTS
     try:
@@ -183,9 +190,7 @@ def open_adapter(folder: Path) -> Adapter:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}): {_AGAIN}") from error
-    adapter = Adapter(folder, config, shapes)
-    check_rank(adapter)
-    return adapter
+    return Adapter(folder, config, shapes)
 
 
 def check_rank(adapter: Adapter) -> None:

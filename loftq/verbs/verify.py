@@ -25,7 +25,7 @@ from loftq.artifacts.recompute import compare_with_source, plan_again
 from loftq.artifacts.rows import summed_errors
 from loftq.display import key_values, size
 from loftq.errors import OptionError
-from loftq.formats.adapter import FOLDER, open_adapter
+from loftq.formats.adapter import FOLDER, read_adapter
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, combine_hashes, read_artifact
 from loftq.formats.checkpoint import INDEX
 from loftq.formats.disk import is_inside
@@ -126,7 +126,7 @@ def _check(artifact: Artifact, source: Source | None, trust_remote_code: bool, q
     manifest = artifact.manifest
     try:
         backbone = backbone_of(artifact)
-        adapter = open_adapter(artifact.adapter) if "rank" in manifest["recipe"] else None
+        adapter = read_adapter(artifact.adapter) if "rank" in manifest["recipe"] else None
     except UNREADABLE as error:
         yield Problem("headers", f"cannot be read: {explained(error)}")
         return
