@@ -123,8 +123,6 @@ def test_too_many_open_files_are_one_line(error: Exception, run: Run, monkeypatc
         assert (ended.exit_code, ended.stderr.count("\n")) == (1, 1)
         message = "Error: too many files are open in this process: raise the limit with `ulimit -n"
         assert ended.stderr.startswith(message)
-            "Error: too many files are open in this process: raise the limit with `ulimit -n"
-        )
 
 
 def test_a_chain_of_errors_may_be_a_circle(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
