@@ -29,7 +29,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import loftq
-from loftq.formats.checkpoint import ShardWriter, TensorSpec, lay_out
+from loftq.formats.checkpoint import TensorSpec, lay_out
+from loftq.formats.shard_writer import ShardWriter
 
 _HIDDEN, _INNER, _VOCABULARY = 64, 64, 320
 _LARGEST = 1.3  # the ratio that the largest file may reach
