@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq.artifacts.journal import JOURNAL, Journal, append, read_journal
-from loftq.artifacts.written import Description, describe, listed_difference
+from loftq.artifacts.written import Description, describe, is_written, listed_difference
 from loftq.errors import OutputError
 from loftq.formats.adapter import FOLDER
 from loftq.formats.artifact import MANIFEST
@@ -102,7 +102,7 @@ class Staging:
         """
         self.shards = tuple(shards)
         with ShardWriter(self.folder, shards, kept=dict(self.hashes)) as writer:
-            for name in [name for name, record in self.done.items() if not _is_there(writer, record)]:
+            for name in [name for name, record in self.done.items() if not is_written(writer, record)]:
                 del self.done[name]
             self._sync, ended = writer.sync, threading.Event()
             flusher = threading.Thread(target=self._flush_often, args=(ended,), name="loftq-journal", daemon=True)
@@ -224,14 +224,6 @@ class Staging:
             difference = listed_difference(folder, name, entry)
             if difference is not None:
                 raise OutputError(f"{folder / name} {difference}, but it was complete before: {again}")
-
-
-def _is_there(writer: ShardWriter, record: Mapping[str, Any]) -> bool:
-    """Whether a recorded step has hashes, and the tensors that it wrote still have them."""
-    written = record.get("written")
-    if not isinstance(written, dict) or not written:
-        return False
-    return all(writer.holds(name, sha256) for name, sha256 in written.items())
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from loftq.errors import OutputError
 from loftq.formats.artifact import CARD
 from loftq.formats.checkpoint import Shard
 from loftq.formats.scan import Scan, hash_of, scan
+from loftq.formats.shard_writer import ShardWriter
 
 
 class Description(NamedTuple):
@@ -47,6 +48,14 @@ def describe(
         files[name] = {"bytes": contents.nbytes, "sha256": contents.sha256}
         zero_blocks |= contents.zero_blocks
     return Description(files, zero_blocks)
+
+
+def is_written(writer: ShardWriter, record: Mapping[str, Any]) -> bool:
+    """Whether a recorded step has hashes, and the tensors that it wrote still have them."""
+    written = record.get("written")
+    if not isinstance(written, dict) or not written:
+        return False
+    return all(writer.holds(name, sha256) for name, sha256 in written.items())
 
 
 def _places(shard: Shard) -> dict[str, tuple[int, int]]:

@@ -8,8 +8,7 @@ expected and the next step. Keys that the schema does not name are allowed, beca
 A schema is one of these:
 
     str, bool, int, float, dict, list      a type; an int has at most 63 bits, a float may be written as 3
-    None                                   null
-    object                                 anything
+    None, object                           null, anything
     {"name": schema, "name?": schema}      an object; a key with a question mark may be missing
     {str: schema}                          an object with any keys
     [schema]                               a list
