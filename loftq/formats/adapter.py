@@ -202,6 +202,9 @@ def check_rank(adapter: Adapter) -> None:
     """Raise ArtifactError unless every A has its B, and both have the rank of the configuration."""
     if adapter.config["peft_type"] != "LORA":
         return
+    empty = [name for name, shape in adapter.shapes.items() if 0 in shape]
+    if empty or not adapter.shapes:
+        raise ArtifactError(f"{adapter.folder / WEIGHTS} is empty{f' in {empty[0]}' if empty else ''}: {_AGAIN}")
     for module in adapter.modules:
         a, b = (adapter.shapes.get(key, ()) for key in keys(module))
         if min(len(a), len(b)) < 2:
@@ -211,6 +214,17 @@ def check_rank(adapter: Adapter) -> None:
             raise ArtifactError(
                 f"{adapter.folder / CONFIG}: r is {rank}, but the factors of {module!r} have rank {a[0]} and {b[1]} in "
                 f"{WEIGHTS}: {_AGAIN}"
+            )
+
+
+def check_values(adapter: Adapter) -> None:
+    """Raise ArtifactError if a tensor of an adapter holds a value that is not a finite number."""
+    for name in adapter.shapes:
+        tensor = adapter.read(name)
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise ArtifactError(
+                f"{adapter.folder / WEIGHTS}: {name} holds values that are not finite numbers: "
+                "train the adapter again, or copy it again"
             )
 
 
