@@ -34,6 +34,7 @@ def check_tensors(model: Any, backbone: Backbone, adapter: Adapter, embeddings: 
     if missing:
         raise ArtifactError(f"{where} lacks {key_of(missing[0])}, which modules_to_save names: {_USE}")
     explained = {key for module in adapter.modules for key in keys(module)} | set(adapter.saved.values())
+    explained |= set(adapter.copies)
     for key in sorted(adapter.shapes.keys() - explained):
         raise ArtifactError(f"{where} has {key}, which loftq does not know and cannot merge: use peft's own merge")
     check_values(adapter)

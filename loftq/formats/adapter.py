@@ -168,7 +168,19 @@ class Adapter:
     @cached_property
     def saved(self) -> dict[str, str]:
         """Parameters that are saved in full beside the factors (a head): name in the model to name in the file."""
-        return {name.removeprefix(_PREFIX): name for name in self.shapes if ".lora_" not in name}
+        names = [name for name in self.shapes if ".lora_" not in name and name not in self.copies]
+        return {name.removeprefix(_PREFIX): name for name in names}
+
+    @cached_property
+    def copies(self) -> dict[str, str]:
+        """Second copies, which peft adds for resized embeddings and never reads, and the tensors that it reads."""
+        plain = {
+            name: name.replace(part, ".")
+            for name in self.shapes
+            for part in (".modules_to_save.", ".original_module.")
+            if part in name
+        }
+        return {name: right for name, right in plain.items() if right in self.shapes}
 
     def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A (rank, in), for QA-LoRA (rank, in / pool), and B (out, rank) of a module: float32."""

@@ -108,7 +108,7 @@ def load_adapter(model: Any, folder: Path, *, is_trainable: bool = False) -> Pef
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
     if not named:
         return adapted
-    stored = set(adapter.shapes)
+    stored = set(adapter.shapes) - set(adapter.copies)
     placed = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) | (stored & own)
     for names, problem in ((stored - placed, "has a tensor without a place"), (placed - stored, "lacks a tensor")):
         if names:
