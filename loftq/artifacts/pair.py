@@ -2,40 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from loftq.artifacts.backbone import Backbone, open_backbone
 from loftq.artifacts.checks import backbone_problems, collected
+from loftq.artifacts.embeddings import Embeddings, embeddings_of
+from loftq.artifacts.pair_checks import check_tensors
 from loftq.core import pooled
 from loftq.core.affine import AffineWeight
 from loftq.core.scales import Scales
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats.adapter import Adapter, open_adapter
 from loftq.formats.artifact import MANIFEST
-from loftq.models.adapters import fitting_adapter, other_backbone
-
-_PLAIN = {"use_dora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}
+from loftq.models.adapter_settings import check_mergeable
+from loftq.models.adapters import fitting_adapter, other_backbone, trained_on_original
+from loftq.models.tasks import build_meta
 
 
 @dataclass(frozen=True)
 class BackboneAndAdapter:
     """A backbone and the adapter that is merged into it.
 
-    `other_backbone` names the backbone on which the adapter was trained, if it differs from this one.
+    `other_backbone` names the model on which the adapter was trained, if it differs from this one. `embeddings` says
+    what the adapter changes about the vocabulary.
     """
 
     backbone: Backbone
     adapter: Adapter
     other_backbone: str | None = None
+    embeddings: Embeddings = field(default_factory=Embeddings)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The `config.json` of the backbone, with the vocabulary of the adapter."""
+        return self.embeddings.config(self.backbone.config)
 
     def kept(self, name: str) -> torch.Tensor:
         """A tensor outside the quantized weights. If the adapter has it too (a head), the adapter's is read."""
         saved = self.adapter.saved.get(name)
-        return self.backbone.checkpoint.read(name) if saved is None else self.adapter.read(saved)
+        if saved is not None:
+            return self.adapter.read(saved)
+        return self.backbone.checkpoint.read((self.embeddings.untied or {}).get(name, name))
 
     def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The factors A and B of a module; None if the adapter has none for it."""
@@ -103,17 +115,18 @@ def open_pair(folder: Path, adapter: str | Path | None) -> BackboneAndAdapter:
     chosen, other = Path(adapter), None
     if ours is None:
         opened = open_adapter(chosen)
+        check_mergeable(opened)
+        other = trained_on_original(opened, None)
         unknown = sorted(set(opened.modules) - set(backbone.grids))
         if unknown:
             raise ArtifactError(
                 f"the adapter {chosen} adapts {unknown[0]!r}, which is not a quantized linear of {folder}"
             )
     else:
+        check_mergeable(open_adapter(chosen))
         opened = fitting_adapter(ours, chosen)
         other = other_backbone(ours, opened)
-    for key, plain in _PLAIN.items():
-        if opened.config.get(key) not in (plain, None):
-            raise OptionError(
-                f"{chosen} has {key} {opened.config[key]!r}, which loftq cannot merge: use peft's own merge"
-            )
-    return BackboneAndAdapter(backbone, opened, other)
+    model, _ = build_meta(backbone.folder, task=backbone.task)
+    embeddings = embeddings_of(model, backbone, opened)
+    check_tensors(model, backbone, opened, embeddings)
+    return BackboneAndAdapter(backbone, opened, other, embeddings)

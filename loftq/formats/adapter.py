@@ -169,7 +169,19 @@ class Adapter:
     @cached_property
     def saved(self) -> dict[str, str]:
         """Parameters that are saved in full beside the factors (a head): name in the model to name in the file."""
-        return {name.removeprefix(_PREFIX): name for name in self.shapes if ".lora_" not in name}
+        names = [name for name in self.shapes if ".lora_" not in name and name not in self.copies]
+        return {name.removeprefix(_PREFIX): name for name in names}
+
+    @cached_property
+    def copies(self) -> dict[str, str]:
+        """Second copies, which peft adds for resized embeddings and never reads, and the tensors that it reads."""
+        plain = {
+            name: name.replace(part, ".")
+            for name in self.shapes
+            for part in (".modules_to_save.", ".original_module.")
+            if part in name
+        }
+        return {name: right for name, right in plain.items() if right in self.shapes}
 
     def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A (rank, in), for QA-LoRA (rank, in / pool), and B (out, rank) of a module: float32."""
@@ -208,6 +220,9 @@ def check_rank(adapter: Adapter) -> None:
     """Raise ArtifactError unless every A has its B, and both have the rank of the configuration."""
     if adapter.config["peft_type"] != "LORA":
         return
+    empty = [name for name, shape in adapter.shapes.items() if 0 in shape]
+    if empty or not adapter.shapes:
+        raise ArtifactError(f"{adapter.folder / WEIGHTS} is empty{f' in {empty[0]}' if empty else ''}: {_AGAIN}")
     for module in adapter.modules:
         a, b = (adapter.shapes.get(key, ()) for key in keys(module))
         if min(len(a), len(b)) < 2:
@@ -217,6 +232,17 @@ def check_rank(adapter: Adapter) -> None:
             raise ArtifactError(
                 f"{adapter.folder / CONFIG}: r is {rank}, but the factors of {module!r} have rank {a[0]} and {b[1]} in "
                 f"{WEIGHTS}: {_AGAIN}"
+            )
+
+
+def check_values(adapter: Adapter) -> None:
+    """Raise ArtifactError if a tensor of an adapter holds a value that is not a finite number."""
+    for name in adapter.shapes:
+        tensor = adapter.read(name)
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise ArtifactError(
+                f"{adapter.folder / WEIGHTS}: {name} holds values that are not finite numbers: "
+                "train the adapter again, or copy it again"
             )
 
 

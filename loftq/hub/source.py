@@ -27,13 +27,21 @@ from loftq.formats.checkpoint import (
     spec_of,
 )
 from loftq.formats.links import refuse_outside
-from loftq.formats.model_files import SIDE_FILES, check_model_folder, is_side_file, model_file_names
+from loftq.formats.model_files import (
+    SENTENCE_FILES,
+    SIDE_FILES,
+    check_model_folder,
+    is_side_file,
+    model_file_names,
+    module_file_names,
+    module_patterns,
+)
 from loftq.hub.default_model import default_model, unpack_gguf
 from loftq.hub.errors import checked_token, explain_source_refusals
 from loftq.hub.snapshot import check_hashes, download
 
 # The small files of a repository that are read: those to copy, and those that say what it is.
-_SMALL = (*SIDE_FILES, "config.json", INDEX, CARD, MANIFEST, CONFIG)
+_SMALL = (*SIDE_FILES, *SENTENCE_FILES, "config.json", INDEX, CARD, MANIFEST, CONFIG)
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,8 @@ def side_files(folder: Path, code: bool = False) -> list[Path]:
 
     Raises CheckpointError for one that is a link out of the folder.
     """
-    names = [name for name in model_file_names(folder, code) if is_side_file(name, code)]
+    modules = set(module_file_names(folder))
+    names = [name for name in model_file_names(folder, code) if name in modules or is_side_file(name, code)]
     refuse_outside(folder, names)
     return [folder / name for name in names if (folder / name).is_file()]
 
@@ -162,6 +171,8 @@ def _download(repo: str, revision: str | None, token: str | None, small: Sequenc
     # The revision is requested by its name, not by its commit, so that the cache can find it by that name later.
     folder = download(repo, revision=revision, token=token, patterns=small)
     commit = folder.name
+    if patterns := module_patterns(folder):
+        download(repo, revision=commit, token=token, patterns=patterns)
     weights = [SINGLE] if SINGLE in files else sorted(set(read_index(folder).values()))
     absent = sorted(set(weights) - files)
     if absent:

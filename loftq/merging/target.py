@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any, ClassVar
+
+import torch
 
 from loftq.artifacts.pair import BackboneAndAdapter
 from loftq.artifacts.staging import Staging
@@ -14,8 +17,6 @@ from loftq.errors import ArtifactError
 from loftq.formats import adapter as adapters
 from loftq.formats.checkpoint import TensorSpec
 from loftq.hub.source import side_files
-
-_HEAD_TOLERANCE = 0.02  # a head is trained in float32, and stored in the model's 16 bits
 
 
 class Target(ABC):
@@ -26,7 +27,8 @@ class Target(ABC):
     suffix: ClassVar[str] = ".safetensors"  # of the files with the weights
     any_backbone: ClassVar[bool] = False  # whether the adapter may have been trained on another backbone
     comparable: ClassVar[bool] = False  # whether transformers can load the result, to compare its logits
-    tolerance: ClassVar[float | None] = None  # maximum difference of logits relative to their norm; None: no limit
+    tolerance: ClassVar[float | None] = None  # maximum error of logits relative to their norm; None: no limit
+    rounds_to: ClassVar[torch.dtype | None] = None  # to which the sum of backbone and adapter is rounded
 
     def __init__(self, pair: BackboneAndAdapter, limit: int) -> None:
         self.pair = pair
@@ -40,18 +42,13 @@ class Target(ABC):
     def write(self, staging: Staging, quiet: bool) -> None:
         """Write all files, the manifest last. Tensors that `staging` already has are not written again."""
 
-    @property
-    def tolerated(self) -> float | None:
-        """The tolerance for this pair. It is larger with a trained head, which is rounded too."""
-        if self.tolerance is None or not self.pair.adapter.saved:
-            return self.tolerance
-        return max(self.tolerance, _HEAD_TOLERANCE)
-
     @cached_property
     def kept(self) -> dict[str, TensorSpec]:
         """The tensors that are not quantized, by name. A trained head of the adapter replaces that of the backbone."""
         backbone = self.pair.backbone
         specs = {name: spec for name, spec in backbone.checkpoint.tensors.items() if name not in backbone.owners}
+        for name, source in (self.pair.embeddings.untied or {}).items():
+            specs[name] = replace(specs[source], name=name)
         for name, key in self.pair.adapter.saved.items():
             specs[name] = TensorSpec(name, backbone.dtype, self.pair.adapter.shapes[key])
         return specs
@@ -63,7 +60,7 @@ class Target(ABC):
             return ()
         text = (
             f"{self.pair.adapter.folder} was trained on {other}, another backbone than {self.pair.backbone.folder}: it "
-            "repairs errors that are not here"
+            "does not fit the rounding errors of these weights"
         )
         if not self.any_backbone:
             raise ArtifactError(f"{text}; merge it with --to {self.name} into its own")

@@ -17,6 +17,7 @@ from loftq.formats.adapter import Adapter, keys, open_adapter
 from loftq.formats.artifact import MANIFEST, Artifact, combine_hashes, open_artifact
 from loftq.formats.checkpoint import Checkpoint
 from loftq.formats.links import refuse_links
+from loftq.formats.model_config import FILE
 from loftq.formats.schema import read_json
 
 TRAINING_RECORD = "training.json"
@@ -113,7 +114,31 @@ def other_backbone(artifact: Artifact, adapter: Adapter) -> str | None:
     trained = trained_on(adapter.folder)
     if trained is None and base_model and (Path(base_model) / MANIFEST).is_file():
         trained = str(base_model), open_artifact(base_model).backbone_hash
-    return None if trained is None or trained[1] == artifact.backbone_hash else trained[0]
+    if trained is None:
+        return trained_on_original(adapter, artifact.manifest["source"]["model"])
+    return None if trained[1] == artifact.backbone_hash else trained[0]
+
+
+def trained_on_original(adapter: Adapter, source: str | None) -> str | None:
+    """The name of the full-precision model on which an adapter was trained; None if that were quantized weights.
+
+    `source` is the name of the model from which the backbone was quantized. If it is unknown where an adapter was
+    trained, the answer is None.
+    """
+    base_model = adapter.config.get("base_model_name_or_path")
+    if not base_model or trained_on(adapter.folder) is not None:
+        return None
+    folder = Path(base_model)
+    if source is not None:
+        same = base_model == source or (folder.is_dir() and folder.resolve() == Path(source).resolve())
+        if same or f"models--{source.replace('/', '--')}" in folder.parts:
+            return str(base_model)
+    is_model = (folder / FILE).is_file() and not (folder / MANIFEST).is_file()
+    return (
+        str(base_model)
+        if is_model and "quantization_config" not in read_json(folder / FILE, {}, foreign=True)
+        else None
+    )
 
 
 def fitting_adapter(artifact: Artifact, folder: Path) -> Adapter:
@@ -132,9 +157,9 @@ def fitting_adapter(artifact: Artifact, folder: Path) -> Adapter:
     for module in adapter.modules:
         for key, side in zip(keys(module), (1, 0), strict=True):
             shape, right = adapter.shapes[key], expected.shapes[key]
-            if shape[side] != right[side]:
+            if len(shape) != len(right) or shape[side] != right[side]:
                 raise ArtifactError(
-                    f"the adapter {folder} does not fit {artifact.folder}: {key} is {shape[0]} x {shape[1]}, "
+                    f"the adapter {folder} does not fit {artifact.folder}: {key} is {' x '.join(map(str, shape))}, "
                     f"expected {right[0]} x {right[1]}: use an adapter of this artifact"
                 )
     return adapter

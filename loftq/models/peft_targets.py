@@ -18,7 +18,8 @@ from torch import nn
 
 from loftq.display import one_line
 from loftq.errors import ArtifactError, OptionError
-from loftq.formats.adapter import CONFIG, open_adapter
+from loftq.formats.adapter import CONFIG, Adapter, check_values, key_of, open_adapter
+from loftq.models.adapter_settings import check_loadable
 from loftq.models.refusals import explain_loading
 
 if TYPE_CHECKING:
@@ -99,13 +100,16 @@ def load_adapter(model: Any, folder: Path, *, is_trainable: bool = False) -> Pef
     from peft import PeftModel, get_peft_model_state_dict
 
     adapter = open_adapter(folder)
+    check_loadable(adapter)
+    check_values(adapter)
+    own = _resize(model, adapter)
     named = set(adapter.modules) <= {name for name, _ in model.named_modules()}
     with as_named() if named else nullcontext(), explain_loading(folder, CONFIG):
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
     if not named:
         return adapted
-    stored = set(adapter.shapes)
-    placed = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    stored = set(adapter.shapes) - set(adapter.copies)
+    placed = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) | (stored & own)
     for names, problem in ((stored - placed, "has a tensor without a place"), (placed - stored, "lacks a tensor")):
         if names:
             raise ArtifactError(
@@ -113,6 +117,23 @@ def load_adapter(model: Any, folder: Path, *, is_trainable: bool = False) -> Pef
                 "use an adapter that was trained on this model"
             )
     return adapted
+
+
+def _resize(model: Any, adapter: Adapter) -> set[str]:
+    """Give a model as many tokens as the embeddings of an adapter have. The names of its embeddings are returned.
+
+    peft also saves embeddings outside `modules_to_save` if the vocabulary was resized, and loads them into the model.
+    """
+    try:
+        layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except (AttributeError, NotImplementedError):  # a model of images
+        return set()
+    names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+    own = {key_of(f"{name}.{kind}") for name in names for kind in ("weight", "bias", "base_layer.weight")}
+    rows = {adapter.shapes[key][0] for key in own & set(adapter.shapes) if len(adapter.shapes[key]) == 2}
+    if layers[0] is not None and len(rows) == 1 and rows != {layers[0].weight.shape[0]}:
+        model.resize_token_embeddings(rows.pop(), mean_resizing=False)
+    return own
 
 
 def _conversion() -> Any:

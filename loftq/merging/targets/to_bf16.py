@@ -21,7 +21,8 @@ class Dense(ModelFolder):
     format = "dense"
     any_backbone = True
     comparable = True
-    tolerance = 0.1  # weights are rounded to 16 bits, and LLM.int8 also rounds activations of the backbone
+    tolerance = 5e-4  # the same weights, rounded to the same 16 bits
+    rounds_to = torch.bfloat16
 
     def check(self, allow_rounding: bool) -> None:
         """Return None: every pair can be merged into a dense model, and nothing is lost."""
@@ -47,6 +48,6 @@ class Dense(ModelFolder):
 
     def config(self) -> dict[str, Any]:
         """The contents of `config.json`."""
-        config = {key: value for key, value in self.pair.backbone.config.items() if key != "quantization_config"}
+        config = {key: value for key, value in self.pair.config.items() if key != "quantization_config"}
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = "bfloat16"
         return config

@@ -9,7 +9,9 @@ from loftq.artifacts.manifest import write_export_manifest
 from loftq.artifacts.staging import Staging
 from loftq.core.affine import AffineWeight
 from loftq.formats import gguf_q4_1
+from loftq.merging.readers import gguf_notes
 from loftq.merging.target import Target
+from loftq.models.tasks import build_meta
 
 
 class Gguf(Target):
@@ -25,6 +27,12 @@ class Gguf(Target):
         self.pair.require_pools()
         for bits, block in backbone.kinds:
             gguf_q4_1.check_linears(backbone.config, bits, block)
+
+    def notes(self) -> tuple[str, ...]:
+        """Notes for the user, also on settings of the model that the reader of the export does not read."""
+        backbone = self.pair.backbone
+        model, _ = build_meta(backbone.folder, task=backbone.task)
+        return (*super().notes(), *gguf_notes(model, self.pair.config))
 
     def write(self, staging: Staging, quiet: bool) -> None:
         """Write the file, with a progress bar on stderr."""
@@ -42,6 +50,6 @@ class Gguf(Target):
 
         path = staging.folder / f"{backbone.folder.name}-q4_1.gguf"
         with bar:
-            gguf_q4_1.write(path, backbone.config, backbone.folder, backbone.shapes, kept, linear, dense)
+            gguf_q4_1.write(path, pair.config, backbone.folder, backbone.shapes, kept, linear, dense)
         staging.hashes[path.name] = None
         write_export_manifest(staging, backbone, "gguf")

@@ -104,7 +104,7 @@ class Rounded(ModelFolder):
         codebooks: Mapping[str, str] = {module: grid.codebook for module, grid in backbone.grids.items()}
         grid = self.grid(next(iter(codebooks)))
         entry = gptq.quantization_config(grid, backbone.dtype, (), codebooks, list(codebooks))
-        return {**backbone.config, "quantization_config": entry}
+        return {**self.pair.config, "quantization_config": entry}
 
 
 def _squared(values: torch.Tensor) -> float:

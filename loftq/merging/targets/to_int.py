@@ -24,7 +24,7 @@ class Integers(ModelFolder):
     format = native.METHOD
     import_line = native.IMPORT_LINE
     comparable = True
-    tolerance = 1e-3
+    tolerance = 3e-4
 
     def check(self, allow_rounding: bool) -> None:  # noqa: ARG002
         """Raise OptionError unless the adapter folds into the zero-points."""
@@ -54,4 +54,4 @@ class Integers(ModelFolder):
         codebooks = {module: grid.codebook for module, grid in backbone.grids.items()}
         grid = self.grid(next(iter(codebooks)))
         entry = native.quantization_config(grid, backbone.dtype, skipped, codebooks)
-        return {**backbone.config, "quantization_config": entry}
+        return {**self.pair.config, "quantization_config": entry}

@@ -10,6 +10,8 @@ import torch
 from loftq.formats import mlx
 from loftq.formats.checkpoint import TensorSpec
 from loftq.merging.model_folder import ModelFolder
+from loftq.merging.readers import mlx_notes
+from loftq.models.tasks import build_meta
 
 
 class Mlx(ModelFolder):
@@ -25,6 +27,12 @@ class Mlx(ModelFolder):
         self.pair.require_pools()
         for bits, block in self.pair.backbone.kinds:
             mlx.check_linears(bits, block)
+
+    def notes(self) -> tuple[str, ...]:
+        """Notes for the user, also on settings of the model that the reader of the export does not read."""
+        backbone = self.pair.backbone
+        model, _ = build_meta(backbone.folder, task=backbone.task)
+        return (*super().notes(), *mlx_notes(model, self.pair.config))
 
     def loading_lines(self) -> str:
         """Python code that loads the folder, for the card."""
@@ -45,4 +53,4 @@ class Mlx(ModelFolder):
         widths = {module: grid.bits for module, grid in grids.items()}
         bits = Counter(widths.values()).most_common(1)[0][0]
         others = {module: width for module, width in widths.items() if width != bits}
-        return mlx.config(self.pair.backbone.config, bits, next(iter(grids.values())).block_size, others)
+        return mlx.config(self.pair.config, bits, next(iter(grids.values())).block_size, others)
