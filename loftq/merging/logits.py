@@ -115,7 +115,7 @@ def _weight(layer: Any, base: Any, forward: Callable[..., torch.Tensor]) -> torc
         weight: torch.Tensor = base.weight.data.float() * (scales.float() / 127).unsqueeze(1)
         return weight if base is layer else weight + layer.get_delta_weight("default").float()
     units = torch.eye(base.in_features, device=next(layer.parameters()).device)
-    return torch.cat([forward(part) for part in units.split(_UNITS)]).t()
+    return torch.cat([forward(part) for part in units.split(_UNITS)]).t()  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
