@@ -125,6 +125,13 @@ TWINS = {
     "xlm-roberta": "roberta",
     "camembert": "roberta",
     "deberta-v2/unshared": "deberta-v2",
+    "gemma2": "gemma3_text",
+    "gpt_neox": "bloom",
+    "roberta": "bert",
+    "electra": "bert",
+    "marian": "bart",
+    "olmoe": "qwen2_moe",
+    "granite": "llama",
 }
 
 

@@ -131,6 +131,7 @@ def test_a_block_that_is_visited_again(tmp_path: Path, monkeypatch: pytest.Monke
         assert files_of(gather(plan, calibration, tmp_path / f"at-{at}", quiet=True).folder) == expected
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(pico)
     expected = files_of(gather(plan, small(plan), tmp_path / "whole", quiet=True).folder)

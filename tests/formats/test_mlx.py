@@ -133,8 +133,10 @@ def test_groups_must_divide_the_inputs() -> None:
         mlx.specs("a.m", (8, 96), 4, 64)
 
 
-@pytest.mark.parametrize("group", mlx.GROUP_SIZES)
-@pytest.mark.parametrize("bits", mlx.BITS)
+CASES = [(2, 32), (3, 64), (4, 128), (8, 32), (4, 64)]
+
+
+@pytest.mark.parametrize(("bits", "group"), CASES)
 def test_mlx_reads_the_same_weights(bits: int, group: int, tmp_path: Path) -> None:
     """Oracle: mx.load and mx.dequantize."""
     linears = {f"m{rows}": random_affine(rows, 256, bits, group) for rows in (8, 40)}

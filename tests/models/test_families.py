@@ -102,7 +102,10 @@ OTHERS: tuple[dict[str, Any], ...] = (
     ("name", "task", "options"),
     [
         *thinned(((name, task, NF4) for name, task in CASES), lambda name, task, _: (name, task) in QUICK),
-        *((name, family_of(name).tasks[0], options) for name in PACKED for options in OTHERS),
+        *thinned(
+            ((name, family_of(name).tasks[0], options) for name in PACKED for options in OTHERS),
+            lambda name, _, options: PACKED.index(name) % 3 == OTHERS.index(options),
+        ),
         *((name, family_of(name).tasks[0], options) for name, options in zip(ONCE, cycle(OTHERS), strict=False)),
     ],
     ids=str,

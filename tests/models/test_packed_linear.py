@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from grids import pairwise
 from oracles import read_linear
 from peft import LoraConfig, get_peft_model
 from processes import start_python
@@ -137,10 +138,10 @@ def test_forward_and_backward_are_a_dense_linears(
     assert (x.grad - y.grad).norm() <= 2e-6 * y.grad.norm()  # parts are summed in another order
 
 
-@pytest.mark.parametrize("path", ["torch_path", "triton_path"])
-@pytest.mark.parametrize(("out", "inputs", "block"), [(96, 128, 64), (7, 24, 8), (3, 1000, ROW)])
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize(("codebook", "zero"), TYPES)
+@pytest.mark.parametrize(
+    ("path", "out", "inputs", "block", "double", "codebook", "zero"),
+    pairwise(["torch_path", "triton_path"], [(96, 128, 64), (7, 24, 8), (3, 1000, ROW)], [False, True], TYPES),
+)
 def test_other_devices_compute_the_same(
     codebook: str,
     zero: str | None,

@@ -225,6 +225,7 @@ def test_what_is_not_there_is_not_shown(made: dict[str, Path], tmp_path: Path) -
         assert word not in text
 
 
+@pytest.mark.slow
 def test_the_same_artifacts_make_the_same_files(
     made: dict[str, Path], two: tuple[Path, Path], run: Run, tmp_path: Path
 ) -> None:
@@ -248,6 +249,7 @@ def test_names_are_escaped(made: dict[str, Path], tmp_path: Path) -> None:
     assert "LoftQ (<b>&)" in Parsed(text).text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "task"), [("bert", "masked-lm"), ("t5", "seq2seq-lm"), ("gpt2", "causal-lm")])
 def test_other_families(name: str, task: str, tmp_path: Path) -> None:
     source = save_pico(name, task, tmp_path / "source")

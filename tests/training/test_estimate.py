@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from grids import thinned
-from picos import CHANGES, TWINS, dtype_of, save_pico
+from picos import CHANGES, dtype_of, save_pico
 
 from loftq.errors import OptionError
 from loftq.training.estimate import Estimate, estimate
@@ -22,7 +22,7 @@ _TASKS = {
     "summarization": sorted(_SEQ2SEQ),
     "classification": sorted({*CHANGES} - {"vit"} - _NO_CLASSIFIER),
 }
-_EACH_KIND = {"llama", "gpt2", "gemma3", "bert", "deberta", "deberta-v2", "albert", "bart", "t5"}  # for classification
+_EACH_KIND = {"llama", "gpt2", "mixtral", "bert", "deberta", "albert", "bart", "t5"}
 _WIDTH, _TOKENS = 64, 32
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 
@@ -41,7 +41,7 @@ def _estimate(folder: Path, task: str, **options: Any) -> Estimate:
     ("task", "name"),
     thinned(
         ((task, name) for task, names in _TASKS.items() for name in names),
-        lambda task, name: name in _EACH_KIND or (task != "classification" and name not in TWINS),
+        lambda _, name: name in _EACH_KIND,
     ),
 )
 def test_every_family_is_measured(task: str, name: str, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def test_full_precision_is_quantized_first_and_once(pico: Path) -> None:
     assert json.loads(Path("out", "adapter_config.json").read_text())["use_qalora"] is True
 
 
+@pytest.mark.slow
 def test_each_way_to_quantize_has_its_folder(pico: Path, here: Path) -> None:
     """TrainSettings that the name does not say, another model of the same name, what `loftq quantize` left there."""
     namesake = save_model(pico_llama(tie_word_embeddings=True), here / "other" / pico.name)

@@ -214,9 +214,9 @@ def test_the_same_command_goes_on_until_it_is_done(
     ("name", "left"),
     [
         ("trainer_state.json", 0),
-        ("optimizer.pt", 0),
-        ("scheduler.pt", 0),
-        ("rng_state.pth", 0),
+        pytest.param("optimizer.pt", 0, marks=pytest.mark.slow),
+        pytest.param("scheduler.pt", 0, marks=pytest.mark.slow),
+        pytest.param("rng_state.pth", 0, marks=pytest.mark.slow),
         ("optimizer.pt", 500),
         (WEIGHTS, 500),
     ],
@@ -269,6 +269,7 @@ def test_evaluation_data_of_its_own(artifact: Path, data: str, tmp_path: Path) -
     assert len(losses(tmp_path / "out", "eval_loss")) == 10  # of twenty steps
 
 
+@pytest.mark.slow
 def test_when_to_evaluate_can_be_set(artifact: Path, data: str, tmp_path: Path) -> None:
     """Never, after each epoch, and as often as schedulers and the choice of the best need."""
     adapter_after(artifact, data, tmp_path / "no", set={"eval_strategy": "no"})
@@ -334,7 +335,7 @@ def test_an_entry_of_finlora_runs_as_it_is(
     assert (tmp_path / "model_zoo" / "loftq" / "pico-llama-8bit-4rank" / "loftq.json").is_file()
 
 
-@pytest.mark.parametrize("family", ["bart", "t5"])
+@pytest.mark.parametrize("family", ["bart", pytest.param("t5", marks=pytest.mark.slow)])
 def test_summaries_by_encoder_decoders(family: str, tmp_path: Path) -> None:
     folder = save_pico(family, "seq2seq-lm", tmp_path / family)
     made = loftq.quantize(str(folder), output=tmp_path / "made", rank=4, quiet=True).folder
@@ -372,6 +373,7 @@ def test_a_dry_run_reads_headers_alone(artifact: Path, pico: Path, data: str, tm
     assert json.loads(smaller.stdout)["activations"] < found["activations"] / 8
 
 
+@pytest.mark.slow
 def test_training_loads_no_compiler(artifact: Path, data: str, tmp_path: Path) -> None:
     """Which is memory that the same run in stock libraries does not take."""
     code = (
@@ -558,6 +560,7 @@ def test_the_in_memory_layer_trains_with_the_plain_trainer(tmp_path: Path) -> No
     assert all("lora_" in name or name.startswith("out.") or "base_layer" not in name for name in changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("blocks", "training"),
     [

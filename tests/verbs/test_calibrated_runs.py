@@ -167,7 +167,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("place", ["solve", "train", "replace", "note"])
+@pytest.mark.parametrize(
+    "place",
+    [pytest.param("solve", marks=pytest.mark.slow), "train", pytest.param("replace", marks=pytest.mark.slow), "note"],
+)
 def test_a_run_that_dies_is_resumed_to_the_same_bytes(
     place: str, quantize: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,7 +288,12 @@ def test_a_layer_that_no_text_reaches_is_solved_without(quantize: Any, known: Pa
 
 
 @pytest.mark.parametrize(
-    ("family", "task"), [("bert", "feature-extraction"), ("bert", "sequence-classification"), ("bart", "seq2seq-lm")]
+    ("family", "task"),
+    [
+        ("bert", "feature-extraction"),
+        ("bert", "sequence-classification"),
+        pytest.param("bart", "seq2seq-lm", marks=pytest.mark.slow),
+    ],
 )
 def test_other_kinds_of_models(family: str, task: str, text: Path, tmp_path: Path) -> None:
     """Oracle: less divergence, of hidden states where there is no vocabulary, on text that is held out."""

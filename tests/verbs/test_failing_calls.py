@@ -123,6 +123,34 @@ def test_a_call_of_merge_fails(count: int | None, to: str, run: Run, artifact: P
     try_calls(lambda *flags: run(*merge, *flags), out, count)
 
 
+@pytest.mark.parametrize("count", [5, pytest.param(None, marks=pytest.mark.slow)])
+def test_a_call_of_train_fails(count: int | None, run: Run, pico: Path, tmp_path: Path) -> None:
+    """Oracle: the factors of an undisturbed training. The record has times, so it is not compared."""
+    out, data = tmp_path / "results" / "out", tmp_path / "a.txt"
+    out.parent.mkdir()
+    data.write_text("hello world, hello world\n" * 40)
+    model = loftq.quantize(str(pico), output=tmp_path / "artifact", rank=2, iters=1, quiet=True).folder
+    train = ("train", model, "--task", "clm", "--data", data, "--output", out, "--cpu", "--quiet")
+    train = (*train, "--cutoff-len", 16, "--max-steps", 2, "--save-steps", 1, "--eval-steps", 2)
+    with failing(out.parent, 0, 0) as seen:
+        assert run(*train).exit_code == 0
+    factors = (out / "adapter_model.safetensors").read_bytes()
+    draw = random.Random(0)
+    numbers = range(1, len(seen) + 1) if count is None else draw.sample(range(1, len(seen) + 1), count)
+    for number in numbers:
+        shutil.rmtree(out)
+        error = draw.choice(list(WORDS))
+        where = f"{errno.errorcode[error]} from call {number} of {len(seen)}: {seen[number - 1]}"
+        with failing(out.parent, number, error):
+            ended = run(*train)
+        if ended.exit_code:
+            assert (ended.exit_code, ended.stderr.count("\n")) == (1, 1), (where, ended)
+            assert WORDS[error] in ended.stderr, (where, ended)
+            again = run(*train, *(["--resume"] if (out / "training.json").is_file() else []))
+            assert again.exit_code == 0, (where, again)
+        assert (out / "adapter_model.safetensors").read_bytes() == factors, where
+
+
 def test_a_call_of_push_fails_while_it_reads(artifact: Path) -> None:
     """Nothing is sent: the folder is read before the Hub is asked anything."""
     for number, error in enumerate(WORDS, start=3):

@@ -269,6 +269,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, owner: Any, call: str, number: int, er
     monkeypatch.setattr(owner, call, failing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "words"),
     [

@@ -405,7 +405,7 @@ def test_an_upload_that_broke_off_goes_on(made: Path, hub: WritableHub, run: Run
     }
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_an_upload_that_was_interrupted_goes_on(
     number: signal.Signals, made: Path, hub: WritableHub, run: Run, tmp_path: Path
 ) -> None:

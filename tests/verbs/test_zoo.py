@@ -136,6 +136,7 @@ def test_a_config_alone_plans_as_the_checkpoint(name: str, task: str, tmp_path: 
     assert bare.source_bytes == whole.source_bytes
 
 
+@pytest.mark.slow
 def test_training_takes_what_is_estimated(tmp_path: Path) -> None:
     """Oracle: the peak of what torch allocates in a step, as its profiler reports it."""
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from grids import pairwise
 
 from loftq.core import pooled
 from loftq.core.grid import Grid
@@ -82,9 +83,9 @@ def check(weight: torch.Tensor, grid: Grid, solved: Solution, pool: int | None, 
         assert abs(reported - float((error @ root).norm()) / whole) <= 1e-4 * reported + 2e-7
 
 
-@pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "grid", "dtype"), pairwise(list(WEIGHTS), GRIDS, [torch.float32, torch.float16]), ids=str
+)
 def test_solutions_without_text_are_finite_and_their_errors_true(kind: str, grid: Grid, dtype: torch.dtype) -> None:
     weight, quantizer = WEIGHTS[kind], grid.quantizer(COLUMNS, dtype)
     for rank in (1, ROWS):
@@ -97,9 +98,9 @@ def test_solutions_without_text_are_finite_and_their_errors_true(kind: str, grid
             check(weight, grid, solved, POOL, None)
 
 
-@pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("method", ["qera-approx", "qera", "cloq", "calibrated"])
-@pytest.mark.parametrize("rank", [4, ROWS])
+@pytest.mark.parametrize(
+    ("kind", "method", "rank"), pairwise(list(WEIGHTS), ["qera-approx", "qera", "cloq", "calibrated"], [4, ROWS])
+)
 def test_calibrated_solutions_are_finite_and_their_errors_true(kind: str, method: str, rank: int) -> None:
     weight = WEIGHTS[kind]
     moments = MOMENTS if kind in ("usual", "1e30", "constant rows") else {"usual": MOMENT}
