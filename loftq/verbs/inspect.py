@@ -11,6 +11,7 @@ from typing import Any
 
 from loftq.artifacts.backbone import backbone_of
 from loftq.artifacts.inspection import TRAINED, Inspection
+from loftq.collector import paused_collector
 from loftq.core.grid import ROW, Grid
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats import adapter as adapters
@@ -42,6 +43,7 @@ class _Place:
         return self.read(file)
 
 
+@paused_collector()
 def inspect(folder: str | Path, *, revision: str | None = None, token: str | None = None, worst: int = 5) -> Inspection:
     """Show the contents of a loftq folder, of the folder of a peft adapter, or of such a repository on the Hub.
 

@@ -24,6 +24,7 @@ from loftq.artifacts.recompute import compare_with_source, plan_again
 from loftq.artifacts.rows import summed_errors
 from loftq.artifacts.written import listed_difference
 from loftq.artifacts.zeroed import implausible_zeros, new_zeros
+from loftq.collector import paused_collector
 from loftq.display import few_of, key_values, size
 from loftq.errors import OptionError
 from loftq.formats.adapter import FOLDER, read_adapter
@@ -85,6 +86,7 @@ class Verification:
         return f" (no hashes of {len(self.unchecked)} of them)" if self.unchecked else ""
 
 
+@paused_collector()
 def verify(
     folder: str | Path,
     source: str | Path | None = None,
