@@ -24,9 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from llama_files import write_small_files
 from machine import SEED, describe, table
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import loftq
 from loftq.formats.checkpoint import TensorSpec, lay_out
@@ -60,19 +59,14 @@ def make_checkpoint(folder: Path, layers: int) -> Path:
     with ShardWriter(folder, shards) as writer:
         for name, (_, spec) in shards[0].offsets.items():
             writer.write(name, (torch.randn(spec.shape, generator=generator) * 0.02).to(spec.dtype))
-    config = LlamaConfig(
+    write_small_files(
+        folder,
         hidden_size=_HIDDEN,
         intermediate_size=_INNER,
         vocab_size=_VOCABULARY,
         num_hidden_layers=layers,
         num_attention_heads=2,
-        architectures=["LlamaForCausalLM"],
     )
-    config.save_pretrained(folder)
-    alphabet = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(alphabet, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder
 
 

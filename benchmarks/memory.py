@@ -18,9 +18,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+from llama_files import write_small_files
 from machine import SEED, describe, table
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from loftq.formats.checkpoint import TensorSpec, index_text, lay_out
 from loftq.formats.shard_writer import ShardWriter
@@ -68,19 +67,14 @@ def make_checkpoint(folder: Path, layers: int, device: str) -> Path:
                 writer.write(name, values.to("cpu", spec.dtype))
     if len(shards) > 1:
         (folder / "model.safetensors.index.json").write_text(index_text(shards))
-    config = LlamaConfig(
+    write_small_files(
+        folder,
         hidden_size=_HIDDEN,
         intermediate_size=_INNER,
         vocab_size=_VOCABULARY,
         num_hidden_layers=layers,
         num_attention_heads=32,
-        architectures=["LlamaForCausalLM"],
     )
-    config.save_pretrained(folder)
-    alphabet = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(alphabet, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder
 
 

@@ -203,7 +203,7 @@ class Adapter:
 def open_adapter(folder: Path) -> Adapter:
     """Open the folder of a peft adapter. Raises ArtifactError if it is not one, is damaged, or is not complete."""
     adapter = read_adapter(folder)
-    check_rank(adapter)
+    check_factors(adapter)
     return adapter
 
 
@@ -216,7 +216,7 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(folder, config, shapes, opened)
 
 
-def check_rank(adapter: Adapter) -> None:
+def check_factors(adapter: Adapter) -> None:
     """Raise ArtifactError unless every A has its B, and both have the rank of the configuration."""
     if adapter.config["peft_type"] != "LORA":
         return

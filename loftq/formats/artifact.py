@@ -6,7 +6,7 @@ A folder with a `loftq.json` is complete. The manifest lists every file with its
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,16 +174,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
     check_value(manifest, {"kind": str}, path, advice=_AGAIN)
     check_value(manifest, _SCHEMAS.get(manifest["kind"], _OTHER), path, advice=_AGAIN)
     return manifest
-
-
-def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The size in bytes and the SHA-256 of files, by name."""
-    entries = {}
-    for name in sorted(names):
-        with (folder / name).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        entries[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest}
-    return entries
 
 
 def combine_hashes(hashes: Mapping[str, str]) -> str:

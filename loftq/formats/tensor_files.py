@@ -30,7 +30,7 @@ _MOST_BYTES = 1 << 30  # of one read: Linux reads at most 2 GiB at a time
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """The dtype code and the shape of a tensor, and the range of its bytes in the file."""
 
     code: str
@@ -44,7 +44,7 @@ class _Header:
     """The places of a file's tensors by name, and the state of the file when they were read."""
 
     state: tuple[int, ...]
-    places: Mapping[str, Place]
+    places: Mapping[str, TensorPlace]
 
 
 class _OpenFile:
@@ -72,7 +72,7 @@ class TensorFiles:
     def __reduce__(self) -> tuple[type[TensorFiles], tuple[Path, type[LoftQError], str]]:
         return TensorFiles, (self._folder, self._error, self._remedy)  # another process opens the files itself
 
-    def places(self, file: str) -> Mapping[str, Place]:
+    def places(self, file: str) -> Mapping[str, TensorPlace]:
         """The places of all tensors of a file. Raises the error of this folder if it is truncated or damaged."""
         return self._header(file).places
 
@@ -144,7 +144,7 @@ def _read_header(descriptor: int, path: Path) -> _Header:
     places = {}
     for name, entry in entries.items():
         begin, end = entry["data_offsets"]
-        places[name] = Place(entry["dtype"], tuple(entry["shape"]), start + begin, start + end)
+        places[name] = TensorPlace(entry["dtype"], tuple(entry["shape"]), start + begin, start + end)
     return _Header(_state(before), places)
 
 

@@ -15,7 +15,7 @@ from loftq.collector import paused_collector
 from loftq.core.grid import ROW, Grid
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats import adapter as adapters
-from loftq.formats.adapter import Adapter, check_rank, read_config
+from loftq.formats.adapter import Adapter, check_factors, read_config
 from loftq.formats.artifact import MANIFEST, Artifact, read_artifact
 from loftq.formats.checkpoint import Checkpoint, TensorSpec, read_header
 from loftq.formats.layouts import LAYOUTS
@@ -135,7 +135,7 @@ def _adapter(place: _Place, path: str) -> Adapter:
     folder = place.folder / path
     shapes = {spec.name: spec.shape for spec in place.header(f"{path}{adapters.WEIGHTS}")}
     adapter = Adapter(folder, read_config(folder), shapes)
-    check_rank(adapter)
+    check_factors(adapter)
     return adapter
 
 

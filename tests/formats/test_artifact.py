@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import described
 
 import loftq
 from loftq.errors import ArtifactError
 from loftq.formats import artifact
-from loftq.formats.artifact import combine_hashes, describe_files, open_artifact
+from loftq.formats.artifact import combine_hashes, open_artifact
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_manifest_lists_every_file_with_its_size_and_hash(whole: Path) -> None:
     }
     manifest = open_artifact(whole).manifest
     assert manifest["files"] == expected
-    assert describe_files(whole, expected) == expected
+    assert described(whole, expected) == expected
     shards = {name: entry["sha256"] for name, entry in expected.items() if name.startswith("model-")}
     assert len(shards) > 1
     assert manifest["backbone_sha256"] == combine_hashes(shards)

@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import Result, pico_llama, save_model
+from folders import described
 from picos import save_pico
 from safetensors.torch import load_file, save_file
 
 import loftq
 from loftq.calibration import windows
 from loftq.errors import ArtifactError, OptionError, SourceError
-from loftq.formats.artifact import combine_hashes, describe_files
+from loftq.formats.artifact import combine_hashes
 from loftq.hub.text import read_text
 
 Run = Callable[..., Result]
@@ -82,7 +83,7 @@ def hash_again(folder: Path) -> None:
     """Let the manifest have the hashes of the files as they are: what is then found is not found by them."""
 
     def edit(manifest: dict[str, Any]) -> None:
-        manifest["files"] = describe_files(folder, [name for name in manifest["files"] if (folder / name).is_file()])
+        manifest["files"] = described(folder, [name for name in manifest["files"] if (folder / name).is_file()])
         shards = {
             n: f["sha256"] for n, f in manifest["files"].items() if n.startswith("model") and n.endswith("tensors")
         }
