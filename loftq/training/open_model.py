@@ -10,10 +10,12 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
+from transformers import AutoConfig
 
 from loftq.errors import OptionError
 from loftq.formats.artifact import Artifact
 from loftq.formats.model_config import check_beside, read_config
+from loftq.formats.prequantized import READABLE
 from loftq.hub.default_model import default_model
 from loftq.hub.source import Source, find_source
 from loftq.models.adapters import check_shapes, foreign_adapter
@@ -166,13 +168,18 @@ def load_dense(
     source: Source, task: Task, dtype: torch.dtype, device: torch.device, *, num_labels: int | None = None
 ) -> Any:
     """Load a full-precision model. Raises CheckpointError for 8-bit weights that no configuration explains."""
-    if "quantization_config" not in read_config(source.folder):
+    quantization = read_config(source.folder).get("quantization_config")
+    if quantization is None:
         for spec in source.checkpoint.tensors.values():
             refuse_narrow(spec)
-    labels = {} if num_labels is None else {"num_labels": num_labels}
+    options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     check_beside(source.folder)
     with explain_loading(source.folder):
-        model = auto_class(task).from_pretrained(source.folder, dtype=dtype, device_map={"": device}, **labels)
+        if quantization and quantization.get("quant_method") in READABLE:
+            config = AutoConfig.from_pretrained(source.folder, **options)
+            config.quantization_config = {**quantization, "dequantize": True}
+            options = {"config": config}
+        model = auto_class(task).from_pretrained(source.folder, dtype=dtype, device_map={"": device}, **options)
     guard_cpu(model)
     return model
 
