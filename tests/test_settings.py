@@ -15,7 +15,8 @@ import pytest
 
 from loftq.errors import OptionError, UnknownNameError
 from loftq.planning.recipe import Recipe, recipe_again, recipe_of
-from loftq.planning.settings import QuantizeKeywords, QuantizeSettings, RunSettings
+from loftq.planning.keywords import QuantizeKeywords
+from loftq.planning.settings import QuantizeSettings, RunSettings
 from loftq.settings import GROUPS, Bounds, check, declared, from_dict, said, setting, split, to_dict
 from loftq.training.evaluate_settings import EvaluateKeywords, EvaluateSettings
 from loftq.training.settings import TrainKeywords, TrainRun, TrainSettings

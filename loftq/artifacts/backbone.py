@@ -28,6 +28,8 @@ CAUSAL_LM = "causal-lm"
 @dataclass(frozen=True)
 class Backbone:
     """Quantized linears by module name, with their types and shapes (out, in), and the checkpoint that holds them.
+    Among them are fused experts, by the name of the parameter, with shapes (experts, out, in); their weights are read one
+    expert at a time.
 
     `artifact` is None for a folder that loftq did not write. `read_linear` reads a linear if the layout's own reader,
     which reads files that loftq wrote, does not apply.
@@ -36,7 +38,7 @@ class Backbone:
     checkpoint: Checkpoint
     format: str
     grids: Mapping[str, Grid]
-    shapes: Mapping[str, tuple[int, int]]
+    shapes: Mapping[str, tuple[int, ...]]
     task: str
     artifact: Artifact | None = None
     read_linear: Callable[..., Solved] | None = None
@@ -59,7 +61,7 @@ class Backbone:
     @property
     def kinds(self) -> list[tuple[int, int]]:
         """The pairs of bits and group size that its linears have, each pair once."""
-        pairs = ((grid.bits, grid.block(self.shapes[module][1])) for module, grid in self.grids.items())
+        pairs = ((grid.bits, grid.block(self.shapes[module][-1])) for module, grid in self.grids.items())
         return list(dict.fromkeys(pairs))
 
     @cached_property
@@ -72,23 +74,32 @@ class Backbone:
             for spec in layout.specs(module, self.shapes[module], grid, self.dtype)
         }
 
-    def read(self, module: str) -> Solved:
-        """The codes of a module, in the form in which the solver returns them, and its scales."""
+    @property
+    def stacks(self) -> dict[str, int]:
+        """The number of experts of each parameter of fused experts."""
+        return {module: shape[0] for module, shape in self.shapes.items() if len(shape) == 3}
+
+    def reader(self, expert: int | None = None) -> Callable[[str], torch.Tensor]:
+        """The function that reads a tensor by its name, or its part that belongs to an expert."""
+        return self.checkpoint.read if expert is None else partial(self.checkpoint.read_member, index=expert)
+
+    def read(self, module: str, expert: int | None = None) -> Solved:
+        """The codes of a module or an expert, in the form in which the solver returns them, and its scales."""
         read = self.read_linear or LAYOUTS[self.format].read
-        return read(module, self.shapes[module], self.grids[module], self.checkpoint.read)
+        return read(module, self.shapes[module], self.grids[module], self.reader(expert))
 
     def affine(self, module: str) -> AffineWeight:
         """The unpacked integers of a module, with scales and shifts."""
         return AffineWeight.of(*self.read(module), self.shapes[module], self.grids[module].bits)
 
-    def dense(self, module: str) -> torch.Tensor:
-        """The dequantized weight of a module: float32 (out, in)."""
-        shape, grid = torch.Size(self.shapes[module]), self.grids[module]
+    def dense(self, module: str, expert: int | None = None) -> torch.Tensor:
+        """The dequantized weight of a module or an expert: float32 (out, in)."""
+        shape, grid = torch.Size(self.shapes[module][-2:]), self.grids[module]
         groups = self._input_groups(module)
         if groups is not None:
             weight = self.affine(module)
             return scatter(weight.codes, weight.scales, weight.shifts, groups, grid.bits)
-        return grid.quantizer(shape[1]).decode(*self.read(module), shape)
+        return grid.quantizer(shape[1]).decode(*self.read(module, expert), shape)
 
     def require_zero_points(self) -> None:
         """Raise OptionError unless a QA-LoRA adapter can be merged into the zero-points of all linears."""
@@ -138,7 +149,7 @@ def backbone_of(artifact: Artifact, checkpoint: Checkpoint | None = None) -> Bac
             f"{artifact.folder / MANIFEST} is damaged (recipe has no block_size and no group_size): {AGAIN}"
         )
     grids = {row["name"]: Grid(row["codebook"], shared, recipe["double_quant"], recipe["zero_point"]) for row in rows}
-    shapes = {row["name"]: (row["shape"][0], row["shape"][1]) for row in rows}
+    shapes = {row["name"]: tuple(row["shape"]) for row in rows}
     task = recorded_task(manifest, artifact.folder / MANIFEST).name
     checkpoint = checkpoint or read_checkpoint(artifact.folder)
     return Backbone(checkpoint, manifest["format"], grids, shapes, task, artifact)

@@ -64,7 +64,8 @@ def adapter_problems(backbone: Backbone, adapter: Adapter, recipe: Mapping[str, 
             yield Problem(where, f"has {key} {adapter.config.get(key)}, {MANIFEST} has {value}")
     stored = {spec.name: spec for spec in read_header(adapter.folder / adapters.WEIGHTS)}
     for module, shape in backbone.shapes.items():
-        specs = adapters.specs(module, shape, recipe["rank"], recipe.get("pool_size"))
+        rank = recipe["rank"] if len(shape) == 2 else recipe["expert_rank"]
+        specs = adapters.specs(module, shape, rank, recipe.get("pool_size"))
         yield from _differences(specs, stored)
     for module in adapter.modules:
         if module not in backbone.shapes:
@@ -80,8 +81,9 @@ def model_problems(backbone: Backbone, adapter: Adapter | None, trust_remote_cod
     needed = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     specs = {name: spec for name, spec in backbone.checkpoint.tensors.items() if name not in backbone.owners}
     for module, shape in backbone.shapes.items():
-        name = f"{module}.weight"
-        if needed.get(name) not in (shape, shape[::-1]):  # the weights of GPT-2 are transposed
+        name = f"{module}.weight" if len(shape) == 2 else module
+        transposed = (*shape[:-2], *shape[:-3:-1])  # as the weights of GPT-2 and the experts of gpt-oss are
+        if needed.get(name) not in (shape, transposed):
             yield Problem(module, f"is {shape}, config.json needs {needed.get(name, 'no such layer')}")
             return
         specs[name] = TensorSpec(name, backbone.dtype, needed[name])

@@ -44,6 +44,9 @@ def write_configs(plan: Plan, staging: Staging, folder: Path, trust_remote_code:
             task_type=plan.task.peft_type,
             modules_to_save=plan.modules_to_save,
             pool_size=recipe.pool_size,
+            target_parameters=plan.target_parameters,
+            expert_rank=recipe.expert_rank,
+            expert_alpha=recipe.expert_alpha if plan.target_parameters else None,
         ),
     )
 
@@ -159,6 +162,11 @@ def _config_text(plan: Plan) -> str:
         labels: Any = plan.model.config
         config |= {"id2label": labels.id2label, "label2id": labels.label2id}
     config["quantization_config"] = plan.layout.quantization_config(
-        recipe.grids[0], recipe.dtype, plan.skip_modules, plan.codebooks, plan.quantized_names
+        recipe.grids[0],
+        recipe.dtype,
+        plan.skip_modules,
+        plan.codebooks,
+        plan.quantized_names,
+        plan.target_parameters,
     )
     return config_text(config)

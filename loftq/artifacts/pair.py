@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -53,17 +54,34 @@ class BackboneAndAdapter:
         """The factors A and B of a module; None if the adapter has none for it."""
         return self.adapter.factors(module) if self.adapter.adapts(module) else None
 
+    def expert_factors(self, module: str) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """The factors A and B of each expert of a parameter; None if the adapter has none for it."""
+        if not self.adapter.adapts(module):
+            return None
+        return list(zip(*self.adapter.expert_factors(module), strict=True))
+
     def delta(self, module: str) -> torch.Tensor | None:
         """The matrix that the adapter adds to the weight of a module: (out, in). None if it adds nothing."""
         factors = self.factors(module)
-        return None if factors is None else pooled.delta(*factors, self.adapter.scaling, self.adapter.pool_size)
+        scaling = self.adapter.scaling_of(module)
+        return None if factors is None else pooled.delta(*factors, scaling, self.adapter.pool_size)
+
+    def merged_experts(self, module: str) -> Iterator[torch.Tensor]:
+        """The dense weight of each expert of a parameter, with the adapter merged into it: float32 (out, in)."""
+        factors, scaling = self.expert_factors(module), self.adapter.scaling_of(module)
+        for expert in range(self.backbone.stacks[module]):
+            weight = self.backbone.dense(module, expert)
+            if factors is not None:
+                a, b = factors[expert]
+                weight += pooled.delta(a.contiguous(), b.contiguous(), scaling, None)
+            yield weight
 
     def correction(self, module: str) -> torch.Tensor | None:
         """The matrix that a QA-LoRA adapter adds to the pools of a module: (out, pools). None if it adds nothing."""
         factors = self.factors(module)
         if factors is None:
             return None
-        return pooled.correction(*factors, self.adapter.scaling, cast(int, self.adapter.pool_size))
+        return pooled.correction(*factors, self.adapter.scaling_of(module), cast(int, self.adapter.pool_size))
 
     def shifts(self, module: str, scales: Scales) -> torch.Tensor:
         """The shifts of the groups of a module, with the adapter merged into them: float32 (groups,)."""
@@ -87,7 +105,7 @@ class BackboneAndAdapter:
             )
         self.backbone.require_zero_points()
         for module in self.adapter.modules:
-            block = self.backbone.grids[module].block(self.backbone.shapes[module][1])
+            block = self.backbone.grids[module].block(self.backbone.shapes[module][-1])
             if pool % block:
                 raise OptionError(
                     f"{self.adapter.folder} pools {pool} inputs, which is not a multiple of the group size {block} of "

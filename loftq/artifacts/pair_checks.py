@@ -8,7 +8,7 @@ from typing import Any
 from loftq.artifacts.backbone import Backbone
 from loftq.artifacts.embeddings import Embeddings
 from loftq.errors import ArtifactError
-from loftq.formats.adapter import WEIGHTS, Adapter, check_values, key_of, keys
+from loftq.formats.adapter import WEIGHTS, Adapter, check_values, key_of, specs
 
 _USE = "use an adapter that was trained on this model, complete"
 
@@ -33,7 +33,7 @@ def check_tensors(model: Any, backbone: Backbone, adapter: Adapter, embeddings: 
     missing = sorted(expected.keys() - adapter.saved.keys())
     if missing:
         raise ArtifactError(f"{where} lacks {key_of(missing[0])}, which modules_to_save names: {_USE}")
-    explained = {key for module in adapter.modules for key in keys(module)} | set(adapter.saved.values())
+    explained = {key for module in adapter.modules for key in adapter.keys(module)} | set(adapter.saved.values())
     explained |= set(adapter.copies)
     for key in sorted(adapter.shapes.keys() - explained):
         raise ArtifactError(f"{where} has {key}, which loftq does not know and cannot merge: use peft's own merge")
@@ -47,11 +47,11 @@ def _check_factors(backbone: Backbone, adapter: Adapter) -> None:
     for module in adapter.modules:
         if module not in backbone.grids:
             raise ArtifactError(f"{where} adapts {module!r}, which is not a quantized linear of {backbone.folder}")
-        rows, columns = backbone.shapes[module]
-        rank = adapter.config["r"]
-        for key, shape in zip(keys(module), ((rank, columns // (adapter.pool_size or 1)), (rows, rank)), strict=True):
-            if adapter.shapes[key] != shape:
-                raise ArtifactError(f"{where}: {key} is {adapter.shapes[key]}, expected {shape}: {_USE}")
+        rank = adapter.rank_of(module)
+        expected = specs(module, backbone.shapes[module], rank, adapter.pool_size)
+        for key, spec in zip(adapter.keys(module), expected, strict=True):
+            if adapter.shapes[key] != spec.shape:
+                raise ArtifactError(f"{where}: {key} is {adapter.shapes[key]}, expected {spec.shape}: {_USE}")
     for module in _targets(backbone, adapter):
         if not adapter.adapts(module):
             raise ArtifactError(f"{where} lacks the factors of {module!r}, which target_modules names: {_USE}")
@@ -67,7 +67,7 @@ def _targets(backbone: Backbone, adapter: Adapter) -> Iterator[str]:
     if not chosen.get("target_modules") or chosen["target_modules"] == "all-linear":
         return
     config = LoraConfig(**chosen)
-    for module in backbone.grids:
+    for module in (name for name in backbone.grids if name not in backbone.stacks):
         if check_target_module_exists(config, module) is True or adapter.adapts(module):
             yield module
 

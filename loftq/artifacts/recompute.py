@@ -18,10 +18,11 @@ from loftq.models.layout_linears import read_weight
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import recipe_again
-from loftq.planning.weights import digest_of
+from loftq.planning.weights import ExpertReader, digest_of
 from loftq.planning.weights import read_source_weight as read_source
 
 _TOLERANCE = 1e-4  # relative: the order of sums and the rounding of a processor change an error by less
+_UNREADABLE = (RuntimeError, ValueError, KeyError, AssertionError)  # readers raise these for damaged tensors
 _LEAST = 1e-6  # relative to the weight's norm: float32 cannot show smaller errors
 
 
@@ -48,14 +49,19 @@ def compare_with_source(
     rows = {row["name"]: row for row in manifest["layers"]}
     digests = {}
     for layer in plan.layers:
-        weight, digests[layer.tensor] = read_source(plan, layer, torch.device("cpu"))
         row = rows[layer.module]
-        norm = squared(weight) ** 0.5
+        try:
+            norm, error, digests[layer.tensor] = _measured(pair, plan, layer)
+        except _UNREADABLE as problem:
+            yield Problem(layer.module, f"cannot be read as {pair.backbone.format}: {problem}")
+            continue
         if _differ(norm, row["weight_norm"], norm):
             difference = f"its {layer.tensor} has norm {norm:.6g}, {MANIFEST} has {row['weight_norm']:.6g}"
             yield Problem(plan.source.name, f"{_wrong_source(plan.source, manifest)}: {difference}")
             return
-        yield from _compare_layer(pair, layer, weight, row)
+        if _differ(error, row["error"], row["error"]):
+            text = f"has the relative error {error:.6g}, {MANIFEST} has {row['error']:.6g}"
+            yield Problem(layer.module, text)
         advance(layer.weights)
     for name, spec in plan.passed.items():
         stored = plan.source.checkpoint.read(name)
@@ -68,21 +74,32 @@ def compare_with_source(
         yield Problem(plan.source.name, f"{_wrong_source(plan.source, manifest)}: SHA-256 mismatch of its weights")
 
 
-def _compare_layer(
-    pair: BackboneAndAdapter, layer: Layer, weight: torch.Tensor, row: Mapping[str, Any]
-) -> Iterator[Problem]:
+def _measured(pair: BackboneAndAdapter, plan: Plan, layer: Layer) -> tuple[float, float, str]:
+    """The norm of a layer's weight, the relative error of the files, and the hash of the weight."""
+    if not layer.experts:
+        weight, digest = read_source(plan, layer, torch.device("cpu"))
+        norm, left = squared(weight), _left(pair, layer, weight, None, pair.factors(layer.module))
+    else:
+        reader, factors = ExpertReader(plan, layer), pair.expert_factors(layer.module)
+        norm = left = 0.0
+        for expert, weight in enumerate(reader):
+            norm += squared(weight)
+            left += _left(pair, layer, weight, expert, None if factors is None else factors[expert])
+        digest = reader.digest
+    return norm**0.5, (left / (norm or 1.0)) ** 0.5, digest
+
+
+def _left(
+    pair: BackboneAndAdapter,
+    layer: Layer,
+    weight: torch.Tensor,
+    expert: int | None,
+    factors: tuple[torch.Tensor, torch.Tensor] | None,
+) -> float:
+    """The squared error that the files leave of a weight, as loaders read them."""
     backbone, module = pair.backbone, layer.module
-    try:
-        read = backbone.checkpoint.read
-        rounded = read_weight(backbone.format, module, layer.shape, backbone.grids[module], read)
-        factors = pair.factors(module)
-    except (RuntimeError, ValueError, KeyError, AssertionError) as error:  # readers raise these for damaged tensors
-        yield Problem(module, f"cannot be read as {backbone.format}: {error}")
-        return
-    left = squared_error(weight, rounded, factors, pair.adapter.scaling, pair.adapter.pool_size)
-    relative_error = (left / (squared(weight) or 1.0)) ** 0.5
-    if _differ(relative_error, row["error"], row["error"]):
-        yield Problem(module, f"has the relative error {relative_error:.6g}, {MANIFEST} has {row['error']:.6g}")
+    rounded = read_weight(backbone.format, module, layer.shape, backbone.grids[module], backbone.reader(expert))
+    return squared_error(weight, rounded, factors, pair.adapter.scaling_of(module), pair.adapter.pool_size)
 
 
 def _differ(computed: float, reported: float, unit: float) -> bool:

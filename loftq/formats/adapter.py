@@ -1,12 +1,14 @@
 """The adapter folder as peft reads it: `adapter_config.json` and `adapter_model.safetensors`.
 
-Only fields that every peft since 0.10 supports are written, because older releases refuse unknown fields.
+Only fields that every peft since 0.10 supports are written, because older releases refuse unknown fields. The factors
+of fused experts need peft 0.19 (`expert_factors`).
 `init_lora_weights` is true, because any other value makes peft initialize the adapter again when it is loaded.
 `loftq_config` is an empty object, because null has crashed loaders.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 
 from loftq.errors import ArtifactError, OptionError
+from loftq.formats import expert_factors
 from loftq.formats.checkpoint import TensorSpec, spec_of
 from loftq.formats.links import refuse_links
 from loftq.formats.model_files import model_file_names
@@ -33,6 +36,7 @@ _LORA = {  # what loftq reads of a LoRA's configuration; peft knows more keys
     "lora_alpha": number(),
     "target_modules?": ([str], str, None),
     "modules_to_save?": ([str], None),
+    "target_parameters?": ([str], None),
     "use_rslora?": (bool, None),
     "use_qalora?": (bool, None),
     "lora_dropout?": number(0),
@@ -62,9 +66,16 @@ def is_key(name: str) -> bool:
     return name.startswith(_PREFIX)
 
 
+def factor_keys(module: str, shape: Sequence[int]) -> tuple[str, str]:
+    """The names of A and B of a linear, or of the parameter of fused experts, whose shape has three sides."""
+    return keys(module if len(shape) == 2 else expert_factors.path_of(module))
+
+
 def specs(module: str, shape: Sequence[int], rank: int, pool_size: int | None = None) -> list[TensorSpec]:
     """A (rank, in), for QA-LoRA (rank, in / pool), and B (out, rank), in float32, in which peft trains them."""
-    a, b = keys(module)
+    a, b = factor_keys(module, shape)
+    if len(shape) == 3:
+        return expert_factors.specs(a, b, shape, rank)
     inputs = shape[1] // (pool_size or 1)
     return [TensorSpec(a, torch.float32, (rank, inputs)), TensorSpec(b, torch.float32, (shape[0], rank))]
 
@@ -80,8 +91,14 @@ def config_text(
     task_type: str | None,
     modules_to_save: Sequence[str] = (),
     pool_size: int | None = None,
+    target_parameters: Sequence[str] = (),
+    expert_rank: int | None = None,
+    expert_alpha: float | None = None,
 ) -> str:
-    """The text of `adapter_config.json`. With a pool size it is that of a QA-LoRA, which peft supports since 0.18."""
+    """The text of `adapter_config.json`. With a pool size it is that of a QA-LoRA, which peft supports since 0.18.
+
+    `target_parameters` are those of fused experts, which have a rank and an alpha of their own.
+    """
     config: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -100,6 +117,11 @@ def config_text(
     }
     if pool_size is not None:
         config |= {"use_qalora": True, "qalora_group_size": pool_size}
+    if target_parameters:
+        config["target_parameters"] = list(target_parameters)
+        if expert_rank != rank:
+            config["rank_pattern"] = dict.fromkeys(target_parameters, expert_rank)
+            config["alpha_pattern"] = dict.fromkeys(target_parameters, expert_alpha)
     return json_text(config, indent=2, sort_keys=True) + "\n"
 
 
@@ -153,18 +175,53 @@ class Adapter:
 
     @property
     def scaling(self) -> float:
-        """The factor by which B·A is multiplied."""
+        """The factor by which B·A is multiplied, unless a module has one of its own."""
         return scaling(self.config["lora_alpha"], self.config["r"], bool(self.config.get("use_rslora")))
 
-    @cached_property
+    def rank_of(self, module: str) -> int:
+        """The rank of the factors of a module, or of each expert of a parameter."""
+        return int(self._of_pattern("rank_pattern", module, self.config["r"]))
+
+    def scaling_of(self, module: str) -> float:
+        """The factor by which B·A of a module is multiplied."""
+        alpha = self._of_pattern("alpha_pattern", module, self.config["lora_alpha"])
+        return scaling(alpha, self.rank_of(module), bool(self.config.get("use_rslora")))
+
+    def _of_pattern(self, key: str, module: str, usual: float) -> float:
+        """The value of the first pattern that matches the end of a name, as peft reads the patterns."""
+        for pattern, value in (self.config.get(key) or {}).items():
+            try:
+                if re.match(rf"(.*\.)?({pattern})$", module):
+                    return float(value)
+            except re.error as error:
+                raise ArtifactError(f"{self.folder / CONFIG}: {key} has {pattern!r} ({error}): {_AGAIN}") from error
+        return usual
+
+    @property
     def modules(self) -> list[str]:
-        """The names in the model of the modules that have factors."""
-        end = ".lora_A.weight"
-        return [name.removeprefix(_PREFIX).removesuffix(end) for name in self.shapes if name.endswith(end)]
+        """The names in the model of the modules that have factors, and of the parameters of fused experts."""
+        return list(self._paths)
+
+    @cached_property
+    def _paths(self) -> dict[str, str]:
+        """The name under which the factors of each module or parameter are saved."""
+        end, targets = ".lora_A.weight", self.config.get("target_parameters") or ()
+        paths = [name.removeprefix(_PREFIX).removesuffix(end) for name in self.shapes if name.endswith(end)]
+        return {expert_factors.parameter_of(path, targets) or path: path for path in paths}
+
+    def keys(self, module: str) -> tuple[str, str]:
+        """The names of A and B of a module in the file."""
+        return keys(self._paths.get(module, module))
+
+    def experts(self, module: str) -> int:
+        """The number of experts that have factors; 0 for a linear."""
+        if self._paths[module] == module:
+            return 0
+        return self.shapes[self.keys(module)[0]][0] // self.rank_of(module)
 
     def adapts(self, module: str) -> bool:
         """Whether a module has factors."""
-        return keys(module)[0] in self.shapes
+        return module in self._paths
 
     @cached_property
     def saved(self) -> dict[str, str]:
@@ -185,8 +242,12 @@ class Adapter:
 
     def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A (rank, in), for QA-LoRA (rank, in / pool), and B (out, rank) of a module: float32."""
-        a, b = (self.read(key).float() for key in keys(module))
+        a, b = (self.read(key).float() for key in self.keys(module))
         return a, b
+
+    def expert_factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """All A (experts, rank, in) and all B (experts, out, rank) of a parameter of fused experts: float32."""
+        return expert_factors.split(*self.factors(module), self.experts(module))
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor by its name in the file."""
@@ -224,11 +285,12 @@ def check_factors(adapter: Adapter) -> None:
     if empty or not adapter.shapes:
         raise ArtifactError(f"{adapter.folder / WEIGHTS} is empty{f' in {empty[0]}' if empty else ''}: {_AGAIN}")
     for module in adapter.modules:
-        a, b = (adapter.shapes.get(key, ()) for key in keys(module))
+        a, b = (adapter.shapes.get(key, ()) for key in adapter.keys(module))
         if min(len(a), len(b)) < 2:
             raise ArtifactError(f"{adapter.folder / WEIGHTS} holds no complete pair of factors of {module!r}: {_AGAIN}")
         rank = adapter.config["r"]
-        if not adapter.config.get("rank_pattern") and (a[0], b[1]) != (rank, rank):
+        count = max(adapter.experts(module), 1)
+        if not adapter.config.get("rank_pattern") and (a[0], b[1]) != (rank * count, rank * count):
             raise ArtifactError(
                 f"{adapter.folder / CONFIG}: r is {rank}, but the factors of {module!r} have rank {a[0]} and {b[1]} in "
                 f"{WEIGHTS}: {_AGAIN}"

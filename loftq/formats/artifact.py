@@ -32,8 +32,8 @@ _BLOCK = Limited(
     f"a positive whole number, {ROW} or null", lambda v: v is None or (type(v) is int and (v > 0 or v == ROW))
 )
 _SHAPE = Limited(
-    "two positive whole numbers",
-    lambda v: isinstance(v, list) and len(v) == 2 and all(type(side) is int and 0 < side < 2**40 for side in v),
+    "two or three positive whole numbers",
+    lambda v: isinstance(v, list) and len(v) in (2, 3) and all(type(side) is int and 0 < side < 2**40 for side in v),
 )
 _SHARING = {  # the number of weights that share a scale, and their type
     "block_size": _BLOCK,
@@ -49,6 +49,8 @@ _RECIPE = {
     "adapter": str,
     "rank": whole(1),
     "alpha": number(above=0),
+    "expert_bits?": (whole(1), None),
+    "expert_rank?": (whole(1), None),
     "rslora": bool,
     "iters": whole(),
     "calibration": (str, None),

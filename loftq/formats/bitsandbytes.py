@@ -38,6 +38,7 @@ SIDES = 1
 SCALE_DTYPE = torch.float32
 HOLDS = "nf4 in blocks, and int8 with one symmetric scale for each row, without double quantization"
 STOCK = True
+EXPERTS = False
 SEVERAL_TYPES = False
 WITHOUT_WEIGHT = False
 IN_MEMORY = True
@@ -155,6 +156,7 @@ def quantization_config(
     skip_modules: Sequence[str],
     _codebooks: Mapping[str, str] | None = None,
     _target_modules: Sequence[str] = (),
+    _target_parameters: Sequence[str] = (),
 ) -> dict[str, object]:
     """The entry of `config.json`. `skip_modules` replaces the library's defaults: it must list the head."""
     eight = grid.bits == 8

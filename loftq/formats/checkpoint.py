@@ -95,6 +95,13 @@ class Checkpoint:
             raise CheckpointError(f"tensor {name!r} of {self.folder / file} has {data.numel()} bytes: {_REMEDY}")
         return data.view(spec.dtype).view(spec.shape)
 
+    def read_member(self, name: str, index: int) -> torch.Tensor:
+        """Read one of the tensors that are stacked along the first dimension of a tensor."""
+        spec = self.tensors[name]
+        member = spec.nbytes // spec.shape[0]
+        data = self._opened.read(self.files[name], name, member, index * member)
+        return data.view(spec.dtype).view(spec.shape[1:])
+
     def read_first(self, name: str, count: int) -> torch.Tensor:
         """Read at most the first `count` values of a tensor, flat."""
         dtype = self.tensors[name].dtype

@@ -85,7 +85,7 @@ def write(
     path: Path,
     config: Mapping[str, Any],
     folder: Path,
-    linears: Mapping[str, tuple[int, int]],
+    linears: Mapping[str, tuple[int, ...]],
     dense: Mapping[str, TensorSpec],
     read_linear: Callable[[str], AffineWeight],
     read_dense: Callable[[str], torch.Tensor],
@@ -127,7 +127,7 @@ def write(
 
 
 def _lay_out(
-    config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]], dense: Mapping[str, TensorSpec]
+    config: Mapping[str, Any], linears: Mapping[str, tuple[int, ...]], dense: Mapping[str, TensorSpec]
 ) -> list[_Entry]:
     """The tensors of the file, in order."""
     import gguf

@@ -51,6 +51,7 @@ _ENTRY = {
     "format?": (str, None),
 }
 STOCK = True
+EXPERTS = False
 SEVERAL_TYPES = False
 WITHOUT_WEIGHT = True
 IN_MEMORY = False
@@ -207,6 +208,7 @@ def quantization_config(
     _skip_modules: Sequence[str],
     codebooks: Mapping[str, str],
     target_modules: Sequence[str],
+    _target_parameters: Sequence[str] = (),
 ) -> dict[str, object]:
     """The entry of `config.json`. It lists the ends of names of quantized modules, within the blocks' common path."""
     return {

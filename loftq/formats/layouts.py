@@ -1,6 +1,10 @@
 """The on-disk layouts of a quantized linear, by name.
 
 A layout is a module that implements `Layout`. No other code depends on the name of a format.
+
+A `shape` is that of a linear, (out, in), or (experts, out, in) for a stack of fused experts, which only layouts with
+EXPERTS hold. The tensors of a stack are those of its experts, one after the other along a new first dimension, and
+their names begin with the name of the parameter in place of `MODULE.weight`. `tensors` and `read` then take one expert.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ class Layout(Protocol):
     SCALE_DTYPE: torch.dtype
     HOLDS: str  # the types that `holds` accepts, in words
     STOCK: bool  # whether loaders without loftq can load it; they convert only the stock classes of linears
+    EXPERTS: bool  # whether it holds fused experts
     SEVERAL_TYPES: bool  # whether the linears of one folder may have several types
     WITHOUT_WEIGHT: bool  # whether its stock loader needs a model of text only, and gives it linears without `weight`
     IN_MEMORY: bool  # whether its linear can be built in memory (`LayoutLinears.build`)
@@ -76,9 +81,10 @@ class Layout(Protocol):
         skip_modules: Sequence[str],
         codebooks: Mapping[str, str],
         target_modules: Sequence[str],
+        target_parameters: Sequence[str] = (),
         /,
     ) -> dict[str, object]:
-        """The entry of `config.json`."""
+        """The entry of `config.json`. `target_parameters` are the ends of names of the stacks that are quantized."""
 
 
 _ALL: tuple[Layout, ...] = (bitsandbytes, gptq, native)  # the first that holds a type is its default

@@ -12,6 +12,10 @@ For a linear (out, in) with n = out · in weights, of which g share a scale:
 
     W~ = scale · level + shift,  shift = 0, or scale · (2^(bits−1) − zero), or the stored shift
 
+For fused experts (experts, out, in), the tensors of all experts are stacked, and named after the parameter: with
+`mlp.experts.up_proj` in the place of `weight`, uint8 (experts, out · in · bits / 8), `mlp.experts.up_proj_scales` and so
+on. An expert is thus stored like a linear, whatever the order of its sides in the model.
+
 `config.json` names the codebook. A stock load of such a folder fails at the first weight, whose shape is not the
 model's; transformers loads it once loftq is imported.
 """
@@ -33,12 +37,15 @@ from loftq.errors import ArtifactError
 from loftq.formats.checkpoint import TensorSpec
 
 METHOD = "loftq"
-VERSION = 1
+VERSION = 2
+_WITHOUT_EXPERTS = 1  # the version of a folder whose experts are not quantized
 BLOCK_SIZES: tuple[int, ...] = (ROW, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 SIDES = 1
 SCALE_DTYPE = torch.float16
+WEIGHT = "weight"
 HOLDS = f"{', '.join(CODEBOOKS)} with zero-points of every kind"
 STOCK = False
+EXPERTS = True
 SEVERAL_TYPES = True
 WITHOUT_WEIGHT = False
 IN_MEMORY = True
@@ -58,7 +65,7 @@ def tensor_shapes(shape: Sequence[int], grid: Grid) -> dict[str, tuple[torch.dty
     weights = shape[0] * shape[1]
     groups = weights // grid.block(shape[1])
     parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "weight": (torch.uint8, (packed_size(weights, grid.bits),)),
+        WEIGHT: (torch.uint8, (packed_size(weights, grid.bits),)),
         "weight_scales": (torch.uint8 if grid.double_quant else SCALE_DTYPE, (groups,)),
     }
     if grid.double_quant:
@@ -71,16 +78,25 @@ def tensor_shapes(shape: Sequence[int], grid: Grid) -> dict[str, tuple[torch.dty
     return parts
 
 
+def stored_name(module: str, shape: Sequence[int], name: str) -> str:
+    """The full name of the tensor `name` of a linear, or of the one that takes its place for a stack of experts."""
+    return f"{module}.{name}" if len(shape) == 2 else f"{module}{name.removeprefix(WEIGHT)}"
+
+
 def specs(module: str, shape: Sequence[int], grid: Grid, _dtype: torch.dtype) -> list[TensorSpec]:
-    """The tensors of one linear."""
-    return [TensorSpec(f"{module}.{name}", dtype, size) for name, (dtype, size) in tensor_shapes(shape, grid).items()]
+    """The tensors of one linear, or of a stack of experts."""
+    *experts, rows, columns = shape
+    return [
+        TensorSpec(stored_name(module, shape, name), dtype, (*experts, *size))
+        for name, (dtype, size) in tensor_shapes((rows, columns), grid).items()
+    ]
 
 
 def tensors(
-    module: str, _shape: Sequence[int], grid: Grid, _dtype: torch.dtype, codes: torch.Tensor, scales: Scales
+    module: str, shape: Sequence[int], grid: Grid, _dtype: torch.dtype, codes: torch.Tensor, scales: Scales
 ) -> dict[str, torch.Tensor]:
-    """The named tensors of one linear from its codes, as the solver leaves them, and scales."""
-    parts = {"weight": pack(single(codes, grid.bits), grid.bits)}
+    """The named tensors of one linear or expert from its codes, as the solver leaves them, and scales."""
+    parts = {WEIGHT: pack(single(codes, grid.bits), grid.bits)}
     nested = scales.nested
     if nested is None:
         parts["weight_scales"] = scales.values.to(SCALE_DTYPE)
@@ -92,13 +108,14 @@ def tensors(
         parts["weight_zeros"] = pack(scales.zeros, grid.bits)
     elif scales.shifts is not None:
         parts["weight_shifts"] = scales.shifts.to(FLOATING[str(grid.zero_point)])
-    return {f"{module}.{name}": tensor for name, tensor in parts.items()}
+    return {stored_name(module, shape, name): tensor for name, tensor in parts.items()}
 
 
 def read(module: str, shape: Sequence[int], grid: Grid, tensor: Callable[[str], torch.Tensor]) -> Solved:
     """The inverse of `tensors`: codes as the solver leaves them, and scales."""
-    stored = {name: tensor(f"{module}.{name}") for name in tensor_shapes(shape, grid)}
-    codes = paired(unpack(stored["weight"], grid.bits, shape[0] * shape[1]), grid.bits)
+    rows, columns = shape[-2:]
+    stored = {name: tensor(stored_name(module, shape, name)) for name in tensor_shapes((rows, columns), grid)}
+    codes = paired(unpack(stored[WEIGHT], grid.bits, rows * columns), grid.bits)
     nested = None
     values = stored["weight_scales"].float()
     if grid.double_quant:
@@ -151,12 +168,14 @@ def quantization_config(
     skip_modules: Sequence[str],
     codebooks: Mapping[str, str],
     _target_modules: Sequence[str] = (),
+    target_parameters: Sequence[str] = (),
 ) -> dict[str, object]:
     """The entry of `config.json`: the commonest codebook, and the modules that have another by name."""
+    experts = {"experts": list(target_parameters)} if target_parameters else {}
     (common, _), *_ = Counter(codebooks.values()).most_common()
     return {
         "quant_method": METHOD,
-        "format_version": VERSION,
+        "format_version": VERSION if experts else _WITHOUT_EXPERTS,
         "codebook": common,
         "codebooks": {module: name for module, name in codebooks.items() if name != common},
         "block_size": grid.block_size,
@@ -164,6 +183,7 @@ def quantization_config(
         "double_quant": grid.double_quant,
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "skip_modules": list(skip_modules),
+        **experts,
     }
 
 

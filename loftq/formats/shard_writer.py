@@ -15,7 +15,7 @@ from typing import Self
 import torch
 
 from loftq.errors import CheckpointError
-from loftq.formats.checkpoint import Shard
+from loftq.formats.checkpoint import Shard, TensorSpec
 from loftq.formats.disk import sync
 
 _PIECE = 2**22  # bytes that are read at once
@@ -69,11 +69,20 @@ class ShardWriter:
             )
         if not tensor.numel():
             return hashlib.sha256().hexdigest()
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-        if shard.file not in self._kept:
-            _write_at(self._descriptors[shard.file], data, offset)
-            self._unsynced.add(shard.file)
+        data = _bytes_of(tensor)
+        self.write_at(shard.file, data, offset)
         return hashlib.sha256(data).hexdigest()
+
+    def piecewise(self, name: str) -> PiecewiseTensor:
+        """Write a tensor at its planned offset in pieces, so that it is never in memory as a whole."""
+        shard, offset, spec = self._places[name]
+        return PiecewiseTensor(self, shard, offset, spec)
+
+    def write_at(self, file: str, data: memoryview, offset: int) -> None:
+        """Write bytes at an offset of a file."""
+        if file not in self._kept:
+            _write_at(self._descriptors[file], data, offset)
+            self._unsynced.add(file)
 
     def holds(self, name: str, sha256: str) -> bool:
         """Whether the bytes at a tensor's planned offset have this SHA-256, or belong to a file that is complete."""
@@ -95,6 +104,38 @@ class ShardWriter:
         """Wait until the bytes of all tensors that were written before this call are on the disk."""
         while self._unsynced:
             os.fdatasync(self._descriptors[self._unsynced.pop()])
+
+
+class PiecewiseTensor:
+    """A planned tensor whose bytes are written piece by piece, in order."""
+
+    def __init__(self, writer: ShardWriter, shard: Shard, offset: int, spec: TensorSpec) -> None:
+        self._writer, self._shard, self._spec = writer, shard, spec
+        self._next, self._end = offset, offset + spec.nbytes
+        self._digest = hashlib.sha256()
+
+    def add(self, piece: torch.Tensor) -> None:
+        """Write the next piece. Raises CheckpointError if its dtype is not the planned one, or if it does not fit."""
+        data = _bytes_of(piece)
+        if piece.dtype != self._spec.dtype or self._next + data.nbytes > self._end:
+            raise CheckpointError(
+                f"a piece {piece.dtype} {tuple(piece.shape)} does not fit the tensor {self._spec.name!r}, which is "
+                f"{self._spec.dtype} {self._spec.shape}"
+            )
+        self._writer.write_at(self._shard.file, data, self._next)
+        self._digest.update(data)
+        self._next += data.nbytes
+
+    def finish(self) -> str:
+        """The SHA-256 of all bytes. Raises CheckpointError if some are missing."""
+        if self._next != self._end:
+            raise CheckpointError(f"tensor {self._spec.name!r} lacks {self._end - self._next} of its bytes")
+        return self._digest.hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    data: memoryview = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    return data
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:

@@ -76,8 +76,8 @@ class TensorFiles:
         """The places of all tensors of a file. Raises the error of this folder if it is truncated or damaged."""
         return self._header(file).places
 
-    def read(self, file: str, name: str, most: int | None = None) -> torch.Tensor:
-        """The bytes of a tensor, or at most the first `most` of them: uint8 (bytes,), which nothing else refers to.
+    def read(self, file: str, name: str, most: int | None = None, first: int = 0) -> torch.Tensor:
+        """The bytes of a tensor, or at most `most` of them from the byte `first`: uint8 (bytes,), a new tensor.
 
         Raises the error of this folder if the file has no such tensor, cannot be read, or has changed since its header
         was read.
@@ -86,7 +86,8 @@ class TensorFiles:
         if name not in header.places:
             raise self._refusal(file, name, "it has none of this name")
         place = header.places[name]
-        count = place.end - place.begin if most is None else min(most, place.end - place.begin)
+        left = place.end - place.begin - first
+        count = left if most is None else min(most, left)
         data = torch.empty(count, dtype=torch.uint8)
         try:
             opened = self._opened(file)
@@ -94,7 +95,7 @@ class TensorFiles:
             for status in (os.fstat(opened.descriptor), (self._folder / file).stat()):
                 if _state(status) != header.state:
                     raise self._refusal(file, name, "the file has changed since its header was read")
-            _fill(opened.descriptor, data.numpy().data, place.begin)
+            _fill(opened.descriptor, data.numpy().data, place.begin + first)
         except OSError as error:
             raise self._refusal(file, name, error.strerror or str(error)) from error
         return data

@@ -12,8 +12,17 @@ from typing import Any
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats.adapter import CONFIG, Adapter
 
-_HONOURED = {"peft_type", "r", "lora_alpha", "use_rslora", "use_qalora", "qalora_group_size", "modules_to_save"}
-_SELECTION = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}  # the factors show these
+_HONOURED = {
+    *("peft_type", "r", "lora_alpha", "use_rslora", "use_qalora", "qalora_group_size", "modules_to_save"),
+    *("rank_pattern", "alpha_pattern"),
+}
+_SELECTION = {
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+}  # the factors show these
 _WITHOUT_EFFECT = {
     "task_type",
     "auto_mapping",

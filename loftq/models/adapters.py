@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from loftq.errors import ArtifactError
-from loftq.formats.adapter import Adapter, keys, open_adapter
+from loftq.formats.adapter import Adapter, open_adapter
 from loftq.formats.artifact import MANIFEST, Artifact, combine_hashes, open_artifact
 from loftq.formats.checkpoint import Checkpoint
 from loftq.formats.links import refuse_links
@@ -84,7 +84,7 @@ def check_shapes(model: nn.Module, adapter: Adapter, name: str) -> None:
             )
         layer = modules[module]
         expected = [getattr(layer, linear, getattr(layer, conv, None)) for linear, conv in _SIDES]
-        a, b = (adapter.shapes[key] for key in keys(module))
+        a, b = (adapter.shapes[key] for key in adapter.keys(module))
         sizes = [a[1] * (adapter.pool_size or 1), b[0]]
         if None not in expected and sizes != expected:
             raise ArtifactError(
@@ -155,8 +155,8 @@ def fitting_adapter(artifact: Artifact, folder: Path) -> Adapter:
             "use an adapter of this artifact"
         )
     for module in adapter.modules:
-        for key, side in zip(keys(module), (1, 0), strict=True):
-            shape, right = adapter.shapes[key], expected.shapes[key]
+        for key, other, side in zip(adapter.keys(module), expected.keys(module), (1, 0), strict=True):
+            shape, right = adapter.shapes[key], expected.shapes[other]
             if len(shape) != len(right) or shape[side] != right[side]:
                 raise ArtifactError(
                     f"the adapter {folder} does not fit {artifact.folder}: {key} is {' x '.join(map(str, shape))}, "

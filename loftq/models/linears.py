@@ -153,18 +153,25 @@ def _shared(model: nn.Module) -> dict[str, str]:
     return shared
 
 
-def select(model: nn.Module, linears: Linears, targets: Sequence[str] | None, excluded: Sequence[str]) -> list[str]:
+def select(
+    model: nn.Module,
+    linears: Linears,
+    targets: Sequence[str] | None,
+    excluded: Sequence[str],
+    stacks: Collection[str] = (),
+) -> list[str]:
     """The candidates that a pattern of `targets` (default: all) matches and none of `excluded` does, in model order.
 
     A pattern is the name of a module, the end of a name after a dot (`q_proj`), or either with `*` and `?`. Raises
-    OptionError for a pattern that matches no candidate, and for one that matches a weight shared with another module.
+    OptionError for a pattern that matches no candidate and none of `stacks`, the parameters of fused experts, and for
+    one that matches a weight shared with another module.
     """
     names = list(linears.candidates)
     for option, patterns in (("--target-modules", targets or ()), ("--exclude-modules", excluded)):
         for pattern in patterns:
             if option == "--exclude-modules" and any(reaches(pattern, name) for name, _ in model.named_modules()):
                 continue  # a module that would not be quantized anyway may be excluded too
-            if not any(reaches(pattern, name) for name in names):
+            if not any(reaches(pattern, name) for name in names) and not reached_stacks(stacks, [pattern]):
                 raise OptionError(f"{option} {pattern!r} {_why_nothing(model, linears, pattern)}")
     for name, other in linears.shared.items():
         if any(reaches(pattern, name) for pattern in targets or ()):
@@ -174,6 +181,8 @@ def select(model: nn.Module, linears: Linears, targets: Sequence[str] | None, ex
             )
     chosen = [name for name in names if targets is None or any(reaches(p, name) for p in targets)]
     chosen = [name for name in chosen if not any(reaches(p, name) for p in excluded)]
+    if not chosen and reached_stacks(stacks, targets or ()):
+        raise OptionError("--target-modules names only fused experts: name at least one linear layer too")
     if not chosen:
         raise OptionError("--exclude-modules leaves no linear layer to quantize: exclude fewer modules")
     return chosen
@@ -197,6 +206,12 @@ def _why_nothing(model: nn.Module, linears: Linears, pattern: str) -> str:
 def reaches(pattern: str, name: str) -> bool:
     """Whether a pattern matches the name of a module, or the end of it after a dot."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def reached_stacks(stacks: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The parameters of fused experts that a pattern matches, by their own name or by that of their module."""
+    owned = {stack: stack.rpartition(".")[0] for stack in stacks}
+    return [s for s, owner in owned.items() if any(reaches(p, s) or reaches(p, owner) for p in patterns)]
 
 
 def kept_in_float32(model: nn.Module) -> list[str]:

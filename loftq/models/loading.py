@@ -206,6 +206,7 @@ def _require_quantized(model: nn.Module, folder: Path) -> None:
 def _change_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
+    from loftq.models.packed_experts import PackedExperts
     from loftq.models.packed_linear import PackedLinear
 
     scales: set[int] = set()  # they keep their dtype: the codes were chosen for exactly these scales
@@ -215,6 +216,9 @@ def _change_dtype(model: nn.Module, dtype: torch.dtype) -> None:
             module.weight.quant_state.dtype = dtype
         elif isinstance(module, PackedLinear):
             module.compute_dtype = dtype
+            scales.update(id(buffer) for buffer in module.buffers(recurse=False))
+        elif isinstance(module, PackedExperts):
+            module.change_dtype(dtype)
             scales.update(id(buffer) for buffer in module.buffers(recurse=False))
     for tensor in [*model.parameters(), *model.buffers()]:
         kept = isinstance(tensor, Params4bit) or id(tensor) in scales

@@ -14,8 +14,12 @@ from loftq.models.packed_linear import PackedLinear
 
 
 def read_weight(module: str, shape: Sequence[int], grid: Grid, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    """The weight that the stored tensors of a linear stand for: float32 (out, in)."""
-    return PackedLinear.load(module, shape, grid, read).dequantize()
+    """The weight that the stored tensors of a linear or an expert stand for: float32 (out, in)."""
+
+    def stored(name: str) -> torch.Tensor:
+        return read(native.stored_name(module, shape, name.removeprefix(".")))
+
+    return PackedLinear.load("", shape[-2:], grid, stored).dequantize()
 
 
 def linear_classes() -> tuple[type[nn.Module], ...]:

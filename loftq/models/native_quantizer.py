@@ -10,7 +10,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq.core.grid import Grid
 from loftq.formats.native import METHOD, VERSION, check_config
+from loftq.models.expert_stacks import find_stacks
 from loftq.models.linears import DenseLinear, kept_in_float32
+from loftq.models.packed_experts import PackedStack
 from loftq.models.packed_quantizer import PackedQuantizer
 from loftq.models.skipping import Skipped
 
@@ -28,6 +30,7 @@ class LoftQConfig(QuantizationConfigMixin):
         skip_modules: list[str] | None = None,
         codebooks: dict[str, str] | None = None,
         zero_point: str | None = None,
+        experts: list[str] | None = None,
         format_version: int = VERSION,
         **_: Any,
     ) -> None:
@@ -41,9 +44,11 @@ class LoftQConfig(QuantizationConfigMixin):
         self.double_quant = double_quant
         self.compute_dtype = compute_dtype
         self.skip_modules = list(skip_modules or ())
+        if experts:
+            self.experts = list(experts)
 
     def grid(self, module: str) -> Grid:
-        """The type of a module's weight."""
+        """The type of the weight of a module, or of a parameter of fused experts."""
         return Grid(self.codebooks.get(module, self.codebook), self.block_size, self.double_quant, self.zero_point)
 
 
@@ -57,3 +62,14 @@ class LoftQQuantizer(PackedQuantizer):
         config = self.quantization_config
         skipped = Skipped([*config.skip_modules, *kept_in_float32(model)])
         return ((name, config.grid(name)) for name in candidates if not skipped.holds(name))
+
+    def _stacks(self, model: Any) -> Iterator[tuple[str, dict[str, PackedStack]]]:
+        config = self.quantization_config
+        ends = tuple(f".{end}" for end in getattr(config, "experts", ()))
+        owners: dict[str, dict[str, PackedStack]] = {}
+        for name, stack in find_stacks(model).candidates.items() if ends else ():
+            if f".{name}".endswith(ends):
+                owner, _, last = name.rpartition(".")
+                dtype = model.get_parameter(name).dtype
+                owners.setdefault(owner, {})[last] = PackedStack(config.grid(name), stack.shape, dtype)
+        return iter(owners.items())

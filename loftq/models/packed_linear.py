@@ -157,6 +157,11 @@ class _Native:
             )
 
 
+def stored_native(grid: Grid, rows: int, columns: int) -> StoredWeight:
+    """The layout of a weight (rows, columns) in our own format."""
+    return _Native(grid.codebook, grid.block(columns), rows, columns)
+
+
 class _Matmul(torch.autograd.Function):
     """Computes x Wᵀ. W is unpacked in forward and again in backward, so that autograd keeps only the stored tensors."""
 
@@ -232,8 +237,7 @@ class PackedLinear(nn.Linear):
         return out if self.bias is None else out + self.bias.to(dtype)
 
     def _layout(self) -> StoredWeight:
-        block = self.grid.block(self.in_features)
-        return _Native(self.grid.codebook, block, self.out_features, self.in_features)
+        return stored_native(self.grid, self.out_features, self.in_features)
 
     def _stored(self) -> list[torch.Tensor | None]:
         return [getattr(self, name) for name in self._tensors]

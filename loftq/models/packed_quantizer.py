@@ -17,6 +17,7 @@ from loftq.formats.checkpoint import TensorSpec, read_header
 from loftq.formats.native import METHOD
 from loftq.models.devices import find_gpu
 from loftq.models.linears import DenseLinear, find_linears
+from loftq.models.packed_experts import PackedExperts, PackedStack, pack
 from loftq.models.packed_linear import PackedLinear
 
 
@@ -30,6 +31,10 @@ class PackedQuantizer(HfQuantizer):
     def _grids(self, candidates: dict[str, DenseLinear], names: set[str], model: Any) -> Iterator[tuple[str, Grid]]:
         """The linears to replace, with the types of their weights. `names` are those of the checkpoint's tensors."""
 
+    def _stacks(self, _model: Any) -> Iterator[tuple[str, dict[str, PackedStack]]]:
+        """The experts modules to pack, with the types of their parameters."""
+        return iter(())
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
@@ -42,6 +47,8 @@ class PackedQuantizer(HfQuantizer):
             old = model.get_submodule(name)
             packed = self._linear(columns, rows, old.bias is not None, grid=grid, dtype=old.weight.dtype, device="meta")
             model.set_submodule(name, packed)
+        for owner, stacks in self._stacks(model):
+            pack(model.get_submodule(owner), stacks, "meta")
         for file, specs in headers.items():
             _check_sizes(model, file, specs)
 
@@ -67,6 +74,8 @@ class PackedQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
                 model.set_submodule(name, cast(nn.Module, module.to_dense(dtype)))
+            elif isinstance(module, PackedExperts):
+                module.to_dense(dtype)
         return model
 
 
@@ -78,9 +87,9 @@ def _check_sizes(model: nn.Module, file: Path, specs: Sequence[TensorSpec]) -> N
     expected = {
         f"{name}.{key}": tensor
         for name, module in model.named_modules()
-        if isinstance(module, PackedLinear)
+        if isinstance(module, (PackedLinear, PackedExperts))
         for key, tensor in module.state_dict().items()
-        if key != "bias"
+        if not key.endswith("bias")
     }
     for spec in specs:
         wanted = expected.get(spec.name)

@@ -14,7 +14,9 @@ from peft.tuners.lora import layer, model
 from peft.tuners.lora.variants import QALoraLinearVariant
 
 from loftq.core import pooled
+from loftq.models.packed_experts import PackedExperts
 from loftq.models.packed_linear import PackedLinear
+from loftq.models.peft_experts import ParamWrapper
 
 
 class PooledVariant(QALoraLinearVariant):  # type: ignore[misc]
@@ -71,6 +73,8 @@ _dispatch_default = model.dispatch_default
 
 def _dispatch(target: Any, adapter_name: str, config: Any, **kwargs: Any) -> Any:
     base = target.get_base_layer() if isinstance(target, layer.BaseTunerLayer) else target
+    if isinstance(base, PackedExperts) and kwargs.get("parameter_name") is not None:
+        return ParamWrapper(target, adapter_name, config=config, **kwargs)
     if isinstance(base, PackedLinear):
         return PackedLoraLinear(target, adapter_name, config=config, **kwargs)
     return _dispatch_default(target, adapter_name, config=config, **kwargs)

@@ -8,6 +8,7 @@ the dense layers are then lost without an error. This module asks peft itself ab
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -103,8 +104,11 @@ def load_adapter(model: Any, folder: Path, *, is_trainable: bool = False) -> Pef
     check_loadable(adapter)
     check_values(adapter)
     own = _resize(model, adapter)
-    named = set(adapter.modules) <= {name for name, _ in model.named_modules()}
-    with as_named() if named else nullcontext(), explain_loading(folder, CONFIG):
+    existing = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+    named = set(adapter.modules) <= existing
+    with as_named() if named else nullcontext(), explain_loading(folder, CONFIG), warnings.catch_warnings():
+        # peft does not look among parameters for these patterns; it warns, and honours them
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
     if not named:
         return adapted

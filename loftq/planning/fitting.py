@@ -28,10 +28,11 @@ class Fitting:
     """The linears of a model that are quantized, `targets`, and those that stay in 16 bits, `reasons`, by module.
 
     `format` is the name of the layout, which is that of the recipe or the first that can hold the linears. Raises
-    OptionError if linears with more than half of the weights do not fit, or if no linear is left.
+    OptionError if linears with more than half of the weights do not fit, or if no linear is left. With `with_experts`,
+    the layout also holds fused experts.
     """
 
-    def __init__(self, model: nn.Module, targets: Targets, recipe: Recipe) -> None:
+    def __init__(self, model: nn.Module, targets: Targets, recipe: Recipe, *, with_experts: bool = False) -> None:
         self.targets = dict(targets)
         self.reasons: dict[str, str] = {}
         self._weights = sum(prod(dense.shape) for dense in targets.values())
@@ -39,6 +40,8 @@ class Fitting:
         self._take_out(lambda module, dense: _rank_problem(module, dense, recipe))
         shapes = {dense.shape for dense in self.targets.values()}
         loadable = _loadable(model, self.targets, recipe)
+        if with_experts:
+            loadable = [name for name in loadable if LAYOUTS[name].EXPERTS]
         self.format = choose(recipe.grids, recipe.format, shapes=shapes, loadable=loadable)
         self._take_out(lambda module, dense: _format_problem(module, dense, recipe, self.format))
 

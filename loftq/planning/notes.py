@@ -26,14 +26,12 @@ def notes_on(plan: Plan, linears: Linears, names: NameMap) -> Iterator[str]:
         kind = plan.source.checkpoint.title
         yield f"the weights of the source are quantized ({kind}): they are dequantized, and then quantized again"
     if plan.layout.PLAN_NOTE:
-        unusual = {type(plan.model.get_submodule(layer.module)).__name__ for layer in plan.layers} - {
+        unusual = {type(plan.model.get_submodule(layer.module)).__name__ for layer in plan.linears} - {
             "Linear",
             "Conv1D",
         }
         what = f"{', '.join(sorted(unusual))} quantized" if unusual else ", ".join(sorted(set(plan.codebooks.values())))
         yield plan.layout.PLAN_NOTE.format(what=what, loader=f"load_{plan.kind}")
-    if plan.expert_bytes:
-        yield f"fused experts stay in {dtype}: {plan.expert_bytes / 1e9:.3g} GB"
     for what, left in (("", linears.others), (" that share their weight", linears.shared)):
         if left:
             kinds = {type(plan.model.get_submodule(name)).__name__ for name in left}

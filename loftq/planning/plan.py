@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 from torch import nn
 
@@ -21,19 +22,38 @@ from loftq.planning.recipe import Recipe
 class Layer:
     """A linear to quantize: its module, the name of its tensor in the checkpoint, and its shape (out, in).
 
-    If `transposed`, the stored tensor is (in, out).
+    If `transposed`, the stored tensor is (in, out). For fused experts, `module` is the name of the parameter, and the
+    shape is (experts, out, in). If the checkpoint has tensors for each expert, `parts` lists them, each with the
+    pattern of transformers' renaming that it matches, and `tensor` is the name of the parameter.
     """
 
     module: str
     tensor: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     transposed: bool = False
     bits: int = 4
+    rank: int = 0
+    parts: tuple[tuple[tuple[str, str], ...], ...] = ()
 
     @property
     def weights(self) -> int:
         """The number of its weights."""
-        return self.shape[0] * self.shape[1]
+        return prod(self.shape)
+
+    @property
+    def experts(self) -> int:
+        """The number of its experts; 0 for a linear."""
+        return self.shape[0] if len(self.shape) == 3 else 0
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The shape (out, in) of the linear, or of each expert."""
+        return self.shape[-2], self.shape[-1]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The tensors of the checkpoint that hold its weights."""
+        return tuple(name for expert in self.parts for name, _ in expert) or (self.tensor,)
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,7 @@ class Plan:
     backbone: tuple[Shard, ...]
     adapter: Shard
     target_modules: tuple[str, ...]
+    target_parameters: tuple[str, ...]
     modules_to_save: tuple[str, ...]
     skip_modules: tuple[str, ...]
     format: str  # a name of LAYOUTS
@@ -75,13 +96,23 @@ class Plan:
         """The kind of the artifact. `loftq.load_{kind}` loads it."""
         return "qlora" if self.recipe.pool_size is None else "qalora"
 
+    @property
+    def linears(self) -> tuple[Layer, ...]:
+        """The layers that are linears."""
+        return tuple(layer for layer in self.layers if not layer.experts)
+
+    @property
+    def stacks(self) -> tuple[Layer, ...]:
+        """The layers that are fused experts."""
+        return tuple(layer for layer in self.layers if layer.experts)
+
     def grid(self, layer: Layer) -> Grid:
         """The type of a layer's weight."""
         return self.recipe.grid(layer.bits)
 
     def quantizer(self, layer: Layer, width: int | None = None) -> Quantizer:
         """The quantizer of a layer, at its own width or another, with scales as the format stores them."""
-        return self.recipe.grid(width or layer.bits).quantizer(layer.shape[1], self.layout.SCALE_DTYPE)
+        return self.recipe.grid(width or layer.bits).quantizer(layer.matrix[1], self.layout.SCALE_DTYPE)
 
     @property
     def codebooks(self) -> dict[str, str]:
@@ -91,14 +122,16 @@ class Plan:
     @property
     def quantized_names(self) -> list[str]:
         """Ends of names that match only the quantized modules: peft's target modules, or else the full names."""
-        wanted = {layer.module for layer in self.layers}
+        wanted = {layer.module for layer in self.linears}
         reached = {name for name, _ in self.model.named_modules() if name.endswith(self.target_modules)}
         return list(self.target_modules if reached == wanted else sorted(wanted))
 
     @cached_property
     def expert_bytes(self) -> int:
-        """Bytes of fused experts, which are not quantized."""
-        return sum(linears.fused_experts(self.model).values()) * self.recipe.dtype.itemsize
+        """Bytes of the fused experts that are not quantized."""
+        quantized = {layer.module for layer in self.stacks}
+        left = {name: size for name, size in linears.fused_experts(self.model).items() if name not in quantized}
+        return sum(left.values()) * self.recipe.dtype.itemsize
 
     @cached_property
     def layer_bits(self) -> float:

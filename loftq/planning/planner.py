@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loftq.core import allocation
-from loftq.errors import CheckpointError, SourceError
+from loftq.errors import SourceError
 from loftq.formats import adapter
 from loftq.formats.checkpoint import Shard, TensorSpec, dtype_of, lay_out, parse_size
 from loftq.formats.layouts import LAYOUTS, Layout
@@ -17,16 +17,18 @@ from loftq.formats.model_config import read_config
 from loftq.formats.prequantized import READABLE, DenseView, dense_view
 from loftq.hub.source import Source
 from loftq.models import linears, naming
+from loftq.models.expert_stacks import find_stacks
 from loftq.models.families import family_of
 from loftq.models.linears import DenseLinear, Linears
 from loftq.models.loader_probe import runs_packed
 from loftq.models.naming import NameMap
 from loftq.models.tasks import build_meta
+from loftq.planning.experts import Experts
 from loftq.planning.fitting import Fitting
 from loftq.planning.notes import notes_on
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.recipe import Recipe
-from loftq.planning.weights import refuse_narrow
+from loftq.planning.weights import check_quantizable, refuse_narrow
 
 _POOLER = "pooler"  # checkpoints of masked language models often lack it, and transformers initializes it
 
@@ -55,12 +57,16 @@ def make_plan(
     resized = heads if recipe.num_labels is not None else ()
     names = naming.map_names(model, source.checkpoint.tensors, new=(*heads, _POOLER), resized=resized)
     saved = (*heads, *_new_poolers(names)) if task.has_head else ()
-    fitting = Fitting(model, {target: model_linears.candidates[target] for target in targets}, recipe)
+    experts = Experts(model, names, source.checkpoint, recipe)
+    if not experts.layers:
+        recipe = recipe.without_experts()
+    chosen = {target: model_linears.candidates[target] for target in targets}
+    fitting = Fitting(model, chosen, recipe, with_experts=bool(experts.layers))
     targets, format = list(fitting.targets), fitting.format
     _check_code(model, targets, source)
-    layers = tuple(_layer(target, layer, names.source, source) for target, layer in fitting.targets.items())
-    layers = _allocate(layers, recipe, widths)
-    quantized = {layer.tensor for layer in layers}
+    layers = tuple(_layer(target, layer, names.source, source, recipe) for target, layer in fitting.targets.items())
+    layers = (*_allocate(layers, recipe, widths), *experts.layers)
+    quantized = {name for layer in layers for name in layer.tensors}
     tensors = source.checkpoint.tensors
     passed = {
         name: _kept_spec(key, tensors[name], saved, recipe)
@@ -82,12 +88,17 @@ def make_plan(
         backbone=_lay_out_backbone(layers, names, {**passed, **created}, recipe, LAYOUTS[format]),
         adapter=_lay_out_adapter(layers, {**passed, **created}, recipe),
         target_modules=tuple(adapter.target_names(targets, [name for name, _ in model.named_modules()])),
+        target_parameters=experts.target_parameters,
         modules_to_save=saved,
         skip_modules=tuple(linears.skip_modules(model, model_linears, targets)),
         format=format,
         notes=(),
     )
-    notes = (*notes_on(plan, model_linears, names), *fitting.notes(recipe.compute_dtype))
+    notes = (
+        *notes_on(plan, model_linears, names),
+        *experts.notes(plan),
+        *fitting.notes(recipe.compute_dtype),
+    )
     return replace(plan, notes=notes)
 
 
@@ -118,7 +129,8 @@ def _targets(model: nn.Module, model_linears: Linears, recipe: Recipe, source: S
         names = list(model_linears.candidates)
         reached = [p for p in usual or () if any(linears.reaches(p, name) for name in names)]
         wanted = tuple(reached) or None
-    return linears.select(model, model_linears, wanted, recipe.exclude_modules)
+    stacks = list(find_stacks(model).candidates)
+    return linears.select(model, model_linears, wanted, recipe.exclude_modules, stacks)
 
 
 def _check_code(model: nn.Module, targets: Sequence[str], source: Source) -> None:
@@ -131,7 +143,7 @@ def _check_code(model: nn.Module, targets: Sequence[str], source: Source) -> Non
         )
 
 
-def _layer(module: str, dense: DenseLinear, origin: Mapping[str, str], source: Source) -> Layer:
+def _layer(module: str, dense: DenseLinear, origin: Mapping[str, str], source: Source, recipe: Recipe) -> Layer:
     key = f"{module}.weight"
     last = module.rpartition(".")[2]
     if key not in origin:
@@ -140,9 +152,8 @@ def _layer(module: str, dense: DenseLinear, origin: Mapping[str, str], source: S
             f"add --exclude-modules {last}"
         )
     spec = source.checkpoint.tensors[origin[key]]
-    if spec.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        raise CheckpointError(f"tensor {spec.name!r} has dtype {spec.dtype}: expected 16 or 32 bits, not quantized")
-    return Layer(module, spec.name, dense.shape, dense.transposed)
+    check_quantizable(spec)
+    return Layer(module, spec.name, dense.shape, dense.transposed, rank=recipe.rank)
 
 
 def _new_poolers(names: NameMap) -> list[str]:
@@ -174,11 +185,14 @@ def _kept_spec(key: str, spec: TensorSpec, saved: Sequence[str], recipe: Recipe)
 def _lay_out_backbone(
     layers: tuple[Layer, ...], names: NameMap, kept: Mapping[str, TensorSpec], recipe: Recipe, layout: Layout
 ) -> tuple[Shard, ...]:
-    by_tensor = {layer.tensor: layer for layer in layers}
-    groups = []
+    by_tensor = {name: layer for layer in layers for name in layer.tensors}
+    groups, placed = [], set()
     for name in [*names.written, *names.created]:
         layer = by_tensor.get(name)
+        if layer is not None and layer.module in placed:
+            continue  # another tensor of the same experts
         if layer is not None:
+            placed.add(layer.module)
             groups.append(layout.specs(layer.module, layer.shape, recipe.grid(layer.bits), recipe.dtype))
         elif not adapter.is_key(kept[name].name):
             groups.append([kept[name]])
@@ -187,7 +201,7 @@ def _lay_out_backbone(
 
 def _lay_out_adapter(layers: tuple[Layer, ...], kept: Mapping[str, TensorSpec], recipe: Recipe) -> Shard:
     specs = [
-        spec for layer in layers for spec in adapter.specs(layer.module, layer.shape, recipe.rank, recipe.pool_size)
+        spec for layer in layers for spec in adapter.specs(layer.module, layer.shape, layer.rank, recipe.pool_size)
     ]
     specs += [spec for spec in kept.values() if adapter.is_key(spec.name)]
     return lay_out([specs], max(sum(spec.nbytes for spec in specs), 1), f"{adapter.FOLDER}/{adapter.WEIGHTS}")[0]

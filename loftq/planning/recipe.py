@@ -17,15 +17,19 @@ from loftq.errors import OptionError
 from loftq.formats import layouts
 from loftq.formats.adapter import scaling
 from loftq.models.devices import COMPUTE_DTYPES
+from loftq.planning.keywords import QuantizeKeywords
 from loftq.planning.settings import (
     BLOCK_SIZE,
     CALIBRATION_TOKENS,
+    EXPERT_RANK,
     FIRST_WIDTHS,
     SEQUENCE_LENGTH,
-    QuantizeKeywords,
     QuantizeSettings,
 )
 from loftq.settings import declared, from_dict
+
+
+_OF_EXPERTS = ("expert_bits", "expert_rank")
 
 
 def layer_seed(seed: int, module: str) -> int:
@@ -69,6 +73,16 @@ class Recipe(QuantizeSettings):
         """The factor of B·A in the adapter: alpha/rank, or alpha/sqrt(rank) with `rslora`."""
         return scaling(self.alpha, self.rank, self.rslora)
 
+    @property
+    def expert_alpha(self) -> float:
+        """The alpha of fused experts, which gives their adapter the same scaling."""
+        rank = cast(int, self.expert_rank)
+        return self.scaling * (rank**0.5 if self.rslora else rank)
+
+    def without_experts(self) -> Recipe:
+        """The recipe of a model none of whose experts are quantized. The settings of experts are not used."""
+        return replace(self, expert_bits=None, expert_rank=None)
+
     def grid(self, width: int) -> Grid:
         """The type of a weight that has a width of `width` bits."""
         shared = self.group_size if self.block_size is None else self.block_size
@@ -85,8 +99,9 @@ class Recipe(QuantizeSettings):
         return COMPUTE_DTYPES[self.compute_dtype]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as in `loftq.json`."""
-        return {name: getattr(self, name) for name in declared(QuantizeSettings)}
+        """Return plain values, as in `loftq.json`. Settings of experts are left out if there are no experts."""
+        values = {name: getattr(self, name) for name in declared(QuantizeSettings)}
+        return {name: value for name, value in values.items() if value is not None or name not in _OF_EXPERTS}
 
 
 def recipe_of(**settings: Unpack[QuantizeKeywords]) -> Recipe:
@@ -108,6 +123,7 @@ def resolve(requested: QuantizeSettings) -> Recipe:
         _with_bits,
         _with_grid,
         _with_pool,
+        _with_experts,
         _with_method,
         _with_text,
     )
@@ -203,6 +219,29 @@ def _with_pool(settings: QuantizeSettings) -> QuantizeSettings:
     if pool < group or pool % group:
         raise OptionError(f"--pool-size {pool}: expected a multiple of the group size, {group}")
     return replace(settings, pool_size=pool)
+
+
+def _with_experts(settings: QuantizeSettings) -> QuantizeSettings:
+    """Set the bits and the rank of fused experts; None if the format or the adapter has no place for them."""
+    format = settings.format
+    fits = settings.adapter == "lora" and (format is None or layouts.LAYOUTS[format].EXPERTS)
+    given = [name for name in _OF_EXPERTS if getattr(settings, name) is not None]
+    if not fits:
+        if given:
+            other = f"--format {format}" if settings.adapter == "lora" else f"--adapter {settings.adapter}"
+            raise OptionError(
+                f"{declared(QuantizeSettings)[given[0]].option}: {other} leaves fused experts in 16 bits: leave out one "
+                "of the two"
+            )
+        return settings
+    widths = TYPES[cast(str, settings.quant_type)].widths
+    usual = max((width for width in widths if width <= settings.bits), default=min(widths))
+    bits = usual if settings.expert_bits is None else settings.expert_bits
+    if bits not in widths:
+        raise OptionError(
+            f"--expert-bits {bits}: {settings.quant_type} does not have this width: choose {', '.join(map(str, widths))}"
+        )
+    return replace(settings, expert_bits=bits, expert_rank=settings.expert_rank or EXPERT_RANK)
 
 
 def _with_method(settings: QuantizeSettings) -> QuantizeSettings:

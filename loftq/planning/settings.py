@@ -6,10 +6,7 @@ those that `RunSettings` leave open.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
 
 from loftq.core.affine import ZERO_POINTS
 from loftq.core.codebooks import TYPES
@@ -20,11 +17,9 @@ from loftq.models.devices import COMPUTE_DTYPES
 from loftq.models.tasks import TASKS
 from loftq.settings import check, setting
 
-if TYPE_CHECKING:
-    import torch
-
 SAVE_DIR = "model_zoo/loftq"
 BLOCK_SIZE = 64  # default number of weights that share one scale
+EXPERT_RANK = 4  # default: there is a pair of factors for each expert
 FIRST_WIDTHS = (2, 4)  # widths of the allocation `first`, as in the paper
 CALIBRATION_TOKENS, SEQUENCE_LENGTH = 65536, 2048  # defaults
 ADAPTERS = {
@@ -55,6 +50,14 @@ class QuantizeSettings:
         choices=TYPES,
         kind="quant type",
         usual="nf up to 4 bits; int above, and for qalora",
+    )
+    expert_bits: int | None = setting(
+        None,
+        "Number of bits of a weight of fused experts.",
+        "quantization",
+        least=2,
+        most=8,
+        usual="--bits; of a budget the whole number below",
     )
     allocation: str | None = setting(
         None,
@@ -139,6 +142,9 @@ class QuantizeSettings:
         choices=ADAPTERS,
     )
     rank: int = setting(16, "Rank of the adapter.", "adapter", least=1)
+    expert_rank: int | None = setting(
+        None, "Rank of the adapter of each fused expert.", "adapter", least=1, usual=str(EXPERT_RANK)
+    )
     alpha: float | None = setting(
         None,
         "LoRA alpha; the scaling of the adapter is alpha/rank.",
@@ -242,52 +248,3 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check(self)
-
-
-class QuantizeKeywords(TypedDict, total=False):
-    """The keywords of `loftq.quantize`, for editors and type checkers: the settings of the two classes above."""
-
-    bits: float
-    quant_type: str | None
-    allocation: str | None
-    method: str | None
-    iters: int | None
-    scales: str | None
-    rounding: str | None
-    block_size: int | None
-    group_size: int | None
-    zero_point: str | None
-    double_quant: bool
-    format: str | None
-    compute_dtype: str
-    svd: str
-    seed: int
-    adapter: str
-    rank: int
-    alpha: float | None
-    rslora: bool
-    dropout: float
-    pool_size: int | None
-    calibration: str | Path | None
-    calibration_tokens: int | None
-    sequence_length: int | None
-    refine: int | None
-    target_modules: Sequence[str] | None
-    exclude_modules: Sequence[str]
-    task: str | None
-    num_labels: int | None
-    max_shard_size: str
-    revision: str | None
-    trust_remote_code: bool
-    save_dir: str | Path
-    output: str | Path | None
-    statistics: str | Path | None
-    resume: bool
-    overwrite: bool
-    token: str | None
-    push: str | None
-    private: bool
-    device: str | torch.device | None
-    workers: int | None
-    dry_run: bool
-    quiet: bool

@@ -16,7 +16,7 @@ from loftq.errors import OutputError, SourceError
 from loftq.formats import artifact
 from loftq.hub.text import find_text
 from loftq.planning.plan import Plan
-from loftq.planning.weights import digest_of
+from loftq.planning.weights import digest_of, source_digest
 from loftq.settings import plain
 
 
@@ -64,8 +64,8 @@ def _is_changed(plan: Plan, source: Mapping[str, Any]) -> bool:
     """Whether the weights of the source have changed, for which all are read; those of a commit never change."""
     if plan.source.revision is not None or "sha256" not in source:
         return False
-    names = [*(layer.tensor for layer in plan.layers), *plan.passed]
-    hashes = {name: digest_of(plan.source.checkpoint.read(name)) for name in names}
+    hashes = {layer.tensor: source_digest(plan, layer) for layer in plan.layers}
+    hashes |= {name: digest_of(plan.source.checkpoint.read(name)) for name in plan.passed}
     return artifact.combine_hashes(hashes) != str(source["sha256"])
 
 

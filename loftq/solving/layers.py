@@ -6,9 +6,10 @@ run again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,16 +25,16 @@ from loftq.core.solvers.loftq import solve_loftq
 from loftq.core.solvers.methods import METHODS, WITHOUT_TEXT
 from loftq.core.solvers.pooled import solve_pooled
 from loftq.core.solvers.pooled_calibrated import solve_pooled_calibrated
-from loftq.core.solvers.solution import Solution, check_solution, unsolvable
+from loftq.core.solvers.solution import Solution, check_solution, trace_of_all, unsolvable
 from loftq.display import one_line
 from loftq.errors import OptionError
-from loftq.formats import adapter
+from loftq.formats import adapter, expert_factors
 from loftq.formats.shard_writer import ShardWriter
 from loftq.models import naming
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.recipe import Recipe, layer_seed
 from loftq.planning.run import Run
-from loftq.planning.weights import check_finite, digest_of, is_finite, read_source_weight
+from loftq.planning.weights import ExpertReader, check_finite, digest_of, is_finite, read_source_weight
 
 
 def solve_all(plan: Plan, staging: Staging, statistics: Statistics | None, run: Run) -> None:
@@ -53,7 +54,9 @@ def solve_all(plan: Plan, staging: Staging, statistics: Statistics | None, run: 
 
         def work(name: str) -> None:
             layer = layers.get(name)
-            if layer is not None:
+            if layer is not None and layer.experts:
+                record = _solve_experts(plan, layer, writer, run.device)
+            elif layer is not None:
                 record = _solve_layer(plan, layer, statistics, writer, run.device)
             elif name in plan.passed:
                 record = _pass_through(plan, name, writer)
@@ -102,17 +105,52 @@ def _solve_layer(
     if statistics is not None:
         statistics.check_weight(layer, digest)
     moment = None if statistics is None else statistics.moment(layer.module)
+    solution, packed = _solve_and_pack(plan, layer, weight, moment)
+    factors = dict(zip(adapter.keys(layer.module), (solution.a, solution.b), strict=True))
+    _check_stored(layer, factors)
+    written = {name: writer.write(name, tensor) for name, tensor in {**packed, **factors}.items()}
+    return {"sha256": digest, "row": layer_row(plan, layer, solution.trace), "written": written}
+
+
+def _solve_experts(plan: Plan, layer: Layer, writer: ShardWriter, device: torch.device) -> dict[str, Any]:
+    """Solve fused experts one after the other. Only their factors are kept until all are solved."""
+    reader = ExpertReader(plan, layer)
+    specs = plan.layout.specs(layer.module, layer.shape, plan.grid(layer), plan.recipe.dtype)
+    streams = {spec.name: writer.piecewise(spec.name) for spec in specs}
+    traces, pairs = [], []
+    for index, weight in enumerate(reader):
+        expert = replace(layer, module=f"{layer.module}.{index}")
+        solution, packed = _solve_and_pack(plan, expert, weight.to(device), None, layer.module)
+        for name, tensor in packed.items():
+            streams[name].add(tensor)
+        traces.append(solution.trace)
+        pairs.append((solution.a.cpu(), solution.b.cpu()))
+    keys = adapter.factor_keys(layer.module, layer.shape)
+    factors = dict(zip(keys, expert_factors.joined(pairs), strict=True))
+    _check_stored(layer, factors)
+    written = {name: stream.finish() for name, stream in streams.items()}
+    written |= {name: writer.write(name, tensor) for name, tensor in factors.items()}
+    return {"sha256": reader.digest, "row": layer_row(plan, layer, trace_of_all(traces)), "written": written}
+
+
+def _solve_and_pack(
+    plan: Plan, layer: Layer, weight: torch.Tensor, moment: torch.Tensor | None, name: str | None = None
+) -> tuple[Solution, dict[str, torch.Tensor]]:
+    """The solution of a linear or an expert, and its packed tensors. The tensors of an expert are those of `name`."""
+    recipe, grid = plan.recipe, plan.grid(layer)
     _check_range(plan, layer, weight)
     solution = solve_layer(plan, layer, weight, moment, plan.quantizer(layer), recipe.iters)
-    grid = plan.grid(layer)
-    packed = plan.layout.tensors(layer.module, layer.shape, grid, recipe.dtype, solution.codes, solution.scales)
-    factors = dict(zip(adapter.keys(layer.module), (solution.a, solution.b), strict=True))
-    tensors = {**packed, **factors}
+    arguments = layer.shape, grid, recipe.dtype, solution.codes, solution.scales
+    packed = plan.layout.tensors(name or layer.module, *arguments)
+    _check_stored(layer, packed)
+    return solution, packed
+
+
+def _check_stored(layer: Layer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise OptionError for a tensor whose values do not fit its dtype."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not is_finite(tensor):
             raise unsolvable(layer.module, f"its {name} does not fit {tensor.dtype}")
-    written = {name: writer.write(name, tensor) for name, tensor in tensors.items()}
-    return {"sha256": digest, "row": layer_row(plan, layer, solution.trace), "written": written}
 
 
 def _check_range(plan: Plan, layer: Layer, weight: torch.Tensor) -> None:
@@ -136,7 +174,7 @@ def solve_layer(
     """Solve the weight of a layer. Raises OptionError with its name for a result that is NaN or Inf."""
     seed = layer_seed(plan.recipe.seed, layer.module)
     try:
-        solution = solve_by(plan.recipe, weight, moment, quantizer, iterations, seed)
+        solution = solve_by(plan.recipe, weight, moment, quantizer, iterations, seed, layer.rank)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise unsolvable(layer.module, one_line(error)) from error
     check_solution(solution, quantizer, layer.module)
@@ -144,10 +182,16 @@ def solve_layer(
 
 
 def solve_by(
-    recipe: Recipe, weight: torch.Tensor, moment: torch.Tensor | None, quantizer: Quantizer, iters: int, seed: int
+    recipe: Recipe,
+    weight: torch.Tensor,
+    moment: torch.Tensor | None,
+    quantizer: Quantizer,
+    iters: int,
+    seed: int,
+    rank: int,
 ) -> Solution:
     """Solve one weight by the method of a recipe; without data if no `moment` of its inputs is known."""
-    method, rank, scaling = recipe.solving, recipe.rank, recipe.scaling
+    method, scaling = recipe.solving, recipe.scaling
     if moment is None and method.needs_moment:
         method = METHODS[WITHOUT_TEXT]
     if isinstance(quantizer, AffineQuantizer) and recipe.pool_size is not None:

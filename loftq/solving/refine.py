@@ -30,7 +30,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from loftq.formats.adapter import Adapter, keys, open_adapter
+from loftq.formats.adapter import Adapter, open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.models.loading import load_base
 from loftq.models.peft_targets import load_adapter
@@ -132,7 +132,7 @@ def windows_a_step(length: int) -> int:
 
 def _weights(adapter: Adapter) -> int:
     """The number of weights in the linears that an adapter adapts."""
-    pairs = ([adapter.shapes[key] for key in keys(module)] for module in adapter.modules)
+    pairs = ([adapter.shapes[key] for key in adapter.keys(module)] for module in adapter.modules)
     return sum(a[1] * (adapter.pool_size or 1) * b[0] for a, b in pairs)
 
 

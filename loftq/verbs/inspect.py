@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -153,11 +154,11 @@ def _described(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _types(grids: Mapping[str, Grid], shapes: Mapping[str, tuple[int, int]]) -> Iterator[dict[str, Any]]:
+def _types(grids: Mapping[str, Grid], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, Any]]:
     """The types of the layers, the most common one first."""
     for grid, count in Counter(grids.values()).most_common():
         sharing = "one scale per row" if grid.block_size == ROW else f"{grid.sharing} {grid.block_size}"
-        weights = sum(shapes[module][0] * shapes[module][1] for module, other in grids.items() if other == grid)
+        weights = sum(prod(shapes[module]) for module, other in grids.items() if other == grid)
         yield {"type": f"{grid}, {sharing}", "bits": grid.bits, "layers": count, "weights": weights}
 
 

@@ -16,11 +16,12 @@ from loftq.hub.destination import find_destination
 from loftq.hub.source import Source, find_source
 from loftq.hub.text import find_text
 from loftq.models.devices import explain_full_memory
+from loftq.planning.keywords import QuantizeKeywords
 from loftq.planning.plan import Plan
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import Recipe, resolve
 from loftq.planning.run import Run, start
-from loftq.planning.settings import QuantizeKeywords, QuantizeSettings, RunSettings
+from loftq.planning.settings import QuantizeSettings, RunSettings
 from loftq.settings import from_dict, split
 from loftq.solving.allocate import allocate
 from loftq.solving.distill import distill, distilled, distilled_row, reopen

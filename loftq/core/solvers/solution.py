@@ -12,6 +12,7 @@ differences of squared norms, or come from products in float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,6 +63,33 @@ class Solution:
     a: torch.Tensor
     b: torch.Tensor
     trace: Trace
+
+
+def trace_of_all(traces: Sequence[Trace]) -> Trace:
+    """The trace of several weights together, such as the experts of a layer, each of which keeps its own iteration.
+
+    An iteration's error is that of the best iterates until then, so that the last one is the final error.
+    """
+    longest = max(len(trace.iterations) for trace in traces)
+    rounds = [[_best(trace, t) for trace in traces] for t in range(1, longest + 1)]
+    refits = [trace.refit for trace in traces if trace.refit is not None]
+    return Trace(
+        _root([trace.weight for trace in traces]),
+        _root([trace.plain for trace in traces]),
+        tuple(_root(errors) for errors in rounds),
+        longest,
+        _root(refits) if len(refits) == len(traces) else None,
+    )
+
+
+def _best(trace: Trace, iteration: int) -> float:
+    if not trace.kept:
+        return trace.final
+    return trace.final if iteration >= trace.kept else min(trace.iterations[:iteration])
+
+
+def _root(norms: Sequence[float]) -> float:
+    return math.sqrt(sum(norm**2 for norm in norms))
 
 
 def unit_of(weight: torch.Tensor) -> float:
