@@ -25,7 +25,9 @@ FILE = Path(__file__).parents[1] / "loftq/core/data/trellis.npy"
 
 def coded(search: Search, samples: np.ndarray, levels: np.ndarray, width: int) -> np.ndarray:
     """The states of samples, in columns."""
-    return np.concatenate([search(column, np.ones_like(column), levels, width).copy() for column in samples.reshape(-1, COLUMN)])
+    return np.concatenate(
+        [search(column, np.ones_like(column), levels, width).copy() for column in samples.reshape(-1, COLUMN)]
+    )
 
 
 def train(width: int, rounds: int) -> tuple[np.ndarray, float]:

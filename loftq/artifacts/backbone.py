@@ -99,7 +99,7 @@ class Backbone:
         if groups is not None:
             weight = self.affine(module)
             return scatter(weight.codes, weight.scales, weight.shifts, groups, grid.bits)
-        return grid.quantizer(shape[1]).decode(*self.read(module, expert), shape)
+        return grid.decoder(shape[1]).decode(*self.read(module, expert), shape)
 
     def require_zero_points(self) -> None:
         """Raise OptionError unless a QA-LoRA adapter can be merged into the zero-points of all linears."""

@@ -18,21 +18,21 @@ import numpy as np
 from loftq.errors import OptionError
 
 
-def first(weights: Sequence[int], narrow: int, wide: int, budget: float) -> list[int]:
+def first(weights: Sequence[int], narrow: float, wide: float, budget: float) -> list[float]:
     """Give `wide` bits to as many layers from the first on as the budget allows, and `narrow` to the others.
 
     `weights` are the layers' numbers of weights. Raises OptionError for a budget that the widths cannot meet.
     """
     _check(narrow, wide, budget)
     wide_weights = (budget - narrow) * sum(weights) / (wide - narrow) * (1 + 1e-9)  # that may still get `wide` bits
-    widths = []
+    widths: list[float] = []
     for count in weights:
         wide_weights -= count
         widths.append(wide if wide_weights >= 0 else narrow)
     return widths
 
 
-def least_error(weights: Sequence[int], errors: Mapping[int, Sequence[float]], budget: float) -> list[int]:
+def least_error(weights: Sequence[int], errors: Mapping[float, Sequence[float]], budget: float) -> list[float]:
     """The widths of layers that minimize the sum of their errors. `errors` maps a width to the errors of all layers.
 
     `weights` are the layers' numbers of weights. Raises OptionError for a budget that the widths cannot meet.

@@ -18,9 +18,10 @@ block scales: a sign, a decimal exponent in unary, and a linear fraction with th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from scipy.special import ndtri  # the quantile of the standard normal: scipy.stats.norm.ppf, without its import
@@ -62,28 +63,50 @@ class QuantType:
     """A kind of codebook: its title, the widths that it has, and the levels of each.
 
     Levels of an integer type are `integers`, and groups of them may have zero-points. Those of another are any
-    ascending table from -1 to 1, of at most 4 bits.
+    ascending table from -1 to 1, of at most 4 bits. A trellis code (`core.trellis`) has no levels of its own; its width
+    is a mean over the columns of a weight, which can be any hundredth between the first and the last of `widths`.
     """
 
     title: str
-    widths: tuple[int, ...]
-    levels: Callable[[int], torch.Tensor]
+    widths: tuple[float, ...]
+    levels: Callable[[int], torch.Tensor] | None
     integer: bool = False
+
+    @property
+    def trellis(self) -> bool:
+        """Whether it is a trellis code."""
+        return self.levels is None
 
     @property
     def sharing(self) -> str:
         """The usual name of the number of weights that share a scale."""
-        return "group size" if self.integer else "block size"
+        return "row" if self.trellis else "group size" if self.integer else "block size"
+
+    def has(self, bits: float) -> bool:
+        """Whether it has a width."""
+        if self.trellis:
+            return self.widths[0] <= bits <= self.widths[-1] and round(100 * bits) == 100 * bits
+        return bits in self.widths
 
 
 TYPES = {  # the only place that lists types and widths: a name such as "nf4" is a type's with a width after it
     "nf": QuantType("NormalFloat", (2, 3, 4), normal_float),
     "int": QuantType("integers", (2, 3, 4, 8), integers, integer=True),
+    "tcq": QuantType("trellis code", (1.5, 2, 2.5, 3, 3.5, 4), None),
 }
-_TYPE_OF = {f"{name}{bits}": (kind, bits) for name, kind in TYPES.items() for bits in kind.widths}
-CODEBOOKS = {name: bits for name, (_, bits) in _TYPE_OF.items()}  # each with the bits of a code
-INTEGERS = {name: bits for name, (kind, bits) in _TYPE_OF.items() if kind.integer}
-TABLES = {name: bits for name, (kind, bits) in _TYPE_OF.items() if not kind.integer}
+
+
+def _names() -> Iterator[tuple[str, tuple[QuantType, float]]]:
+    for name, kind in TYPES.items():
+        hundredths = range(round(100 * kind.widths[0]), round(100 * kind.widths[-1]) + 1)
+        for bits in (n / 100 for n in hundredths) if kind.trellis else kind.widths:
+            yield f"{name}{bits:g}", (kind, int(bits) if float(bits).is_integer() else bits)
+
+
+_TYPE_OF = dict(_names())
+CODEBOOKS: dict[str, Any] = {name: bits for name, (_, bits) in _TYPE_OF.items()}  # each with the bits of a code
+INTEGERS = {name: int(bits) for name, (kind, bits) in _TYPE_OF.items() if kind.integer}
+TABLES = {name: int(bits) for name, (kind, bits) in _TYPE_OF.items() if not kind.integer and not kind.trellis}
 
 
 def type_of(name: str) -> QuantType:
@@ -96,4 +119,7 @@ def type_of(name: str) -> QuantType:
 @cache
 def codebook(name: str) -> torch.Tensor:
     """Levels of a codebook by name, float32 ascending. The tensor is shared: do not write to it."""
-    return type_of(name).levels(CODEBOOKS[name])
+    levels = type_of(name).levels
+    if levels is None:
+        raise UnknownNameError("table of levels", name, TABLES)
+    return levels(CODEBOOKS[name])

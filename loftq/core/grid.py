@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -11,20 +11,28 @@ from loftq.core.affine import AffineQuantizer
 from loftq.core.blockwise import BlockQuantizer
 from loftq.core.codebooks import CODEBOOKS, type_of
 from loftq.core.scales import Scales
+from loftq.core.trellis import TrellisQuantizer
 
 ROW = -1  # as a block size: all inputs of an output
 
 
-class Quantizer(Protocol):
+class Decoder(Protocol):
+    """The interface of a type for a reader of codes."""
+
+    @property
+    def levels(self) -> torch.Tensor:
+        """The values that codes stand for before scale and shift: float32, ascending; (2**bits,), or only the ends."""
+
+    def decode(self, codes: torch.Tensor, scales: Scales, shape: torch.Size) -> torch.Tensor:
+        """The values that codes stand for: float32 of `shape`."""
+
+
+class Quantizer(Decoder, Protocol):
     """The interface of a type for the solver. Tensors are float32 and contiguous."""
 
     @property
     def block_size(self) -> int:
         """Weights that share a scale."""
-
-    @property
-    def levels(self) -> torch.Tensor:
-        """The values that codes stand for before scale and shift: float32 (2**bits,), ascending."""
 
     def in_unit(self, unit: float) -> Self:
         """The quantizer of the weight divided by `unit`, a power of two."""
@@ -43,9 +51,6 @@ class Quantizer(Protocol):
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, Scales]:
         """Codes and scales of a weight."""
-
-    def decode(self, codes: torch.Tensor, scales: Scales, shape: torch.Size) -> torch.Tensor:
-        """The values that codes stand for: float32 of `shape`."""
 
     def residual(
         self, weight: torch.Tensor, correction: torch.Tensor | None, out: torch.Tensor, scales: Scales | None = None
@@ -67,9 +72,14 @@ class Grid:
     zero_point: str | None = None
 
     @property
-    def bits(self) -> int:
-        """Number of bits of a code."""
+    def bits(self) -> Any:
+        """Number of bits of a code: an int, or for a trellis code the mean of the columns."""
         return CODEBOOKS[self.codebook]
+
+    @property
+    def trellis(self) -> bool:
+        """Whether codes are paths through a trellis, which have a width of their own in each column."""
+        return type_of(self.codebook).trellis
 
     @property
     def integer(self) -> bool:
@@ -89,8 +99,12 @@ class Grid:
         """Weights that share a scale, in rows of `columns`."""
         return columns if self.block_size == ROW else self.block_size
 
+    def decoder(self, columns: int, scale_dtype: torch.dtype = torch.float32) -> Decoder:
+        """The decoder of weights with rows of `columns`; the quantizer, if the type is not a trellis code."""
+        return TrellisQuantizer(self.bits) if self.trellis else self.quantizer(columns, scale_dtype)
+
     def quantizer(self, columns: int, scale_dtype: torch.dtype = torch.float32) -> Quantizer:
-        """The quantizer of weights with rows of `columns`."""
+        """The quantizer of weights with rows of `columns`, unless the type is a trellis code."""
         block = self.block(columns)
         if self.integer:
             zero_point = self.zero_point or "symmetric"

@@ -16,6 +16,7 @@ lost its digits (`rest`). The published procedure is `exact`, a full SVD.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from loftq.core.error import CANCELLED
 from loftq.core.kernels import dispatch
 from loftq.core.pooled import spread
 
+_LARGE = 20  # exponent of two up to which a block is multiplied as it is
 _SMALL = 128  # length of a side up to which the whole spectrum costs little
 _NOISE = 1e-6  # part of the largest energy: float32 products leave errors of this size in smaller ones
 _NARROWEST = 8  # least columns of a Krylov block: fewer cost as much, since most of the time goes into reading E
@@ -87,7 +89,7 @@ def krylov(residual: torch.Tensor, start: torch.Tensor, depth: int) -> Factors:
     left = residual.new_empty(residual.shape[0], depth * width)
     right = residual.new_empty(depth * width, residual.shape[1])
     for step in range(depth):
-        block = residual @ start  # (out, b)
+        block = residual @ _moderate(start)  # (out, b)
         before = torch.linalg.vector_norm(block, dim=0)
         basis = left[:, : step * width]
         for _ in range(2):  # twice is enough: the basis stays orthogonal to working precision
@@ -100,6 +102,12 @@ def krylov(residual: torch.Tensor, start: torch.Tensor, depth: int) -> Factors:
         left[:, span] = block * new
         start = torch.mm(left[:, span].T, residual, out=right[span]).T  # (in, b)
     return _leading(left, right, width)
+
+
+def _moderate(start: torch.Tensor) -> torch.Tensor:
+    """A matrix divided by a power of two if it is so large that float32 cannot hold the squares of its products."""
+    _, exponent = math.frexp(float(start.abs().max()))
+    return start * 2.0**-exponent if exponent > _LARGE else start
 
 
 def factorize(

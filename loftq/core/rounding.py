@@ -53,8 +53,7 @@ def feedback(
     `moment` is H (in, in), symmetric and positive definite (damped). Only the span of `directions` (in, r) matters.
     Raises OptionError where H is not positive definite.
     """
-    metric = moment.double() if directions is None else _relieved(moment.double(), directions.double())
-    coefficients = _repayments(metric)
+    coefficients, _ = repayments(moment, directions)
     errors = weight.new_zeros(weight.shape[::-1])
     return _round(weight, quantizer, scales, coefficients, errors, triangular=True)
 
@@ -97,10 +96,15 @@ def _relieved(moment: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     return relieved
 
 
-def _repayments(moment: torch.Tensor) -> torch.Tensor:
-    """U − I for H = U D Uᵀ: float32. Cholesky's factor is lower triangular, so H is reversed before and U after."""
-    root = _cholesky(moment.flip(0, 1)).flip(0, 1)
-    return root.div_(root.diagonal().clone()).float().triu_(1)
+def repayments(moment: torch.Tensor, directions: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """U − I, float32 (in, in), and D, float64 (in,), for U D Uᵀ = H, or = S if an adapter will correct `directions`.
+
+    Raises OptionError where H is not positive definite.
+    """
+    metric = moment.double() if directions is None else _relieved(moment.double(), directions.double())
+    root = _cholesky(metric.flip(0, 1)).flip(0, 1)  # the factor is lower triangular, so H is reversed, and U after
+    diagonal = root.diagonal().clone()
+    return root.div_(diagonal).float().triu_(1), diagonal.square_()
 
 
 def _cholesky(matrix: torch.Tensor) -> torch.Tensor:

@@ -25,18 +25,22 @@ word follows the last column.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 
 import numpy as np
 import torch
 
+from loftq.core.kernels import dispatch
 from loftq.core.kernels import trellis as loops
+from loftq.core.scales import Scales
 
 LENGTH = 12  # bits of a state
 WIDEST = 5  # bits of a weight
 _PANEL = 64  # columns that are coded between two matrix products
+_TINY = 1e-30
+_LARGEST = torch.finfo(torch.float16).max
 DISTORTION = (1.0, 0.27, 0.0695, 0.0183, 0.005, 0.0014)  # ρ(b): mean squared errors of a unit Gaussian
 
 
@@ -48,13 +52,31 @@ def tables() -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Trellis:
-    """A coded weight: `codes` int32 (words,), `widths` uint8 (in,), `rows` r float16 (out,), `columns` c float16 (in,)."""
+class TrellisScales(Scales):
+    """The scales r of rows (`values`, float32 (out,)) and c of `columns` (float16 (in,)), and the columns' `widths`.
 
-    codes: torch.Tensor
-    widths: torch.Tensor
-    rows: torch.Tensor
-    columns: torch.Tensor
+    `widths` are uint8 (in,).
+    """
+
+    columns: torch.Tensor = field(kw_only=True)
+    widths: torch.Tensor = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class TrellisQuantizer:
+    """A budget of bits a weight, which the columns of a weight share."""
+
+    bits: float
+
+    @property
+    def levels(self) -> torch.Tensor:
+        """The least and the largest level of all tables: float32 (2,)."""
+        return torch.stack(torch.aminmax(tables()))
+
+    def decode(self, codes: torch.Tensor, scales: Scales, shape: torch.Size) -> torch.Tensor:
+        """The values that codes stand for: float32 of `shape`, a view of its transpose."""
+        assert isinstance(scales, TrellisScales)
+        return decode(codes, scales.widths, scales.values, scales.columns).view(shape)
 
 
 def offsets(widths: torch.Tensor, outputs: int) -> torch.Tensor:
@@ -90,59 +112,104 @@ def share(importance: torch.Tensor, budget: float) -> torch.Tensor:
     return given.view_as(gains).sum(dim=1).to(torch.uint8)
 
 
-def decode(code: Trellis) -> torch.Tensor:
-    """The weight that a code stands for: float32 (out, in), a view of its transpose."""
-    rows, columns = code.rows.float(), code.columns.float()
-    out = torch.empty(len(columns), len(rows), dtype=torch.float32)
-    loops.decode(
-        code.codes.numpy().view(np.uint32),
-        offsets(code.widths, len(rows)).numpy(),
-        code.widths.numpy(),
-        tables().numpy().reshape(-1),
-        columns.numpy(),
-        rows.numpy(),
-        LENGTH,
-        out.numpy(),
-    )
+def decode(
+    codes: torch.Tensor,
+    widths: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    outputs: slice | None = None,
+) -> torch.Tensor:
+    """The weight that a code stands for: float32 (out, in), a view of its transpose; or only some of its `outputs`.
+
+    `codes` are int32 (words,), `widths` uint8 (in,), `rows` float32 (out,), `columns` float16 (in,).
+    """
+    begins = offsets(widths, len(rows))
+    first, last, _ = (outputs or slice(None)).indices(len(rows))
+    begins, rows = begins + first * widths.long(), rows[first:last]
+    out = torch.empty(len(columns), len(rows), dtype=torch.float32, device=codes.device)
+    if dispatch.on_cpu(codes):
+        arrays = (codes.numpy().view(np.uint32), begins.numpy(), widths.numpy(), tables().numpy().reshape(-1))
+        loops.decode(*arrays, columns.float().numpy(), rows.float().contiguous().numpy(), LENGTH, out.numpy())
+    else:
+        levels = tables().to(codes.device)
+        step = max(dispatch.CHUNK // max(len(rows), 1), 1)
+        for some in (slice(at, at + step) for at in range(0, len(columns), step)):
+            values = _decode_columns(codes, begins[some], widths[some], levels, len(rows))
+            out[some] = values * columns[some].float().unsqueeze(1) * rows.float()
     return out.T
 
 
-def encode(
-    target: torch.Tensor, widths: torch.Tensor, rows: torch.Tensor, coefficients: torch.Tensor, words: int
-) -> Trellis:
-    """Code the columns of `target` (out, in), float32, in their order, each with the error of those before fed on.
+def _decode_columns(
+    codes: torch.Tensor, begins: torch.Tensor, widths: torch.Tensor, levels: torch.Tensor, outputs: int
+) -> torch.Tensor:
+    """The levels of some columns before scales: float32 (columns, outputs). By torch alone, on any device."""
+    steps = torch.arange(outputs, device=codes.device)
+    bit = begins.unsqueeze(1) + widths.long().unsqueeze(1) * steps  # (columns, outputs)
+    word = bit >> 5
+    low, high = (codes[place].long() & 0xFFFFFFFF for place in (word, (word + 1).clamp(max=len(codes) - 1)))
+    shift = bit & 31
+    window = (low >> shift) | (high << (32 - shift))
+    states = window & ((1 << LENGTH) - 1)
+    values = levels[(widths.long() - 1).clamp(min=0).unsqueeze(1), states]
+    return torch.where(widths.unsqueeze(1) > 0, values, 0)
 
-    `widths` are uint8 (in,), `rows` float16 (out,). Column j is shifted by Σ_i E_i C_ij before it is coded, where E_i
-    are the errors of columns i < j, and C (in, in) the `coefficients`, of which only those above the diagonal are used.
-    `words` is the number of words of the stream.
+
+def encode(
+    target: torch.Tensor,
+    widths: torch.Tensor,
+    rows: torch.Tensor,
+    words: int,
+    coefficients: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, TrellisScales]:
+    """Code the columns of `target` (out, in), float32, in their order, each with the errors of those before fed on.
+
+    `widths` are uint8 (in,), and `rows` float32 (out,) the scales of rows. With `coefficients` C (in, in), of which
+    those above the diagonal count, column j is shifted by Σ_i E_i C_ij before it is coded, where E_i are the errors
+    of the columns i < j. `words` is the length of the stream. Returns codes, int32 (words,), and scales.
     """
-    outputs, inputs = target.shape
-    scale = rows.float()
-    inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    weights = scale.square()
-    weights = (weights / weights.mean().clamp(min=1e-38)).numpy()
-    codes, places = np.zeros(words, np.uint32), offsets(widths, outputs).tolist()
-    columns = torch.zeros(inputs, dtype=torch.float16)
-    errors = torch.zeros(inputs, outputs)
-    search, levels = loops.Search(outputs, LENGTH), tables()
-    for start in range(0, inputs, _PANEL):
-        panel = slice(start, min(start + _PANEL, inputs))
-        goal = target[:, panel].T.contiguous()  # (width, out)
-        x = torch.addmm(goal, coefficients[:start, panel].T, errors[:start])
-        within = coefficients[panel, panel]
+    device = target.device
+    target, rows, widths = target.cpu(), rows.cpu(), widths.cpu()
+    feed = None if coefficients is None else coefficients.cpu()
+    coder = _ColumnCoder(rows, words)
+    begins = offsets(widths, len(rows)).tolist()
+    columns = torch.zeros(target.shape[1], dtype=torch.float16)
+    errors = torch.zeros(target.shape[::-1])
+    for start in range(0, target.shape[1], _PANEL):
+        panel = slice(start, min(start + _PANEL, target.shape[1]))
+        goal = target[:, panel].T.contiguous()  # (width of the panel, out)
+        x = goal if feed is None else torch.addmm(goal, feed[:start, panel].T, errors[:start])
         for j in range(len(x)):
-            width = int(widths[start + j])
-            if width:
-                y = x[j] * inverse
-                spread = float(y.square().mean().sqrt())
-                states = search((y / max(spread, 1e-30)).numpy(), weights, levels[width - 1].numpy(), width)
-                loops.write(states, width, LENGTH, codes, places[start + j])
-                values = scale * levels[width - 1][torch.from_numpy(states).long()]
-                energy = float(values.double().square().sum())
-                factor = float(values.double() @ x[j].double()) / energy if energy else 0.0
-                columns[start + j] = factor
-                errors[start + j] = goal[j] - values * float(columns[start + j])
-            else:
-                errors[start + j] = goal[j]
-            x[j + 1 :] += within[j, j + 1 :].unsqueeze(1) * errors[start + j]
-    return Trellis(torch.from_numpy(codes.view(np.int32)), widths, rows, columns)
+            at = start + j
+            columns[at], coded = coder(x[j], int(widths[at]), begins[at])
+            errors[at] = goal[j] - coded
+            if feed is not None:
+                x[j + 1 :] += feed[at, at + 1 : panel.stop].unsqueeze(1) * errors[at]
+    codes = torch.from_numpy(coder.words.view(np.int32)).to(device)
+    return codes, TrellisScales(rows.to(device), columns=columns.to(device), widths=widths.to(device))
+
+
+class _ColumnCoder:
+    """Codes one column after the other into a stream. Errors count as they are in the weight, not relative to rows."""
+
+    def __init__(self, rows: torch.Tensor, words: int) -> None:
+        self.words = np.zeros(words, np.uint32)
+        self._rows = rows
+        self._inverse = torch.where(rows > 0, 1 / rows, 0.0)
+        weights = rows.square()
+        self._weights = (weights / weights.mean().clamp(min=_TINY)).numpy()
+        self._search = loops.Search(len(rows), LENGTH)
+
+    def __call__(self, x: torch.Tensor, width: int, begin: int) -> tuple[float, torch.Tensor]:
+        """Code `x` (out,), write its stream from bit `begin` on, and return its scale and its coded values."""
+        if width == 0:
+            return 0.0, torch.zeros_like(x)
+        unit = x * self._inverse
+        spread = unit.square().mean().sqrt().clamp(min=_TINY)
+        levels = tables()[width - 1]
+        states = self._search((unit / spread).numpy(), self._weights, levels.numpy(), width)
+        loops.write(states, width, LENGTH, self.words, begin)
+        values = self._rows * levels[torch.from_numpy(states).long()]
+        energy = float(values.double().square().sum())
+        best = float(values.double() @ x.double()) / energy if energy else 0.0  # the least squares fit
+        scale = float(torch.tensor(best).clamp(-_LARGEST, _LARGEST).half())
+        return scale, values * scale

@@ -18,7 +18,7 @@ import torch
 from loftq.core.grid import ROW, Grid
 from loftq.core.scales import Scales, Solved
 from loftq.errors import OptionError, UnknownNameError
-from loftq.formats import bitsandbytes, gptq, native
+from loftq.formats import bitsandbytes, gptq, native, trellis
 from loftq.formats.checkpoint import TensorSpec
 
 
@@ -87,7 +87,7 @@ class Layout(Protocol):
         """The entry of `config.json`. `target_parameters` are the ends of names of the stacks that are quantized."""
 
 
-_ALL: tuple[Layout, ...] = (bitsandbytes, gptq, native)  # the first that holds a type is its default
+_ALL: tuple[Layout, ...] = (bitsandbytes, gptq, native, trellis)  # the first that holds a type is its default
 LAYOUTS: Mapping[str, Layout] = {layout.METHOD: layout for layout in _ALL}
 OURS = native.METHOD  # it can hold every type and every linear
 
@@ -105,7 +105,7 @@ def choose(
     Raises OptionError if the layout cannot hold the types, and names those that can.
     """
     if wanted is None:
-        wanted = next(name for name in LAYOUTS if name in loadable and _fits(name, grids, shapes))
+        wanted = next((name for name in LAYOUTS if name in loadable and _fits(name, grids, shapes)), OURS)
     if wanted not in LAYOUTS:
         raise UnknownNameError("format", wanted, LAYOUTS)
     if wanted not in loadable:
@@ -129,7 +129,7 @@ def choose(
 def _fits(name: str, grids: Sequence[Grid], shapes: Collection[tuple[int, int]]) -> bool:
     layout = LAYOUTS[name]
     sides = all(side % layout.SIDES == 0 for shape in shapes for side in shape)
-    return name == OURS or ((len(grids) == 1 or layout.SEVERAL_TYPES) and all(map(layout.holds, grids)) and sides)
+    return (len(grids) == 1 or layout.SEVERAL_TYPES) and all(map(layout.holds, grids)) and sides
 
 
 def misfit(name: str, grid: Grid, rows: int, columns: int) -> str | None:
@@ -138,7 +138,7 @@ def misfit(name: str, grid: Grid, rows: int, columns: int) -> str | None:
     if rows % layout.SIDES or columns % layout.SIDES:
         return f"--format {name} needs both sides to be multiples of {layout.SIDES}: use --format {OURS}"
     if columns % block == 0:  # blocks across rows are legal, but bitsandbytes reads them wrongly on the CPU
-        return f"its {columns} inputs are not a multiple of 8" if block % 8 else None
+        return f"its {columns} inputs are not a multiple of 8" if block % 8 and not grid.trellis else None
     option = f"--{grid.sharing.replace(' ', '-')}"
     fitting = [size for size in layout.BLOCK_SIZES if size != ROW and columns % size == 0]
     advice = f": use {option} {fitting[-1]}" if fitting else ""

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from loftq.core.affine import FLOATING, ZERO_POINTS, shifts_of
-from loftq.core.codebooks import CODEBOOKS
+from loftq.core.codebooks import INTEGERS, TABLES
 from loftq.core.grid import ROW, Grid
 from loftq.core.packing import pack, packed_size, paired, single, unpack
 from loftq.core.scales import SCALE_BLOCK, NestedScales, Scales, Solved
@@ -43,7 +43,7 @@ BLOCK_SIZES: tuple[int, ...] = (ROW, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4
 SIDES = 1
 SCALE_DTYPE = torch.float16
 WEIGHT = "weight"
-HOLDS = f"{', '.join(CODEBOOKS)} with zero-points of every kind"
+HOLDS = f"{', '.join([*TABLES, *INTEGERS])} with zero-points of every kind"
 STOCK = False
 EXPERTS = True
 SEVERAL_TYPES = True
@@ -192,7 +192,7 @@ def check_config(version: int, codebooks: Iterable[str], zero_point: str | None)
     if version > VERSION:
         raise ArtifactError(f"loftq format version {version}: this loftq reads up to {VERSION}: upgrade loftq")
     for kind, names, known in (
-        ("codebook", codebooks, CODEBOOKS),
+        ("codebook", codebooks, {**TABLES, **INTEGERS}),
         ("zero-point", () if zero_point is None else (zero_point,), ZERO_POINTS),
     ):
         unknown = sorted(set(names) - set(known))

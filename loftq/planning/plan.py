@@ -9,7 +9,7 @@ from math import prod
 
 from torch import nn
 
-from loftq.core.grid import Grid, Quantizer
+from loftq.core.grid import Decoder, Grid
 from loftq.formats.checkpoint import Shard, TensorSpec
 from loftq.formats.layouts import LAYOUTS, Layout
 from loftq.hub.source import Source
@@ -31,7 +31,7 @@ class Layer:
     tensor: str
     shape: tuple[int, ...]
     transposed: bool = False
-    bits: int = 4
+    bits: float = 4
     rank: int = 0
     parts: tuple[tuple[tuple[str, str], ...], ...] = ()
 
@@ -110,9 +110,9 @@ class Plan:
         """The type of a layer's weight."""
         return self.recipe.grid(layer.bits)
 
-    def quantizer(self, layer: Layer, width: int | None = None) -> Quantizer:
+    def decoder(self, layer: Layer, width: float | None = None) -> Decoder:
         """The quantizer of a layer, at its own width or another, with scales as the format stores them."""
-        return self.recipe.grid(width or layer.bits).quantizer(layer.matrix[1], self.layout.SCALE_DTYPE)
+        return self.recipe.grid(width or layer.bits).decoder(layer.matrix[1], self.layout.SCALE_DTYPE)
 
     @property
     def codebooks(self) -> dict[str, str]:

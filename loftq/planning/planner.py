@@ -34,7 +34,7 @@ _POOLER = "pooler"  # checkpoints of masked language models often lack it, and t
 
 
 def make_plan(
-    source: Source, recipe: Recipe, *, trust_remote_code: bool = False, widths: Mapping[str, int] | None = None
+    source: Source, recipe: Recipe, *, trust_remote_code: bool = False, widths: Mapping[str, float] | None = None
 ) -> Plan:
     """Make the plan of a recipe for a source. Raises SourceError or OptionError, with the change that is needed.
 
@@ -162,7 +162,7 @@ def _new_poolers(names: NameMap) -> list[str]:
     return list(dict.fromkeys(f"{before}.{_POOLER}" for before, found, _ in keys if found))
 
 
-def _allocate(layers: tuple[Layer, ...], recipe: Recipe, widths: Mapping[str, int] | None) -> tuple[Layer, ...]:
+def _allocate(layers: tuple[Layer, ...], recipe: Recipe, widths: Mapping[str, float] | None) -> tuple[Layer, ...]:
     """The layers with their bits."""
     if recipe.allocation is None:
         return tuple(replace(layer, bits=recipe.widths[0]) for layer in layers)

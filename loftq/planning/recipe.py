@@ -28,7 +28,6 @@ from loftq.planning.settings import (
 )
 from loftq.settings import declared, from_dict
 
-
 _OF_EXPERTS = ("expert_bits", "expert_rank")
 
 
@@ -62,10 +61,10 @@ class Recipe(QuantizeSettings):
         return replace(METHODS[self.method], scales=self.scales, rounding=self.rounding)
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def widths(self) -> tuple[float, ...]:
         """The widths in bits that layers may get, the narrowest first."""
         if self.allocation is None:
-            return (int(self.bits),)
+            return (self.bits,)
         return FIRST_WIDTHS if self.allocation == "first" else TYPES[self.quant_type].widths
 
     @property
@@ -83,10 +82,10 @@ class Recipe(QuantizeSettings):
         """The recipe of a model none of whose experts are quantized. The settings of experts are not used."""
         return replace(self, expert_bits=None, expert_rank=None)
 
-    def grid(self, width: int) -> Grid:
+    def grid(self, width: float) -> Grid:
         """The type of a weight that has a width of `width` bits."""
         shared = self.group_size if self.block_size is None else self.block_size
-        return Grid(f"{self.quant_type}{width}", cast(int, shared), self.double_quant, self.zero_point)
+        return Grid(f"{self.quant_type}{width:g}", cast(int, shared), self.double_quant, self.zero_point)
 
     @property
     def grids(self) -> tuple[Grid, ...]:
@@ -140,7 +139,10 @@ def _with_bits(settings: QuantizeSettings) -> QuantizeSettings:
     """Set the bits (an int if they are whole), their type, and the allocation of a budget that is not a width."""
     bits = int(settings.bits) if float(settings.bits).is_integer() else settings.bits
     quant_type = settings.quant_type or _usual_type(bits, settings.adapter)
-    widths = FIRST_WIDTHS if settings.allocation == "first" else TYPES[quant_type].widths
+    kind = TYPES[quant_type]
+    widths = FIRST_WIDTHS if settings.allocation == "first" else kind.widths
+    if settings.allocation is None and kind.trellis and kind.has(bits):
+        return replace(settings, bits=bits, quant_type=quant_type)
     if not min(widths) <= bits <= max(widths):
         listed = ", ".join(map(str, widths))
         raise OptionError(
@@ -152,13 +154,15 @@ def _with_bits(settings: QuantizeSettings) -> QuantizeSettings:
 
 def _usual_type(bits: float, adapter: str) -> str:
     """The first type that is wide enough. QA-LoRA needs integers, because only they have zero-points."""
-    usable = [name for name, kind in TYPES.items() if kind.integer or adapter != "qalora"]
+    usable = [name for name, kind in TYPES.items() if kind.integer or (adapter != "qalora" and not kind.trellis)]
     return next((name for name in usable if bits <= max(TYPES[name].widths)), usable[-1])
 
 
 def _with_grid(settings: QuantizeSettings) -> QuantizeSettings:
     """Set the number of weights that share a scale (a whole row if the format has no groups), and the zero-point."""
     kind, name = TYPES[cast(str, settings.quant_type)], settings.quant_type
+    if kind.trellis:
+        return _with_rows(settings)
     if not kind.integer:
         for option, value in (("--group-size", settings.group_size), ("--zero-point", settings.zero_point)):
             if value is not None:
@@ -185,11 +189,25 @@ def _with_grid(settings: QuantizeSettings) -> QuantizeSettings:
     )
 
 
+def _with_rows(settings: QuantizeSettings) -> QuantizeSettings:
+    """Set the scales of a trellis code, which belong to whole rows and columns."""
+    given = {
+        "--block-size": None if settings.block_size == ROW else settings.block_size,
+        "--group-size": settings.group_size,
+        "--zero-point": settings.zero_point,
+        "--double-quant": settings.double_quant or None,
+    }
+    for option, value in given.items():
+        if value is not None:
+            raise OptionError(f"{option} {value}: does not apply to --quant-type {settings.quant_type}: leave it out")
+    return replace(settings, block_size=ROW)
+
+
 def _has_only_rows(settings: QuantizeSettings) -> bool:
     """Whether the format, or else the first format that holds the type, has scales for rows but not for groups."""
     if settings.allocation is not None or settings.double_quant or settings.adapter == "qalora":
         return False
-    rows = Grid(f"{settings.quant_type}{settings.bits}", ROW, zero_point="symmetric")
+    rows = Grid(f"{settings.quant_type}{settings.bits:g}", ROW, zero_point="symmetric")
     names = [settings.format] if settings.format is not None else list(layouts.LAYOUTS)
     first = next((name for name in names if _holds(name, rows)), None)
     return first is not None and not _holds(first, replace(rows, block_size=BLOCK_SIZE))
@@ -225,10 +243,13 @@ def _with_experts(settings: QuantizeSettings) -> QuantizeSettings:
     """Set the bits and the rank of fused experts; None if the format or the adapter has no place for them."""
     format = settings.format
     fits = settings.adapter == "lora" and (format is None or layouts.LAYOUTS[format].EXPERTS)
+    fits = fits and not TYPES[cast(str, settings.quant_type)].trellis
     given = [name for name in _OF_EXPERTS if getattr(settings, name) is not None]
     if not fits:
         if given:
             other = f"--format {format}" if settings.adapter == "lora" else f"--adapter {settings.adapter}"
+            if TYPES[cast(str, settings.quant_type)].trellis:
+                other = f"--quant-type {settings.quant_type}"
             raise OptionError(
                 f"{declared(QuantizeSettings)[given[0]].option}: {other} leaves fused experts in 16 bits: leave out one "
                 "of the two"
@@ -241,19 +262,23 @@ def _with_experts(settings: QuantizeSettings) -> QuantizeSettings:
         raise OptionError(
             f"--expert-bits {bits}: {settings.quant_type} does not have this width: choose {', '.join(map(str, widths))}"
         )
-    return replace(settings, expert_bits=bits, expert_rank=settings.expert_rank or EXPERT_RANK)
+    return replace(settings, expert_bits=int(bits), expert_rank=settings.expert_rank or EXPERT_RANK)
 
 
 def _with_method(settings: QuantizeSettings) -> QuantizeSettings:
     """Set the method, and take from it the scales, rounding, iterations and refinement that are left open."""
     name = settings.method or (WITHOUT_TEXT if settings.calibration is None else WITH_TEXT)
     preset = METHODS[name]
+    turns = preset.iterations
+    if TYPES[cast(str, settings.quant_type)].trellis:
+        _check_trellis(settings, name, preset)
+        turns = 1 if preset.needs_moment else turns  # another turn was never better
     settings = replace(
         settings,
         method=name,
         scales=settings.scales or preset.scales,
         rounding=settings.rounding or preset.rounding,
-        iters=preset.iterations if settings.iters is None else settings.iters,
+        iters=turns if settings.iters is None else settings.iters,
         refine=preset.refine if settings.refine is None else settings.refine,
     )
     plain = replace(preset, scales=cast(str, settings.scales), rounding=cast(str, settings.rounding)).plain
@@ -262,6 +287,19 @@ def _with_method(settings: QuantizeSettings) -> QuantizeSettings:
     elif settings.svd == "exact" and (settings.calibration is not None or not plain):
         raise OptionError("--svd exact: applies only to LoftQ without text: leave it out")
     return settings
+
+
+def _check_trellis(settings: QuantizeSettings, name: str, preset: Method) -> None:
+    """Raise OptionError for settings that the solver of trellis codes lacks."""
+    methods = [method for method, row in METHODS.items() if row.metric == "identity" or row.rounding == "intrinsic"]
+    if name not in methods:
+        raise OptionError(f"--method {name}: --quant-type {settings.quant_type} only has {', '.join(methods)}")
+    for option in ("scales", "rounding"):
+        value = getattr(settings, option)
+        if value not in (None, getattr(preset, option)):
+            raise OptionError(f"--{option} {value}: does not apply to --quant-type {settings.quant_type}: leave it out")
+    if settings.svd == "exact":
+        raise OptionError(f"--svd exact: does not apply to --quant-type {settings.quant_type}: leave it out")
 
 
 def _check_qalora(settings: QuantizeSettings, preset: Method) -> None:

@@ -13,7 +13,7 @@ from loftq.planning.weights import read_source_weight
 from loftq.solving.layers import one_thread_each, run_jobs, solve_layer
 
 
-def allocate(plan: Plan, statistics: Statistics | None, run: Run) -> dict[str, int]:
+def allocate(plan: Plan, statistics: Statistics | None, run: Run) -> dict[str, float]:
     """The width of each module under the plan's budget, so that the sum of squared errors with the adapter is least.
 
     A layer's error at a width is the error after one alternation: later alternations lower the errors of all layers by
@@ -46,7 +46,7 @@ def _errors(plan: Plan, layer: Layer, statistics: Statistics | None, device: tor
     errors = []
     for width in recipe.widths:
         once = min(recipe.iters, 1)
-        trace = solve_layer(plan, layer, weight, moment, plan.quantizer(layer, width), once).trace
+        trace = solve_layer(plan, layer, weight, moment, plan.decoder(layer, width), once).trace
         if statistics is None:
             errors.append(trace.final**2)
         else:

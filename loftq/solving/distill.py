@@ -103,7 +103,7 @@ def _errors(
     """The relative errors of the weight and the outputs of a layer, with codes and factors read back from the files."""
     weight, _ = read_source_weight(plan, layer, device)
     codes, scales = plan.layout.read(layer.module, layer.shape, plan.grid(layer), checkpoint.read)
-    backbone = plan.quantizer(layer).decode(codes, scales, weight.shape).to(device)
+    backbone = plan.decoder(layer).decode(codes, scales, weight.shape).to(device)
     a, b = (factor.to(device) for factor in adapter.factors(layer.module))
     residual = weight - backbone - pooled.delta(a, b, adapter.scaling, adapter.pool_size)
     errors = {"error": (squared(residual) / (squared(weight) or 1.0)) ** 0.5}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -19,13 +19,15 @@ from loftq.artifacts.rows import layer_row
 from loftq.artifacts.staging import Staging
 from loftq.calibration.statistics import Statistics
 from loftq.core.affine import AffineQuantizer
-from loftq.core.grid import Quantizer
+from loftq.core.grid import Decoder, Quantizer
 from loftq.core.solvers.calibrated import solve_calibrated
 from loftq.core.solvers.loftq import solve_loftq
 from loftq.core.solvers.methods import METHODS, WITHOUT_TEXT
 from loftq.core.solvers.pooled import solve_pooled
 from loftq.core.solvers.pooled_calibrated import solve_pooled_calibrated
 from loftq.core.solvers.solution import Solution, check_solution, trace_of_all, unsolvable
+from loftq.core.solvers.trellis import solve_trellis
+from loftq.core.trellis import TrellisQuantizer
 from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.formats import adapter, expert_factors
@@ -139,7 +141,7 @@ def _solve_and_pack(
     """The solution of a linear or an expert, and its packed tensors. The tensors of an expert are those of `name`."""
     recipe, grid = plan.recipe, plan.grid(layer)
     _check_range(plan, layer, weight)
-    solution = solve_layer(plan, layer, weight, moment, plan.quantizer(layer), recipe.iters)
+    solution = solve_layer(plan, layer, weight, moment, plan.decoder(layer), recipe.iters)
     arguments = layer.shape, grid, recipe.dtype, solution.codes, solution.scales
     packed = plan.layout.tensors(name or layer.module, *arguments)
     _check_stored(layer, packed)
@@ -168,7 +170,7 @@ def solve_layer(
     layer: Layer,
     weight: torch.Tensor,
     moment: torch.Tensor | None,
-    quantizer: Quantizer,
+    quantizer: Decoder,
     iterations: int,
 ) -> Solution:
     """Solve the weight of a layer. Raises OptionError with its name for a result that is NaN or Inf."""
@@ -185,7 +187,7 @@ def solve_by(
     recipe: Recipe,
     weight: torch.Tensor,
     moment: torch.Tensor | None,
-    quantizer: Quantizer,
+    quantizer: Decoder,
     iters: int,
     seed: int,
     rank: int,
@@ -194,6 +196,9 @@ def solve_by(
     method, scaling = recipe.solving, recipe.scaling
     if moment is None and method.needs_moment:
         method = METHODS[WITHOUT_TEXT]
+    if isinstance(quantizer, TrellisQuantizer):
+        return solve_trellis(weight, quantizer, method, moment, rank, iters, scaling, seed=seed)
+    quantizer = cast(Quantizer, quantizer)
     if isinstance(quantizer, AffineQuantizer) and recipe.pool_size is not None:
         if moment is None or method.metric == "identity":
             return solve_pooled(weight, quantizer, rank, iters, scaling, recipe.pool_size, seed=seed)
@@ -209,10 +214,10 @@ def _pass_through(plan: Plan, name: str, writer: ShardWriter) -> dict[str, Any]:
     spec = plan.passed[name]
     if stored.is_floating_point():
         check_finite(stored, name, plan.source)
-    cast = stored.to(spec.dtype)
-    if cast.is_floating_point() and stored.dtype != cast.dtype and not is_finite(cast):
+    written = stored.to(spec.dtype)
+    if written.is_floating_point() and stored.dtype != written.dtype and not is_finite(written):
         raise OptionError(f"tensor {name!r} does not fit --compute-dtype {plan.recipe.compute_dtype}: use bfloat16")
-    return {"sha256": digest_of(stored), "written": {spec.name: writer.write(spec.name, cast)}}
+    return {"sha256": digest_of(stored), "written": {spec.name: writer.write(spec.name, written)}}
 
 
 def _create(plan: Plan, key: str, writer: ShardWriter) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from torch import nn
 
 from loftq.core import allocation as budgets
 from loftq.core.grid import Grid
-from loftq.core.solvers.loftq import solve_loftq
 from loftq.core.solvers.solution import Solution, check_solution, unsolvable
 from loftq.display import one_line
 from loftq.errors import OptionError
@@ -21,6 +20,7 @@ from loftq.models.linears import DenseLinear, Linears, select
 from loftq.models.loading import guard_cpu
 from loftq.models.peft_targets import adapt
 from loftq.planning.recipe import Recipe, layer_seed, recipe_of
+from loftq.solving.layers import solve_by
 
 
 def quantize_model(
@@ -115,7 +115,7 @@ def _find_targets(model: nn.Module, wanted: Sequence[str] | None, excluded: Sequ
     return {name: candidates[name] for name in select(model, Linears(shapes), wanted, excluded)}
 
 
-def _widths(targets: dict[str, nn.Linear], recipe: Recipe, format: str, rank: int) -> list[int]:
+def _widths(targets: dict[str, nn.Linear], recipe: Recipe, format: str, rank: int) -> list[float]:
     """The bits of each target."""
     weights = [module.weight.numel() for module in targets.values()]
     widths = recipe.widths
@@ -147,11 +147,11 @@ def _check_fits(name: str, module: nn.Linear, recipe: Recipe, format: str, *, qu
 
 
 def _solve(name: str, module: nn.Linear, recipe: Recipe, grid: Grid, format: str, rank: int) -> Solution:
-    quantizer = grid.quantizer(module.in_features, LAYOUTS[format].SCALE_DTYPE)
+    quantizer = grid.decoder(module.in_features, LAYOUTS[format].SCALE_DTYPE)
     weight = module.weight.detach().float().contiguous()
     seed = layer_seed(recipe.seed, name)
     try:
-        solution = solve_loftq(weight, quantizer, rank, recipe.iters, recipe.scaling, svd=recipe.svd, seed=seed)
+        solution = solve_by(recipe, weight, None, quantizer, recipe.iters, seed, rank)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise unsolvable(name, one_line(error)) from error
     check_solution(solution, quantizer, name)

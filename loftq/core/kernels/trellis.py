@@ -197,8 +197,8 @@ def decode(
 ) -> None:
     """Fill `out` (in, outputs), float32, with the weight transposed.
 
-    `words` are uint32, with one more after the last column; `offsets` in bits, int64, and `widths` uint8 are (in,); `tables` are
-    float32 and flat; `columns` (in,) and `rows` (outputs,) are float32.
+    `words` are uint32, with one more after the last column; `offsets`, int64 (in,), are the first bits of columns, and
+    `widths` uint8 (in,); `tables` are float32 and flat; `columns` (in,) and `rows` (outputs,) are float32.
     """
 
     def work(first: int, last: int) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from loftq.core.error import CANCELLED, squared_error
-from loftq.core.grid import Quantizer
+from loftq.core.grid import Decoder
 from loftq.core.scales import Scales
 from loftq.errors import OptionError
 
@@ -113,7 +113,7 @@ def times(solution: Solution, unit: float) -> Solution:
     root = math.sqrt(unit) if solution.trace.kept else 1.0  # else the adapter adds nothing, and its A is random
     return replace(
         solution,
-        scales=Scales(scales.values * unit, scales.nested, shifts, scales.zeros),
+        scales=replace(scales, values=scales.values * unit, shifts=shifts),
         a=solution.a * root,
         b=solution.b * root,
         trace=_times(solution.trace, unit),
@@ -134,7 +134,7 @@ def _times(trace: Trace, unit: float) -> Trace:
 def settled(
     solution: Solution,
     weight: torch.Tensor,
-    quantizer: Quantizer,
+    quantizer: Decoder,
     scaling: float,
     pool: int | None = None,
     root: torch.Tensor | None = None,
@@ -166,7 +166,7 @@ def _with_final(trace: Trace, squared: float) -> Trace:
     return replace(trace, iterations=tuple(errors))
 
 
-def check_solution(solution: Solution, quantizer: Quantizer, name: str) -> None:
+def check_solution(solution: Solution, quantizer: Decoder, name: str) -> None:
     """Raise OptionError if a part of the solution of the layer `name` is NaN or Inf, or can become so in a reader."""
     scales, trace = solution.scales, solution.trace
     reach = torch.stack([scales.values * float(level) + scales.offsets for level in quantizer.levels[[0, -1]]])

@@ -1,0 +1,139 @@
+"""The layout of trellis-coded weights (`core.trellis`), `quant_method: loftq-trellis`.
+
+For a linear (out, in):
+
+    weight            int32   (words,)    the streams of all columns, one after the other, and a word more
+    weight_widths     uint8   (in,)       bits of a weight in each column; of 0 bits, the column is zero
+    weight_rows       float32 (out,)      r, the scales of rows
+    weight_columns    float16 (in,)       c, the scales of columns
+
+    W~[t, j] = r[t] · c[j] · table_b[state_j(t)],     b = widths[j],     state_j(t) = bits [b·t, b·t + 12) of stream j
+
+Bits are counted from the lowest of each little-endian word. The stream of a column has b·(out − 1) + 12 bits. Tables of
+2^12 levels come with loftq. The number of words follows from the budget: the sum of all widths is `bits · in`, rounded
+down.
+
+`config.json` names the budget. A stock load of such a folder fails at the first weight, whose shape is not the model's;
+transformers loads it once loftq is imported.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from loftq.core.grid import ROW, Grid
+from loftq.core.scales import Scales, Solved
+from loftq.core.trellis import TrellisScales, words_of
+from loftq.errors import ArtifactError
+from loftq.formats.checkpoint import TensorSpec
+
+METHOD = "loftq-trellis"
+VERSION = 1
+BLOCK_SIZES: tuple[int, ...] = (ROW,)
+SIDES = 1
+SCALE_DTYPE = torch.float32
+HOLDS = "trellis codes"
+STOCK = False
+EXPERTS = False
+SEVERAL_TYPES = True
+WITHOUT_WEIGHT = False
+IN_MEMORY = True
+LINEARS = "loftq.models.trellis_linears"
+PLUGIN: str | None = "loftq.models.trellis_quantizer"
+IMPORT_LINE = "import loftq  # teaches transformers this folder's format; without it the folder is refused\n"
+PLAN_NOTE = (
+    "stock transformers cannot load {what}: import loftq before from_pretrained, or use loftq.{loader}; a calibrated "
+    "backbone is of no use without its adapter"
+)
+
+
+def holds(grid: Grid) -> bool:
+    """Whether this format can hold codes of this type."""
+    return grid.trellis
+
+
+def tensor_shapes(shape: Sequence[int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of each tensor of one linear, by its name within the module."""
+    rows, columns = shape
+    return {
+        "weight": (torch.int32, (words_of((rows, columns), grid.bits),)),
+        "weight_widths": (torch.uint8, (columns,)),
+        "weight_rows": (torch.float32, (rows,)),
+        "weight_columns": (torch.float16, (columns,)),
+    }
+
+
+def specs(module: str, shape: Sequence[int], grid: Grid, _dtype: torch.dtype) -> list[TensorSpec]:
+    """The tensors of one linear."""
+    return [TensorSpec(f"{module}.{name}", dtype, size) for name, (dtype, size) in tensor_shapes(shape, grid).items()]
+
+
+def tensors(
+    module: str, _shape: Sequence[int], _grid: Grid, _dtype: torch.dtype, codes: torch.Tensor, scales: Scales
+) -> dict[str, torch.Tensor]:
+    """The named tensors of one linear from its codes and scales."""
+    assert isinstance(scales, TrellisScales)
+    return {
+        f"{module}.weight": codes,
+        f"{module}.weight_widths": scales.widths,
+        f"{module}.weight_rows": scales.values,
+        f"{module}.weight_columns": scales.columns,
+    }
+
+
+def read(module: str, _shape: Sequence[int], _grid: Grid, tensor: Callable[[str], torch.Tensor]) -> Solved:
+    """The inverse of `tensors`: codes and scales."""
+    codes, widths, rows, columns = (
+        tensor(f"{module}.{name}") for name in ("weight", "weight_widths", "weight_rows", "weight_columns")
+    )
+    return codes, TrellisScales(rows, columns=columns, widths=widths)
+
+
+def input_groups(
+    _module: str, _shape: Sequence[int], _grid: Grid, _tensor: Callable[[str], torch.Tensor]
+) -> torch.Tensor | None:
+    """None: there are no groups."""
+    return None
+
+
+def load_options(_recipe: Mapping[str, Any]) -> str:
+    """An empty string: `config.json` contains everything."""
+    return ""
+
+
+def card_note(_grid: Grid) -> str:
+    """The note in the card on loading the folder."""
+    return (
+        "- The weights stay coded in memory. A calibrated backbone lacks what its adapter adds, so it is of no use "
+        "without the adapter. `merge_and_unload` gives a dense model with the adapter in it."
+    )
+
+
+def quantization_config(
+    _grid: Grid,
+    compute_dtype: torch.dtype,
+    skip_modules: Sequence[str],
+    codebooks: Mapping[str, str],
+    _target_modules: Sequence[str] = (),
+    _target_parameters: Sequence[str] = (),
+) -> dict[str, object]:
+    """The entry of `config.json`: the commonest budget, and the modules that have another by name."""
+    (common, _), *_ = Counter(codebooks.values()).most_common()
+    return {
+        "quant_method": METHOD,
+        "format_version": VERSION,
+        "codebook": common,
+        "codebooks": {module: name for module, name in codebooks.items() if name != common},
+        "compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "skip_modules": list(skip_modules),
+    }
+
+
+def check_version(version: int) -> None:
+    """Raise ArtifactError for a folder that a later loftq wrote."""
+    if version > VERSION:
+        raise ArtifactError(f"{METHOD} format version {version}: this loftq reads up to {VERSION}: upgrade loftq")

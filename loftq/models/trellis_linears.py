@@ -1,0 +1,103 @@
+"""Linears whose weights are trellis codes (`formats.trellis`): built from what a solver found, and read from files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from loftq.core import trellis
+from loftq.core.grid import Grid
+from loftq.core.solvers.solution import Solution
+from loftq.formats import trellis as layout
+from loftq.models import packed_linear
+from loftq.models.custom_ops import Operator
+from loftq.models.packed_linear import PackedLinear, Part, StoredWeight
+
+
+@Operator
+def decode_trellis(
+    codes: torch.Tensor,
+    widths: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    first: int,
+    last: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The outputs from `first` to `last` of a weight, transposed: (in, outputs) of `dtype`."""
+    return trellis.decode(codes, widths, rows, columns, slice(first, last)).T.to(dtype)
+
+
+@decode_trellis.register_fake
+def _(
+    codes: torch.Tensor,
+    widths: torch.Tensor,
+    rows: torch.Tensor,  # noqa: ARG001 (of the operator's signature)
+    columns: torch.Tensor,  # noqa: ARG001
+    first: int,
+    last: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return codes.new_empty(widths.shape[0], last - first, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """A weight (rows, columns) as a stream for each column."""
+
+    rows: int
+    columns: int
+
+    def parts(self, dtype: torch.dtype, *stored: torch.Tensor | None) -> Iterator[Part]:
+        """Decode the weight in parts of whole rows, each with the slice of its rows."""
+        codes, widths, rows, columns = (cast(torch.Tensor, tensor) for tensor in stored)
+        step = max(packed_linear.PART // self.columns // 8 * 8, 8)
+        for first in range(0, self.rows, step):
+            last = min(first + step, self.rows)
+            yield slice(first, last), decode_trellis(codes, widths, rows, columns, first, last, dtype).T
+
+
+class TrellisLinear(PackedLinear):
+    """A frozen linear (out, in) whose weight is trellis codes; `formats.trellis` defines its tensors."""
+
+    _format: Any = layout
+    _tensors = ("weight", "weight_widths", "weight_rows", "weight_columns")
+
+    def _layout(self) -> StoredWeight:
+        return _Streams(self.out_features, self.in_features)
+
+    def extra_repr(self) -> str:
+        """The text of `nn.Linear`, followed by the type."""
+        return f"{nn.Linear.extra_repr(self)}, {self.grid}"
+
+
+def read_weight(module: str, shape: Sequence[int], grid: Grid, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """The weight that the stored tensors of a linear stand for: float32 (out, in)."""
+    return TrellisLinear.load(module, shape, grid, read).dequantize()
+
+
+def linear_classes() -> tuple[type[nn.Module], ...]:
+    """The class that the plug-in puts in the place of dense linears."""
+    return (TrellisLinear,)
+
+
+def build(linear: nn.Linear, grid: Grid, solution: Solution, compute_dtype: torch.dtype | None) -> TrellisLinear:
+    """The linear that takes the place of a dense one."""
+    coded = TrellisLinear(
+        linear.in_features,
+        linear.out_features,
+        linear.bias is not None,
+        grid=grid,
+        dtype=compute_dtype or linear.weight.dtype,
+        device=linear.weight.device,
+    )
+    shape = tuple(linear.weight.shape)
+    stored = layout.tensors("", shape, grid, linear.weight.dtype, solution.codes, solution.scales)
+    for name, tensor in stored.items():
+        getattr(coded, name.lstrip(".")).data.copy_(tensor)
+    coded.bias = linear.bias
+    return coded.train(linear.training)

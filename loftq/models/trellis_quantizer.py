@@ -1,0 +1,55 @@
+"""Trellis codes for transformers: it loads folders whose `quant_method` is `loftq-trellis`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from loftq.core.grid import ROW, Grid
+from loftq.formats.trellis import METHOD, VERSION, check_version
+from loftq.models.linears import DenseLinear, kept_in_float32
+from loftq.models.packed_quantizer import PackedQuantizer
+from loftq.models.skipping import Skipped
+from loftq.models.trellis_linears import TrellisLinear
+
+
+@register_quantization_config(METHOD)
+class TrellisConfig(QuantizationConfigMixin):
+    """The entry of `config.json` that `loftq.formats.trellis` writes."""
+
+    def __init__(
+        self,
+        codebook: str = "tcq2",
+        compute_dtype: str = "bfloat16",
+        skip_modules: list[str] | None = None,
+        codebooks: dict[str, str] | None = None,
+        format_version: int = VERSION,
+        **_: Any,
+    ) -> None:
+        check_version(format_version)
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.format_version = format_version
+        self.codebook = codebook
+        self.codebooks = dict(codebooks or {})
+        self.compute_dtype = compute_dtype
+        self.skip_modules = list(skip_modules or ())
+
+    def grid(self, module: str) -> Grid:
+        """The type of a module's weight."""
+        return Grid(self.codebooks.get(module, self.codebook), ROW)
+
+
+@register_quantizer(METHOD)
+class TrellisHfQuantizer(PackedQuantizer):
+    """Trellis codes: every linear that is not skipped."""
+
+    quantization_config: TrellisConfig
+    _linear = TrellisLinear
+
+    def _grids(self, candidates: dict[str, DenseLinear], _names: set[str], model: Any) -> Iterator[tuple[str, Grid]]:
+        config = self.quantization_config
+        skipped = Skipped([*config.skip_modules, *kept_in_float32(model)])
+        return ((name, config.grid(name)) for name in candidates if not skipped.holds(name))
