@@ -80,7 +80,9 @@ class Bench:
         """What a start is like."""
 
         def measure() -> dict[str, Any]:
-            options = {"bits": int(kind[-1]), "quant_type": kind[:-1], "rank": rank, "seed": seed, **asked(run)}
+            quant_type = kind.rstrip("0123456789.")
+            bits = float(kind.removeprefix(quant_type))
+            options = {"bits": bits, "quant_type": quant_type, "rank": rank, "seed": seed, **asked(run)}
             if METHODS[options["method"]].calibrated:
                 options.setdefault("calibration", self.work / "calibration.txt")
                 options = {"calibration_tokens": TOKENS, "sequence_length": LENGTH, **options}

@@ -16,7 +16,7 @@ import numpy as np
 from machine import describe, table
 from scipy.special import ndtri
 
-from loftq.core.kernels.trellis import Search
+from loftq.core.kernels.viterbi import Search
 from loftq.core.trellis import LENGTH, WIDEST
 
 SAMPLES, COLUMN = 1 << 16, 1 << 12

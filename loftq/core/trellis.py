@@ -32,8 +32,7 @@ from importlib import resources
 import numpy as np
 import torch
 
-from loftq.core.kernels import dispatch
-from loftq.core.kernels import trellis as loops
+from loftq.core.kernels import dispatch, viterbi
 from loftq.core.scales import Scales
 
 LENGTH = 12  # bits of a state
@@ -129,7 +128,7 @@ def decode(
     out = torch.empty(len(columns), len(rows), dtype=torch.float32, device=codes.device)
     if dispatch.on_cpu(codes):
         arrays = (codes.numpy().view(np.uint32), begins.numpy(), widths.numpy(), tables().numpy().reshape(-1))
-        loops.decode(*arrays, columns.float().numpy(), rows.float().contiguous().numpy(), LENGTH, out.numpy())
+        viterbi.decode(*arrays, columns.float().numpy(), rows.float().contiguous().numpy(), LENGTH, out.numpy())
     else:
         levels = tables().to(codes.device)
         step = max(dispatch.CHUNK // max(len(rows), 1), 1)
@@ -197,7 +196,7 @@ class _ColumnCoder:
         self._inverse = torch.where(rows > 0, 1 / rows, 0.0)
         weights = rows.square()
         self._weights = (weights / weights.mean().clamp(min=_TINY)).numpy()
-        self._search = loops.Search(len(rows), LENGTH)
+        self._search = viterbi.Search(len(rows), LENGTH)
 
     def __call__(self, x: torch.Tensor, width: int, begin: int) -> tuple[float, torch.Tensor]:
         """Code `x` (out,), write its stream from bit `begin` on, and return its scale and its coded values."""
@@ -207,7 +206,7 @@ class _ColumnCoder:
         spread = unit.square().mean().sqrt().clamp(min=_TINY)
         levels = tables()[width - 1]
         states = self._search((unit / spread).numpy(), self._weights, levels.numpy(), width)
-        loops.write(states, width, LENGTH, self.words, begin)
+        viterbi.write(states, width, LENGTH, self.words, begin)
         values = self._rows * levels[torch.from_numpy(states).long()]
         energy = float(values.double().square().sum())
         best = float(values.double() @ x.double()) / energy if energy else 0.0  # the least squares fit

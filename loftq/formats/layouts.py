@@ -18,7 +18,7 @@ import torch
 from loftq.core.grid import ROW, Grid
 from loftq.core.scales import Scales, Solved
 from loftq.errors import OptionError, UnknownNameError
-from loftq.formats import bitsandbytes, gptq, native, trellis
+from loftq.formats import bitsandbytes, gptq, native, trellis_streams
 from loftq.formats.checkpoint import TensorSpec
 
 
@@ -87,7 +87,7 @@ class Layout(Protocol):
         """The entry of `config.json`. `target_parameters` are the ends of names of the stacks that are quantized."""
 
 
-_ALL: tuple[Layout, ...] = (bitsandbytes, gptq, native, trellis)  # the first that holds a type is its default
+_ALL: tuple[Layout, ...] = (bitsandbytes, gptq, native, trellis_streams)  # the first that holds a type is its default
 LAYOUTS: Mapping[str, Layout] = {layout.METHOD: layout for layout in _ALL}
 OURS = native.METHOD  # it can hold every type and every linear
 

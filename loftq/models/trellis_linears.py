@@ -1,4 +1,4 @@
-"""Linears whose weights are trellis codes (`formats.trellis`): built from what a solver found, and read from files."""
+"""Linears whose weights are trellis codes (`formats.trellis_streams`): built from what a solver found, and read from files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from loftq.core import trellis
 from loftq.core.grid import Grid
 from loftq.core.solvers.solution import Solution
-from loftq.formats import trellis as layout
+from loftq.formats import trellis_streams as layout
 from loftq.models import packed_linear
 from loftq.models.custom_ops import Operator
 from loftq.models.packed_linear import PackedLinear, Part, StoredWeight
@@ -62,7 +62,7 @@ class _Streams:
 
 
 class TrellisLinear(PackedLinear):
-    """A frozen linear (out, in) whose weight is trellis codes; `formats.trellis` defines its tensors."""
+    """A frozen linear (out, in) whose weight is trellis codes; `formats.trellis_streams` defines its tensors."""
 
     _format: Any = layout
     _tensors = ("weight", "weight_widths", "weight_rows", "weight_columns")

@@ -9,7 +9,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq.core.grid import ROW, Grid
-from loftq.formats.trellis import METHOD, VERSION, check_version
+from loftq.formats.trellis_streams import METHOD, VERSION, check_version
 from loftq.models.linears import DenseLinear, kept_in_float32
 from loftq.models.packed_quantizer import PackedQuantizer
 from loftq.models.skipping import Skipped
@@ -18,7 +18,7 @@ from loftq.models.trellis_linears import TrellisLinear
 
 @register_quantization_config(METHOD)
 class TrellisConfig(QuantizationConfigMixin):
-    """The entry of `config.json` that `loftq.formats.trellis` writes."""
+    """The entry of `config.json` that `loftq.formats.trellis_streams` writes."""
 
     def __init__(
         self,

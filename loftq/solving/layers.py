@@ -26,7 +26,7 @@ from loftq.core.solvers.methods import METHODS, WITHOUT_TEXT
 from loftq.core.solvers.pooled import solve_pooled
 from loftq.core.solvers.pooled_calibrated import solve_pooled_calibrated
 from loftq.core.solvers.solution import Solution, check_solution, trace_of_all, unsolvable
-from loftq.core.solvers.trellis import solve_trellis
+from loftq.core.solvers.trellis_coded import solve_trellis
 from loftq.core.trellis import TrellisQuantizer
 from loftq.display import one_line
 from loftq.errors import OptionError
