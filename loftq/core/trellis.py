@@ -50,6 +50,11 @@ def tables() -> torch.Tensor:
         return torch.from_numpy(np.load(file).astype(np.float32))
 
 
+@cache
+def _tables_on(device: torch.device) -> torch.Tensor:
+    return tables().to(device)
+
+
 @dataclass(frozen=True)
 class TrellisScales(Scales):
     """The scales r of rows (`values`, float32 (out,)) and c of `columns` (float16 (in,)), and the columns' `widths`.
@@ -129,8 +134,13 @@ def decode(
     if dispatch.on_cpu(codes):
         arrays = (codes.numpy().view(np.uint32), begins.numpy(), widths.numpy(), tables().numpy().reshape(-1))
         viterbi.decode(*arrays, columns.float().numpy(), rows.float().contiguous().numpy(), LENGTH, out.numpy())
+    elif dispatch.on_gpu(codes):
+        from loftq.core.kernels import gpu_trellis
+
+        levels = _tables_on(codes.device)
+        gpu_trellis.decode(codes, begins, widths, levels, columns, rows.float().contiguous(), LENGTH, out)
     else:
-        levels = tables().to(codes.device)
+        levels = _tables_on(codes.device)
         step = max(dispatch.CHUNK // max(len(rows), 1), 1)
         for some in (slice(at, at + step) for at in range(0, len(columns), step)):
             values = _decode_columns(codes, begins[some], widths[some], levels, len(rows))

@@ -20,11 +20,12 @@ transformers loads it once loftq is imported.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from loftq.core.codebooks import CODEBOOKS
 from loftq.core.grid import ROW, Grid
 from loftq.core.scales import Scales, Solved
 from loftq.core.trellis import TrellisScales, words_of
@@ -133,7 +134,10 @@ def quantization_config(
     }
 
 
-def check_version(version: int) -> None:
+def check_config(version: int, codebooks: Iterable[str]) -> None:
     """Raise ArtifactError for a folder that a later loftq wrote."""
     if version > VERSION:
         raise ArtifactError(f"{METHOD} format version {version}: this loftq reads up to {VERSION}: upgrade loftq")
+    for name in codebooks:
+        if name not in CODEBOOKS or not Grid(name, ROW).trellis:
+            raise ArtifactError(f"{METHOD} format: {name!r} is no trellis code of this loftq: upgrade loftq")

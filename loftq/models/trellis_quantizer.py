@@ -9,7 +9,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq.core.grid import ROW, Grid
-from loftq.formats.trellis_streams import METHOD, VERSION, check_version
+from loftq.formats.trellis_streams import METHOD, VERSION, check_config
 from loftq.models.linears import DenseLinear, kept_in_float32
 from loftq.models.packed_quantizer import PackedQuantizer
 from loftq.models.skipping import Skipped
@@ -29,7 +29,7 @@ class TrellisConfig(QuantizationConfigMixin):
         format_version: int = VERSION,
         **_: Any,
     ) -> None:
-        check_version(format_version)
+        check_config(format_version, [codebook, *(codebooks or {}).values()])
         self.quant_method = METHOD  # type: ignore[assignment]
         self.format_version = format_version
         self.codebook = codebook

@@ -1,4 +1,7 @@
-"""Oracles: streams read bit by bit with numpy, all paths of a small trellis, all shares of a small budget, float64."""
+"""Oracles: streams read bit by bit with numpy, all paths of a small trellis, all shares of a small budget, float64.
+
+Covers: loftq/core/kernels/viterbi.py, loftq/core/kernels/gpu_trellis.py.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,13 @@ def coded(outputs: int, inputs: int = 30, seed: int = 0) -> tuple[torch.Tensor, 
     return target, *encode(target, widths, rows, words_for(widths, outputs))
 
 
-@pytest.mark.parametrize("outputs", [1, 2, 7, 8, 9, 33, 130])
-@pytest.mark.parametrize("path", ["compiled", "torch"])
+@pytest.mark.parametrize("outputs", [1, 2, 7, 8, 33, 300])
+@pytest.mark.parametrize("path", ["compiled", "torch", "triton"])
 def test_streams_are_what_numpy_reads(outputs: int, path: str, request: pytest.FixtureRequest) -> None:
     """State t of a column is the window of 12 bits that begins `width` bits after that of state t - 1."""
     _, codes, scales = coded(outputs)
-    if path == "torch":
-        request.getfixturevalue("torch_path")
+    if path != "compiled":
+        request.getfixturevalue(f"{path}_path")
     bits = np.unpackbits(codes.numpy().view(np.uint8), bitorder="little")
     begins = offsets(scales.widths, outputs)
     expected = torch.zeros(outputs, len(scales.widths))

@@ -12,7 +12,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from loftq.core.kernels import gpu_rounding, gpu_unpack
+from loftq.core.kernels import gpu_rounding, gpu_trellis, gpu_unpack
 
 FLOATS, CODES = "*fp32", {"packed": "*u8", "codes": "*u8", "qweight": "*i32", "qzeros": "*i32", "groups": "*i32"}
 NUMBERS = {"low": "fp32", "high": "fp32"}
@@ -30,6 +30,8 @@ for bits, dtype in ((2, "*fp32"), (3, "*bf16"), (4, "*fp16"), (8, "*bf16")):
     written = {"scales": "*fp16", "shifts": "*fp16", "out": dtype}
     compile(gpu_unpack._stream, written, {"BITS": bits, "BLOCK": 64, "TILE": 2048})
     compile(gpu_unpack._words, written, {"BITS": bits, "INPUTS": 16, "OUTPUTS": 64})
+streams = {"words": "*i32", "begins": "*i64", "widths": "*u8", "columns": "*fp16"}
+compile(gpu_trellis._decode, streams | {"inputs": "i32"}, {"LENGTH": 12, "INPUTS": 8, "OUTPUTS": 256})
 for whole, boundaries in ((True, 0), (False, 4), (False, 16)):
     sizes = {"WHOLE": whole, "BOUNDARIES": boundaries, "WIDTH": 100, "LANES": 128, "ROWS": 16}
     compile(gpu_rounding._sweep, {}, sizes)

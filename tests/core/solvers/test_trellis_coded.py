@@ -76,7 +76,7 @@ def test_without_text_it_is_better_too(layer: tuple[torch.Tensor, torch.Tensor])
 
 
 def test_the_backbone_lacks_what_the_adapter_adds(layer: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Along the leading eigenvectors of H the backbone has little but errors of other directions; without an adapter it has all."""
+    """Along the leading eigenvectors of H the backbone only has errors of others; without an adapter it has all."""
     weight, moment = layer
     directions = torch.linalg.eigh(damped(moment)).eigenvectors[:, -16:].float()
     quantizer = TrellisQuantizer(3)

@@ -1,0 +1,135 @@
+"""Linears of trellis codes. Oracles: the decoded matrix as an ordinary linear, and stock transformers and peft.
+
+Covers: loftq/models/trellis_linears.py, loftq/models/trellis_quantizer.py, loftq/formats/trellis_streams.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import pico_llama, save_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import loftq
+from loftq.core.grid import ROW, Grid
+from loftq.core.solvers.methods import METHODS
+from loftq.core.solvers.trellis_coded import solve_trellis
+from loftq.core.trellis import TrellisQuantizer
+from loftq.errors import ArtifactError
+from loftq.formats import trellis_streams
+from loftq.models import packed_linear
+from loftq.models.trellis_linears import TrellisLinear, build
+
+TOKENS = torch.tensor([[11, 42, 7, 99, 3, 250, 17, 5]])
+
+
+def coded_linear(rows: int, columns: int, bits: float) -> tuple[TrellisLinear, nn.Linear]:
+    """A coded linear, and an ordinary one with the values that the solver's codes stand for."""
+    torch.manual_seed(0)
+    dense = nn.Linear(columns, rows)
+    solution = solve_trellis(dense.weight.detach(), TrellisQuantizer(bits), METHODS["qlora"], None, 1, 0, 1.0)
+    coded = build(dense, Grid(f"tcq{bits:g}", ROW), solution, None)
+    with torch.no_grad():
+        dense.weight.copy_(TrellisQuantizer(bits).decode(solution.codes, solution.scales, dense.weight.shape))
+    return coded, dense
+
+
+@pytest.mark.parametrize(("rows", "columns", "bits"), [(40, 24, 2.0), (33, 17, 2.5), (8, 64, 1.5), (1, 8, 4.0)])
+@pytest.mark.parametrize("part", [1 << 24, 256])
+def test_outputs_and_gradients_are_those_of_the_decoded_matrix(
+    rows: int, columns: int, bits: float, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoded at once and in parts; sides may be odd."""
+    monkeypatch.setattr(packed_linear, "PART", part)
+    coded, dense = coded_linear(rows, columns, bits)
+    assert torch.equal(coded.dequantize(), dense.weight)
+    results = []
+    for linear in (coded, dense):
+        x = torch.randn(3, columns, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        out = linear(x)
+        out.square().sum().backward()
+        results.append((out, x.grad))
+    for mine, right in zip(*results, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-6)
+    assert torch.equal(coded.to_dense().weight, dense.weight)
+
+
+def test_scales_keep_their_precision() -> None:
+    """A model that changes its dtype leaves rows in float32 and columns in float16."""
+    coded, dense = coded_linear(40, 24, 2.0)
+    coded.to(torch.bfloat16)
+    assert torch.equal(coded.dequantize(), dense.weight)
+    assert coded(torch.ones(1, 24, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_tensors_and_their_inverse() -> None:
+    weight = torch.randn(24, 16)
+    solution = solve_trellis(weight, TrellisQuantizer(2.25), METHODS["loftq"], None, 2, 2, 1.0)
+    grid = Grid("tcq2.25", ROW)
+    stored = trellis_streams.tensors("m", (24, 16), grid, torch.bfloat16, solution.codes, solution.scales)
+    for spec in trellis_streams.specs("m", (24, 16), grid, torch.bfloat16):
+        assert (stored[spec.name].dtype, tuple(stored[spec.name].shape)) == (spec.dtype, spec.shape)
+    codes, scales = trellis_streams.read("m", (24, 16), grid, stored.__getitem__)
+    quantizer = TrellisQuantizer(2.25)
+    expected = quantizer.decode(solution.codes, solution.scales, weight.shape)
+    assert torch.equal(quantizer.decode(codes, scales, weight.shape), expected)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico llama in two budgets, with its source beside it."""
+    parent = tmp_path_factory.mktemp("trellis")
+    source = save_model(pico_llama(), parent / "source")
+    return loftq.quantize(str(source), output=parent / "out", bits=2.25, quant_type="tcq", rank=4, quiet=True).folder
+
+
+def test_stock_libraries_load_it_after_the_import(folder: Path) -> None:
+    """Backbone plus adapter is what the files say, tensor by tensor; the adapter trains, and a new one too."""
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    model = PeftModel.from_pretrained(base, folder, subfolder="loftq_init", is_trainable=True)
+    linears = {name: module for name, module in base.named_modules() if isinstance(module, TrellisLinear)}
+    assert len(linears) == 14
+    stored = load_file(folder / "model.safetensors")
+    for name, module in linears.items():
+        for key, tensor in module.state_dict().items():
+            assert torch.equal(
+                tensor, stored[f"{name.replace('.base_layer', '').removeprefix('base_model.model.')}.{key}"]
+            )
+    logits = model(TOKENS, labels=TOKENS)
+    logits.loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+    with torch.no_grad():
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(TOKENS).logits, logits.logits, rtol=0.05, atol=0.05)
+    again = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2, target_modules=["q_proj"]))
+    again(TOKENS, labels=TOKENS).loss.backward()
+
+
+def test_a_saved_model_is_the_same(folder: Path, tmp_path: Path) -> None:
+    """`save_pretrained` writes the tensors as they were."""
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "copy")
+    copied, before = load_file(tmp_path / "copy/model.safetensors"), load_file(folder / "model.safetensors")
+    assert all(torch.equal(copied[name], tensor) for name, tensor in before.items() if name in copied)
+    assert {name for name in before if "weight_rows" in name} <= set(copied)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [({"format_version": 9}, "upgrade loftq"), ({"codebook": "tcq9"}, "tcq9"), ({"codebook": "tcq3"}, "expected")],
+)
+def test_a_config_that_does_not_fit_is_refused(
+    entry: dict[str, object], said: str, folder: Path, tmp_path: Path
+) -> None:
+    """A later format, a budget that does not exist, and one that is not that of the files."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= entry
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(load_file(folder / "model.safetensors"), tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises((ArtifactError, loftq.errors.LoftQError), match=said):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

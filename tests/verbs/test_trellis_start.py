@@ -1,0 +1,144 @@
+"""Trellis codes from quantizing to merging: the theme of --quant-type tcq through the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Result, byte_tokenizer, pico_llama, save_model
+from folders import hashes
+from picos import save_pico
+from transformers import AutoModelForCausalLM
+
+import loftq
+from loftq.formats.artifact import open_artifact
+
+TOKENS = torch.tensor([[11, 42, 7, 99, 3, 250, 17, 5]])
+TEXT = {"calibration": "default", "calibration_tokens": 4096, "sequence_length": 64, "refine": 2}
+
+
+def make(source: Path, out: Path, **options: Any) -> Path:
+    settings: dict[str, Any] = {"bits": 2.25, "quant_type": "tcq", "rank": 4, "quiet": True, **options}
+    return loftq.quantize(str(source), output=out, **settings).folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_model(pico_llama(), tmp_path_factory.mktemp("source") / "pico")
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calibrated(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(source, tmp_path_factory.mktemp("calibrated") / "out", **TEXT)
+
+
+def test_a_calibrated_start_through_every_verb(
+    calibrated: Path, source: Path, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    """`verify` compares errors with the source; a merge answers as the pair does; the card warns of the backbone."""
+    manifest = open_artifact(calibrated).manifest
+    assert manifest["format"] == "loftq-trellis"
+    assert {row["codebook"] for row in manifest["layers"]} == {"tcq2.25"}
+    assert manifest["recipe"]["iters"] == 1
+    assert not loftq.verify(calibrated, source=source, quiet=True).problems
+    card = (calibrated / "README.md").read_text()
+    assert "of no use without" in card
+    assert "import loftq" in card
+    assert "tcq2.25" in run("inspect", calibrated).stdout
+    assert run("report", calibrated, "--html", tmp_path / "report.html").exit_code == 0
+    merged = loftq.merge(str(calibrated), output=tmp_path / "merged", to="bf16", quiet=True).folder
+    pair, dense = loftq.load_qlora(calibrated), AutoModelForCausalLM.from_pretrained(merged)
+    with torch.no_grad():
+        torch.testing.assert_close(dense(TOKENS).logits.float(), pair(TOKENS).logits.float(), rtol=0.05, atol=0.05)
+    again = run(*card.split("loftq quantize ")[1].split("\n")[0].split(), "--help")  # options that exist
+    assert again.exit_code in (0, 2)
+
+
+def test_it_starts_nearer_than_normal_float(calibrated: Path, source: Path, tmp_path: Path) -> None:
+    """On the same text, rank and nearly the same bits, by the error of outputs."""
+    scalar = make(source, tmp_path / "nf2", quant_type="nf", bits=2, **TEXT)
+    errors = [open_artifact(folder).manifest["totals"]["output_error"] for folder in (calibrated, scalar)]
+    assert errors[0] < 0.75 * errors[1]
+
+
+def test_it_trains(calibrated: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.txt").write_text("the fox jumps over the lazy dog " * 60)
+    result = loftq.train(
+        str(calibrated), data=[str(tmp_path / "data.txt")], task="clm", output=str(tmp_path / "trained"), max_steps=8,
+        cutoff_len=32, batch_size=2, learning_rate=1e-3, quiet=True, cpu=True,
+    )  # fmt: skip
+    assert result.steps == 8
+    merged = loftq.merge(
+        str(calibrated), adapter=str(tmp_path / "trained"), output=tmp_path / "m", to="bf16", quiet=True
+    )
+    assert merged.layers == 14
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loftq.artifacts.staging import Staging
+
+    whole = hashes(make(source, tmp_path / "whole", workers=2))
+    note, count = Staging.note, [0]
+
+    def dying(self: Staging, *arguments: Any) -> None:
+        count[0] += 1
+        if count[0] > 9:
+            raise KeyboardInterrupt
+        note(self, *arguments)
+
+    monkeypatch.setattr(Staging, "note", dying)
+    with pytest.raises(KeyboardInterrupt):
+        make(source, tmp_path / "cut", workers=1)
+    monkeypatch.undo()
+    rest = hashes(make(source, tmp_path / "cut", workers=1, resume=True))
+    assert {name: digest for name, digest in rest.items() if name.endswith("safetensors")} == {
+        name: digest for name, digest in whole.items() if name.endswith("safetensors")
+    }
+
+
+@pytest.mark.parametrize(("kind", "task"), [("gpt2", "causal-lm"), ("falcon", "causal-lm"), ("bart", "seq2seq-lm")])
+def test_other_linears(kind: str, task: str, tmp_path: Path) -> None:
+    """Transposed weights, a class of linears that stock transformers do not convert, and an encoder-decoder."""
+    folder = make(save_pico(kind, task, tmp_path / "source"), tmp_path / "out", iters=0)
+    assert loftq.load_qlora(folder) is not None
+    assert not loftq.verify(folder, quiet=True).problems
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--bits", "1"], "tcq"),
+        (["--bits", "2", "--block-size", "64"], "--block-size 64"),
+        (["--bits", "2", "--double-quant"], "--double-quant"),
+        (["--bits", "2", "--zero-point", "float"], "--zero-point"),
+        (["--bits", "2", "--method", "cloq", "--calibration", "default"], "--method cloq"),
+        (["--bits", "2", "--rounding", "nearest", "--calibration", "default"], "--rounding nearest"),
+        (["--bits", "2", "--adapter", "qalora"], "--quant-type tcq"),
+        (["--bits", "2", "--format", "bitsandbytes"], "loftq-trellis"),
+        (["--bits", "2", "--expert-bits", "3"], "--expert-bits"),
+    ],
+)
+def test_what_does_not_apply_is_refused(
+    options: list[str], said: str, source: Path, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    result = run("quantize", source, "--quant-type", "tcq", *options, "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_shared_between_layers(source: Path, tmp_path: Path) -> None:
+    """With --allocation auto layers have budgets of their own; in memory the same type works."""
+    folder = make(source, tmp_path / "auto", bits=2.6, allocation="auto")
+    rows = open_artifact(folder).manifest["layers"]
+    assert len({row["codebook"] for row in rows}) > 1
+    spent = sum(float(row["codebook"].removeprefix("tcq")) * row["shape"][0] * row["shape"][1] for row in rows)
+    assert spent / sum(row["shape"][0] * row["shape"][1] for row in rows) <= 2.6
+    assert loftq.load_qlora(folder) is not None
+    model = loftq.quantize_model(pico_llama(), bits=2, quant_type="tcq", rank=4, target_modules=["q_proj"])
+    assert torch.isfinite(model(TOKENS).logits).all()  # type: ignore[operator]
