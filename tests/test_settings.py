@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from loftq.errors import OptionError, UnknownNameError
-from loftq.planning.recipe import Recipe, recipe_again, recipe_of
 from loftq.planning.keywords import QuantizeKeywords
+from loftq.planning.recipe import Recipe, recipe_again, recipe_of
 from loftq.planning.settings import QuantizeSettings, RunSettings
 from loftq.settings import GROUPS, Bounds, check, declared, from_dict, said, setting, split, to_dict
 from loftq.training.evaluate_settings import EvaluateKeywords, EvaluateSettings

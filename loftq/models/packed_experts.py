@@ -234,7 +234,7 @@ def _number_of_experts(module: PackedExperts) -> int:
 
 
 def _by_expert(factors: Sequence[torch.Tensor], experts: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each adapter, all A (experts, rank, in) and all B (experts, out, rank), which share memory with the factors."""
+    """For each adapter, all A (experts, rank, in) and all B (experts, out, rank), as views of the factors."""
     return [split(a, b, experts) for a, b in zip(factors[::2], factors[1::2], strict=True)]
 
 

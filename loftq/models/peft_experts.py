@@ -23,8 +23,7 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
         base: PackedExperts = self.get_base_layer()
         self.num_experts, rows, columns = base.packed_stacks[self.parameter_name].shape
         self._param_ndim = 3
-        sides = (columns, rows) if base.is_transposed else (rows, columns)  # peft swaps those that are not transposed
-        return sides
+        return (columns, rows) if base.is_transposed else (rows, columns)  # peft swaps those that are not transposed
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:

@@ -28,7 +28,6 @@ from loftq.planning.settings import (
 )
 from loftq.settings import declared, from_dict
 
-
 _OF_EXPERTS = ("expert_bits", "expert_rank")
 
 
@@ -230,17 +229,16 @@ def _with_experts(settings: QuantizeSettings) -> QuantizeSettings:
         if given:
             other = f"--format {format}" if settings.adapter == "lora" else f"--adapter {settings.adapter}"
             raise OptionError(
-                f"{declared(QuantizeSettings)[given[0]].option}: {other} leaves fused experts in 16 bits: leave out one "
-                "of the two"
+                f"{declared(QuantizeSettings)[given[0]].option}: {other} leaves fused experts in 16 bits: leave one "
+                "of the two out"
             )
         return settings
     widths = TYPES[cast(str, settings.quant_type)].widths
     usual = max((width for width in widths if width <= settings.bits), default=min(widths))
     bits = usual if settings.expert_bits is None else settings.expert_bits
     if bits not in widths:
-        raise OptionError(
-            f"--expert-bits {bits}: {settings.quant_type} does not have this width: choose {', '.join(map(str, widths))}"
-        )
+        listed = ", ".join(map(str, widths))
+        raise OptionError(f"--expert-bits {bits}: {settings.quant_type} does not have this width: choose {listed}")
     return replace(settings, expert_bits=bits, expert_rank=settings.expert_rank or EXPERT_RANK)
 
 
