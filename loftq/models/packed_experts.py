@@ -14,7 +14,7 @@ and never to the weights, which would need a dense copy of all experts. It is co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -61,6 +61,20 @@ def pack(module: Any, stacks: dict[str, PackedStack], device: torch.device | str
     module.active_factors = {}
     kind = type(module)
     module.__class__ = type(kind.__name__, (PackedExperts, kind), {"__module__": kind.__module__, "dense_class": kind})
+
+
+def pack_stacks(
+    model: nn.Module, types: Mapping[str, tuple[Grid, Sequence[int]]], device: torch.device | str | None = None
+) -> None:
+    """Pack parameters of fused experts, by name with the types of their weights and their shapes (experts, out, in)."""
+    owners: dict[str, dict[str, PackedStack]] = {}
+    for name, (grid, shape) in types.items():
+        owner, _, last = name.rpartition(".")
+        experts, rows, columns = shape
+        dtype = model.get_parameter(name).dtype
+        owners.setdefault(owner, {})[last] = PackedStack(grid, (experts, rows, columns), dtype)
+    for owner, stacks in owners.items():
+        pack(model.get_submodule(owner), stacks, device)
 
 
 class PackedExperts(nn.Module):
@@ -177,8 +191,10 @@ class _Experts(torch.autograd.Function):
     ) -> torch.Tensor:
         compute = _expert_computer(module, scalings, tokens.dtype)
         ctx.compute, ctx.scalings, ctx.experts = compute, scalings, module.packed_stacks
-        ctx.slices = _slices(index, _number_of_experts(module))
         ctx.save_for_backward(tokens, weights, *factors)
+        if tokens.is_meta:  # only the tensors that are kept matter
+            return torch.empty_like(tokens)
+        ctx.slices = _slices(index, _number_of_experts(module))
         total = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
         choices, flat = weights.shape[-1], weights.reshape(-1)
         by_expert = _by_expert(factors, _number_of_experts(module))

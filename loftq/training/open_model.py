@@ -23,7 +23,7 @@ from loftq.models.peft_targets import adapt, load_adapter
 from loftq.models.positions import longest_input
 from loftq.models.refusals import explain_loading
 from loftq.models.tasks import TASKS, Task, auto_class, build_meta, recorded_task
-from loftq.planning.plan import Plan
+from loftq.planning.plan import Plan, adapted_names
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import recipe_of
 from loftq.planning.settings import QuantizeSettings
@@ -143,7 +143,7 @@ def open_to_train(settings: TrainSettings, backbone: Model, device: torch.device
         rank = settings.rank or QuantizeSettings.rank
         model = load_qalora(backbone, device_map=place, dtype=dtype, rank=rank, alpha=settings.alpha)
         return Opened(model, load_tokenizer(backbone, model), TASKS["causal-lm"], backbone)
-    plan = make_plan(backbone, recipe_of(**quantizing_of(settings, backbone)))
+    plan = make_plan(backbone, recipe_of(**quantizing_of(settings, backbone)), with_experts=False)
     base = load_dense(backbone, plan.task, dtype, device, num_labels=plan.recipe.num_labels)
     base.enable_input_require_grads()
     model = adapt(base, lora_config(plan))
@@ -151,14 +151,14 @@ def open_to_train(settings: TrainSettings, backbone: Model, device: torch.device
 
 
 def lora_config(plan: Plan) -> LoraConfig:
-    """The configuration of a plain LoRA on the modules that a plan adapts."""
+    """The configuration of a plain LoRA on the modules and parameters that a plan adapts."""
     return LoraConfig(
         r=plan.recipe.rank,
         lora_alpha=cast(int, plan.recipe.alpha),
         lora_dropout=plan.recipe.dropout,
-        target_modules=list(plan.target_modules),
         modules_to_save=list(plan.modules_to_save) or None,
         task_type=plan.task.peft_type,
+        **adapted_names(plan),
     )
 
 

@@ -32,8 +32,8 @@ class Dense(ModelFolder):
     @cached_property
     def _transposed(self) -> set[str]:
         model, _ = build_meta(self.pair.backbone.folder, task=self.pair.backbone.task)
-        dense = {**find_linears(model).candidates, **find_stacks(model).candidates}
-        return {name for name, weight in dense.items() if weight.transposed}
+        linears = {name for name, linear in find_linears(model).candidates.items() if linear.transposed}
+        return linears | {name for name, stack in find_stacks(model).candidates.items() if stack.transposed}
 
     def specs(self, module: str) -> list[TensorSpec]:
         """The tensor of one linear, or of fused experts."""
