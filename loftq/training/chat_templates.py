@@ -23,6 +23,7 @@ from typing import Any
 
 from loftq.display import one_line
 from loftq.errors import OptionError
+from loftq.training.message_keys import says_something
 
 SECONDS = 10.0  # in which a template must have written a conversation, which takes milliseconds
 _MEMORY = 2**30  # bytes that it may take
@@ -78,8 +79,11 @@ def marked_answers(tokenizer: Any, messages: Messages, variables: Mapping[str, A
 def is_single_turn(messages: Messages) -> bool:
     """Whether messages are a prompt, perhaps after a system message, and perhaps its answer, all of them plain text."""
     roles = [message.get("role") for message in messages]
-    plain = all(set(message) == {"role", "content"} and isinstance(message["content"], str) for message in messages)
-    return plain and roles[roles[:1] == ["system"] :] in (["user"], ["user", "assistant"])
+    keys = {key for message in messages for key, value in message.items() if says_something(key, value)}
+    plain = all(isinstance(message.get("content"), str) for message in messages)
+    return (
+        plain and keys <= {"role", "content"} and roles[roles[:1] == ["system"] :] in (["user"], ["user", "assistant"])
+    )
 
 
 def without_template(messages: Messages) -> str:

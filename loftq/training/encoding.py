@@ -140,9 +140,10 @@ class Encoder:
 
     def talk(self, conversation: Conversation) -> dict[str, list[int]]:
         """Encode a conversation with the chat template, which must write all of it; its answers are learned."""
-        pieces = turns(self.tokenizer, conversation.messages, conversation.variables, conversation.learned)
         check_written(self.tokenizer, conversation)
-        return self.conversation(pieces)
+        return self.conversation(
+            turns(self.tokenizer, conversation.messages, conversation.variables, conversation.learned)
+        )
 
     def single_turn(self, conversation: Conversation) -> dict[str, list[int]]:
         """Encode a prompt and its answer without a chat template; a system message is a line before the prompt.

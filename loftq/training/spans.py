@@ -70,15 +70,15 @@ def _learned_by_parts(tokenizer: Any, text: str, spans: Sequence[Span], ids: Seq
     """
     learned = [False] * len(ids)
     for start, end in spans:
-        first = _common(_ids(tokenizer, text[:start]), ids)
-        after = _common(_ids(tokenizer, text[end:])[::-1], ids[::-1])
+        first = in_common(_ids(tokenizer, text[:start]), ids)
+        after = in_common(_ids(tokenizer, text[end:])[::-1], ids[::-1])
         for place in range(first, len(ids) - after):
             learned[place] = True
     return learned
 
 
-def _common(part: Sequence[int], whole: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their beginning."""
+def in_common(part: Sequence[Any], whole: Sequence[Any]) -> int:
+    """How many items two sequences have in common at their beginning."""
     count = 0
     for one, other in zip(part, whole, strict=False):
         if one != other:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from loftq.errors import OptionError
 from loftq.training.chat_templates import marked_answers, without_template, write_messages
-from loftq.training.spans import Span
+from loftq.training.spans import Span, in_common
 
 Piece = tuple[str, bool]  # a text, and whether the model learns to write it
 Message = dict[str, Any]
@@ -120,12 +120,14 @@ class _Talk:
         opening, earlier = before[len(asked) :], self.place(at - 1)
         if not opening:
             return earlier.end if earlier is not None and earlier.is_whole else first
-        found = self.text.rfind(opening, 0 if earlier is None else earlier.end, first)
+        found = self.text.rfind(opening, 0 if earlier is None else earlier.end, first + len(opening))
         if found >= 0:
             return found + len(opening)
         if at == len(self.messages) - 1:
             raise self.other_opening(opening, first)
-        return first
+        if earlier is None or not earlier.is_whole:
+            return first
+        return min(first, earlier.end + in_common(opening, self.text[earlier.end :]))
 
     def other_opening(self, opening: str, first: int) -> OptionError:
         """An error for a template that begins an answer in a prompt as it does not begin it in a conversation."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,15 +9,10 @@ from typing import Any
 from loftq.errors import OptionError
 from loftq.training.chat_templates import write_messages
 from loftq.training.conversations import Conversation
+from loftq.training.message_keys import says_something
 from loftq.training.turns import Message, surround
 
 _MARK = chr(0xE0FF)  # a character of no language
-_NOTES = re.compile(  # keys that say something about a message, and nothing of what it says
-    r"(\w+_)?(id|ids|uuid|guid|hash|hashed_ip|ip)|(created|updated)(_at)?|index|idx|turn|turn_identifier|rank|\w*time\w*|date"
-    r"|source|origin|url|model|model_name|lang|language|locale|country|state|header|score|rating|quality|votes|tokens"
-    r"|\w+_tokens|token_count|length|finish_reason|stop_reason|usage|meta|metadata|annotations|logprobs|tags|category"
-    r"|toxic|toxicity|redacted|moderation|feedback|author|user|status|type"
-)
 _CALLED_BY_NAME = ("tool", "function")
 _written: set[tuple[Any, ...]] = set()  # what templates are known to write
 
@@ -40,19 +34,20 @@ def check_written(tokenizer: Any, conversation: Conversation) -> None:
             _written.add(known)
     for at, message in enumerate(messages):
         for key, value in message.items():
-            if key == "role" or not value or _NOTES.fullmatch(key) or _is_repeated(messages, at, key):
+            if key == "role" or not says_something(key, value) or _is_repeated(messages, at, key):
                 continue
             known = (template, message["role"], frozenset(message), key, len(value) if isinstance(value, list) else 1)
             if known in _written:
                 continue
+            write(messages, variables=variables)  # an error of the template has its own reason
             if not all(_is_written(write, messages, at, changed, variables) for changed in _changes(message, key)):
-                raise _unwritten(f"{key!r} of message {at + 1}, of the role {message['role']!r:.40},", "remove it")
+                raise _unwritten(f"{key!r} of message {at + 1}, of the role {message['role']!r:.40}", "remove it")
             _written.add(known)
 
 
 def _unwritten(what: str, step: str) -> OptionError:
     return OptionError(
-        f"the chat template does not write {what} so it would not be learned: {step} if it does not matter, or use a "
+        f"the chat template does not write {what}, so it would not be learned: {step} if it does not matter, or use a "
         "template that writes it"
     )
 
