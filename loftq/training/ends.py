@@ -58,7 +58,8 @@ def turn_end(tokenizer: Any) -> Ends:
     token = max((token for token in added if token and end.startswith(token)), key=len, default=None)
     space = after[: len(after) - len(end)]
     if token is None:
-        return Ends(texts=(end.rstrip(),), space=space)
+        places = [end.find(token) for token in added if token and token in end]
+        return Ends(texts=(end[: min(places, default=len(end))].rstrip(),), space=space)
     return Ends((int(added[token]),), (), (token,), space)
 
 

@@ -90,8 +90,11 @@ def _checked(model_class: Any) -> Any:
             check_ids((int(ids.max()),), embedding_rows(self.model), self.tokenizer)
             return ids, mask
 
-        def _model_generate(self, *arguments: Any, **options: Any) -> Any:
-            ends = all_ends(self.model, self.tokenizer, turn_end(self.tokenizer))
-            return super()._model_generate(*arguments, **{"eos_token_id": ends, **options})
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+            ends = turn_end(self.tokenizer)
+            tokens = all_ends(self.model, self.tokenizer, ends)
+            return super()._model_generate(
+                context, max_length, stop=[*stop, *ends.texts], **{"eos_token_id": tokens, **options}
+            )
 
     return Checked

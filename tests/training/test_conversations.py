@@ -214,7 +214,6 @@ def test_a_name_and_reasoning_are_written() -> None:
         ({"messages": [{"role": "user", "content": 5}]}, "CHATML", "a role and a content that is text"),
         ({"messages": "hello"}, "CHATML", "neither a list nor JSON"),
         ({"instruction": "a", "output": "b", "history": [["c"]]}, "CHATML", "pairs of a prompt and an answer"),
-        ({"instruction": "a", "output": "b", "system": "s"}, "GEMMA", "System role not supported"),
     ],
 )
 def test_what_would_be_lost_is_refused(row: dict[str, Any], template: str, problem: str) -> None:

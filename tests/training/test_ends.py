@@ -22,7 +22,7 @@ from loftq.training.ends import Ends, turn_end
         (None, Ends()),
         (templates.CHATML, Ends((258,), written=("<|im_end|>",))),
         (templates.LLAMA_2, Ends((257,), written=("</s>",), space=" ")),
-        (templates.PHI_3, Ends(texts=("<|end|>\n</s>",))),
+        (templates.PHI_3, Ends(texts=("<|end|>",))),
         (templates.EOS_END, Ends((257,), written=("</s>",))),
         (templates.PLAIN_END, Ends(texts=("</>",))),
         (templates.LABELLED, Ends(texts=("\nuser:",))),
