@@ -86,14 +86,14 @@ def is_single_turn(messages: Messages) -> bool:
     )
 
 
-def without_template(messages: Messages) -> str:
+def without_template(messages: Messages, variables: Mapping[str, Any]) -> str:
     """The advice to leave the chat template out, where that is possible: only for a single prompt with its answer."""
-    return "add --no-chat-template, or " if is_single_turn(messages) else ""
+    return "add --no-chat-template, or " if is_single_turn(messages) and not variables else ""
 
 
 def _limited(tokenizer: Any, render: Callable[[], str], messages: Messages, variables: Mapping[str, Any]) -> str:
     most = _LENGTH + _TIMES * sum(len(str(value)) for value in (*messages, *variables.values()))
-    advice = without_template(messages)
+    advice = without_template(messages, variables)
     template = str(tokenizer.chat_template)
     if template not in _tried:
         _try(render, most, advice)

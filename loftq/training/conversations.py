@@ -17,18 +17,8 @@ from loftq.training.data import number_of, text_of
 from loftq.training.turns import Message
 
 Row = Mapping[str, Any]
-_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-    "function": "tool",
-}
+_ROLES = dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant") | {"human": "user"}
+_ROLES_OF_SHARE_GPT = {"function_call": "assistant"} | dict.fromkeys(("observation", "function_response"), "tool")
 _WEIGHTS = ("weight", "train", "training", "trainable", "loss")  # keys that tell whether a message is learned
 _VARIABLES = (  # columns with the names that templates give to what they read beside the messages
     *("documents", "custom_tools", "builtin_tools", "tools_in_user_message", "xml_tools", "python_tools"),
@@ -99,18 +89,19 @@ def without_none(value: Any) -> Any:
 def _renamed(message: Any) -> Message:
     """A message with OpenAI's names for the keys and roles of ShareGPT, and with its parts of text joined."""
     message = dict(message)
+    roles = _ROLES
     if "from" in message and "role" not in message:
-        message["role"] = message.pop("from")
+        message["role"], roles = message.pop("from"), _ROLES | _ROLES_OF_SHARE_GPT
     if "value" in message and "content" not in message:
         message["content"] = message.pop("value")
     role, content = message["role"], message.get("content")
-    if role == "function_call":
+    if role == "function_call" and "tool_calls" not in message:
         message["tool_calls"] = _calls(message.pop("content"))
     if isinstance(message.get("function_call"), dict):
         message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
     if isinstance(content, list):
         message["content"] = "".join(_text_of_part(part) for part in content)
-    message["role"] = _ROLES.get(role, role)
+    message["role"] = roles.get(role, role)
     return message
 
 

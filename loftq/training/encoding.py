@@ -17,11 +17,11 @@ from loftq.models.tokenizers import check_ids, embedding_rows, has_tokenizer, re
 from loftq.training.chat_templates import is_single_turn, write_messages
 from loftq.training.conversations import Conversation
 from loftq.training.spans import tokenize
-from loftq.training.turns import Piece, turns
+from loftq.training.turns import Piece, check_roles, turns
 from loftq.training.written import check_written
 
 IGNORED = -100  # torch's label for a token that adds no loss
-_NEEDED = "it has several turns, or more than texts; use a model with a chat template, or data of prompts and answers"
+_NEEDED = "a conversation of several turns, or with more than texts"
 _RESERVED = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<unk>")
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -53,7 +53,9 @@ class Encoder:
     @property
     def _end(self) -> list[int]:
         token = self.tokenizer.eos_token_id
-        return [] if token is None else [int(token)]
+        ids = [] if token is None else [int(token)]
+        self.check(ids)
+        return ids
 
     def ids(self, text: str) -> list[int]:
         """The token ids of a text, without any special tokens that are not written in the text itself."""
@@ -140,6 +142,7 @@ class Encoder:
 
     def talk(self, conversation: Conversation) -> dict[str, list[int]]:
         """Encode a conversation with the chat template, which must write all of it; its answers are learned."""
+        check_roles(conversation.messages)
         check_written(self.tokenizer, conversation)
         return self.conversation(
             turns(self.tokenizer, conversation.messages, conversation.variables, conversation.learned)
@@ -152,8 +155,9 @@ class Encoder:
         needs a template.
         """
         messages = conversation.messages
-        if not is_single_turn(messages) or conversation.variables or messages[-1]["role"] != "assistant":
-            raise OptionError(f"{self._why_no_template()}, but only a template can write this conversation: {_NEEDED}")
+        check_roles(messages)
+        if not is_single_turn(messages) or conversation.variables:
+            raise OptionError(f"only a chat template can write {_NEEDED}, and {self._why_no_template()}")
         *asked, response = (message["content"] for message in messages)
         prompt = "\n".join(asked)
         joint = "" if prompt[-1:].isspace() or response[:1].isspace() else "\n"
@@ -163,11 +167,11 @@ class Encoder:
         return example
 
     def _why_no_template(self) -> str:
-        if self.chat_template is False:
-            return "--no-chat-template is set"
         if self.seq2seq:
-            return "encoder-decoders are trained without a chat template"
-        return "the model's tokenizer has no chat template"
+            return "encoder-decoders have none: name data of prompts and answers"
+        if getattr(self.tokenizer, "chat_template", None) is not None:
+            return "--no-chat-template is set: leave the option out"
+        return "the model's tokenizer has none: use a chat model, or copy the template of one into the model's folder"
 
     def _prompt_limit(self, room: int) -> int:
         return min(self._source_limit, self.cutoff_len - min(room, self.cutoff_len // 2))

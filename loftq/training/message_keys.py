@@ -15,4 +15,5 @@ _NOTES = re.compile(
 
 def says_something(key: str, value: Any) -> bool:
     """Whether a key of a message holds a part of what is said, and not nothing or a note such as an id or a time."""
-    return bool(value) and _NOTES.fullmatch(key) is None
+    empty = not (value.strip() if isinstance(value, str) else value)
+    return not empty and _NOTES.fullmatch(key) is None

@@ -35,8 +35,8 @@ def turns(
     with an answer, that has nothing else than one message of the assistant, or whose answers cannot be found.
     """
     variables = variables or {}
-    answers = [at for at, message in enumerate(messages) if message.get("role") == "assistant"]
-    _check_roles(messages, answers)
+    answers = _answers(messages)
+    check_roles(messages)
     talk = _Talk(tokenizer, messages, variables, write_messages(tokenizer, messages, variables=variables))
     whole = talk.text
     wanted = [at for at in answers if learned is None or learned[at]]
@@ -51,7 +51,13 @@ def turns(
     return [piece for piece in [*pieces, (whole[place:], False)] if piece[0]]
 
 
-def _check_roles(messages: Sequence[Message], answers: Sequence[int]) -> None:
+def _answers(messages: Sequence[Message]) -> list[int]:
+    return [at for at, message in enumerate(messages) if message.get("role") == "assistant"]
+
+
+def check_roles(messages: Sequence[Message]) -> None:
+    """Raise OptionError for a conversation that has no answer at its end, or nothing else."""
+    answers = _answers(messages)
     if answers[-1:] != [len(messages) - 1]:
         step = "remove its messages after the last answer" if answers else "remove it"
         raise OptionError(
@@ -106,7 +112,8 @@ class _Talk:
         if place is None:
             raise OptionError(
                 f"the chat template writes the answer in message {at + 1} in a way in which it cannot be found: "
-                f"{without_template(self.messages)}correct the template, or mark answers in it with {{% generation %}}"
+                f"{without_template(self.messages, self.variables)}correct the template, or mark answers in it with "
+                "{% generation %}"
             )
         return self.beginning(at, before, place.first), place.end
 
@@ -138,7 +145,7 @@ class _Talk:
         begun = before is not None and text is not None and text.startswith(before)
         return OptionError(
             f"the chat template begins an answer with {missing!r} in a prompt but not in a conversation, so a trained "
-            f"model would be asked for what it did not learn: {without_template(self.messages)}"
+            f"model would be asked for what it did not learn: {without_template(self.messages, self.variables)}"
             f"{'begin the content of the answers in the data with it, or ' if begun else ''}use a template that begins "
             "both alike"
         )

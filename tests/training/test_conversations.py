@@ -26,6 +26,8 @@ FUNCTION = {"name": "rain", "arguments": {"city": "Bonn"}}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": FUNCTION}]}
 RESULT = {"role": "tool", "content": "dry"}
 TOOLS = [{"type": "function", "function": {"name": "rain", "parameters": {"city": {"type": "string"}}}}]
+# Messages of other roles are dropped.
+ROLES = "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
 PARTS = (("user", ("Ra", "in?")), ("assistant", ("No", ".")))
 NAMED = templates.PLAIN_END.replace("<{{ m.role }}>", "<{{ m.role }}{{ ' ' + m.name if m.name else '' }}>")
 
@@ -141,7 +143,7 @@ CASES: dict[str, tuple[dict[str, Any], Messages, dict[str, Any], str]] = {
         "No.<|im_end|>\n",
     ),
     "notes": (
-        {"messages": [{**ASKED, "id": "7", "timestamp": 3, "source": "x", "name": None}, ANSWERED], "id": 4},
+        {"messages": [{**ASKED, "id": "7", "timestamp": 3, "source": "x", "name": " "}, ANSWERED], "id": 4},
         [ASKED, ANSWERED],
         {},
         "No.<|im_end|>\n",
@@ -212,13 +214,14 @@ def test_a_name_and_reasoning_are_written() -> None:
         ({"messages": [{"role": "system", "content": "t"}, ASKED, ANSWERED], "system": "s"}, "CHATML", "two different"),
         ({"messages": [ASKED, ANSWERED], "tools": "none"}, "CHATML", "column 'tools' .* neither a list nor JSON"),
         ({"messages": [{"role": "user", "content": 5}]}, "CHATML", "a role and a content that is text"),
+        ({"messages": [ASKED, {"role": "function", "content": "dry"}, ANSWERED]}, "ROLES", "'content' of message 2"),
         ({"messages": "hello"}, "CHATML", "neither a list nor JSON"),
         ({"instruction": "a", "output": "b", "history": [["c"]]}, "CHATML", "pairs of a prompt and an answer"),
     ],
 )
 def test_what_would_be_lost_is_refused(row: dict[str, Any], template: str, problem: str) -> None:
     with pytest.raises(OptionError, match=f"row 1: .*{problem}") as refused:
-        encode([row], getattr(templates, template))
+        encode([row], getattr(templates, template, ROLES))
     assert "--no-chat-template" not in str(refused.value)
 
 
@@ -244,10 +247,16 @@ def test_a_single_turn_needs_no_template(capsys: pytest.CaptureFixture[str]) -> 
         {"messages": [ASKED, ANSWERED], "tools": TOOLS},
         {"prompt": "a", "response": "b", "history": [["c", "d"]]},
     ):
-        with pytest.raises(OptionError, match="row 1: the model's tokenizer has no chat template, but only a template"):
+        with pytest.raises(
+            OptionError, match=r"row 1: only a chat template can write .* tokenizer has none: use a chat model"
+        ):
             encode([lost], None)
-        with pytest.raises(OptionError, match="row 1: --no-chat-template is set, but only a template"):
+        with pytest.raises(OptionError, match=r"row 1: only a chat template can write .* is set: leave the option out"):
             encode([lost], chat_template=False)
+    for lost, problem in (([ASKED], "does not end"), ([ANSWERED], "a single message"), ([], "does not end")):
+        for template in (None, templates.CHATML):
+            with pytest.raises(OptionError, match=f"row 2: .*{problem}"):
+                encode([{"messages": [ASKED, ANSWERED]}, {"messages": lost}], template)
     weighted = [{"messages": [ASKED, {**ANSWERED, "weight": weight}]} for weight in (0, 1)]
     assert len(encode(weighted, None)) == 1
     assert "1 of 2 examples are left out" in capsys.readouterr().err

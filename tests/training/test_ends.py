@@ -58,7 +58,7 @@ def test_an_unfinished_end_is_held_back() -> None:
     ids=["chatml", "chatml-not-special", "plain", "llama-2", "phi-3"],
 )
 def test_a_trained_model_stops(template: str, special: bool, tmp_path: Path) -> None:
-    """Where its template ends an answer, streamed too."""
+    """Where the template that it was trained on ends an answer, streamed too; the folder has another one by then."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<|im_end|>"], special_tokens=special)
     tokenizer.chat_template = template
@@ -71,6 +71,7 @@ def test_a_trained_model_stops(template: str, special: bool, tmp_path: Path) -> 
     loftq.train(
         str(folder), data=[str(tmp_path / "rows.jsonl")], output=tmp_path / "trained", quiet=True, cpu=True, **options
     )
+    (folder / "chat_template.jinja").write_text(templates.LABELLED)
     stream = io.StringIO()
     asked = {"adapter": str(tmp_path / "trained"), "max_new_tokens": 20, "cpu": True}
     assert loftq.generate(str(folder), "a", stream=stream, **asked) == "ok"
