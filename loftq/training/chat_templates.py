@@ -63,14 +63,14 @@ def marked_answers(tokenizer: Any, messages: Messages, variables: Mapping[str, A
     places: list[tuple[int, int]] = []
 
     def render() -> str:
-        written, found = render_jinja_template(
-            conversations=[list(messages)],
+        written: Any = render_jinja_template(  # a list of texts, and a list of their places
+            conversations=[[dict(message) for message in messages]],
             chat_template=template,
             return_assistant_tokens_mask=True,
             **{**tokenizer.special_tokens_map, **variables},
         )
-        places[:] = [(int(start), int(end)) for start, end in found[0]]
-        return str(written[0])
+        places[:] = [(int(start), int(end)) for start, end in written[1][0]]
+        return str(written[0][0])
 
     _limited(tokenizer, render, messages, variables)
     return places

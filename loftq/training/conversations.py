@@ -86,16 +86,16 @@ def without_none(value: Any) -> Any:
     return [without_none(one) for one in value] if isinstance(value, list) else value
 
 
-def _renamed(message: Any) -> Message:
+def _renamed(given: Any) -> Message:
     """A message with OpenAI's names for the keys and roles of ShareGPT, and with its parts of text joined."""
-    message = dict(message)
+    message: Message = dict(given)
     roles = _ROLES
     if "from" in message and "role" not in message:
         message["role"], roles = message.pop("from"), _ROLES | _ROLES_OF_SHARE_GPT
     if "value" in message and "content" not in message:
         message["content"] = message.pop("value")
     role, content = message["role"], message.get("content")
-    if role == "function_call" and "tool_calls" not in message:
+    if role == "function_call" and role in roles:
         message["tool_calls"] = _calls(message.pop("content"))
     if isinstance(message.get("function_call"), dict):
         message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]

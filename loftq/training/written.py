@@ -26,7 +26,7 @@ def check_written(tokenizer: Any, conversation: Conversation) -> None:
     template = str(tokenizer.chat_template)
     write = partial(write_messages, tokenizer)
     for name in ("tools", "documents"):
-        known = (template, name)
+        known: tuple[Any, ...] = (template, name)
         if name in variables and known not in _written:
             others = {key: value for key, value in variables.items() if key != name}
             if write(messages, variables=variables) == _try(write, messages, others):
