@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from loftq.training.data import find_columns, text_of
@@ -13,7 +14,7 @@ from loftq.training.encoding import Collator, Encoder
 from loftq.training.evaluate_settings import EvaluateSettings
 from loftq.training.generate import answers
 from loftq.training.open_model import Opened
-from loftq.training.tasks import TRAINING_TASKS, classification, gsm8k, summarization
+from loftq.training.tasks import TRAINING_TASKS, classification, gsm8k, language_modelling, summarization
 from loftq.training.tasks.perplexity import perplexity
 
 _WINDOW = 1024  # tokens; less if the model's longest input is shorter
@@ -28,7 +29,7 @@ def _encoder(settings: EvaluateSettings, opened: Opened, most_tokens: int | None
 def _perplexity(opened: Opened, rows: Any, settings: EvaluateSettings) -> dict[str, float]:
     column = find_columns(rows, TRAINING_TASKS["clm"].roles, settings.columns)["text"]
     encoder = _encoder(settings, opened)
-    ids = [token for row in rows for token in encoder.ids(text_of(row, column))]
+    ids = np.concatenate([language_modelling.text_ids(text_of(row, column), encoder) for row in rows])
     window = min(settings.window or _WINDOW, opened.longest)
     return perplexity(opened.model, ids, window, min(settings.stride or window, window), quiet=settings.quiet)
 

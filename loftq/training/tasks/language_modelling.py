@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loftq.errors import OptionError
+from loftq.models.long_texts import token_ids
+from loftq.models.tokenizers import special_tokens
 from loftq.training import encoding
 from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Encoder
@@ -31,16 +33,30 @@ def pack_blocks(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> 
     The tokens after the last whole block are dropped, unless there is no whole block. Raises OptionError for fewer than
     two tokens, from which nothing can be learned.
     """
+    import pyarrow as pa  # type: ignore[import-untyped]  # datasets requires it
     from datasets import Dataset
 
     column = find_columns(rows, TEXT, columns)["text"]
-    texts = [text for row in rows if (text := text_of(row, column))]
-    ids = np.array([token for text in texts for token in encoder.document(text)], dtype=np.int32)
+    first, _ = special_tokens(encoder.tokenizer)
+    last = [] if encoder.tokenizer.eos_token_id is None else [int(encoder.tokenizer.eos_token_id)]
+    parts = [np.zeros(0, dtype=np.int32)]
+    for row in rows:
+        if text := text_of(row, column):
+            parts += [np.array(first, np.int32), text_ids(text, encoder), np.array(last, np.int32)]
+    ids = np.concatenate(parts)
     if len(ids) < 2:
         raise OptionError(f"column {column!r} of the data holds no text to learn from: expected at least two tokens")
     length = min(encoder.cutoff_len, len(ids))
-    blocks = ids[: len(ids) // length * length].reshape(-1, length)
-    return Dataset.from_dict({"input_ids": list(blocks), "labels": list(blocks)})
+    used = ids[: len(ids) // length * length]
+    starts = np.arange(0, len(used) + 1, length, dtype=np.int64)
+    blocks = pa.LargeListArray.from_arrays(starts, used)  # (blocks, length)
+    return Dataset(pa.table({"input_ids": blocks, "labels": blocks}))
+
+
+def text_ids(text: str, encoder: Encoder) -> np.ndarray:
+    """The token ids of a text of any length, without special tokens that are not written in it: int32 (tokens)."""
+    encoding.check_text(text)
+    return token_ids(encoder.tokenizer, text)
 
 
 def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
