@@ -84,9 +84,9 @@ def _parse(path: Path, source: str) -> Iterator[Mapping[str, Any]]:
     with path.open(encoding="utf-8-sig") as file:
         begun = False
         for number, line in enumerate(file, 1):
-            if not line.strip():
+            if line.isspace():  # `strip` would copy a long line
                 continue
-            if not begun and line.lstrip().startswith("["):
+            if not begun and re.match(r"\s*\[", line):
                 try:
                     yield from json.loads(line + file.read())
                 except (ValueError, RecursionError) as error:

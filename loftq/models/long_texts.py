@@ -13,16 +13,9 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
 
-import numpy as np
-
 PIECE = 100_000  # number of characters that are tokenized at a time
 _CONTEXT = 1_000  # number of characters on either side of a cut that are tokenized to check it
 _TRIED = 16  # number of ends of lines, of words, and of characters at which a cut is tried
-
-
-def token_ids(tokenizer: Any, text: str) -> np.ndarray:
-    """The token ids of a text, without special tokens that are not written in it: int32 (tokens)."""
-    return np.concatenate([np.array(ids, dtype=np.int32) for _, ids in tokenized_pieces(tokenizer, text)])
 
 
 def tokenized_pieces(tokenizer: Any, text: str) -> Iterator[tuple[str, list[int]]]:

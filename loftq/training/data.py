@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -180,15 +179,6 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
     if not isinstance(value, str):
         raise OptionError(f"column {column!r} of the data holds {value!r:.80}, but a text was expected")
     return value
-
-
-def number_of(value: Any) -> Any:
-    """Convert a text that is a finite number, such as the cell of a table; return any other value unchanged."""
-    try:
-        number = float(value) if isinstance(value, str) else math.nan
-    except ValueError:
-        return value
-    return number if math.isfinite(number) else value
 
 
 def hold_out(examples: Dataset, seed: int, *, shuffle: bool) -> tuple[Dataset, Dataset | None]:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
+from transformers import AutoConfig
 
 from loftq.errors import OptionError
 from loftq.formats.artifact import Artifact
@@ -169,12 +170,19 @@ def load_dense(
     if "quantization_config" not in read_config(source.folder):
         for spec in source.checkpoint.tensors.values():
             refuse_narrow(spec)
-    labels = {} if num_labels is None else {"num_labels": num_labels}
     check_beside(source.folder)
     with explain_loading(source.folder):
+        labels = {} if num_labels is None else _resized(source.folder, num_labels)
         model = auto_class(task).from_pretrained(source.folder, dtype=dtype, device_map={"": device}, **labels)
     guard_cpu(model)
     return model
+
+
+def _resized(folder: Path, num_labels: int) -> dict[str, Any]:
+    """Options for a classifier's head; one of another size than that of the folder has no problem type yet."""
+    return {"num_labels": num_labels} | (
+        {} if AutoConfig.from_pretrained(folder).num_labels == num_labels else {"problem_type": None}
+    )
 
 
 def open_to_use(backbone: Model, adapter: str | None, device: torch.device, dtype: torch.dtype) -> Opened:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from loftq.errors import OptionError
-from loftq.models.long_texts import token_ids
+from loftq.models.long_texts import tokenized_pieces
 from loftq.models.tokenizers import special_tokens
 from loftq.training import encoding
 from loftq.training.data import find_columns, text_of
@@ -37,26 +39,31 @@ def pack_blocks(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> 
     from datasets import Dataset
 
     column = find_columns(rows, TEXT, columns)["text"]
-    first, _ = special_tokens(encoder.tokenizer)
-    last = [] if encoder.tokenizer.eos_token_id is None else [int(encoder.tokenizer.eos_token_id)]
-    parts = [np.zeros(0, dtype=np.int32)]
-    for row in rows:
-        if text := text_of(row, column):
-            parts += [np.array(first, np.int32), text_ids(text, encoder), np.array(last, np.int32)]
-    ids = np.concatenate(parts)
+    begin, _ = special_tokens(encoder.tokenizer)
+    end = [] if encoder.tokenizer.eos_token_id is None else [int(encoder.tokenizer.eos_token_id)]
+    ids = joined_ids((text for row in rows if (text := text_of(row, column))), encoder, begin, end)
     if len(ids) < 2:
         raise OptionError(f"column {column!r} of the data holds no text to learn from: expected at least two tokens")
     length = min(encoder.cutoff_len, len(ids))
     used = ids[: len(ids) // length * length]
     starts = np.arange(0, len(used) + 1, length, dtype=np.int64)
-    blocks = pa.LargeListArray.from_arrays(starts, used)  # (blocks, length)
-    return Dataset(pa.table({"input_ids": blocks, "labels": blocks}))
+    blocks = pa.LargeListArray.from_arrays(starts, pa.array(used))  # (blocks, length)
+    fingerprint = hashlib.sha256(used.data).hexdigest()[:16] + f"{length:x}"
+    return Dataset(pa.table({"input_ids": blocks, "labels": blocks}), fingerprint=fingerprint)
 
 
-def text_ids(text: str, encoder: Encoder) -> np.ndarray:
-    """The token ids of a text of any length, without special tokens that are not written in it: int32 (tokens)."""
-    encoding.check_text(text)
-    return token_ids(encoder.tokenizer, text)
+def joined_ids(
+    texts: Iterable[str], encoder: Encoder, begin: Sequence[int] = (), end: Sequence[int] = ()
+) -> np.ndarray:
+    """The token ids of texts of any length, each between the special tokens `begin` and `end`: int32 (tokens)."""
+    ids = array("i")
+    for text in texts:
+        encoding.check_text(text)
+        ids.extend(begin)
+        for _, piece in tokenized_pieces(encoder.tokenizer, text):
+            ids.extend(piece)
+        ids.extend(end)
+    return np.frombuffer(ids, dtype=np.int32) if ids else np.zeros(0, dtype=np.int32)
 
 
 def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
