@@ -85,7 +85,8 @@ def quantizing_of(settings: TrainSettings, source: Source) -> dict[str, Any]:
     model_task = own.name
     if tasks.CLASSIFIER in training_task.models:  # a classifier's head can be added to any model
         model_task = tasks.CLASSIFIER
-        options.setdefault("num_labels", 2)
+        if own.name != tasks.CLASSIFIER:  # a classifier keeps its own head
+            options.setdefault("num_labels", 2)
     elif own.name == "feature-extraction" and meta.config.is_encoder_decoder:  # BART's config does not name a head
         model_task = "seq2seq-lm"
     training_task.require(settings.task, model_task, settings.model)
@@ -179,10 +180,13 @@ def load_dense(
 
 
 def _resized(folder: Path, num_labels: int) -> dict[str, Any]:
-    """Options for a classifier's head; one of another size than that of the folder has no problem type yet."""
-    return {"num_labels": num_labels} | (
-        {} if AutoConfig.from_pretrained(folder).num_labels == num_labels else {"problem_type": None}
-    )
+    """Options for a classifier's head. One of another size than that of the folder is new, and has no problem type."""
+    config = AutoConfig.from_pretrained(folder)
+    if config.num_labels == num_labels:
+        return {}
+    config.problem_type = None
+    config.num_labels = num_labels
+    return {"config": config, "ignore_mismatched_sizes": True}
 
 
 def open_to_use(backbone: Model, adapter: str | None, device: torch.device, dtype: torch.dtype) -> Opened:

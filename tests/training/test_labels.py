@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,14 +11,18 @@ import pytest
 import torch
 from conftest import byte_tokenizer
 from datasets import ClassLabel, Dataset, Features, Value
-from picos import pico_model
+from picos import pico_model, save_pico
+from rows import write_rows
 from torch.nn import functional
+from transformers import AutoConfig
 
+import loftq
 from loftq.errors import OptionError
 from loftq.training.encoding import Collator, Encoder
 from loftq.training.labels import PROBLEMS, Labels, labels_of
 from loftq.training.tasks.classification import check_alike, encode, scores
 
+Run = Callable[..., Any]
 NUMBERS, ONE, SEVERAL = PROBLEMS
 NAMES = {"negative": 0, "neutral": 1, "positive": 2}
 
@@ -134,3 +140,52 @@ def test_scores_of_several_labels() -> None:
 def test_a_config_without_names_is_fine() -> None:
     config = SimpleNamespace(num_labels=2, label2id=None)
     assert labels_of(config) == Labels(2)
+
+
+@pytest.fixture(scope="module")
+def regression(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier that learned a number."""
+    folder = tmp_path_factory.mktemp("model") / "regression"
+    return save_pico("bert", "sequence-classification", folder, num_labels=1, problem_type="regression")
+
+
+@pytest.mark.parametrize(
+    ("labels", "values", "figures"),
+    [
+        (1, [0.5, 1, 2, 3], ["pearson"]),
+        (None, [0.5, 1, 2, 3], ["pearson"]),
+        (3, [0, 1, 2, 1], ["accuracy", "f1", "matthews"]),
+        (3, [[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]], ["accuracy", "f1"]),
+    ],
+)
+def test_a_head_of_another_size_learns_another_problem(
+    labels: int | None, values: list[Any], figures: list[str], regression: Path, tmp_path: Path, run: Run
+) -> None:
+    """The problem type of the config was that of the old head; without --num-labels the head stays."""
+    rows = [{"text": "good" * (at % 3 + 1), "label": value} for at, value in enumerate(values)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    options = ["--task", "classification", "--data", data, "--quiet", "--dtype", "float32"]
+    settings = ["--adapter", "lora", "--rank", 4, "--max-steps", 1, "--output", tmp_path / "out", "--eval-data", data]
+    size = [] if labels is None else ["--num-labels", labels]
+    trained = run("train", regression, *options, *settings, *size)
+    assert trained.exit_code == 0, trained.stderr
+    measured = run("evaluate", regression, "--adapter", tmp_path / "out", *options)
+    assert measured.exit_code == 0, measured.stderr
+    assert measured.stdout.splitlines()[0].split() == [*figures, "examples"]
+
+
+def test_labels_of_another_problem_leave_no_folder(regression: Path, tmp_path: Path, run: Run) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": "good", "label": ["a", "b"]}])
+    settings = ["--task", "classification", "--adapter", "lora", "--rank", 4, "--output", tmp_path / "out", "--quiet"]
+    refused = run("train", regression, "--data", data, *settings)
+    assert refused.exit_code == 2
+    assert "row 1: column 'label' of the data holds ['a', 'b'], but a number was expected" in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("labels", "problem"), [(None, "regression"), (3, None)])
+def test_an_artifact_has_the_problem_of_its_head(
+    labels: int | None, problem: str | None, regression: Path, tmp_path: Path
+) -> None:
+    made = loftq.quantize(str(regression), output=tmp_path / "out", rank=4, iters=1, num_labels=labels, quiet=True)
+    assert AutoConfig.from_pretrained(made.folder).problem_type == problem

@@ -53,7 +53,7 @@ def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Datas
 
 
 def check_alike(learned: Dataset, evaluated: Dataset) -> None:
-    """Raise OptionError if either the examples to train on or those to evaluate on have lists as labels, but not both."""
+    """Raise OptionError if labels are lists in only one of two data sets, that to train on and that to evaluate on."""
     lists = [isinstance(examples[0]["labels"], list) for examples in (learned, evaluated)]
     if lists[0] != lists[1]:
         kinds = ["lists" if one else "single values" for one in lists]
