@@ -55,6 +55,8 @@ def _find_cut(tokenizer: Any, text: str, begin: int, start: int, end: int) -> tu
     None if no cut that is tried is safe.
     """
     for cut, shifts in _cuts(text, start, end):
+        if text[max(cut - _CONTEXT, 0) : cut].isspace() or text[cut : cut + _CONTEXT].isspace():
+            continue  # some tokenizers join any number of spaces, and then with the next word
         ids: list[int] | None = None
         for shift in range(shifts):
             context = max(cut - _CONTEXT - shift, 0)

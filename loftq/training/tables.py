@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from textwrap import shorten
@@ -37,7 +38,7 @@ def read_tables(paths: Sequence[Path], delimiter: str, option: str) -> Dataset:
     names = next(_table(paths[0], delimiter, prefix), None)
     if names is None:
         raise OptionError(f"{option} {paths[0]}: has no rows: name other data")
-    states = [path.stat() for path in paths]
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return datasets.Dataset.from_generator(
         _rows,
         features=datasets.Features(dict.fromkeys(names, datasets.Value("string"))),
@@ -46,12 +47,12 @@ def read_tables(paths: Sequence[Path], delimiter: str, option: str) -> Dataset:
             "paths": tuple(map(str, paths)),
             "delimiter": delimiter,
             "option": option,
-            "states": tuple((state.st_size, state.st_mtime_ns) for state in states),  # tells a changed file
+            "identity": (version("loftq"), *states),  # a changed file is read again
         },
     )
 
 
-def _rows(paths: tuple[str, ...], delimiter: str, option: str, states: Any) -> Iterator[dict[str, str]]:  # noqa: ARG001
+def _rows(paths: tuple[str, ...], delimiter: str, option: str, identity: Any) -> Iterator[dict[str, str]]:  # noqa: ARG001
     expected: list[str] | None = None
     for path in paths:
         prefix = f"{option} {path}: cannot be read"
