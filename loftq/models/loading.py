@@ -18,7 +18,7 @@ from loftq.formats import gptq
 from loftq.formats.adapter import open_adapter, target_names
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.formats.checkpoint import dtype_of, read_checkpoint
-from loftq.formats.model_config import check_beside, read_config
+from loftq.formats.model_config import FILE, check_beside, read_config
 from loftq.models.adapters import check_adapter, check_shapes, foreign_adapter
 from loftq.models.peft_targets import adapt, load_adapter
 from loftq.models.refusals import explain_loading
@@ -150,6 +150,7 @@ def load_base(
         config = _config_for_our_linear(folder) if backend == "loftq" else {}
         base: Any = auto_class(task).from_pretrained(folder, dtype=stored, device_map=device_map, **config)
         guard_cpu(base)
+        _require_quantized(base, folder)
         if dtype is not None and dtype != stored:
             _change_dtype(base, dtype)
         _norms_in_float32(base, dtype or stored)
@@ -183,6 +184,23 @@ def guard_cpu(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def _require_quantized(model: nn.Module, folder: Path) -> None:
+    """Raise ArtifactError for a linear that bitsandbytes would run, but whose stored weight is not quantized.
+
+    This happens if the list of modules that stay dense in `config.json` lacks one of them.
+    """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    for name, module in model.named_modules():
+        dense4 = isinstance(module, Linear4bit) and getattr(module.weight, "quant_state", None) is None
+        dense8 = isinstance(module, Linear8bitLt) and module.weight.dtype != torch.int8
+        if dense4 or dense8:
+            raise ArtifactError(
+                f"{folder / FILE}: {name} is dense in the folder's weights, but llm_int8_skip_modules does not list "
+                "it: copy or download the folder again"
+            )
 
 
 def _change_dtype(model: nn.Module, dtype: torch.dtype) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from loftq.display import few_of
+from loftq.formats.prequantized import DenseView
 from loftq.models.families import family_of
 from loftq.models.linears import Linears
 from loftq.models.naming import NameMap
@@ -21,6 +22,9 @@ def notes_on(plan: Plan, linears: Linears, names: NameMap) -> Iterator[str]:
         yield f"model type {plan.model_type} is not in the table of families: every linear of its modules is quantized"
     if family_of(plan.model_type).float32:
         yield f"transformers runs {plan.model_type} only in float32, so this is the compute dtype"
+    if isinstance(plan.source.checkpoint, DenseView):
+        kind = plan.source.checkpoint.title
+        yield f"the weights of the source are quantized ({kind}): they are dequantized, and then quantized again"
     if plan.layout.PLAN_NOTE:
         unusual = {type(plan.model.get_submodule(layer.module)).__name__ for layer in plan.linears} - {
             "Linear",

@@ -11,9 +11,10 @@ from torch import nn
 from loftq.core import allocation
 from loftq.errors import SourceError
 from loftq.formats import adapter
-from loftq.formats.checkpoint import Shard, TensorSpec, lay_out, parse_size
+from loftq.formats.checkpoint import Shard, TensorSpec, dtype_of, lay_out, parse_size
 from loftq.formats.layouts import LAYOUTS, Layout
 from loftq.formats.model_config import read_config
+from loftq.formats.prequantized import READABLE, DenseView, dense_view
 from loftq.hub.source import Source
 from loftq.models import linears, naming
 from loftq.models.expert_stacks import find_stacks
@@ -47,7 +48,7 @@ def make_plan(
     `widths` are the bits of each module under `--allocation auto`. Until they are known, the plan has the same size as
     the final one.
     """
-    _refuse_quantized(source)
+    source = _with_dense_weights(source)
     model, task = build_meta(
         source.folder,
         task=recipe.task,
@@ -108,11 +109,20 @@ def make_plan(
     return replace(plan, notes=notes)
 
 
-def _refuse_quantized(source: Source) -> None:
-    quantization = read_config(source.folder, tensors=len(source.checkpoint.tensors)).get("quantization_config")
-    if quantization:
+def _with_dense_weights(source: Source) -> Source:
+    """The source, with the dense weights that its quantized ones stand for. Raises SourceError if they are unknown."""
+    config = read_config(source.folder, tensors=len(source.checkpoint.tensors))
+    quantization = config.get("quantization_config")
+    if not quantization or isinstance(source.checkpoint, DenseView):
+        return source
+    dense = dense_view(source.checkpoint, quantization, dtype_of(config)) if isinstance(quantization, dict) else None
+    if dense is None:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise SourceError(f"{source.name} is already quantized ({method}): start from its full-precision weights")
+        raise SourceError(
+            f"{source.name} is already quantized ({method}): start from the full-precision weights that it was made "
+            f"from (loftq reads originals in {' or '.join(READABLE)} alone)"
+        )
+    return replace(source, checkpoint=dense)
 
 
 def _targets(model: nn.Module, model_linears: Linears, recipe: Recipe, source: Source) -> list[str]:
