@@ -1,7 +1,8 @@
 """Fused experts of many types of mixtures, from the checkpoint to a merged model.
 
-Covers: loftq/models/packed_experts.py, loftq/models/peft_experts.py, loftq/models/expert_stacks.py,
-loftq/formats/expert_factors.py, loftq/planning/experts.py.
+Covers: loftq/models/packed_experts.py, loftq/models/expert_pass.py, loftq/models/peft_experts.py,
+loftq/models/expert_stacks.py, loftq/formats/expert_factors.py, loftq/planning/experts.py.
+
 Oracle of all: the dense model of transformers, with dequantized weights and peft's own wrapper of parameters.
 """
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from folders import hashes
 from mixtures import save_mixture
-from rows import sums, write_rows
 from transformers import AutoModelForCausalLM
 
 import loftq
@@ -73,7 +72,10 @@ def test_the_plan_says_what_stays(mixture: Path, run: Run) -> None:
             {"expert_bits": 2, "format": "bitsandbytes"},
             "--expert-bits: --format bitsandbytes leaves fused experts in 16",
         ),
-        ({"expert_rank": 2, "adapter": "qalora"}, "--expert-rank: --adapter qalora leaves fused experts in 16 bits"),
+        (
+            {"expert_rank": 2, "adapter": "qalora", "block_size": None},
+            "--expert-rank: --adapter qalora leaves fused experts in 16 bits",
+        ),
         ({"expert_rank": 100}, "--expert-rank 100 is larger than the smaller side of model.layers.0.mlp.experts"),
         ({"dropout": 0.1}, "--dropout 0.1: peft has no dropout for fused experts"),
         ({"block_size": 128}, "--block-size 128 does not divide its 64 inputs"),
@@ -114,7 +116,9 @@ def test_the_same_bytes_on_any_number_of_workers_and_after_a_kill(
 
 def test_train_evaluate_generate_merge(artifact: Path, mixture: Path, tmp_path: Path, run: Run) -> None:
     """Oracle of the merge: the losses of the adapter on its backbone and of the dense model are equal."""
-    data = str(write_rows(tmp_path / "rows.jsonl", sums(8)))
+    rows = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(8)]
+    data = str(tmp_path / "rows.jsonl")
+    Path(data).write_text("".join(json.dumps(row) + "\n" for row in rows))
     fast = {"max_steps": 3, "learning_rate": 1e-2, "batch_size": 4, "dtype": "float32", "cutoff_len": 64}
     planned = run("train", artifact, "--data", data, "--output", tmp_path / "t", "--dry-run", "--cpu")
     assert planned.exit_code == 0, planned.stderr
@@ -133,7 +137,7 @@ def test_train_evaluate_generate_merge(artifact: Path, mixture: Path, tmp_path: 
     merged = loftq.merge(artifact, trained.folder, to="bf16", output=tmp_path / "merged", quiet=True)
     packed = loftq.load_qlora(artifact, trained.folder, dtype=torch.float32).eval()
     dense = AutoModelForCausalLM.from_pretrained(merged.folder, dtype=torch.float32)
-    losses = [float(model(input_ids=TOKENS, labels=TOKENS).loss) for model in (packed, dense)]
+    losses = [model(input_ids=TOKENS, labels=TOKENS).loss.item() for model in (packed, dense)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -149,7 +153,7 @@ def test_a_loaded_backbone_can_be_saved(artifact: Path, tmp_path: Path) -> None:
 
 def test_moving_and_casting_keep_the_scales(artifact: Path) -> None:
     """Oracle: the weights before. A merge of the loaded model, and its undoing, work too."""
-    model = loftq.load_qlora(artifact)
+    model = loftq.load_qlora(artifact, dtype=torch.float32)
     experts = next(module for module in model.modules() if isinstance(module, PackedExperts))
     before = experts.dequantize("down_proj")
     assert torch.equal(model.bfloat16().half().float().get_base_model() and experts.dequantize("down_proj"), before)
