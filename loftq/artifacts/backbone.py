@@ -28,8 +28,9 @@ CAUSAL_LM = "causal-lm"
 @dataclass(frozen=True)
 class Backbone:
     """Quantized linears by module name, with their types and shapes (out, in), and the checkpoint that holds them.
-    Among them are fused experts, by the name of the parameter, with shapes (experts, out, in); their weights are read one
-    expert at a time.
+
+    Among them are fused experts, by the name of the parameter, with shapes (experts, out, in). Their weights are read
+    one expert at a time.
 
     `artifact` is None for a folder that loftq did not write. `read_linear` reads a linear if the layout's own reader,
     which reads files that loftq wrote, does not apply.

@@ -36,7 +36,7 @@ class BlockWeights:
         self.core = part_before_head(self.model, plan.task)
         self.blocks = {
             name: self.model.get_submodule(name)
-            for name in find_blocks(self.model, [layer.module for layer in plan.layers])
+            for name in find_blocks(self.model, [layer.module for layer in plan.linears])
         }
         created = {key.rpartition(".")[0] for key in plan.created}
         self._names = naming.map_names(self.model, plan.source.checkpoint.tensors, new=created, resized=created)
@@ -125,7 +125,7 @@ def changed_tensors(plan: Plan, digests: Mapping[str, str]) -> Iterator[str]:
     Each tensor is read completely: embeddings, norms, a head, unquantized experts. That is exact, and takes as long as
     copying them to the output. Layers are checked when they are read to be solved (`Statistics.check_weight`).
     """
-    checkpoint, layers = plan.source.checkpoint, {layer.tensor for layer in plan.layers}
+    checkpoint, layers = plan.source.checkpoint, {name for layer in plan.layers for name in layer.tensors}
     for name, digest in digests.items():
         if name not in layers and (name not in checkpoint.tensors or digest_of(checkpoint.read(name)) != digest):
             yield name

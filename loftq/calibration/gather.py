@@ -98,7 +98,7 @@ def _gather_into(
     """Gather the statistics. Returns False, and empties the folder, if an interrupted run could not be continued."""
     weights = BlockWeights(plan, device, trust_remote_code=trust_remote_code)
     head = _head(plan, calibration, weights)
-    inputs = {"files": plan.source.file_states(), "modules": [layer.module for layer in plan.layers]}
+    inputs = {"files": plan.source.file_states(), "modules": [layer.module for layer in plan.linears]}
     progress = Progress(folder, {**head, **inputs, "device": device.type})
     resumed = progress.rounds > 0
     try:
@@ -109,7 +109,7 @@ def _gather_into(
             return False
         raise
     progress.finish()
-    unreached = [layer.module for layer in plan.layers if layer.module not in modules]
+    unreached = [layer.module for layer in plan.linears if layer.module not in modules]
     record = {
         **head,
         "weights": weights.digests,

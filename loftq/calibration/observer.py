@@ -64,7 +64,7 @@ class InputObserver:
             self._weights.model.get_submodule(layer.module).register_forward_pre_hook(
                 partial(self._record_input, layer.module), with_kwargs=True
             )
-            for layer in self._plan.layers
+            for layer in self._plan.linears
         ]
         try:
             yield

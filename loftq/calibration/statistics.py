@@ -146,12 +146,12 @@ def open_statistics(folder: Path, plan: Plan, calibration: Calibration | None = 
     missing = missing_modules(record, plan)
     if missing:
         raise ArtifactError(f"{folder} has no statistics of {missing[0]}: {AGAIN}")
-    return Statistics(folder, record, {layer.module: layer.shape[1] for layer in plan.layers})
+    return Statistics(folder, record, {layer.module: layer.matrix[1] for layer in plan.linears})
 
 
 def missing_modules(record: dict[str, Any], plan: Plan) -> list[str]:
     """The modules of a plan that a record does not list."""
-    return [layer.module for layer in plan.layers if layer.module not in record["modules"]]
+    return [layer.module for layer in plan.linears if layer.module not in record["modules"]]
 
 
 def read_record(folder: Path) -> dict[str, Any]:

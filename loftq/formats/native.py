@@ -13,8 +13,8 @@ For a linear (out, in) with n = out · in weights, of which g share a scale:
     W~ = scale · level + shift,  shift = 0, or scale · (2^(bits−1) − zero), or the stored shift
 
 For fused experts (experts, out, in), the tensors of all experts are stacked, and named after the parameter: with
-`mlp.experts.up_proj` in the place of `weight`, uint8 (experts, out · in · bits / 8), `mlp.experts.up_proj_scales` and so
-on. An expert is thus stored like a linear, whatever the order of its sides in the model.
+`experts.up_proj` in the place of `weight`, uint8 (experts, out · in · bits / 8), `experts.up_proj_scales` and so on. An
+expert is thus stored like a linear, whatever the order of its sides in the model.
 
 `config.json` names the codebook. A stock load of such a folder fails at the first weight, whose shape is not the
 model's; transformers loads it once loftq is imported.

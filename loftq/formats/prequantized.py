@@ -36,6 +36,9 @@ _BIAS = 127  # of an exponent in a byte
 _BLOCK = (128, 128)  # of FP8, where the configuration names none
 
 
+Decoder = Callable[[Callable[[str], torch.Tensor]], torch.Tensor]  # from a reader of stored tensors by name
+
+
 @dataclass(frozen=True)
 class DenseView(Checkpoint):
     """A quantized checkpoint, whose `tensors` and `read` are those of the dense one that it stands for.
@@ -45,12 +48,25 @@ class DenseView(Checkpoint):
 
     stored: Checkpoint = field(kw_only=True)
     title: str = field(kw_only=True)
-    decoded: Mapping[str, Callable[[], torch.Tensor]] = field(kw_only=True, repr=False)
+    decoded: Mapping[str, Decoder] = field(kw_only=True, repr=False)
 
     def read(self, name: str) -> torch.Tensor:
         """Read a tensor, dequantized to the dtype in which the model computes. Raises CheckpointError."""
         decode = self.decoded.get(name)
-        return self.stored.read(name) if decode is None else decode().to(self.tensors[name].dtype)
+        return self.stored.read(name) if decode is None else decode(self.stored.read).to(self.tensors[name].dtype)
+
+    def read_member(self, name: str, index: int) -> torch.Tensor:
+        """Read one of the tensors that are stacked along the first dimension of a tensor, dequantized."""
+        decode = self.decoded.get(name)
+        if decode is None:
+            return self.stored.read_member(name, index)
+
+        def read(stored: str) -> torch.Tensor:
+            shape = self.stored.tensors[stored].shape
+            shared = len(shape) < 3  # scales of all members
+            return self.stored.read(stored) if shared else self.stored.read_member(stored, index)
+
+        return decode(read).to(self.tensors[name].dtype)
 
     def read_first(self, name: str, count: int) -> torch.Tensor:
         """Read at most the first `count` stored values of a tensor, flat: of a quantized one, its codes."""
@@ -71,7 +87,7 @@ def dense_view(checkpoint: Checkpoint, quantization: Mapping[str, Any], dtype: t
 def _fp8(checkpoint: Checkpoint, quantization: Mapping[str, Any], dtype: torch.dtype) -> DenseView:
     block = tuple(quantization.get("weight_block_size") or _BLOCK)
     tensors: dict[str, TensorSpec] = {}
-    decoded: dict[str, Callable[[], torch.Tensor]] = {}
+    decoded: dict[str, Decoder] = {}
     for name, spec in checkpoint.tensors.items():
         scales = checkpoint.tensors.get(name + _SCALES)
         if name.endswith((_SCALES, *_UNUSED)):
@@ -80,7 +96,7 @@ def _fp8(checkpoint: Checkpoint, quantization: Mapping[str, Any], dtype: torch.d
         if scales is not None:
             sides = _block_sides(spec, scales, block)
             tensors[name] = TensorSpec(name, dtype, spec.shape)
-            decoded[name] = _reader_of_fp8(checkpoint, name, sides)
+            decoded[name] = _decoder_of_fp8(name, sides)
     title = f"FP8 in blocks of {block[0]} x {block[1]}"
     return DenseView(checkpoint.folder, tensors, checkpoint.files, stored=checkpoint, title=title, decoded=decoded)
 
@@ -100,9 +116,9 @@ def _block_sides(spec: TensorSpec, scales: TensorSpec, block: tuple[int, ...]) -
     return rows // grid[0], columns // grid[1]
 
 
-def _reader_of_fp8(checkpoint: Checkpoint, name: str, sides: tuple[int, int]) -> Callable[[], torch.Tensor]:
-    def read() -> torch.Tensor:
-        weight, scales = checkpoint.read(name).float(), checkpoint.read(name + _SCALES)
+def _decoder_of_fp8(name: str, sides: tuple[int, int]) -> Decoder:
+    def decode(read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        weight, scales = read(name).float(), read(name + _SCALES)
         factors = _powers(scales) if scales.dtype == torch.uint8 else scales.float()
         if factors.dim() < 2:  # one scale for all
             return weight.mul_(factors)
@@ -111,12 +127,12 @@ def _reader_of_fp8(checkpoint: Checkpoint, name: str, sides: tuple[int, int]) ->
             weight[..., row * sides[0] : (row + 1) * sides[0], :].mul_(along)
         return weight
 
-    return read
+    return decode
 
 
 def _mxfp4(checkpoint: Checkpoint, _quantization: Mapping[str, Any], dtype: torch.dtype) -> DenseView:
     tensors: dict[str, TensorSpec] = {}
-    decoded: dict[str, Callable[[], torch.Tensor]] = {}
+    decoded: dict[str, Decoder] = {}
     for name, spec in checkpoint.tensors.items():
         stem = name.removesuffix("_blocks")
         scales = checkpoint.tensors.get(f"{stem}_scales")
@@ -132,21 +148,23 @@ def _mxfp4(checkpoint: Checkpoint, _quantization: Mapping[str, Any], dtype: torc
             )
         experts, rows, blocks, _ = spec.shape
         tensors[stem] = TensorSpec(stem, dtype, (experts, 32 * blocks, rows))
-        decoded[stem] = _reader_of_mxfp4(checkpoint, stem, dtype)
+        decoded[stem] = _decoder_of_mxfp4(stem, dtype)
     files = {**checkpoint.files, **{stem: checkpoint.files[f"{stem}_blocks"] for stem in decoded}}
     return DenseView(checkpoint.folder, tensors, files, stored=checkpoint, title="MXFP4", decoded=decoded)
 
 
-def _reader_of_mxfp4(checkpoint: Checkpoint, stem: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-    def read() -> torch.Tensor:
-        blocks, scales = checkpoint.read(f"{stem}_blocks"), checkpoint.read(f"{stem}_scales")
+def _decoder_of_mxfp4(stem: str, dtype: torch.dtype) -> Decoder:
+    def decode(read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        blocks, scales = read(f"{stem}_blocks"), read(f"{stem}_scales")
+        if blocks.dim() == 3:  # one expert
+            return _decode_mxfp4(blocks, scales).t()
         experts, rows, count, _ = blocks.shape
         dense = torch.empty(experts, 32 * count, rows, dtype=dtype)
         for expert in range(experts):  # a stack of experts may be gigabytes, and float32 twice that
             dense[expert] = _decode_mxfp4(blocks[expert], scales[expert]).t()
         return dense
 
-    return read
+    return decode
 
 
 def _decode_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,9 @@ from loftq.artifacts.pair import BackboneAndAdapter
 from loftq.artifacts.staging import Staging
 from loftq.errors import ArtifactError
 from loftq.merging.target import Target
+from loftq.models.expert_stacks import stack_names
 from loftq.models.loading import load_base
+from loftq.models.packed_experts import PackedExperts
 from loftq.models.peft_targets import load_adapter
 from loftq.models.refusals import explain_loading
 from loftq.models.tasks import TASKS, auto_class
@@ -90,9 +92,24 @@ def _round(model: nn.Module, target: Target) -> None:
         parameter = getattr(module, leaf)
         parameter.data = parameter.data.to(target.kept[name].dtype).to(parameter.dtype)
     if target.rounds_to is not None:
-        for name in target.pair.backbone.grids:
+        stacks = target.pair.backbone.stacks
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in stacks):
+            _round_experts(model.get_submodule(owner), target.rounds_to)
+        for name in (name for name in target.pair.backbone.grids if name not in stacks):
             layer: Any = model.get_submodule(name)
             layer.forward = partial(_rounded_forward, layer, layer.forward, target.rounds_to)
+
+
+def _round_experts(module: Any, dtype: torch.dtype) -> None:
+    """Put dense weights with the adapter in them in the place of packed experts, and round them."""
+    while hasattr(module, "base_layer"):
+        module.merge()
+        module = module.base_layer
+    if isinstance(module, PackedExperts):
+        module.to_dense()
+    for name in stack_names(module):
+        weight = getattr(module, name)
+        weight.data = weight.data.to(dtype).to(weight.dtype)
 
 
 def _rounded_forward(

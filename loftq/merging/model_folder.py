@@ -16,6 +16,7 @@ from loftq.core.grid import Grid
 from loftq.formats.artifact import CARD
 from loftq.formats.checkpoint import INDEX, Shard, TensorSpec, index_text, lay_out
 from loftq.formats.model_config import config_text
+from loftq.formats.shard_writer import ShardWriter
 from loftq.hub.source import side_files
 from loftq.merging.target import Target
 from loftq.models.tasks import TASKS
@@ -87,5 +88,12 @@ class ModelFolder(Target):
             left = [name for name in names if name not in staging.done]
             bar = tqdm(left, initial=len(names) - len(left), total=len(names), disable=quiet, dynamic_ncols=True)
             for name in bar:
-                stored = {name: self.pair.kept(name).to(kept[name].dtype)} if name in kept else self.tensors(name)
-                staging.note(name, {"written": {key: writer.write(key, tensor) for key, tensor in stored.items()}})
+                if name in kept:
+                    written = {name: writer.write(name, self.pair.kept(name).to(kept[name].dtype))}
+                else:
+                    written = self.write_module(name, writer)
+                staging.note(name, {"written": written})
+
+    def write_module(self, module: str, writer: ShardWriter) -> dict[str, str]:
+        """Write the tensors of one linear. Returns the SHA-256 of each."""
+        return {key: writer.write(key, tensor) for key, tensor in self.tensors(module).items()}

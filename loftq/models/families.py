@@ -37,7 +37,7 @@ _BERT = ("query", "key", "value", "attention.output.dense", "intermediate.dense"
 _DECODER = ("causal-lm", "sequence-classification")
 _ENCODER = ("masked-lm", "sequence-classification", "token-classification", "question-answering", "feature-extraction")
 _SEQ2SEQ = ("seq2seq-lm",)
-_EXPERTS = ("experts", "router")
+_ROUTER = ("router",)
 
 FAMILIES = {
     family.model_type: family
@@ -58,10 +58,10 @@ FAMILIES = {
         Family("gpt_neox", _BLOOM),
         Family("bloom", _BLOOM),
         Family("opt", _BART),
-        Family("mixtral", _LLAMA, stays=_EXPERTS),
-        Family("qwen2_moe", _LLAMA, stays=_EXPERTS),
-        Family("qwen3_moe", _LLAMA, stays=_EXPERTS),
-        Family("olmoe", _LLAMA, stays=_EXPERTS),
+        Family("mixtral", _LLAMA, stays=_ROUTER, stock=False),
+        Family("qwen2_moe", _LLAMA, stays=_ROUTER, stock=False),
+        Family("qwen3_moe", _LLAMA, stays=_ROUTER, stock=False),
+        Family("olmoe", _LLAMA, stays=_ROUTER, stock=False),
         Family("bart", _BART, ("seq2seq-lm", "sequence-classification")),
         Family("mbart", _BART, _SEQ2SEQ),
         Family("pegasus", _BART, _SEQ2SEQ),

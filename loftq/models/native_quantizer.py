@@ -12,7 +12,6 @@ from loftq.core.grid import Grid
 from loftq.formats.native import METHOD, VERSION, check_config
 from loftq.models.expert_stacks import find_stacks
 from loftq.models.linears import DenseLinear, kept_in_float32
-from loftq.models.packed_experts import PackedStack
 from loftq.models.packed_quantizer import PackedQuantizer
 from loftq.models.skipping import Skipped
 
@@ -63,13 +62,8 @@ class LoftQQuantizer(PackedQuantizer):
         skipped = Skipped([*config.skip_modules, *kept_in_float32(model)])
         return ((name, config.grid(name)) for name in candidates if not skipped.holds(name))
 
-    def _stacks(self, model: Any) -> Iterator[tuple[str, dict[str, PackedStack]]]:
+    def _stacks(self, model: Any) -> dict[str, tuple[Grid, tuple[int, int, int]]]:
         config = self.quantization_config
         ends = tuple(f".{end}" for end in getattr(config, "experts", ()))
-        owners: dict[str, dict[str, PackedStack]] = {}
-        for name, stack in find_stacks(model).candidates.items() if ends else ():
-            if f".{name}".endswith(ends):
-                owner, _, last = name.rpartition(".")
-                dtype = model.get_parameter(name).dtype
-                owners.setdefault(owner, {})[last] = PackedStack(config.grid(name), stack.shape, dtype)
-        return iter(owners.items())
+        found = find_stacks(model).candidates if ends else {}
+        return {name: (config.grid(name), s.shape) for name, s in found.items() if f".{name}".endswith(ends)}

@@ -1,21 +1,13 @@
-"""Fused experts whose weights stay packed: the code that takes the place of an experts module's own `forward`.
+"""Fused experts whose weights stay packed, in the place of an experts module of transformers.
 
 Each parameter holds the codes of all experts, uint8 (experts, bytes), and its scales lie beside it (`formats.native`).
-A pass sorts the tokens by expert, so that each expert gets one slice of them. It unpacks one expert at a time, and
-discards it before the next one. Autograd keeps only the tokens: the backward pass unpacks each expert once more, and
-computes it again, to differentiate it.
-
-An adapter on the experts is a product of low rank that is added to the tokens,
-
-    y = x Wᵀ + s · (x Aᵀ) Bᵀ,
-
-and never to the weights, which would need a dense copy of all experts. It is computed in the dtype of its factors.
+`expert_pass` computes with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,26 +15,15 @@ from torch import nn
 
 from loftq.core.grid import Grid
 from loftq.formats import native
-from loftq.formats.expert_factors import split
-from loftq.models.expert_stacks import stack_names
-from loftq.models.packed_linear import stored_native
+from loftq.models.expert_pass import Factors, PackedStack, experts_forward, unpack_expert
 
 
-class Factors(NamedTuple):
-    """An active adapter on a parameter: A (rank · experts, in) and B (out, rank · experts), as peft keeps them."""
+class Packed(NamedTuple):
+    """The packed weights of a module: the types of its parameters, their codes, and the scales by name."""
 
-    a: torch.Tensor
-    b: torch.Tensor
-    scaling: float
-
-
-@dataclass(frozen=True)
-class PackedStack:
-    """The type of the packed weights of a parameter, and their shape (experts, out, in)."""
-
-    grid: Grid
-    shape: tuple[int, int, int]
-    compute_dtype: torch.dtype
+    stacks: dict[str, PackedStack]
+    codes: dict[str, nn.Parameter]
+    scales: dict[str, torch.Tensor | None]
 
 
 _SUFFIXES = ("", "_scales", "_scales_absmax", "_scales_offset", "_zeros", "_shifts")
@@ -57,10 +38,29 @@ def pack(module: Any, stacks: dict[str, PackedStack], device: torch.device | str
                 module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
             else:
                 module.register_buffer(spec.name, tensor)
+    _take_place(module, stacks)
+
+
+def _take_place(module: Any, stacks: dict[str, PackedStack]) -> None:
+    """Put our code in the place of the own code of an experts module."""
     module.packed_stacks = stacks
     module.active_factors = {}
     kind = type(module)
     module.__class__ = type(kind.__name__, (PackedExperts, kind), {"__module__": kind.__module__, "dense_class": kind})
+
+
+def pack_stacks(
+    model: nn.Module, types: Mapping[str, tuple[Grid, Sequence[int]]], device: torch.device | str | None = None
+) -> None:
+    """Pack parameters of fused experts, by name with the types of their weights and their shapes (experts, out, in)."""
+    owners: dict[str, dict[str, PackedStack]] = {}
+    for name, (grid, shape) in types.items():
+        owner, _, last = name.rpartition(".")
+        experts, rows, columns = shape
+        dtype = model.get_parameter(name).dtype
+        owners.setdefault(owner, {})[last] = PackedStack(grid, (experts, rows, columns), dtype)
+    for owner, stacks in owners.items():
+        pack(model.get_submodule(owner), stacks, device)
 
 
 class PackedExperts(nn.Module):
@@ -92,15 +92,22 @@ class PackedExperts(nn.Module):
         """Set the dtype of dense weights."""
         self.packed_stacks = {name: replace(stack, compute_dtype=dtype) for name, stack in self.packed_stacks.items()}
 
-    def to_dense(self, dtype: torch.dtype | None = None) -> None:
-        """Put dense weights in the place of the packed ones, and the module's own code in the place of ours."""
+    def to_dense(self, dtype: torch.dtype | None = None) -> Packed:
+        """Put dense weights in the place of the packed ones, and the module's own code in the place of ours.
+
+        The packed weights are returned, for `to_packed`.
+        """
+        packed = Packed(self.packed_stacks, {}, {})
         for name, stack in self.packed_stacks.items():
             dense = self.dequantize(name, dtype or stack.compute_dtype)
-            for suffix in _SUFFIXES[1:]:
-                self._buffers.pop(f"{name}{suffix}", None)
+            packed.codes[name] = cast(nn.Parameter, self._parameters[name])
+            for key in (f"{name}{suffix}" for suffix in _SUFFIXES[1:]):
+                if key in self._buffers:
+                    packed.scales[key] = self._buffers.pop(key)
             self.register_parameter(name, nn.Parameter(dense, requires_grad=False))
         del self.packed_stacks, self.active_factors
         cast(Any, self).__class__ = self.dense_class
+        return packed
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Codes and scales move to another device, but never change their dtype.
@@ -113,154 +120,10 @@ class PackedExperts(nn.Module):
         return self
 
 
-def unpack_expert(
-    stack: PackedStack, stored: Sequence[torch.Tensor | None], expert: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """The weight (out, in) of one expert."""
-    _, rows, columns = stack.shape
-    parts = stored_native(stack.grid, rows, columns).parts(
-        dtype, *[None if tensor is None else tensor[expert] for tensor in stored]
-    )
-    weights = [part for _, part in parts]
-    return weights[0] if len(weights) == 1 else torch.cat(weights)
-
-
-class _Slices(NamedTuple):
-    """The tokens of each expert that has any: the expert, and the places of its pairs (token, choice)."""
-
-    experts: list[int]
-    pairs: list[torch.Tensor]
-
-
-def _slices(top_k_index: torch.Tensor, experts: int) -> _Slices:
-    """Sort the pairs of tokens and experts by expert. Numbers that are no expert's mean that a choice is left out."""
-    flat = top_k_index.flatten()
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat.clamp(0, experts), minlength=experts + 1)[:experts].tolist()
-    pieces = torch.split(order[: sum(counts)], counts)
-    chosen = [expert for expert, count in enumerate(counts) if count]
-    return _Slices(chosen, [pieces[expert] for expert in chosen])
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # the number of tokens of each expert decides which code runs
-def experts_forward(
-    module: PackedExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """What `PackedExperts.forward` computes, in the dtype of the tokens, or in that of autocast."""
-    kind = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
-    factors: list[Factors] = [pair for name in module.packed_stacks for pair in module.active_factors.get(name, ())]
-    tensors = [tensor for pair in factors for tensor in (pair.a, pair.b)]
-    out: torch.Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
-        hidden_states.to(dtype), top_k_weights, top_k_index, module, _counts(module), *tensors
-    )
-    return out.to(hidden_states.dtype)
-
-
-def _counts(module: PackedExperts) -> list[list[float]]:
-    """The scalings of the active adapters of each parameter, in the order of the factors."""
-    return [[pair.scaling for pair in module.active_factors.get(name, ())] for name in module.packed_stacks]
-
-
-class _Experts(torch.autograd.Function):
-    """The pass of a module's experts. Its backward pass differentiates one expert at a time."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tokens: torch.Tensor,
-        weights: torch.Tensor,
-        index: torch.Tensor,
-        module: PackedExperts,
-        scalings: list[list[float]],
-        *factors: torch.Tensor,
-    ) -> torch.Tensor:
-        compute = _expert_computer(module, scalings, tokens.dtype)
-        ctx.compute, ctx.scalings, ctx.experts = compute, scalings, module.packed_stacks
-        ctx.slices = _slices(index, _number_of_experts(module))
-        ctx.save_for_backward(tokens, weights, *factors)
-        total = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
-        choices, flat = weights.shape[-1], weights.reshape(-1)
-        by_expert = _by_expert(factors, _number_of_experts(module))
-        with torch.autocast(tokens.device.type, enabled=False):
-            for expert, pairs in zip(*ctx.slices, strict=True):
-                rows = pairs // choices
-                out = compute(expert, tokens[rows], [(a[expert], b[expert]) for a, b in by_expert])
-                total.index_add_(0, rows, out.float() * flat[pairs].unsqueeze(1).float())
-        return total.to(tokens.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        tokens, weights, *factors = ctx.saved_tensors
-        choices, flat = weights.shape[-1], weights.reshape(-1)
-        needs_tokens, needs_weights = ctx.needs_input_grad[:2]
-        experts = next(iter(ctx.experts.values())).shape[0]
-        by_expert = _by_expert(factors, experts)
-        token_grad = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device) if needs_tokens else None
-        weight_grad = torch.zeros(flat.shape, dtype=torch.float32, device=flat.device) if needs_weights else None
-        factor_grads = [torch.zeros_like(factor) for factor in factors]
-        grads_by_expert = _by_expert(factor_grads, experts)
-        for expert, pairs in zip(*ctx.slices, strict=True):
-            rows = pairs // choices
-            share = flat[pairs].unsqueeze(1).float()
-            upstream = grad[rows].float()
-            with torch.enable_grad(), torch.autocast(tokens.device.type, enabled=False):
-                inputs = tokens.detach()[rows].requires_grad_(needs_tokens)
-                own = [(a[expert].detach().requires_grad_(), b[expert].detach().requires_grad_()) for a, b in by_expert]
-                out = ctx.compute(expert, inputs, own)
-            if weight_grad is not None:
-                weight_grad[pairs] = (out.detach().float() * upstream).sum(1)
-            leaves = [*([inputs] if needs_tokens else []), *(factor for pair in own for factor in pair)]
-            if not leaves:
-                continue
-            found = list(torch.autograd.grad(out, leaves, (upstream * share).to(out.dtype)))
-            if token_grad is not None:
-                token_grad.index_add_(0, rows, found.pop(0).float())
-            for (a, b), ga, gb in zip(grads_by_expert, found[::2], found[1::2], strict=True):
-                a[expert], b[expert] = ga, gb
-        return (
-            None if token_grad is None else token_grad.to(tokens.dtype),
-            None if weight_grad is None else weight_grad.view(weights.shape).to(weights.dtype),
-            None,
-            None,
-            None,
-            *factor_grads,
-        )
-
-
-def _number_of_experts(module: PackedExperts) -> int:
-    return next(iter(module.packed_stacks.values())).shape[0]
-
-
-def _by_expert(factors: Sequence[torch.Tensor], experts: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each adapter, all A (experts, rank, in) and all B (experts, out, rank), which share memory with the factors."""
-    return [split(a, b, experts) for a, b in zip(factors[::2], factors[1::2], strict=True)]
-
-
-Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
-
-
-def _expert_computer(
-    module: Any, scalings: list[list[float]], dtype: torch.dtype
-) -> Callable[[int, torch.Tensor, Pairs], torch.Tensor]:
-    """The function that computes one expert for its tokens, with the factors of its adapters."""
-    first, last = stack_names(module)
-    stored = {name: module.stored(name) for name in (first, last)}
-    split_at = len(scalings[0])
-
-    def project(name: str, expert: int, x: torch.Tensor, pairs: Pairs, scales: list[float]) -> torch.Tensor:
-        out = x @ unpack_expert(module.packed_stacks[name], stored[name], expert, dtype).T
-        bias = getattr(module, f"{name}_bias")[expert].to(dtype) if module.has_bias else None
-        out = out if bias is None else out + bias
-        for (a, b), scale in zip(pairs, scales, strict=True):
-            out = (out + (x.to(a.dtype) @ a.T @ b.T) * scale).to(dtype)
-        return out
-
-    def compute(expert: int, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        hidden = project(first, expert, x, pairs[:split_at], scalings[0])
-        hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-        out = project(last, expert, hidden, pairs[split_at:], scalings[1])
-        return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
-
-    return compute
+def to_packed(module: nn.Module, packed: Packed) -> None:
+    """Undo `PackedExperts.to_dense`."""
+    for name, codes in packed.codes.items():
+        module.register_parameter(name, codes)
+    for name, scales in packed.scales.items():
+        module.register_buffer(name, scales)
+    _take_place(module, packed.stacks)

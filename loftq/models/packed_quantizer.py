@@ -17,7 +17,7 @@ from loftq.formats.checkpoint import TensorSpec, read_header
 from loftq.formats.native import METHOD
 from loftq.models.devices import find_gpu
 from loftq.models.linears import DenseLinear, find_linears
-from loftq.models.packed_experts import PackedExperts, PackedStack, pack
+from loftq.models.packed_experts import PackedExperts, pack_stacks
 from loftq.models.packed_linear import PackedLinear
 
 
@@ -31,9 +31,9 @@ class PackedQuantizer(HfQuantizer):
     def _grids(self, candidates: dict[str, DenseLinear], names: set[str], model: Any) -> Iterator[tuple[str, Grid]]:
         """The linears to replace, with the types of their weights. `names` are those of the checkpoint's tensors."""
 
-    def _stacks(self, _model: Any) -> Iterator[tuple[str, dict[str, PackedStack]]]:
-        """The experts modules to pack, with the types of their parameters."""
-        return iter(())
+    def _stacks(self, _model: Any) -> dict[str, tuple[Grid, tuple[int, int, int]]]:
+        """The parameters of fused experts to pack, with the types of their weights and their shapes."""
+        return {}
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
@@ -47,8 +47,7 @@ class PackedQuantizer(HfQuantizer):
             old = model.get_submodule(name)
             packed = self._linear(columns, rows, old.bias is not None, grid=grid, dtype=old.weight.dtype, device="meta")
             model.set_submodule(name, packed)
-        for owner, stacks in self._stacks(model):
-            pack(model.get_submodule(owner), stacks, "meta")
+        pack_stacks(model, self._stacks(model), "meta")
         for file, specs in headers.items():
             _check_sizes(model, file, specs)
 

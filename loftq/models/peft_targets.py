@@ -80,11 +80,19 @@ def as_named() -> Iterator[None]:
         _as_named.reset(token)
 
 
+@contextmanager
+def _trusting_patterns() -> Iterator[None]:
+    """Silence peft's warning about patterns of ranks and alphas that name parameters: it honours them all the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+        yield
+
+
 def adapt(model: Any, config: LoraConfig) -> PeftModel:
     """Add a new adapter to a model. Raises OptionError if peft refuses it."""
     from peft import get_peft_model
 
-    with as_named():
+    with as_named(), _trusting_patterns():
         try:
             return get_peft_model(model, config)
         except ValueError as error:
@@ -106,9 +114,7 @@ def load_adapter(model: Any, folder: Path, *, is_trainable: bool = False) -> Pef
     own = _resize(model, adapter)
     existing = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
     named = set(adapter.modules) <= existing
-    with as_named() if named else nullcontext(), explain_loading(folder, CONFIG), warnings.catch_warnings():
-        # peft does not look among parameters for these patterns; it warns, and honours them
-        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+    with as_named() if named else nullcontext(), explain_loading(folder, CONFIG), _trusting_patterns():
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
     if not named:
         return adapted

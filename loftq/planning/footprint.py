@@ -6,8 +6,8 @@ prepares it. In addition to the backbone, it needs these bytes:
     adapter   16 for each parameter: the parameter, its gradient and two moments in float32
     blocks    2 · tokens · width for each block: its input, which is kept
     a block   tokens · Σ (4 · in + 2 · out) over its linears, while it is run again: each input in float32 for the
-              adapter's gradient, each output in 16 bits
-    a linear  2 · in · out: the largest dequantized weight
+              adapter's gradient, each output in 16 bits; fused experts keep their inputs in 16 bits
+    a linear  2 · in · out: the largest dequantized weight, of a linear or an expert
     logits    12 · tokens · vocabulary: in 16 bits and in float32, and the gradients of both
 
 Logits are not in memory at the same time as the block and the linear, so only the larger of the two sums counts.
@@ -24,6 +24,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from loftq.models.training_memory import trained_bytes
@@ -50,11 +51,12 @@ def footprint(plan: Plan, tokens: int = TOKENS) -> Footprint:
     """Estimate the sizes of a plan, with a training step on `tokens` tokens."""
     disk = plan.backbone_bytes + plan.adapter.nbytes
     item = plan.recipe.dtype.itemsize
-    largest = max(layer.weights for layer in plan.layers) * item
+    largest = max(prod(layer.matrix) for layer in plan.layers) * item
     blocks: Counter[str] = Counter()
     for layer in plan.layers:
-        rows, columns = layer.shape
-        blocks[_block(layer.module)] += tokens * (4 * columns + item * rows)
+        rows, columns = layer.matrix
+        kept_per_token = item * columns if layer.experts else 4 * columns + item * rows
+        blocks[_block(layer.module)] += tokens * kept_per_token
     config: Any = plan.model.config.get_text_config()  # type: ignore[operator, union-attr]
     kept = len(blocks) * tokens * int(config.hidden_size) * item
     logits = tokens * int(config.vocab_size) * _LOGIT_BYTES

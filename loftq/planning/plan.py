@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
 from torch import nn
 
@@ -166,3 +167,13 @@ class Plan:
     def _stored(self, layer: Layer) -> int:
         specs = self.layout.specs(layer.module, layer.shape, self.grid(layer), self.recipe.dtype)
         return sum(spec.nbytes for spec in specs)
+
+
+def adapted_names(plan: Plan) -> dict[str, Any]:
+    """The settings of a LoRA's configuration that say what is adapted, and with which rank if that differs."""
+    names, recipe = plan.target_parameters, plan.recipe
+    modules = {"target_modules": list(plan.target_modules)}
+    if not names:
+        return modules
+    ranks, alphas = dict.fromkeys(names, recipe.expert_rank), dict.fromkeys(names, recipe.expert_alpha)
+    return {**modules, "target_parameters": list(names), "rank_pattern": ranks, "alpha_pattern": alphas}

@@ -34,9 +34,16 @@ _POOLER = "pooler"  # checkpoints of masked language models often lack it, and t
 
 
 def make_plan(
-    source: Source, recipe: Recipe, *, trust_remote_code: bool = False, widths: Mapping[str, float] | None = None
+    source: Source,
+    recipe: Recipe,
+    *,
+    trust_remote_code: bool = False,
+    widths: Mapping[str, float] | None = None,
+    with_experts: bool = True,
 ) -> Plan:
     """Make the plan of a recipe for a source. Raises SourceError or OptionError, with the change that is needed.
+
+    Unless `with_experts`, fused experts stay as they are.
 
     `widths` are the bits of each module under `--allocation auto`. Until they are known, the plan has the same size as
     the final one.
@@ -57,7 +64,7 @@ def make_plan(
     resized = heads if recipe.num_labels is not None else ()
     names = naming.map_names(model, source.checkpoint.tensors, new=(*heads, _POOLER), resized=resized)
     saved = (*heads, *_new_poolers(names)) if task.has_head else ()
-    experts = Experts(model, names, source.checkpoint, recipe)
+    experts = Experts(model, names, source.checkpoint, recipe if with_experts else recipe.without_experts())
     if not experts.layers:
         recipe = recipe.without_experts()
     chosen = {target: model_linears.candidates[target] for target in targets}

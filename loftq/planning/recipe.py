@@ -251,17 +251,16 @@ def _with_experts(settings: QuantizeSettings) -> QuantizeSettings:
             if TYPES[cast(str, settings.quant_type)].trellis:
                 other = f"--quant-type {settings.quant_type}"
             raise OptionError(
-                f"{declared(QuantizeSettings)[given[0]].option}: {other} leaves fused experts in 16 bits: leave out one "
-                "of the two"
+                f"{declared(QuantizeSettings)[given[0]].option}: {other} leaves fused experts in 16 bits: leave one "
+                "of the two out"
             )
         return settings
     widths = TYPES[cast(str, settings.quant_type)].widths
     usual = max((width for width in widths if width <= settings.bits), default=min(widths))
     bits = usual if settings.expert_bits is None else settings.expert_bits
     if bits not in widths:
-        raise OptionError(
-            f"--expert-bits {bits}: {settings.quant_type} does not have this width: choose {', '.join(map(str, widths))}"
-        )
+        listed = ", ".join(map(str, widths))
+        raise OptionError(f"--expert-bits {bits}: {settings.quant_type} does not have this width: choose {listed}")
     return replace(settings, expert_bits=int(bits), expert_rank=settings.expert_rank or EXPERT_RANK)
 
 

@@ -159,13 +159,26 @@ def _relative_errors(row: Row, prefix: str, length: int) -> list[float]:
 
 
 def _spectrum(adapter: Adapter, module: str) -> torch.Tensor:
-    """The singular values of s·B·A, computed from the small factors."""
+    """The singular values of s·B·A, computed from the small factors.
+
+    For fused experts, the root of the sum of their squares over the experts: the norm that a rank holds.
+    """
+    if adapter.experts(module):
+        experts = zip(*adapter.expert_factors(module), strict=True)
+        values = torch.stack([_values(a, b) for a, b in experts])
+        return adapter.scaling_of(module) * values.square().sum(0).sqrt()
     a, b = adapter.factors(module)
-    core = torch.linalg.qr(b).R @ torch.linalg.qr(a.t()).R.t()
-    values: torch.Tensor = adapter.scaling * torch.linalg.svdvals(core)
+    values = adapter.scaling_of(module) * _values(a, b)
     if adapter.pool_size is None:
         return values
     values *= a.shape[1] / adapter.pool_size * adapter.pool_size**0.5  # each pool is spread over its inputs
+    return values
+
+
+def _values(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The singular values of B·A."""
+    core = torch.linalg.qr(b).R @ torch.linalg.qr(a.t()).R.t()
+    values: torch.Tensor = torch.linalg.svdvals(core)
     return values
 
 

@@ -14,16 +14,16 @@ from loftq.solving.layers import one_thread_each, run_jobs, solve_layer
 
 
 def allocate(plan: Plan, statistics: Statistics | None, run: Run) -> dict[str, float]:
-    """The width of each module under the plan's budget, so that the sum of squared errors with the adapter is least.
+    """The width of each linear under the plan's budget, so that the sum of squared errors with the adapter is least.
 
     A layer's error at a width is the error after one alternation: later alternations lower the errors of all layers by
     nearly the same factor. If there are statistics of the inputs, it is the relative error of the outputs times the
     number of weights: the perplexity that a layer costs was measured to grow with its size.
     """
     recipe = plan.recipe
-    layers = {layer.module: layer for layer in plan.layers}
+    layers = {layer.module: layer for layer in plan.linears}
     errors: dict[str, list[float]] = {}
-    total = sum(layer.weights for layer in plan.layers)
+    total = sum(layer.weights for layer in plan.linears)
     bar = tqdm(total=total, unit="w", unit_scale=True, disable=run.quiet, dynamic_ncols=True, desc="widths")
 
     def measure(name: str) -> None:
@@ -33,8 +33,8 @@ def allocate(plan: Plan, statistics: Statistics | None, run: Run) -> dict[str, f
 
     with bar, one_thread_each():
         run_jobs(measure, list(layers), run.workers)
-    by_width = {width: [errors[layer.module][i] for layer in plan.layers] for i, width in enumerate(recipe.widths)}
-    chosen = least_error([layer.weights for layer in plan.layers], by_width, recipe.bits)
+    by_width = {width: [errors[layer.module][i] for layer in plan.linears] for i, width in enumerate(recipe.widths)}
+    chosen = least_error([layer.weights for layer in plan.linears], by_width, recipe.bits)
     return dict(zip(layers, chosen, strict=True))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from loftq.formats.disk import replacing
 from loftq.formats.scan import hash_of
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.run import Run
-from loftq.planning.weights import read_source_weight
+from loftq.planning.weights import ExpertReader, read_source_weight
 
 _START = "start.safetensors"
 
@@ -100,12 +101,17 @@ def _distill(plan: Plan, staging: Staging, start: Path, statistics: Statistics, 
 def _errors(
     plan: Plan, layer: Layer, adapter: Adapter, checkpoint: Checkpoint, statistics: Statistics, device: torch.device
 ) -> dict[str, float]:
-    """The relative errors of the weight and the outputs of a layer, with codes and factors read back from the files."""
+    """The relative errors of the weight and the outputs of a layer, with codes and factors read back from the files.
+
+    Those of fused experts are only those of their weights.
+    """
+    if layer.experts:
+        return {"error": _expert_error(plan, layer, adapter, checkpoint)}
     weight, _ = read_source_weight(plan, layer, device)
     codes, scales = plan.layout.read(layer.module, layer.shape, plan.grid(layer), checkpoint.read)
     backbone = plan.decoder(layer).decode(codes, scales, weight.shape).to(device)
     a, b = (factor.to(device) for factor in adapter.factors(layer.module))
-    residual = weight - backbone - pooled.delta(a, b, adapter.scaling, adapter.pool_size)
+    residual = weight - backbone - pooled.delta(a, b, adapter.scaling_of(layer.module), adapter.pool_size)
     errors = {"error": (squared(residual) / (squared(weight) or 1.0)) ** 0.5}
     moment = statistics.moment(layer.module)
     if moment is not None:
@@ -117,6 +123,20 @@ def _errors(
             f"--exclude-modules {layer.module.rpartition('.')[2]}"
         )
     return errors
+
+
+def _expert_error(plan: Plan, layer: Layer, adapter: Adapter, checkpoint: Checkpoint) -> float:
+    """The relative error of the weights of fused experts, read one by one."""
+    grid, quantizer, scaling = plan.grid(layer), plan.quantizer(layer), adapter.scaling_of(layer.module)
+    factors = list(zip(*adapter.expert_factors(layer.module), strict=True))
+    norm = left = 0.0
+    for index, weight in enumerate(ExpertReader(plan, layer)):
+        read = partial(checkpoint.read_member, index=index)
+        codes, scales = plan.layout.read(layer.module, layer.shape, grid, read)
+        residual = weight - quantizer.decode(codes, scales, weight.shape)
+        norm += squared(weight)
+        left += squared(residual - pooled.delta(*factors[index], scaling, None))
+    return float((left / (norm or 1.0)) ** 0.5)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -102,7 +102,6 @@ def run_jobs(work: Callable[[str], None], names: Sequence[str], workers: int) ->
 def _solve_layer(
     plan: Plan, layer: Layer, statistics: Statistics | None, writer: ShardWriter, device: torch.device
 ) -> dict[str, Any]:
-    recipe = plan.recipe
     weight, digest = read_source_weight(plan, layer, device)
     if statistics is not None:
         statistics.check_weight(layer, digest)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -20,12 +21,13 @@ from loftq.calibration.windows import check_calibratable
 from loftq.models.lockstep import find_blocks
 from loftq.models.positions import longest_input
 from loftq.models.training_memory import embedding_width, kept_bytes, trained_bytes
-from loftq.planning.plan import Layer, Plan
+from loftq.planning.plan import Layer, Plan, adapted_names
 
 _SOLVER_BYTES = 13  # per weight of a layer: float32 twice, its source, its codes, their packed form, a sketch
 _CALIBRATED_BYTES = 36  # the same with statistics of inputs: also its residual, errors of columns, factors
 _MOMENT_BYTES = 44  # per entry of the second moment: float32 once, float64 five times
 _SUM_BYTES = 4  # per entry of a moment while it is summed: only half of the entries are kept, in float64
+_FLOAT32 = 4
 _ANSWER_BYTES = 6  # per likeliest token: its index, and its log-probability in 16 bits
 _DIVERGENCE_BYTES = 8  # per logit, more than a loss on labels needs: two float32 gradients exist at once
 
@@ -53,20 +55,24 @@ def _solving(plan: Plan, workers: int) -> int:
 
 
 def _layer(plan: Plan, layer: Layer) -> int:
+    rows, columns = layer.matrix
+    if layer.experts:  # one at a time, with the factors of all
+        factors = 2 * layer.experts * layer.rank * (rows + columns) * _FLOAT32
+        return rows * columns * _SOLVER_BYTES + factors
     if plan.recipe.calibration is None:
         return layer.weights * _SOLVER_BYTES
-    return layer.weights * _CALIBRATED_BYTES + layer.shape[1] ** 2 * _MOMENT_BYTES
+    return layer.weights * _CALIBRATED_BYTES + columns**2 * _MOMENT_BYTES
 
 
 def _calibrating(plan: Plan, dtype: torch.dtype) -> int:
     model: Any = plan.model
-    blocks = find_blocks(model, [layer.module for layer in plan.layers])
+    blocks = find_blocks(model, [layer.module for layer in plan.linears])
     sizes = {name: _parameters(model.get_submodule(name)) * dtype.itemsize for name in blocks}
     outside = _parameters(model) * dtype.itemsize - sum(sizes.values())
-    for layer in plan.layers:
+    for layer in plan.linears:
         block = next((name for name in blocks if layer.module.startswith(f"{name}.")), None)
         if block is not None:
-            sizes[block] += layer.shape[1] ** 2 * _SUM_BYTES
+            sizes[block] += layer.matrix[1] ** 2 * _SUM_BYTES
     activations = _tokens(plan) * embedding_width(model) * dtype.itemsize
     logits = BATCH_TOKENS * _vocabulary(plan) * (dtype.itemsize + 4) if plan.task.name in VOCABULARY else 0
     return outside + activations + max(max(sizes.values(), default=0), logits) + _answers(plan)
@@ -75,6 +81,7 @@ def _calibrating(plan: Plan, dtype: torch.dtype) -> int:
 def _refining(plan: Plan, dtype: torch.dtype, device: torch.device) -> int | None:
     from peft import LoraConfig  # importing it takes seconds
 
+    from loftq.models.packed_experts import pack_stacks
     from loftq.models.peft_targets import adapt
     from loftq.solving.refine import LARGE, windows_a_step
 
@@ -82,7 +89,8 @@ def _refining(plan: Plan, dtype: torch.dtype, device: torch.device) -> int | Non
     with torch.device("meta"):
         model = copy.deepcopy(cast(Any, plan.model)).to(dtype)
         with warnings.catch_warnings(action="ignore"):  # a warning about GPT-2's transposed weights
-            model = adapt(model, LoraConfig(r=plan.recipe.rank, target_modules=list(plan.target_modules)))
+            pack_stacks(model, {layer.module: (plan.grid(layer), layer.shape) for layer in plan.stacks}, "meta")
+            model = adapt(model, LoraConfig(r=plan.recipe.rank, **adapted_names(plan)))
     batch = windows_a_step(length), length
     try:
         kept = kept_bytes(model, batch, (plan.task.name,), device, checkpointing=plan.weights > LARGE)
@@ -91,7 +99,7 @@ def _refining(plan: Plan, dtype: torch.dtype, device: torch.device) -> int | Non
     logits = batch[0] * batch[1] * _vocabulary(plan) if plan.task.name in VOCABULARY else 0
     unquantized = sum(spec.nbytes // spec.dtype.itemsize for spec in plan.passed.values()) * dtype.itemsize
     quantized = int(plan.layer_bits * plan.weights / 8)
-    largest = max(layer.weights for layer in plan.layers) * dtype.itemsize
+    largest = max(prod(layer.matrix) for layer in plan.layers) * dtype.itemsize
     trained = trained_bytes(plan.trained_parameters)
     return quantized + unquantized + largest + trained + kept + logits * _DIVERGENCE_BYTES + _answers(plan)
 

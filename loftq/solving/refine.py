@@ -133,7 +133,8 @@ def windows_a_step(length: int) -> int:
 def _weights(adapter: Adapter) -> int:
     """The number of weights in the linears that an adapter adapts."""
     pairs = ([adapter.shapes[key] for key in adapter.keys(module)] for module in adapter.modules)
-    return sum(a[1] * (adapter.pool_size or 1) * b[0] for a, b in pairs)
+    experts = (max(adapter.experts(module), 1) for module in adapter.modules)
+    return sum(count * a[1] * (adapter.pool_size or 1) * b[0] for (a, b), count in zip(pairs, experts, strict=True))
 
 
 def _rate(rank: int, scaling: float, before: float) -> float:

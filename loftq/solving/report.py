@@ -61,10 +61,10 @@ class Report:
         rows = [
             ("model", f"{self.model}, {self.task}"),
             ("folder", str(self.folder)),
-            ("layers", f"{sums['layers']} linears, {sums['weights'] / 1e6:,.1f} M weights"),
+            ("layers", f"{self._counted()}, {sums['weights'] / 1e6:,.1f} M weights"),
             ("bits per weight", f"{sums['bits_per_weight']:.3f}"),
             ("backbone", f"{size(sums['source_bytes'])} -> {size(sums['backbone_bytes'])} ({share:.0%})"),
-            ("adapter", f"{size(sums['adapter_bytes'])}, rank {self.recipe['rank']}"),
+            ("adapter", f"{size(sums['adapter_bytes'])}, rank {self.recipe['rank']}{self._expert_rank()}"),
         ]
         if self.parts is not None:
             rows += [("plan", line) for line in _kinds(self.layers)]
@@ -93,6 +93,16 @@ class Report:
         rows += [("note", note) for note in self.notes]
         return key_values(rows)
 
+    def _counted(self) -> str:
+        """The number of linears, and that of experts if there are any."""
+        experts = [row["shape"][0] for row in self.layers if len(row["shape"]) == 3]
+        linears = f"{len(self.layers) - len(experts)} linears"
+        return f"{linears}, {sum(experts):,} matrices of experts" if experts else linears
+
+    def _expert_rank(self) -> str:
+        rank = self.recipe.get("expert_rank")
+        return f", of experts {rank}" if rank else ""
+
 
 def report_of(
     plan: Plan,
@@ -119,10 +129,11 @@ def planned_report(plan: Plan, folder: Path, parts: Mapping[str, int]) -> Report
 def _kinds(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     """Layers of the same name, shape and width, counted."""
     kinds = Counter(
-        (row["name"].rpartition(".")[2], *row["shape"], row["codebook"], row["bits_per_weight"]) for row in layers
+        (row["name"].rpartition(".")[2], tuple(row["shape"]), row["codebook"], row["bits_per_weight"]) for row in layers
     )
     return [
-        f"{count} x {kind[0]} ({kind[1]} x {kind[2]}), {kind[3]}, {kind[4]:.3f} bits" for kind, count in kinds.items()
+        f"{count} x {name} ({' x '.join(map(str, shape))}), {codebook}, {bits:.3f} bits"
+        for (name, shape, codebook, bits), count in kinds.items()
     ]
 
 

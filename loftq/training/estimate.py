@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
+from loftq.artifacts.backbone import backbone_of
 from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.formats.adapter import CONFIG, open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.models.devices import compute_dtype, device_to_run
+from loftq.models.packed_experts import pack_stacks
 from loftq.models.peft_targets import adapt
 from loftq.models.positions import longest_input
 from loftq.models.refusals import explain_loading
@@ -73,8 +75,8 @@ def estimate(model: str | None = None, **settings: Any) -> Estimate:
     train_settings = settings_of({"model": model, **settings})
     device = device_to_run(train_settings.cpu)
     dtype = compute_dtype(train_settings.dtype, device)
-    adapted, trainable, weights = _on_meta(train_settings, dtype)
-    total = trainable + sum(p.numel() for p in adapted.parameters() if not p.requires_grad)
+    adapted, trainable, frozen, weights = _on_meta(train_settings, dtype)
+    total = trainable + frozen
     batch = train_settings.batch_size, min(train_settings.cutoff_len, longest_input(adapted))
     optimizer = train_settings.optim or default_optimizer(device)
     try:
@@ -93,9 +95,9 @@ def estimate(model: str | None = None, **settings: Any) -> Estimate:
     )
 
 
-def _on_meta(settings: TrainSettings, dtype: torch.dtype) -> tuple[Any, int, int]:
-    """Return the model with its adapter on the meta device, the number of parameters that train, and the bytes of all
-    others.
+def _on_meta(settings: TrainSettings, dtype: torch.dtype) -> tuple[Any, int, int, int]:
+    """Return the model with its adapter on the meta device, the numbers of parameters that train and that do not, and
+    the bytes of the latter.
     """
     backbone = find_model(settings.model)
     if isinstance(backbone, Path):
@@ -112,16 +114,24 @@ def _on_meta(settings: TrainSettings, dtype: torch.dtype) -> tuple[Any, int, int
             config = LoraConfig.from_pretrained(backbone.adapter)
         trainable = sum(math.prod(shape) for shape in adapter.shapes.values())
         weights = int(backbone.manifest["totals"]["backbone_bytes"])
+        stored = backbone_of(backbone)
+        stacks = {name: (stored.grids[name], stored.shapes[name]) for name in stored.stacks}
     else:
-        plan = make_plan(backbone, recipe_of(**quantizing_of(settings, backbone)))
+        options = quantizing_of(settings, backbone)
+        plan = make_plan(backbone, recipe_of(**options), with_experts=settings.adapter != "lora")
         model, _ = build_meta(backbone.folder, task=plan.task.name, num_labels=plan.recipe.num_labels, dtype=dtype)
         config = lora_config(plan)
         trainable = plan.trained_parameters
+        stacks = {layer.module: (plan.grid(layer), layer.shape) for layer in plan.stacks}
         weights = plan.backbone_bytes
         if settings.adapter == "lora":
             weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     config.inference_mode = False
     config.use_qalora = False  # QA-LoRA needs quantized linears; a plain LoRA keeps at least as much
     origin = backbone.adapter if isinstance(backbone, Artifact) else backbone.folder
+    hidden = sum(model.get_parameter(name).numel() for name in stacks)
+    pack_stacks(model, stacks, "meta")
     with explain_loading(origin, CONFIG), torch.device("meta"):
-        return adapt(model, config), trainable, weights
+        adapted: Any = adapt(model, config)
+    frozen = [p for p in adapted.parameters() if not p.requires_grad and p.is_floating_point()]
+    return adapted, trainable, hidden + sum(parameter.numel() for parameter in frozen), weights

@@ -105,6 +105,8 @@ def test_values_are_those_that_transformers_loads(kind: str, request: pytest.Fix
         assert dense.read(name).dtype == spec.dtype
         assert dense.read(name).shape == spec.shape
         assert torch.equal(dense.read(name), config[name]), name
+        if len(spec.shape) == 3:  # experts can be read one by one
+            assert torch.equal(dense.read_member(name, 1), config[name][1])
     source: Any = find_model(str(folder))
     opened = load_dense(source, TASKS["causal-lm"], torch.bfloat16, torch.device("cpu"))
     assert all(torch.equal(value, config[name]) for name, value in opened.state_dict().items())
@@ -126,6 +128,8 @@ def test_blocks_at_the_edges_are_shorter(shape: tuple[int, ...], block: tuple[in
         *experts, row, column = place.tolist()
         expected[tuple(place)] *= scales[(*experts, row // block[0], column // block[1])]
     assert torch.equal(dense.read("x"), expected)
+    if len(shape) == 3:
+        assert torch.equal(dense.read_member("x", 2), expected[2])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from loftq.formats.checkpoint import TensorSpec
+from loftq.formats.shard_writer import ShardWriter
 from loftq.merging.model_folder import ModelFolder
+from loftq.models.expert_stacks import find_stacks
 from loftq.models.linears import find_linears
 from loftq.models.tasks import build_meta
 
@@ -29,14 +31,24 @@ class Dense(ModelFolder):
 
     @cached_property
     def _transposed(self) -> set[str]:
-        linears = find_linears(build_meta(self.pair.backbone.folder, task=self.pair.backbone.task)[0]).candidates
-        return {name for name, dense in linears.items() if dense.transposed}
+        model, _ = build_meta(self.pair.backbone.folder, task=self.pair.backbone.task)
+        linears = {name for name, linear in find_linears(model).candidates.items() if linear.transposed}
+        return linears | {name for name, stack in find_stacks(model).candidates.items() if stack.transposed}
 
     def specs(self, module: str) -> list[TensorSpec]:
-        """The tensors of one linear."""
-        rows, columns = self.pair.backbone.shapes[module]
+        """The tensor of one linear, or of fused experts."""
+        *experts, rows, columns = self.pair.backbone.shapes[module]
         shape = (columns, rows) if module in self._transposed else (rows, columns)
-        return [TensorSpec(f"{module}.weight", torch.bfloat16, shape)]
+        return [TensorSpec(module if experts else f"{module}.weight", torch.bfloat16, (*experts, *shape))]
+
+    def write_module(self, module: str, writer: ShardWriter) -> dict[str, str]:
+        """Write the tensor of one linear, or of fused experts, one expert at a time."""
+        if module not in self.pair.backbone.stacks:
+            return super().write_module(module, writer)
+        stream = writer.piecewise(module)
+        for weight in self.pair.merged_experts(module):
+            stream.add((weight.t() if module in self._transposed else weight).bfloat16())
+        return {module: stream.finish()}
 
     def tensors(self, module: str) -> dict[str, torch.Tensor]:
         """Their values."""
