@@ -66,6 +66,7 @@ def joined_ids(
         encoding.check_text(text)
         ids.extend(begin)
         for _, piece in tokenized_pieces(encoder.tokenizer, text):
+            encoder.check(piece)
             ids.extend(piece)
         ids.extend(end)
     return np.frombuffer(ids, dtype=np.int32) if ids else np.zeros(0, dtype=np.int32)
