@@ -1,4 +1,4 @@
-"""Linears whose weights are trellis codes (`formats.trellis_streams`): built from what a solver found, and read from files."""
+"""Linears of trellis codes (`formats.trellis_streams`): built from what a solver found, and read from files."""
 
 from __future__ import annotations
 

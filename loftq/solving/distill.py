@@ -127,7 +127,7 @@ def _errors(
 
 def _expert_error(plan: Plan, layer: Layer, adapter: Adapter, checkpoint: Checkpoint) -> float:
     """The relative error of the weights of fused experts, read one by one."""
-    grid, quantizer, scaling = plan.grid(layer), plan.quantizer(layer), adapter.scaling_of(layer.module)
+    grid, quantizer, scaling = plan.grid(layer), plan.decoder(layer), adapter.scaling_of(layer.module)
     factors = list(zip(*adapter.expert_factors(layer.module), strict=True))
     norm = left = 0.0
     for index, weight in enumerate(ExpertReader(plan, layer)):
