@@ -14,6 +14,9 @@ from torch import nn
 
 from loftq.core.grid import ROW, Grid
 from loftq.core.solvers.loftq import solve_loftq
+from loftq.core.solvers.methods import METHODS
+from loftq.core.solvers.trellis_coded import solve_trellis
+from loftq.core.trellis import TrellisQuantizer
 from loftq.formats.layouts import LAYOUTS
 from loftq.models.layout_linears import LayoutLinears, linears_of, quantized_classes, read_weight
 
@@ -21,6 +24,7 @@ GRIDS = {
     "bitsandbytes": (Grid("nf4", 64), Grid("nf4", 64, True), Grid("int8", ROW, zero_point="symmetric")),
     "gptq": (Grid("int3", 32, zero_point="integer"),),
     "loftq": (Grid("nf2", 64), Grid("int3", 32, zero_point="float")),
+    "loftq-trellis": (Grid("tcq2", ROW), Grid("tcq3.25", ROW)),
 }
 MEMBERS = [name for name in vars(LayoutLinears) if not name.startswith("_")]
 
@@ -49,8 +53,12 @@ def test_a_weight_is_read_as_the_quantizer_decodes_it(format: str, grid: Grid) -
     """Oracle: the quantizer's own decoding, and the forward pass of the linear that is built in memory."""
     assert set(GRIDS) == set(LAYOUTS)
     layout, dense = LAYOUTS[format], nn.Linear(64, 32, bias=False)
-    quantizer = grid.quantizer(64, layout.SCALE_DTYPE)
-    solution = solve_loftq(dense.weight.detach(), quantizer, 2, 1, 1.0)
+    quantizer = grid.decoder(64, layout.SCALE_DTYPE)
+    weight = dense.weight.detach()
+    if isinstance(quantizer, TrellisQuantizer):
+        solution = solve_trellis(weight, quantizer, METHODS["loftq"], None, 2, 1, 1.0)
+    else:
+        solution = solve_loftq(weight, grid.quantizer(64, layout.SCALE_DTYPE), 2, 1, 1.0)
     decoded = quantizer.decode(solution.codes, solution.scales, dense.weight.shape)
     stored = layout.tensors("m", (32, 64), grid, torch.float32, solution.codes, solution.scales)
     weight = read_weight(format, "m", (32, 64), grid, stored.__getitem__)
