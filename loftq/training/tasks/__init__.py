@@ -20,7 +20,7 @@ for _module in sorted(module.name for module in iter_modules(__path__)):
 
 
 def require(name: str, model_task: str, model: str, option: str | None = None) -> None:
-    """Raise OptionError if a model of another task cannot learn the training task `name`; `option` is what was given."""
+    """Raise OptionError if a model of another task cannot learn the training task `name`, or what `option` names."""
     row = TRAINING_TASKS[name]
     if model_task in row.models:
         return
