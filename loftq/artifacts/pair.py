@@ -58,6 +58,13 @@ class BackboneAndAdapter:
         factors = self.factors(module)
         return None if factors is None else pooled.delta(*factors, self.adapter.scaling, self.adapter.pool_size)
 
+    def merged(self, module: str) -> torch.Tensor:
+        """The weight of a module with its adapter: float32 (out, in)."""
+        weight, added = self.backbone.dense(module), self.delta(module)
+        if added is not None:
+            weight += added
+        return weight
+
     def correction(self, module: str) -> torch.Tensor | None:
         """The matrix that a QA-LoRA adapter adds to the pools of a module: (out, pools). None if it adds nothing."""
         factors = self.factors(module)

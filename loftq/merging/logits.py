@@ -18,11 +18,11 @@ from torch import nn
 from loftq.artifacts.pair import BackboneAndAdapter
 from loftq.artifacts.staging import Staging
 from loftq.errors import ArtifactError
+from loftq.formats.checkpoint import read_checkpoint
 from loftq.merging.target import Target
 from loftq.models.loading import load_base
 from loftq.models.peft_targets import load_adapter
 from loftq.models.refusals import explain_loading
-from loftq.models.tasks import TASKS, auto_class
 
 _UNITS = 1024  # unit vectors at once
 
@@ -57,11 +57,11 @@ def logit_differences(target: Target, merged: Path) -> tuple[float, float] | Non
     adapted = load_adapter(base, pair.adapter.folder).eval()
     tokens = _tokens(pair, base.config)
     before = _logits(adapted, base.config, tokens)
-    _round(adapted.base_model.model, target)
+    _round(adapted.base_model.model, target, merged)
     expected = _logits(adapted, base.config, tokens)
     del base, adapted
     with explain_loading(merged):
-        model = auto_class(TASKS[pair.backbone.task]).from_pretrained(merged, dtype=torch.float32)
+        model = target.load(merged)
     after = _logits(model.eval(), model.config, tokens)
     return float((after - before).norm() / before.norm()), float((after - expected).norm() / expected.norm())
 
@@ -81,7 +81,7 @@ def _tokens(pair: BackboneAndAdapter, config: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _round(model: nn.Module, target: Target) -> None:
+def _round(model: nn.Module, target: Target, merged: Path) -> None:
     """Round the weights of a loaded model with its adapter as a target rounds them. One linear is dense at a time."""
     for name in target.pair.adapter.saved:
         path, _, leaf = name.rpartition(".")
@@ -89,19 +89,25 @@ def _round(model: nn.Module, target: Target) -> None:
         module = module.modules_to_save["default"] if hasattr(module, "modules_to_save") else module
         parameter = getattr(module, leaf)
         parameter.data = parameter.data.to(target.kept[name].dtype).to(parameter.dtype)
-    if target.rounds_to is not None:
+    if target.rounds:
+        written = read_checkpoint(merged)
         for name in target.pair.backbone.grids:
             layer: Any = model.get_submodule(name)
-            layer.forward = partial(_rounded_forward, layer, layer.forward, target.rounds_to)
+            layer.forward = partial(_rounded_forward, layer, layer.forward, partial(target.rounded, name, written))
 
 
 def _rounded_forward(
-    layer: Any, forward: Callable[..., torch.Tensor], dtype: torch.dtype, inputs: torch.Tensor, *_: Any, **__: Any
+    layer: Any,
+    forward: Callable[..., torch.Tensor],
+    rounded: Callable[[torch.Tensor], torch.Tensor],
+    inputs: torch.Tensor,
+    *_: Any,
+    **__: Any,
 ) -> torch.Tensor:
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     bias, base.bias = base.bias, None
     try:
-        weight = _weight(layer, base, forward).to(dtype).float()
+        weight = rounded(_weight(layer, base, forward).float())
     finally:
         base.bias = bias
     return nn.functional.linear(inputs.float(), weight, None if bias is None else bias.float()).to(inputs.dtype)

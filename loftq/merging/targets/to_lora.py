@@ -20,7 +20,7 @@ class PlainLora(Target):
     name = "lora"
     text = "a QA-LoRA adapter as a plain LoRA, for any LoRA server"
 
-    def check(self, allow_rounding: bool) -> None:  # noqa: ARG002
+    def check(self) -> None:
         """Return None. Raises OptionError if the adapter is already a plain LoRA."""
         self._pool_size()
 
@@ -30,7 +30,7 @@ class PlainLora(Target):
             raise OptionError(f"{adapter.folder} is already a plain LoRA, which any LoRA server can load")
         return adapter.pool_size
 
-    def write(self, staging: Staging, quiet: bool) -> None:  # noqa: ARG002 (it takes a moment)
+    def write(self, staging: Staging) -> None:
         """Write the weights and the configuration of the adapter."""
         adapter, pool = self.pair.adapter, self._pool_size()
         config = {key: value for key, value in adapter.config.items() if key not in ("use_qalora", "qalora_group_size")}
