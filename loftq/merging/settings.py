@@ -55,10 +55,17 @@ class MergeSettings:
     )
     source: str | None = setting(
         None,
-        "Full-precision model that is calibrated.",
-        "calibration",
+        "Full-precision model, which is calibrated (compressed-tensors) or gets the adapter (lora).",
+        "model",
         metavar="MODEL",
         usual="the model that DIR was made from",
+    )
+    rank: int | None = setting(
+        None,
+        "Rank of the adapter, if it shall be lower (lora).",
+        "adapter",
+        least=1,
+        usual="twice the rank of a LoftQ adapter",
     )
     calibration: str | None = again(QuantizeSettings, "calibration")
     calibration_tokens: int | None = again(QuantizeSettings, "calibration_tokens")
@@ -82,6 +89,7 @@ class MergeKeywords(TypedDict, total=False):
     bits: int | None
     group_size: int | None
     zero_point: str | None
+    rank: int | None
     source: str | Path | None
     calibration: str | Path | None
     calibration_tokens: int | None

@@ -37,7 +37,8 @@ def test_a_target_is_complete(name: str, run: Callable[..., Any]) -> None:
 def test_an_adapter_of_another_backbone_is_for_dense_models_alone(pico: Path, tmp_path: Path) -> None:
     folder = loftq.quantize(str(pico), output=tmp_path / "out", rank=2, iters=1, quiet=True).folder
     pair = open_pair(folder, None)
-    assert all(target(pair, MergeSettings(), MergeRun()).notes() == () for target in TARGETS.values())
+    for target in TARGETS.values():
+        assert not any("trained on" in note for note in target(pair, MergeSettings(), MergeRun()).notes())
     foreign = replace(pair, other_backbone="elsewhere")
     for name, target in TARGETS.items():
         if target.any_backbone:

@@ -12,6 +12,7 @@ from loftq.merging.targets.to_gptq import Rounded
 from loftq.merging.targets.to_int import Integers
 from loftq.merging.targets.to_lora import PlainLora
 from loftq.merging.targets.to_mlx import Mlx
+from loftq.merging.targets.to_mlx_lora import MlxLora
 
-_ALL: tuple[type[Target], ...] = (Dense, CompressedTensors, Integers, Mlx, Gguf, Rounded, PlainLora)
+_ALL: tuple[type[Target], ...] = (Dense, CompressedTensors, Integers, Mlx, Gguf, Rounded, PlainLora, MlxLora)
 TARGETS: Mapping[str, type[Target]] = {target.name: target for target in _ALL}
