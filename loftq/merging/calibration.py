@@ -12,7 +12,7 @@ from loftq.artifacts.pair import BackboneAndAdapter
 from loftq.calibration.gather import calibrate
 from loftq.calibration.statistics import Statistics
 from loftq.errors import ArtifactError, OptionError
-from loftq.hub.source import find_source
+from loftq.hub.source import Source, find_recorded
 from loftq.hub.text import find_text
 from loftq.merging.settings import MergeRun, MergeSettings
 from loftq.planning.planner import make_plan
@@ -60,7 +60,7 @@ def gather_statistics(
             sequence_length=settings.sequence_length,
         )
     )
-    plan = make_plan(find_source(_source_of(backbone, settings)), recipe)
+    plan = make_plan(_find_source(backbone, settings), recipe)
     for layer in plan.layers:
         if layer.shape != backbone.shapes[layer.module]:
             raise ArtifactError(
@@ -71,11 +71,12 @@ def gather_statistics(
     return calibrate(plan, Path(run.output), statistics_run)
 
 
-def _source_of(backbone: Backbone, settings: MergeSettings) -> str:
+def _find_source(backbone: Backbone, settings: MergeSettings) -> Source:
     if settings.source is not None:
-        return settings.source
+        return find_recorded(settings.source)
     if backbone.artifact is None:
         raise OptionError(
             f"{backbone.folder} does not say from which model it was made, which is calibrated: name it with --source"
         )
-    return str(backbone.artifact.manifest["source"]["model"])
+    recorded = backbone.artifact.manifest["source"]
+    return find_recorded(str(recorded["model"]), recorded["revision"])
