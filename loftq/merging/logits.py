@@ -6,7 +6,6 @@ that the tolerance can be small: a merge in which the adapter of a single linear
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -34,9 +33,7 @@ def checked_difference(target: Target, staging: Staging) -> float | None:
         return None
     difference, error = differences
     if target.tolerance is not None and not error <= target.tolerance:
-        shutil.rmtree(staging.folder)
-        if not any(staging.output.iterdir()):
-            staging.output.rmdir()
+        staging.discard()
         raise ArtifactError(
             f"the outputs of the merged model differ from those of the adapter on its backbone: the logits differ by "
             f"{error:.2g} of their norm (expected at most {target.tolerance:g}, beside rounding). Nothing was written"
