@@ -15,7 +15,7 @@ import torch
 from loftq.errors import OptionError, SourceError
 from loftq.hub.text import DEFAULT, read_text
 from loftq.models.positions import longest_input
-from loftq.models.tokenizers import read_tokenizer, special_tokens
+from loftq.models.tokenizers import check_ids, embedding_rows, read_tokenizer, special_tokens
 from loftq.planning.plan import Plan
 from loftq.planning.settings import CALIBRATION_TOKENS, SEQUENCE_LENGTH
 
@@ -104,7 +104,7 @@ def prepare(
             f"smaller --sequence-length, a longer text, or the text that loftq ships: --calibration {DEFAULT}"
         )
     windows = torch.tensor([[*before, *ids[i * inner : (i + 1) * inner], *after] for i in chosen], dtype=torch.int64)
-    _check_ids(plan, windows)
+    check_ids((int(windows.max()),), embedding_rows(plan.model), tokenizer)
     notes = []
     if windows.numel() < tokens:
         notes.append(f"calibrated on {windows.numel()} tokens instead of {tokens}: {reason}")
@@ -154,13 +154,3 @@ def _pieces(document: str) -> Iterator[str]:
         yield document[start:end]
         start = end
     yield document[start:]
-
-
-def _check_ids(plan: Plan, windows: torch.Tensor) -> None:
-    embeddings: Any = plan.model.get_input_embeddings()  # type: ignore[operator]
-    rows, largest = int(embeddings.weight.shape[0]), int(windows.max())
-    if largest >= rows:
-        raise SourceError(
-            f"the tokenizer in {plan.source.folder} produces the token {largest}, but the last row of the model's "
-            f"embeddings is {rows - 1}: it belongs to another model: copy the tokenizer of this model there"
-        )

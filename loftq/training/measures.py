@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from loftq.models.tokenizers import embedding_rows
 from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Collator, Encoder
 from loftq.training.evaluate_settings import EvaluateSettings
@@ -22,7 +23,8 @@ _WINDOW = 1024  # tokens; less if the model's longest input is shorter
 def _encoder(settings: EvaluateSettings, opened: Opened, most_tokens: int | None = None) -> Encoder:
     """An encoder with the tokenizer of a model and the limits of the settings."""
     limit, labels = min(settings.cutoff_len, opened.longest), int(opened.model.config.num_labels)
-    return Encoder(opened.tokenizer, opened.task.name, limit, None, most_tokens, settings.chat_template, labels)
+    rows = embedding_rows(opened.model)
+    return Encoder(opened.tokenizer, opened.task.name, limit, None, most_tokens, settings.chat_template, labels, rows)
 
 
 def _perplexity(opened: Opened, rows: Any, settings: EvaluateSettings) -> dict[str, float]:
@@ -39,8 +41,9 @@ def _gsm8k(opened: Opened, rows: Any, settings: EvaluateSettings) -> dict[str, f
     limit = settings.max_new_tokens or gsm8k.MOST_TOKENS
     encoder = _encoder(settings, opened)
     prompts = [gsm8k.prompt(text_of(row, columns["question"]), encoder, limit) for row in rows]
+    ends = gsm8k.ends(encoder)
     texts = answers(
-        opened, prompts, limit, batch_size=settings.batch_size, stop=gsm8k.STOP, quiet=settings.quiet, desc="gsm8k"
+        opened, prompts, limit, batch_size=settings.batch_size, ends=ends, quiet=settings.quiet, desc="gsm8k"
     )
     right = [gsm8k.final_number(answer) == number for answer, number in zip(texts, expected, strict=True)]
     return {"exact match": sum(right) / len(right), "questions": len(right)}

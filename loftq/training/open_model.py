@@ -202,7 +202,7 @@ def open_to_use(backbone: Model, adapter: str | None, device: torch.device, dtyp
         folder = backbone.folder
         model, task = _dense_to_use(backbone, None if adapter is None else Path(adapter), dtype, device)
     model.eval()
-    return Opened(model, load_tokenizer(folder, model), task, folder)
+    return Opened(model, load_tokenizer(folder, model, adapter), task, folder)
 
 
 def _dense_to_use(source: Source, adapter: Path | None, dtype: torch.dtype, device: torch.device) -> tuple[Any, Task]:

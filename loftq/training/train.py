@@ -23,6 +23,7 @@ from loftq.formats.artifact import Artifact
 from loftq.formats.disk import follow_umask
 from loftq.hub.destination import find_destination
 from loftq.models.adapters import TRAINING_RECORD
+from loftq.models.tokenizers import embedding_rows
 from loftq.planning.run import check_resume
 from loftq.settings import declared, from_dict
 from loftq.training.arguments import arguments_of, explain_settings
@@ -184,6 +185,7 @@ def examples(settings: TrainSettings, opened: Opened, rows: Any, evaluation: Any
         settings.max_target_length,
         settings.chat_template,
         int(opened.model.config.num_labels),
+        embedding_rows(opened.model),
     )
     task = TRAINING_TASKS[settings.task]
     train_examples = task.encode(rows, settings.columns, encoder)

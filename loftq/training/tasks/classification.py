@@ -31,9 +31,7 @@ def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Datas
 
     def example(row: Mapping[str, Any]) -> dict[str, Any]:
         second = None if pair is None else text_of(row, pair)
-        encoding = encoder.tokenizer(
-            text_of(row, names["text"]), second, truncation=True, max_length=encoder.cutoff_len
-        )
+        encoding = encoder.tokens(text_of(row, names["text"]), second, truncation=True, max_length=encoder.cutoff_len)
         tokens = {name: list(encoding[name]) for name in ("input_ids", "token_type_ids") if name in encoding}
         return {**tokens, "labels": _label(row[names["label"]], names["label"], encoder.labels)}
 
