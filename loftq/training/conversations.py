@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loftq.errors import OptionError
-from loftq.training.data import number_of, text_of
+from loftq.training.data import text_of
 from loftq.training.turns import Message
 
 Row = Mapping[str, Any]
@@ -127,7 +127,7 @@ def _has_text(message: Message) -> bool:
 
 def _is_learned(message: Message, number: int) -> bool:
     """Whether a message may be learned. Raises OptionError for a weight that is neither 0 nor 1."""
-    weights = {key: number_of(message[key]) for key in _WEIGHTS if key in message}
+    weights = {key: _number(message[key]) for key in _WEIGHTS if key in message}
     for key, weight in weights.items():
         if weight not in (0, 1):
             raise OptionError(f"message {number} has {key!r}: {weight!r:.40}, but 0 or 1 was expected: correct it")
@@ -137,6 +137,14 @@ def _is_learned(message: Message, number: int) -> bool:
                 "messages of the assistant are learned: set it to 0"
             )
     return all(weights.values())
+
+
+def _number(value: Any) -> Any:
+    """The number that a text is, such as the cell of a table; any other value unchanged."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _reasoning(row: Row, columns: Mapping[str, str]) -> Message:

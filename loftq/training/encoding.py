@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from loftq.errors import OptionError
 from loftq.models.tokenizers import check_ids, embedding_rows, has_tokenizer, read_tokenizer, special_tokens
 from loftq.training.chat_templates import is_single_turn, write_messages
 from loftq.training.conversations import Conversation
+from loftq.training.labels import Labels
 from loftq.training.spans import tokenize
 from loftq.training.turns import Piece, check_roles, turns
 from loftq.training.written import check_written
@@ -37,7 +38,7 @@ class Encoder:
     max_source_length: int | None = None
     max_target_length: int | None = None
     chat_template: bool | None = None
-    labels: int = 2  # number of classes of a classifier
+    labels: Labels = field(default_factory=Labels)  # of a classifier
     embeddings: int | None = None  # number of tokens that the model has embeddings for
 
     @property
@@ -242,14 +243,16 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return token ids and types, attention mask and labels: int64 (batch, longest). Class labels are (batch,)."""
+        """Return token ids and types, attention mask and labels: int64 (batch, longest). Labels of a classifier
+        are (batch,), or (batch, labels) if they are lists of floats.
+        """
         ids = _padded([example["input_ids"] for example in examples], self.pad_token_id)
         mask = _padded([[1] * len(example["input_ids"]) for example in examples], 0)
         labels = [example["labels"] for example in examples]
         batch = {"input_ids": ids, "attention_mask": mask}
         if "token_type_ids" in examples[0]:
             batch["token_type_ids"] = _padded([example["token_type_ids"] for example in examples], 0)
-        if isinstance(labels[0], list):
+        if isinstance(labels[0], list) and not any(isinstance(label, float) for label in labels[0]):
             batch["labels"] = _padded(labels, IGNORED)
         else:
             batch["labels"] = torch.tensor(labels)

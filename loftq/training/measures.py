@@ -13,8 +13,9 @@ from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Collator, Encoder
 from loftq.training.evaluate_settings import EvaluateSettings
 from loftq.training.generate import answers
+from loftq.training.labels import labels_of
 from loftq.training.open_model import Opened
-from loftq.training.tasks import TRAINING_TASKS, classification, gsm8k, summarization
+from loftq.training.tasks import TRAINING_TASKS, classification, gsm8k, language_modelling, summarization
 from loftq.training.tasks.perplexity import perplexity
 
 _WINDOW = 1024  # tokens; less if the model's longest input is shorter
@@ -22,7 +23,7 @@ _WINDOW = 1024  # tokens; less if the model's longest input is shorter
 
 def _encoder(settings: EvaluateSettings, opened: Opened, most_tokens: int | None = None) -> Encoder:
     """An encoder with the tokenizer of a model and the limits of the settings."""
-    limit, labels = min(settings.cutoff_len, opened.longest), int(opened.model.config.num_labels)
+    limit, labels = min(settings.cutoff_len, opened.longest), labels_of(opened.model.config)
     rows = embedding_rows(opened.model)
     return Encoder(opened.tokenizer, opened.task.name, limit, None, most_tokens, settings.chat_template, labels, rows)
 
@@ -30,7 +31,7 @@ def _encoder(settings: EvaluateSettings, opened: Opened, most_tokens: int | None
 def _perplexity(opened: Opened, rows: Any, settings: EvaluateSettings) -> dict[str, float]:
     column = find_columns(rows, TRAINING_TASKS["clm"].roles, settings.columns)["text"]
     encoder = _encoder(settings, opened)
-    ids = [token for row in rows for token in encoder.ids(text_of(row, column))]
+    ids = language_modelling.joined_ids((text_of(row, column) for row in rows), encoder)
     window = min(settings.window or _WINDOW, opened.longest)
     return perplexity(opened.model, ids, window, min(settings.stride or window, window), quiet=settings.quiet)
 
@@ -73,7 +74,8 @@ def _classification(opened: Opened, rows: Any, settings: EvaluateSettings) -> di
             batch.pop("labels")
             logits.append(opened.model(**batch).logits.float().cpu())
     labels = torch.tensor([example["labels"] for example in examples])
-    return classification.scores(torch.cat(logits).numpy(), labels.numpy()) | {"examples": len(examples)}
+    problem = opened.model.config.problem_type
+    return classification.scores(torch.cat(logits).numpy(), labels.numpy(), problem) | {"examples": len(examples)}
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Callable, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from loftq.errors import OptionError
+from loftq.models.long_texts import tokenized_pieces
+from loftq.models.tokenizers import special_tokens
 from loftq.training import encoding
 from loftq.training.conversations import Conversation, conversation_of, instruction_of
 from loftq.training.data import find_columns, text_of
@@ -36,16 +40,36 @@ def pack_blocks(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> 
     The tokens after the last whole block are dropped, unless there is no whole block. Raises OptionError for fewer than
     two tokens, from which nothing can be learned.
     """
+    import pyarrow as pa  # type: ignore[import-untyped]  # datasets requires it
     from datasets import Dataset
 
     column = find_columns(rows, TEXT, columns)["text"]
-    texts = [text for row in rows if (text := text_of(row, column))]
-    ids = np.array([token for text in texts for token in encoder.document(text)], dtype=np.int32)
+    begin, _ = special_tokens(encoder.tokenizer)
+    end = [] if encoder.tokenizer.eos_token_id is None else [int(encoder.tokenizer.eos_token_id)]
+    ids = joined_ids((text for row in rows if (text := text_of(row, column))), encoder, begin, end)
     if len(ids) < 2:
         raise OptionError(f"column {column!r} of the data holds no text to learn from: expected at least two tokens")
     length = min(encoder.cutoff_len, len(ids))
-    blocks = ids[: len(ids) // length * length].reshape(-1, length)
-    return Dataset.from_dict({"input_ids": list(blocks), "labels": list(blocks)})
+    used = ids[: len(ids) // length * length]
+    starts = np.arange(0, len(used) + 1, length, dtype=np.int64)
+    blocks = pa.LargeListArray.from_arrays(starts, pa.array(used))  # (blocks, length)
+    fingerprint = hashlib.sha256(used.data).hexdigest()[:16] + f"{length:x}"
+    return Dataset(pa.table({"input_ids": blocks, "labels": blocks}), fingerprint=fingerprint)
+
+
+def joined_ids(
+    texts: Iterable[str], encoder: Encoder, begin: Sequence[int] = (), end: Sequence[int] = ()
+) -> np.ndarray:
+    """The token ids of texts of any length, each between the special tokens `begin` and `end`: int32 (tokens)."""
+    ids = array("i")
+    for text in texts:
+        encoding.check_text(text)
+        ids.extend(begin)
+        for _, piece in tokenized_pieces(encoder.tokenizer, text):
+            encoder.check(piece)
+            ids.extend(piece)
+        ids.extend(end)
+    return np.frombuffer(ids, dtype=np.int32) if ids else np.zeros(0, dtype=np.int32)
 
 
 def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
