@@ -89,7 +89,7 @@ def chat_texts(tokenizer: Any) -> ChatTexts | None:
                 return None
     except Exception:  # a chat template may raise any exception, also for roles that it does not take
         return None
-    return None if any('"""' in part for part in (texts.go(),)) else texts
+    return texts if texts is not None and '"""' not in texts.go() else None
 
 
 def _read_off(tokenizer: Any) -> ChatTexts | None:
@@ -108,6 +108,7 @@ def _read_off(tokenizer: Any) -> ChatTexts | None:
         return None
     user_end, assistant_start = after_last, after_user[len(after_last) :]
     user_start = _common_end(after_system, after_assistant, alone.partition(marks["user"])[0])
+    user_start = user_start.removeprefix(user_end)  # all of these texts may begin with the end of a turn
     first = alone.partition(marks["user"])[0].removesuffix(user_start)
     around = {
         "system": (before_system, after_system.removesuffix(user_start)),
