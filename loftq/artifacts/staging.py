@@ -208,12 +208,6 @@ class Staging:
         self.folder.rmdir()
         sync(self.output)
 
-    def discard(self) -> None:
-        """Remove everything that was written, also the output folder if nothing else is in it."""
-        shutil.rmtree(self.folder)
-        if not any(self.output.iterdir()):
-            self.output.rmdir()
-
     def _move(self, names: Sequence[str]) -> None:
         """Move files to their final places, where they have not been moved yet, and make that durable."""
         for name in names:

@@ -33,12 +33,19 @@ def checked_difference(target: Target, staging: Staging) -> float | None:
         return None
     difference, error = differences
     if target.tolerance is not None and not error <= target.tolerance:
-        staging.discard()
+        discard(staging)
         raise ArtifactError(
             f"the outputs of the merged model differ from those of the adapter on its backbone: the logits differ by "
             f"{error:.2g} of their norm (expected at most {target.tolerance:g}, beside rounding). Nothing was written"
         )
     return difference
+
+
+def discard(staging: Staging) -> None:
+    """Remove everything that was written, also the output folder if nothing else is in it."""
+    shutil.rmtree(staging.folder)
+    if not any(staging.output.iterdir()):
+        staging.output.rmdir()
 
 
 def logit_differences(target: Target, merged: Path) -> tuple[float, float] | None:

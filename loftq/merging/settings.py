@@ -67,6 +67,16 @@ class MergeSettings:
         least=1,
         usual="twice the rank of a LoftQ adapter",
     )
+    gguf_type: str | None = setting(
+        None, "Type of the GGUF file, such as Q8_0, Q6_K, Q5_K_M or Q4_0 (gguf).", "quantization", usual="Q4_K_M"
+    )
+    llama_cpp: str | None = setting(
+        None,
+        "Checkout of llama.cpp, whose converter and quantizer are used (gguf, gguf-lora).",
+        "run",
+        metavar="DIR",
+        usual="installed packages",
+    )
     calibration: str | None = again(QuantizeSettings, "calibration")
     calibration_tokens: int | None = again(QuantizeSettings, "calibration_tokens")
     sequence_length: int | None = again(QuantizeSettings, "sequence_length")
@@ -90,6 +100,8 @@ class MergeKeywords(TypedDict, total=False):
     group_size: int | None
     zero_point: str | None
     rank: int | None
+    gguf_type: str | None
+    llama_cpp: str | Path | None
     source: str | Path | None
     calibration: str | Path | None
     calibration_tokens: int | None

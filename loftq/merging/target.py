@@ -38,6 +38,7 @@ class Target(ABC):
         self.pair = pair
         self.settings = settings
         self.run = run
+        self.difference: float | None = None  # that of the logits from those before the merge, once it is known
 
     @abstractmethod
     def check(self) -> float | None:

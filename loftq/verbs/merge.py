@@ -52,18 +52,17 @@ def merge(
     lost = target.check()
     fingerprint = target.fingerprint()
     with open_staging(out, fingerprint, overwrite=run.overwrite) as staging:
-        difference = None
         if not staging.ready:
             target.write(staging)
             target.check_sources(fingerprint)
             if run.check and target.comparable:
-                difference = checked_difference(target, staging)
+                target.difference = checked_difference(target, staging)
         staging.publish()
     with explain_os_errors(out, action="read"):
         files = read_artifact(out).manifest["files"]
     nbytes = sum(entry["bytes"] for name, entry in files.items() if name.endswith(target.suffix))
     layers, seconds = len(target.pair.adapter.modules), time.perf_counter() - started
-    return MergeReport(out, to, nbytes, layers, difference, lost, notes, seconds)
+    return MergeReport(out, to, nbytes, layers, target.difference, lost, notes, seconds)
 
 
 def _check_uses(to: str, settings: MergeSettings) -> MergeSettings:

