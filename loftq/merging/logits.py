@@ -6,6 +6,7 @@ that the tolerance can be small: a merge in which the adapter of a single linear
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
