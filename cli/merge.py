@@ -7,13 +7,14 @@ from typing import Any
 import click
 from transformers.utils.logging import disable_progress_bar
 
+from loftq.merging.settings import MergeRun, MergeSettings
 from loftq.merging.targets import TARGETS
 from loftq.verbs.merge import merge as run
 
-from .options import Command, as_json, debug, option, overwrite, quiet, resume
+from .options import Command, as_json, debug, given, option, options_of
 from .output import show
 
-_TARGETS = "\n".join(f"  {name:<9} {target.text}" for name, target in TARGETS.items())
+_TARGETS = "\n".join(f"  {name:<18} {target.text}" for name, target in TARGETS.items())
 _EPILOG = f"""\b
 Targets:
 {_TARGETS}
@@ -35,17 +36,10 @@ Examples:
 )
 @option("--to", group="output", required=True, help=f"Kind of the merged model: {', '.join(TARGETS)}; see below.")
 @option("--output", group="output", required=True, type=click.Path(), help="Folder to write.")
-@option("--max-shard-size", group="output", default="5GB", show_default=True, help="Largest size of one weight file.")
-@resume
-@overwrite
-@option(
-    "--allow-rounding", is_flag=True, help="Write whole zero-points, although they lose a part of the adapter (gptq)."
-)
-@option("--no-check", is_flag=True, help="Do not load the models before and after to compare their logits.")
-@quiet
+@options_of(MergeRun, MergeSettings, without=("output",))
 @as_json
 @debug
-def merge(folder: str, as_json: bool, no_check: bool, **options: Any) -> None:
+def merge(folder: str, as_json: bool, **options: Any) -> None:
     """Merge an adapter into the backbone that it was trained on.
 
     DIR is a folder that `loftq quantize` wrote, or a GPTQ checkpoint. A trained adapter belongs to its backbone: on
@@ -53,4 +47,4 @@ def merge(folder: str, as_json: bool, no_check: bool, **options: Any) -> None:
     """
     if options["quiet"]:
         disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own, when it loads the models to compare
-    show(run(folder, check=not no_check, **options), as_json)
+    show(run(folder, **given(options)), as_json)

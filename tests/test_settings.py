@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from loftq.errors import OptionError, UnknownNameError
+from loftq.merging.settings import MergeKeywords, MergeRun, MergeSettings
 from loftq.planning.keywords import QuantizeKeywords
 from loftq.planning.recipe import Recipe, recipe_again, recipe_of
 from loftq.planning.settings import QuantizeSettings, RunSettings
@@ -22,11 +23,12 @@ from loftq.training.evaluate_settings import EvaluateKeywords, EvaluateSettings
 from loftq.training.settings import TrainKeywords, TrainRun, TrainSettings
 from loftq_cli.main import cli
 
-CLASSES = (QuantizeSettings, RunSettings, TrainSettings, TrainRun, EvaluateSettings)
+CLASSES = (QuantizeSettings, RunSettings, TrainSettings, TrainRun, EvaluateSettings, MergeRun, MergeSettings)
 KEYWORDS = [
     (QuantizeKeywords, (QuantizeSettings, RunSettings), set()),
     (TrainKeywords, (TrainSettings, TrainRun), {"model"}),
     (EvaluateKeywords, (EvaluateSettings,), set()),
+    (MergeKeywords, (MergeRun, MergeSettings), {"output"}),
 ]
 
 

@@ -76,6 +76,13 @@ class BackboneAndAdapter:
                 weight += pooled.delta(a.contiguous(), b.contiguous(), scaling, None)
             yield weight
 
+    def merged(self, module: str) -> torch.Tensor:
+        """The weight of a module with its adapter: float32 (out, in)."""
+        weight, added = self.backbone.dense(module), self.delta(module)
+        if added is not None:
+            weight += added
+        return weight
+
     def correction(self, module: str) -> torch.Tensor | None:
         """The matrix that a QA-LoRA adapter adds to the pools of a module: (out, pools). None if it adds nothing."""
         factors = self.factors(module)

@@ -108,6 +108,12 @@ def find_source(
     return _hub_source(model, revision, token, trust_remote_code, headers_only)
 
 
+def find_recorded(name: str, revision: str | None = None) -> Source:
+    """Find the model that a manifest names, also where a package ships it. Raises the errors of `find_source`."""
+    shipped = default_model()["model"] == name and not Path(name).is_dir()
+    return find_source(None if shipped else name, revision=revision)
+
+
 def find_folder(model: str, revision: str | None = None) -> Path | None:
     """Return the folder that a name stands for, or None if the name can only be an id on the Hub.
 

@@ -18,13 +18,13 @@ from torch import nn
 from loftq.artifacts.pair import BackboneAndAdapter
 from loftq.artifacts.staging import Staging
 from loftq.errors import ArtifactError
+from loftq.formats.checkpoint import read_checkpoint
 from loftq.merging.target import Target
 from loftq.models.expert_stacks import stack_names
 from loftq.models.loading import load_base
 from loftq.models.packed_experts import PackedExperts
 from loftq.models.peft_targets import load_adapter
 from loftq.models.refusals import explain_loading
-from loftq.models.tasks import TASKS, auto_class
 
 _UNITS = 1024  # unit vectors at once
 
@@ -36,14 +36,19 @@ def checked_difference(target: Target, staging: Staging) -> float | None:
         return None
     difference, error = differences
     if target.tolerance is not None and not error <= target.tolerance:
-        shutil.rmtree(staging.folder)
-        if not any(staging.output.iterdir()):
-            staging.output.rmdir()
+        discard(staging)
         raise ArtifactError(
             f"the outputs of the merged model differ from those of the adapter on its backbone: the logits differ by "
             f"{error:.2g} of their norm (expected at most {target.tolerance:g}, beside rounding). Nothing was written"
         )
     return difference
+
+
+def discard(staging: Staging) -> None:
+    """Remove everything that was written, also the output folder if nothing else is in it."""
+    shutil.rmtree(staging.folder)
+    if not any(staging.output.iterdir()):
+        staging.output.rmdir()
 
 
 def logit_differences(target: Target, merged: Path) -> tuple[float, float] | None:
@@ -59,11 +64,11 @@ def logit_differences(target: Target, merged: Path) -> tuple[float, float] | Non
     adapted = load_adapter(base, pair.adapter.folder).eval()
     tokens = _tokens(pair, base.config)
     before = _logits(adapted, base.config, tokens)
-    _round(adapted.base_model.model, target)
+    _round(adapted.base_model.model, target, merged)
     expected = _logits(adapted, base.config, tokens)
     del base, adapted
     with explain_loading(merged):
-        model = auto_class(TASKS[pair.backbone.task]).from_pretrained(merged, dtype=torch.float32)
+        model = target.load(merged)
     after = _logits(model.eval(), model.config, tokens)
     return float((after - before).norm() / before.norm()), float((after - expected).norm() / expected.norm())
 
@@ -83,7 +88,7 @@ def _tokens(pair: BackboneAndAdapter, config: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _round(model: nn.Module, target: Target) -> None:
+def _round(model: nn.Module, target: Target, merged: Path) -> None:
     """Round the weights of a loaded model with its adapter as a target rounds them. One linear is dense at a time."""
     for name in target.pair.adapter.saved:
         path, _, leaf = name.rpartition(".")
@@ -91,16 +96,17 @@ def _round(model: nn.Module, target: Target) -> None:
         module = module.modules_to_save["default"] if hasattr(module, "modules_to_save") else module
         parameter = getattr(module, leaf)
         parameter.data = parameter.data.to(target.kept[name].dtype).to(parameter.dtype)
-    if target.rounds_to is not None:
+    if target.rounds:
+        written = read_checkpoint(merged)
         stacks = target.pair.backbone.stacks
         for owner in dict.fromkeys(name.rpartition(".")[0] for name in stacks):
-            _round_experts(model.get_submodule(owner), target.rounds_to)
+            _round_experts(model.get_submodule(owner), partial(target.rounded, owner, written))
         for name in (name for name in target.pair.backbone.grids if name not in stacks):
             layer: Any = model.get_submodule(name)
-            layer.forward = partial(_rounded_forward, layer, layer.forward, target.rounds_to)
+            layer.forward = partial(_rounded_forward, layer, layer.forward, partial(target.rounded, name, written))
 
 
-def _round_experts(module: Any, dtype: torch.dtype) -> None:
+def _round_experts(module: Any, rounded: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Put dense weights with the adapter in them in the place of packed experts, and round them."""
     while hasattr(module, "base_layer"):
         module.merge()
@@ -109,16 +115,21 @@ def _round_experts(module: Any, dtype: torch.dtype) -> None:
         module.to_dense()
     for name in stack_names(module):
         weight = getattr(module, name)
-        weight.data = weight.data.to(dtype).to(weight.dtype)
+        weight.data = rounded(weight.data.float()).to(weight.dtype)
 
 
 def _rounded_forward(
-    layer: Any, forward: Callable[..., torch.Tensor], dtype: torch.dtype, inputs: torch.Tensor, *_: Any, **__: Any
+    layer: Any,
+    forward: Callable[..., torch.Tensor],
+    rounded: Callable[[torch.Tensor], torch.Tensor],
+    inputs: torch.Tensor,
+    *_: Any,
+    **__: Any,
 ) -> torch.Tensor:
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     bias, base.bias = base.bias, None
     try:
-        weight = _weight(layer, base, forward).to(dtype).float()
+        weight = rounded(_weight(layer, base, forward).float())
     finally:
         base.bias = bias
     return nn.functional.linear(inputs.float(), weight, None if bias is None else bias.float()).to(inputs.dtype)

@@ -14,7 +14,7 @@ from loftq.artifacts.manifest import write_merged_manifest
 from loftq.artifacts.staging import Staging
 from loftq.core.grid import Grid
 from loftq.formats.artifact import CARD
-from loftq.formats.checkpoint import INDEX, Shard, TensorSpec, index_text, lay_out
+from loftq.formats.checkpoint import INDEX, Shard, TensorSpec, index_text, lay_out, parse_size
 from loftq.formats.model_config import config_text
 from loftq.formats.shard_writer import ShardWriter
 from loftq.hub.source import side_files
@@ -64,11 +64,11 @@ class ModelFolder(Target):
             elif module not in seen:
                 seen.add(module)
                 groups.append(self.specs(module))
-        return lay_out(groups, self.limit, metadata=self.metadata)
+        return lay_out(groups, parse_size(self.run.max_shard_size), metadata=self.metadata)
 
-    def write(self, staging: Staging, quiet: bool) -> None:
+    def write(self, staging: Staging) -> None:
         """Write the weights, with a progress bar on stderr, then configuration, tokenizer, card and manifest."""
-        self._write_weights(staging, quiet)
+        self._write_weights(staging)
         pair = self.pair
         for path in side_files(pair.backbone.folder):
             staging.copy(path, path.relative_to(pair.backbone.folder).as_posix())
@@ -81,12 +81,14 @@ class ModelFolder(Target):
         grids = {module: grid for module in pair.backbone.grids if (grid := self.grid(module)) is not None}
         write_merged_manifest(staging, pair.backbone, self.name, self.format, grids, self.shards)
 
-    def _write_weights(self, staging: Staging, quiet: bool) -> None:
+    def _write_weights(self, staging: Staging) -> None:
         kept = self.kept
         names = [*self.pair.backbone.grids, *kept]
         with staging.writing(self.shards) as writer:
             left = [name for name in names if name not in staging.done]
-            bar = tqdm(left, initial=len(names) - len(left), total=len(names), disable=quiet, dynamic_ncols=True)
+            bar = tqdm(
+                left, initial=len(names) - len(left), total=len(names), disable=self.run.quiet, dynamic_ncols=True
+            )
             for name in bar:
                 if name in kept:
                     written = {name: writer.write(name, self.pair.kept(name).to(kept[name].dtype))}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,12 +16,14 @@ from loftq.artifacts.pair import BackboneAndAdapter
 from loftq.artifacts.staging import Staging
 from loftq.errors import ArtifactError
 from loftq.formats import adapter as adapters
-from loftq.formats.checkpoint import TensorSpec
+from loftq.formats.checkpoint import Checkpoint, TensorSpec
 from loftq.hub.source import side_files
+from loftq.merging.settings import MergeRun, MergeSettings
+from loftq.models.tasks import TASKS, auto_class
 
 
 class Target(ABC):
-    """A merge of one pair. `limit` is the maximum size of a shard in bytes, for targets that have shards."""
+    """A merge of one pair."""
 
     name: ClassVar[str]  # the value of --to
     text: ClassVar[str]  # a line of --help
@@ -28,19 +31,33 @@ class Target(ABC):
     any_backbone: ClassVar[bool] = False  # whether the adapter may have been trained on another backbone
     comparable: ClassVar[bool] = False  # whether transformers can load the result, to compare its logits
     tolerance: ClassVar[float | None] = None  # maximum error of logits relative to their norm; None: no limit
-    rounds_to: ClassVar[torch.dtype | None] = None  # to which the sum of backbone and adapter is rounded
+    rounds: ClassVar[bool] = False  # whether the sum of backbone and adapter is rounded, as `rounded` computes it
+    uses: ClassVar[tuple[str, ...]] = ()  # the names of the settings that it uses
 
-    def __init__(self, pair: BackboneAndAdapter, limit: int) -> None:
+    def __init__(self, pair: BackboneAndAdapter, settings: MergeSettings, run: MergeRun) -> None:
         self.pair = pair
-        self.limit = limit
+        self.settings = settings
+        self.run = run
+        self.difference: float | None = None  # that of the logits from those before the merge, once it is known
 
     @abstractmethod
-    def check(self, allow_rounding: bool) -> float | None:
+    def check(self) -> float | None:
         """Return the part of the adapter that would be lost. Raises OptionError if the target cannot hold the pair."""
 
     @abstractmethod
-    def write(self, staging: Staging, quiet: bool) -> None:
+    def write(self, staging: Staging) -> None:
         """Write all files, the manifest last. Tensors that `staging` already has are not written again."""
+
+    def rounded(self, _module: str, _written: Checkpoint, weight: torch.Tensor) -> torch.Tensor:
+        """The sum of backbone and adapter of a module as the target rounds it: float32, like `weight`.
+
+        `weight` is that sum as other code computed it; `_written` has the tensors that were written.
+        """
+        return weight
+
+    def load(self, folder: Path) -> Any:
+        """The result as transformers loads it, in float32, to compare its logits."""
+        return auto_class(TASKS[self.pair.backbone.task]).from_pretrained(folder, dtype=torch.float32)
 
     @cached_property
     def kept(self) -> dict[str, TensorSpec]:
@@ -76,6 +93,7 @@ class Target(ABC):
             "backbone": backbone.artifact.backbone_hash if backbone.artifact else str(backbone.folder.resolve()),
             "adapter": [str(weights.resolve()), state.st_size, state.st_mtime_ns],
             "version": version("loftq"),
+            "settings": {name: getattr(self.settings, name) for name in self.uses if name not in ("device",)},
             "read_files": self._states(),
         }
 

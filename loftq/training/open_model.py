@@ -15,8 +15,7 @@ from loftq.errors import OptionError
 from loftq.formats.artifact import Artifact
 from loftq.formats.model_config import check_beside, read_config
 from loftq.formats.prequantized import READABLE
-from loftq.hub.default_model import default_model
-from loftq.hub.source import Source, find_source
+from loftq.hub.source import Source, find_recorded
 from loftq.models.adapters import check_shapes, foreign_adapter
 from loftq.models.devices import compute_dtype
 from loftq.models.loading import guard_cpu, load_base, load_qalora, load_qlora
@@ -216,8 +215,7 @@ def _dense_to_use(source: Source, adapter: Path | None, dtype: torch.dtype, devi
 def load_source(name: str, artifact: Artifact, device: torch.device, dtype: torch.dtype) -> Opened:
     """Load the full-precision model that an artifact was made from, for the same task. Raises SourceError."""
     recipe = artifact.manifest["recipe"]
-    shipped = default_model()["model"] == name and not Path(name).is_dir()
-    source = find_source(None if shipped else name, revision=artifact.manifest["source"]["revision"])
+    source = find_recorded(name, artifact.manifest["source"]["revision"])
     task = recorded_task(artifact.manifest)
     model = load_dense(source, task, dtype, device, num_labels=recipe["num_labels"])
     model.eval()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Unpack
 
 from loftq.artifacts.pair import open_pair
 from loftq.artifacts.staging import check_output, open_staging
-from loftq.errors import UnknownNameError
+from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.artifact import read_artifact
 from loftq.formats.checkpoint import parse_size
 from loftq.formats.disk import explain_os_errors
 from loftq.merging.logits import checked_difference
 from loftq.merging.report import MergeReport
+from loftq.merging.settings import MergeKeywords, MergeRun, MergeSettings
 from loftq.merging.targets import TARGETS
 from loftq.planning.run import check_resume
+from loftq.settings import from_dict, option_name, said, split
 
 
 def merge(
@@ -23,39 +26,50 @@ def merge(
     *,
     to: str,
     output: str | Path,
-    allow_rounding: bool = False,
-    check: bool = True,
-    overwrite: bool = False,
-    resume: bool = False,
-    max_shard_size: str = "5GB",
-    quiet: bool = False,
+    **settings: Unpack[MergeKeywords],
 ) -> MergeReport:
     """Merge an adapter (default: the initial one) into the backbone of `folder`, and write `output`.
 
-    `to` is one of `TARGETS`. `folder` is one of ours, or a GPTQ checkpoint. One linear is in memory at a time; `check`
-    then compares the logits of a few tokens before and after, for which each model is loaded once. Raises LoftQError,
-    and leaves no output where the check fails.
+    `to` is one of `TARGETS`. `folder` is one of ours, or a GPTQ checkpoint. The other keywords are the options of
+    `loftq merge --help` with underscores. One linear is in memory at a time; `check` then compares the logits of a few
+    tokens before and after, for which each model is loaded once. Raises LoftQError, and leaves no output where the
+    check fails.
     """
     started = time.perf_counter()
     if to not in TARGETS:
         raise UnknownNameError("target", to, TARGETS)
-    check_resume(resume, overwrite)
+    of_run, of_target = split(settings, MergeRun, MergeSettings)
+    if of_target.get("device") is not None:
+        of_target["device"] = str(of_target["device"])  # settings are plain values, not a torch.device
+    run = from_dict(MergeRun, {**of_run, "output": output})
+    chosen = _check_uses(to, from_dict(MergeSettings, of_target))
+    check_resume(run.resume, run.overwrite)
+    parse_size(run.max_shard_size)
     out = Path(output)
-    check_output(out, resume=resume, overwrite=overwrite)
-    target = TARGETS[to](open_pair(Path(folder), adapter), parse_size(max_shard_size))
+    check_output(out, resume=run.resume, overwrite=run.overwrite)
+    target = TARGETS[to](open_pair(Path(folder), adapter), chosen, run)
     notes = target.notes()
-    lost = target.check(allow_rounding)
+    lost = target.check()
     fingerprint = target.fingerprint()
-    with open_staging(out, fingerprint, overwrite=overwrite) as staging:
-        difference = None
+    with open_staging(out, fingerprint, overwrite=run.overwrite) as staging:
         if not staging.ready:
-            target.write(staging, quiet)
+            target.write(staging)
             target.check_sources(fingerprint)
-            if check and target.comparable:
-                difference = checked_difference(target, staging)
+            if run.check and target.comparable:
+                target.difference = checked_difference(target, staging)
         staging.publish()
     with explain_os_errors(out, action="read"):
         files = read_artifact(out).manifest["files"]
     nbytes = sum(entry["bytes"] for name, entry in files.items() if name.endswith(target.suffix))
     layers, seconds = len(target.pair.adapter.modules), time.perf_counter() - started
-    return MergeReport(out, to, nbytes, layers, difference, lost, notes, seconds)
+    return MergeReport(out, to, nbytes, layers, target.difference, lost, notes, seconds)
+
+
+def _check_uses(to: str, settings: MergeSettings) -> MergeSettings:
+    """The settings. Raises OptionError for one that the target does not use."""
+    for name, value in said(settings).items():
+        users = [target for target, kind in TARGETS.items() if name in kind.uses]
+        if to not in users:
+            shown = option_name(name) if value is True else f"{option_name(name)} {value}"
+            raise OptionError(f"{shown}: --to {to} does not use it, only --to {' and '.join(users)}: leave it out")
+    return settings

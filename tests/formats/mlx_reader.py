@@ -1,7 +1,7 @@
 """What mlx makes of our files; run by a Python that has mlx and mlx-lm, which need not be the one of the tests.
 
 mlx_reader.py dequantize FILE OUT BITS GROUP_SIZE   the weight of each linear: float32, in OUT.npz
-mlx_reader.py logits FOLDER OUT TOKENS…             logits for token ids: float32, in OUT.npz, and some types
+mlx_reader.py logits FOLDER OUT TOKENS… [--adapter FOLDER]   logits for token ids: float32, in OUT.npz, and some types
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ def dequantize(file: str, out: str, bits: str, group_size: str) -> None:
 def logits(folder: str, out: str, *tokens: str) -> None:
     from mlx_lm import load
 
-    model, tokenizer = load(folder)
+    adapter = None
+    if "--adapter" in tokens:
+        *tokens, _, adapter = tokens
+    model, tokenizer = load(folder, adapter_path=adapter)
     found = model(mx.array([[int(token) for token in tokens]]))
     kinds = [type(layer.self_attn.q_proj).__name__ for layer in model.model.layers]
     np.savez(

@@ -263,13 +263,6 @@ def test_a_plain_lora_computes_the_same(pooled: tuple[Path, Path], tmp_path: Pat
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     plain = PeftModel.from_pretrained(base, tmp_path / "out")
     assert (logits_of(plain) - wanted).norm() < 1e-5 * wanted.norm()
-    with pytest.raises(OptionError, match="already a plain LoRA"):
-        merge(make_plain(tmp_path), tmp_path / "plain" / "loftq_init", tmp_path / "again", to="lora")
-
-
-def make_plain(tmp_path: Path) -> Path:
-    source = save_model(pico_llama(), tmp_path / "source")
-    return make(source, tmp_path / "plain", **QLORA)
 
 
 def test_what_does_not_merge_exactly_is_refused(pooled: tuple[Path, Path], tmp_path: Path) -> None:

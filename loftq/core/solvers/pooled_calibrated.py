@@ -68,7 +68,7 @@ def solve_pooled_calibrated(
     shift: torch.Tensor | None = None
     for t in range(1, iterations + 1):
         target = weight if shift is None else weight - shift
-        solved = _fitted(target, residual, quantizer, solved, h)
+        solved = fit_scales_and_codes(target, residual, quantizer, solved, h)
         residual = left_by(solved, weight, quantizer)
         if quantizer.zero_point not in FLOATING:
             exact, sums = pooled_fit(residual, h, pool)
@@ -89,7 +89,7 @@ def solve_pooled_calibrated(
     return settled(solution, weight, quantizer, scaling, pool, outputs.root)
 
 
-def _fitted(
+def fit_scales_and_codes(
     target: torch.Tensor, residual: torch.Tensor, quantizer: AffineQuantizer, solved: Solved, moment: torch.Tensor
 ) -> Solved:
     """Fit scales and zero-points to the codes, then improve the codes under them.

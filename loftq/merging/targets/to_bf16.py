@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from loftq.formats.checkpoint import TensorSpec
+from loftq.formats.checkpoint import Checkpoint, TensorSpec
 from loftq.formats.shard_writer import ShardWriter
 from loftq.merging.model_folder import ModelFolder
 from loftq.models.expert_stacks import find_stacks
@@ -24,9 +24,9 @@ class Dense(ModelFolder):
     any_backbone = True
     comparable = True
     tolerance = 5e-4  # the same weights, rounded to the same 16 bits
-    rounds_to = torch.bfloat16
+    rounds = True
 
-    def check(self, allow_rounding: bool) -> None:
+    def check(self) -> None:
         """Return None: every pair can be merged into a dense model, and nothing is lost."""
 
     @cached_property
@@ -52,11 +52,12 @@ class Dense(ModelFolder):
 
     def tensors(self, module: str) -> dict[str, torch.Tensor]:
         """Their values."""
-        weight, added = self.pair.backbone.dense(module), self.pair.delta(module)
-        if added is not None:
-            weight += added
-        weight = weight.bfloat16()
+        weight = self.pair.merged(module).bfloat16()
         return {f"{module}.weight": weight.t() if module in self._transposed else weight}
+
+    def rounded(self, _module: str, _written: Checkpoint, weight: torch.Tensor) -> torch.Tensor:
+        """The sum in 16 bits."""
+        return weight.bfloat16().float()
 
     def config(self) -> dict[str, Any]:
         """The contents of `config.json`."""

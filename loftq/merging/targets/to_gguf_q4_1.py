@@ -21,7 +21,7 @@ class Gguf(Target):
     text = "QA-LoRA of 4 bits in the minima of one GGUF file, to their 16 bits: for llama.cpp"
     suffix = ".gguf"
 
-    def check(self, allow_rounding: bool) -> None:  # noqa: ARG002
+    def check(self) -> None:
         """Return None. Raises OptionError if GGUF cannot hold the backbone."""
         backbone = self.pair.backbone
         self.pair.require_pools()
@@ -34,11 +34,11 @@ class Gguf(Target):
         model, _ = build_meta(backbone.folder, task=backbone.task)
         return (*super().notes(), *gguf_notes(model, self.pair.config))
 
-    def write(self, staging: Staging, quiet: bool) -> None:
+    def write(self, staging: Staging) -> None:
         """Write the file, with a progress bar on stderr."""
         pair, kept = self.pair, self.kept
         backbone = pair.backbone
-        bar = tqdm(total=len(kept) + len(backbone.grids), disable=quiet, dynamic_ncols=True)
+        bar = tqdm(total=len(kept) + len(backbone.grids), disable=self.run.quiet, dynamic_ncols=True)
 
         def linear(module: str) -> AffineWeight:
             bar.update()

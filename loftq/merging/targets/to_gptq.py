@@ -27,9 +27,10 @@ class Rounded(ModelFolder):
     text = "QA-LoRA in whole zero-points, which lose most of it (--allow-rounding)"
     format = gptq.METHOD
     import_line = gptq.IMPORT_LINE
+    uses = ("allow_rounding",)
     comparable = True
 
-    def check(self, allow_rounding: bool) -> float:
+    def check(self) -> float:
         """Return the part of the adapter that is lost.
 
         Raises OptionError if GPTQ cannot hold the backbone, or if the loss is not allowed.
@@ -37,7 +38,7 @@ class Rounded(ModelFolder):
         self.pair.require_pools()
         self._check_backbone()
         lost = self.measure()
-        if not allow_rounding:
+        if not self.settings.allow_rounding:
             raise OptionError(
                 f"--to gptq has whole zero-points, which cannot hold {self.pair.adapter.folder}: measured on it, this "
                 f"would lose {loss_text(lost)}. Use --to int, which holds it exactly, or add --allow-rounding"

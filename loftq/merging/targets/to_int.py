@@ -26,7 +26,7 @@ class Integers(ModelFolder):
     comparable = True
     tolerance = 3e-4
 
-    def check(self, allow_rounding: bool) -> None:  # noqa: ARG002
+    def check(self) -> None:
         """Raise OptionError unless the adapter folds into the zero-points."""
         self.pair.require_pools()
 

@@ -1,49 +1,143 @@
-"""`loftq merge --to lora`: converts a QA-LoRA adapter to a plain LoRA."""
+"""`loftq merge --to lora`: the adapter alone, as a plain LoRA that any server can load.
+
+A QA-LoRA stays an adapter of its backbone: each column of A is repeated for every input of its pool. A plain LoRA that
+began by LoftQ becomes an adapter of the full-precision model: what training changed of it (`core.adapter_change`).
+"""
 
 from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 
 from loftq.artifacts.manifest import write_export_manifest
 from loftq.artifacts.staging import Staging
 from loftq.core import pooled
+from loftq.core.adapter_change import Factors, change, truncated
 from loftq.errors import OptionError
 from loftq.formats import adapter as adapters
+from loftq.formats.adapter import Adapter, open_adapter
 from loftq.formats.checkpoint import TensorSpec, lay_out
 from loftq.formats.schema import json_text
 from loftq.merging.target import Target
 
 
 class PlainLora(Target):
-    """Only the adapter: each column of A is repeated for every input of its pool."""
+    """Only the adapter, in peft's format."""
 
     name = "lora"
-    text = "a QA-LoRA adapter as a plain LoRA, for any LoRA server"
+    text = "the adapter alone: LoftQ's for the full-precision model, QA-LoRA as a plain LoRA; for any LoRA server"
+    uses: ClassVar[tuple[str, ...]] = ("rank", "source")
+    file: ClassVar[str] = adapters.WEIGHTS
+    metadata: ClassVar[dict[str, str]] = {}
 
-    def check(self, allow_rounding: bool) -> None:  # noqa: ARG002
-        """Return None. Raises OptionError if the adapter is already a plain LoRA."""
-        self._pool_size()
+    def check(self) -> None:
+        """Return None. Raises OptionError if it is not known how the adapter began, and for a rank that it lacks."""
+        adapter, rank = self.pair.adapter, self.settings.rank
+        if adapter.pool_size is None and self._initial is None:
+            raise OptionError(
+                f"{adapter.folder} is a plain LoRA of {self.pair.backbone.folder}, which has no initial adapter that "
+                "could be taken off: any LoRA server can load it as it is, on this backbone"
+            )
+        if rank is not None and (adapter.pool_size is not None or rank > self._full_rank):
+            most = adapter.config["r"] if adapter.pool_size is not None else self._full_rank
+            raise OptionError(f"--rank {rank}: {adapter.folder} gives a plain LoRA of rank {most}: leave it out")
 
-    def _pool_size(self) -> int:
+    def notes(self) -> tuple[str, ...]:
+        """Notes for the user: the model that the adapter belongs to, and what a lower rank leaves of it."""
+        notes = [*super().notes(), f"load it on {self.base_model}"]
+        if self.settings.rank is not None and self.settings.rank < self._full_rank:
+            left, whole = (sum(part) for part in zip(*self._norms(), strict=True))
+            part = math.sqrt(left / whole) if whole else 0.0
+            full = f"nothing is left out with --rank {self._full_rank}"
+            notes.append(f"rank {self.settings.rank} leaves out {part:.1%} of what training changed: {full}")
+        return tuple(notes)
+
+    @property
+    def base_model(self) -> str:
+        """The model that the result belongs to."""
+        artifact, config = self.pair.backbone.artifact, self.pair.adapter.config
+        if self.pair.adapter.pool_size is not None or artifact is None:
+            return str(self.settings.source or config.get("base_model_name_or_path") or self.pair.backbone.folder)
+        return str(self.settings.source or artifact.manifest["source"]["model"])
+
+    @property
+    def rank(self) -> int:
+        """The rank of the result."""
+        return self.settings.rank or self._full_rank
+
+    def factors(self, module: str) -> Factors:
+        """A (rank, in) and B (out, rank) of a module, float32."""
         adapter = self.pair.adapter
-        if adapter.pool_size is None:
-            raise OptionError(f"{adapter.folder} is already a plain LoRA, which any LoRA server can load")
-        return adapter.pool_size
+        a, b = adapter.factors(module)
+        if adapter.pool_size is not None:
+            return pooled.plain_lora(a, adapter.pool_size), b
+        whole = self._change(module)
+        return truncated(whole, self.rank)[0] if self.rank < self._full_rank else whole
 
-    def write(self, staging: Staging, quiet: bool) -> None:  # noqa: ARG002 (it takes a moment)
+    def write(self, staging: Staging) -> None:
         """Write the weights and the configuration of the adapter."""
-        adapter, pool = self.pair.adapter, self._pool_size()
-        config = {key: value for key, value in adapter.config.items() if key not in ("use_qalora", "qalora_group_size")}
-        ends = {name: name.rpartition(".lora_A.")[1] for name in adapter.shapes}
-        specs = [
-            TensorSpec(name, torch.float32, (shape[0], shape[1] * pool) if ends[name] else shape)
-            for name, shape in adapter.shapes.items()
-        ]
-        shards = lay_out([specs], sum(spec.nbytes for spec in specs) + 1, adapters.WEIGHTS)
-        with staging.writing(shards) as writer:
-            for name in adapter.shapes:
-                tensor = adapter.read(name).float()
-                digest = writer.write(name, pooled.plain_lora(tensor, pool) if ends[name] else tensor)
-                staging.note(name, {"written": {name: digest}})
-        staging.write_text(adapters.CONFIG, json_text(config, indent=2, sort_keys=True) + "\n")
+        adapter = self.pair.adapter
+        groups = [self.specs(module) for module in adapter.modules]
+        groups += [[TensorSpec(key, torch.float32, adapter.shapes[key])] for key in adapter.saved.values()]
+        size = sum(spec.nbytes for group in groups for spec in group)
+        with staging.writing(lay_out(groups, size + 1, self.file, self.metadata)) as writer:
+            for name in [*adapter.modules, *adapter.saved.values()]:
+                if name in staging.done:
+                    continue
+                whole = name in adapter.shapes
+                tensors = {name: adapter.read(name).float()} if whole else self.tensors(name)
+                staging.note(name, {"written": {key: writer.write(key, tensor) for key, tensor in tensors.items()}})
+        staging.write_text(adapters.CONFIG, json_text(self.config(), indent=2, sort_keys=True) + "\n")
         write_export_manifest(staging, self.pair.backbone, "adapter")
+
+    def specs(self, module: str) -> list[TensorSpec]:
+        """The tensors of one module."""
+        return adapters.specs(module, self.pair.backbone.shapes[module], self.rank)
+
+    def tensors(self, module: str) -> dict[str, torch.Tensor]:
+        """Their values."""
+        return dict(zip(adapters.keys(module), self.factors(module), strict=True))
+
+    def config(self) -> dict[str, Any]:
+        """The contents of `adapter_config.json`."""
+        adapter = self.pair.adapter
+        left_out = ("use_qalora", "qalora_group_size")
+        config = {key: value for key, value in adapter.config.items() if key not in left_out}
+        if adapter.pool_size is not None:
+            return config
+        own = {"r": self.rank, "lora_alpha": self.rank, "use_rslora": False, "init_lora_weights": True}
+        return config | own | {"base_model_name_or_path": self.base_model}
+
+    @cached_property
+    def _initial(self) -> Adapter | None:
+        """The adapter with which training began."""
+        artifact = self.pair.backbone.artifact
+        return open_adapter(artifact.adapter) if artifact is not None and artifact.adapter.is_dir() else None
+
+    @cached_property
+    def _full_rank(self) -> int:
+        """The rank of all that training changed: that of the adapter alone, if it began with B = 0."""
+        adapter, initial = self.pair.adapter, self._initial
+        if adapter.pool_size is not None or initial is None or self._began_at_zero:
+            return int(adapter.config["r"])
+        return int(adapter.config["r"]) + int(initial.config["r"])
+
+    @cached_property
+    def _began_at_zero(self) -> bool:
+        initial = self._initial
+        return initial is None or not any(bool(initial.factors(module)[1].any()) for module in initial.modules)
+
+    def _change(self, module: str) -> Factors:
+        """All that training changed of a module."""
+        adapter, initial = self.pair.adapter, self._initial
+        a, b = adapter.factors(module)
+        if initial is None or self._began_at_zero:
+            return a, adapter.scaling * b
+        return change((a, b), adapter.scaling, initial.factors(module), initial.scaling)
+
+    def _norms(self) -> list[tuple[float, float]]:
+        """The squared norms of what a lower rank leaves out of each module, and of the whole."""
+        return [truncated(self._change(module), self.rank)[1:] for module in self.pair.adapter.modules]

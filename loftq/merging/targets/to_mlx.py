@@ -22,7 +22,7 @@ class Mlx(ModelFolder):
     format = "mlx"
     metadata = mlx.METADATA
 
-    def check(self, allow_rounding: bool) -> None:  # noqa: ARG002
+    def check(self) -> None:
         """Return None. Raises OptionError if MLX cannot hold the backbone."""
         self.pair.require_pools()
         for bits, block in self.pair.backbone.kinds:

