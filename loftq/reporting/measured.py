@@ -61,6 +61,11 @@ class Measured:
         """Whether it has errors of weights (WEIGHTS), or of outputs (OUTPUTS)."""
         return any(f"{prefix}error" in row for row in self.rows)
 
+    @property
+    def worst_first(self) -> list[Row]:
+        """The rows by falling error: of outputs, or of weights for a layer whose inputs are not known."""
+        return sorted(self.rows, key=lambda row: row.get(f"{OUTPUTS}error", row["error"]), reverse=True)
+
     def of_kind(self, kind: str, key: str) -> float | None:
         """The total error of all layers of a kind."""
         return _together((row for row in self.rows if self.places[row["name"]].kind == kind), key)
