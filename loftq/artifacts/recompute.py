@@ -54,6 +54,7 @@ def compare_with_source(
             norm, error, digests[layer.tensor] = _measured(pair, plan, layer)
         except _UNREADABLE as problem:
             yield Problem(layer.module, f"cannot be read as {pair.backbone.format}: {problem}")
+            digests[layer.tensor] = _digest(plan, layer)
             continue
         if _differ(norm, row["weight_norm"], norm):
             difference = f"its {layer.tensor} has norm {norm:.6g}, {MANIFEST} has {row['weight_norm']:.6g}"
@@ -87,6 +88,16 @@ def _measured(pair: BackboneAndAdapter, plan: Plan, layer: Layer) -> tuple[float
             left += _left(pair, layer, weight, expert, None if factors is None else factors[expert])
         digest = reader.digest
     return norm**0.5, (left / (norm or 1.0)) ** 0.5, digest
+
+
+def _digest(plan: Plan, layer: Layer) -> str:
+    """The hash of a layer's weight."""
+    if not layer.experts:
+        return read_source(plan, layer, torch.device("cpu"))[1]
+    reader = ExpertReader(plan, layer)
+    for _ in reader:
+        pass
+    return reader.digest
 
 
 def _left(

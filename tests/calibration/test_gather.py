@@ -97,7 +97,7 @@ def oracle(plan: Plan, windows: torch.Tensor) -> tuple[dict[str, tuple[torch.Ten
 
         model.get_submodule(name).register_forward_pre_hook(see, with_kwargs=True)
 
-    for layer in plan.layers:
+    for layer in plan.linears:
         watch(layer.module)
     outputs = []
     for part in torch.split(windows, 3):  # DeBERTa's positions are an input once a batch
@@ -118,7 +118,7 @@ def test_moments_and_answers_are_those_of_the_model_in_memory(family: str, task:
     calibration = small(plan)
     found = gather(plan, calibration, tmp_path / "cache", quiet=True)
     expected, output = oracle(plan, calibration.windows)
-    assert set(expected) == {layer.module for layer in plan.layers if found.count(layer.module)}
+    assert set(expected) == {layer.module for layer in plan.linears if found.count(layer.module)}
     for name, (moment, count) in expected.items():
         ours = found.moment(name)
         assert ours is not None

@@ -49,7 +49,7 @@ def test_an_unfinished_end_is_held_back() -> None:
 @pytest.mark.parametrize(
     ("template", "special"),
     [
-        (templates.CHATML, True),
+        pytest.param(templates.CHATML, True, marks=pytest.mark.slow),
         (templates.CHATML, False),
         (templates.PLAIN_END, True),
         pytest.param(templates.LLAMA_2, True, marks=pytest.mark.slow),
