@@ -6,10 +6,10 @@ run again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from tqdm import tqdm
@@ -36,38 +36,83 @@ from loftq.planning.run import Run
 from loftq.planning.weights import check_finite, digest_of, is_finite, read_source_weight
 
 
-def solve_all(plan: Plan, staging: Staging, statistics: Statistics | None, run: Run) -> None:
+class LayerStatistics(Protocol):
+    """What a job reads of the statistics of a calibration."""
+
+    def check_weight(self, layer: Layer, digest: str) -> None:
+        """Raise ArtifactError unless a layer's tensor has the hash of the weights that the model was run with."""
+
+    def moment(self, module: str) -> torch.Tensor | None:
+        """The moment H (in, in) of a module's inputs; None if the text never reached it."""
+
+
+class Made(NamedTuple):
+    """The result of a job: its record without the hashes of what was written, and the tensors to write by name."""
+
+    record: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+class Finished(Protocol):
+    """Called when a job is done and its tensors are written."""
+
+    def __call__(self, name: str, record: Mapping[str, Any], shown: str = "") -> None:
+        """Record the job in the journal; `shown` stands beside the progress bar."""
+
+
+Elsewhere = Callable[[Sequence[str], ShardWriter, Finished], None]  # runs jobs in other processes
+
+
+def solve_all(
+    plan: Plan, staging: Staging, statistics: Statistics | None, run: Run, elsewhere: Elsewhere | None = None
+) -> None:
     """Run a job for each tensor that is not in place yet, with a progress bar on stderr.
 
-    `statistics` are those of the layers' inputs, where text was given.
+    `statistics` are those of the layers' inputs, where text was given. Jobs run in threads of this process, or
+    `elsewhere`.
     """
-    layers = {layer.tensor: layer for layer in plan.layers}
-    # embeddings come first: at the end one worker would be busy with them while the others wait
-    kept = {name: spec.numel for name, spec in {**plan.created, **plan.passed}.items()}
-    sizes = {**kept, **{name: layer.weights for name, layer in layers.items()}}
-    everything = sum(sizes.values())
+    sizes = _sizes(plan)
     with one_thread_each(), staging.writing([*plan.backbone, plan.adapter]) as writer:
         left = [name for name in sizes if name not in staging.done]
-        begun = everything - sum(sizes[name] for name in left)
-        bar = tqdm(total=everything, initial=begun, unit="w", unit_scale=True, disable=run.quiet, dynamic_ncols=True)
+        total = sum(sizes.values())
+        begun = total - sum(sizes[name] for name in left)
+        bar = tqdm(total=total, initial=begun, unit="w", unit_scale=True, disable=run.quiet, dynamic_ncols=True)
+
+        def finished(name: str, record: Mapping[str, Any], shown: str = "") -> None:
+            staging.note(name, record)
+            bar.set_postfix_str(shown or name.removesuffix(".weight"), refresh=False)
+            bar.update(sizes[name])
 
         def work(name: str) -> None:
-            layer = layers.get(name)
-            if layer is not None:
-                record = _solve_layer(plan, layer, statistics, writer, run.device)
-            elif name in plan.passed:
-                record = _pass_through(plan, name, writer)
-            else:
-                record = _create(plan, name, writer)
-            staging.note(name, record)
-            bar.set_postfix_str(layer.module if layer else name, refresh=False)
-            bar.update(sizes[name])
+            made = make_tensors(plan, name, statistics, run.device)
+            finished(
+                name, {**made.record, "written": {key: writer.write(key, made.tensors[key]) for key in made.tensors}}
+            )
 
         with bar:
             # in this thread: they are drawn from torch's own generator, which all threads share
             for name in [name for name in left if name in plan.created]:
                 work(name)
-            run_jobs(work, [name for name in left if name not in plan.created], run.workers)
+            rest = [name for name in left if name not in plan.created]
+            if elsewhere is None:
+                run_jobs(work, rest, run.workers)
+            else:
+                elsewhere(rest, writer, finished)
+
+
+def _sizes(plan: Plan) -> dict[str, int]:
+    """The number of values of each tensor that a job makes, by the name of the job."""
+    # embeddings come first: at the end one worker would be busy with them while the others wait
+    kept = {name: spec.numel for name, spec in {**plan.created, **plan.passed}.items()}
+    return {**kept, **{layer.tensor: layer.weights for layer in plan.layers}}
+
+
+def make_tensors(plan: Plan, name: str, statistics: LayerStatistics | None, device: torch.device) -> Made:
+    """Do the job of a tensor of the source, or of a parameter that no tensor provides."""
+    layer = next((layer for layer in plan.layers if layer.tensor == name), None)
+    if layer is not None:
+        return _solve_layer(plan, layer, statistics, device)
+    return _pass_through(plan, name) if name in plan.passed else _create(plan, name)
 
 
 @contextmanager
@@ -94,9 +139,7 @@ def run_jobs(work: Callable[[str], None], names: Sequence[str], workers: int) ->
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _solve_layer(
-    plan: Plan, layer: Layer, statistics: Statistics | None, writer: ShardWriter, device: torch.device
-) -> dict[str, Any]:
+def _solve_layer(plan: Plan, layer: Layer, statistics: LayerStatistics | None, device: torch.device) -> Made:
     recipe = plan.recipe
     weight, digest = read_source_weight(plan, layer, device)
     if statistics is not None:
@@ -111,8 +154,7 @@ def _solve_layer(
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not is_finite(tensor):
             raise unsolvable(layer.module, f"its {name} does not fit {tensor.dtype}")
-    written = {name: writer.write(name, tensor) for name, tensor in tensors.items()}
-    return {"sha256": digest, "row": layer_row(plan, layer, solution.trace), "written": written}
+    return Made({"sha256": digest, "row": layer_row(plan, layer, solution.trace)}, tensors)
 
 
 def _check_range(plan: Plan, layer: Layer, weight: torch.Tensor) -> None:
@@ -160,7 +202,7 @@ def solve_by(
     return solve_calibrated(weight, quantizer, method, moment, rank, iters, scaling, seed=seed)
 
 
-def _pass_through(plan: Plan, name: str, writer: ShardWriter) -> dict[str, Any]:
+def _pass_through(plan: Plan, name: str) -> Made:
     stored = plan.source.checkpoint.read(name)
     spec = plan.passed[name]
     if stored.is_floating_point():
@@ -168,12 +210,11 @@ def _pass_through(plan: Plan, name: str, writer: ShardWriter) -> dict[str, Any]:
     cast = stored.to(spec.dtype)
     if cast.is_floating_point() and stored.dtype != cast.dtype and not is_finite(cast):
         raise OptionError(f"tensor {name!r} does not fit --compute-dtype {plan.recipe.compute_dtype}: use bfloat16")
-    return {"sha256": digest_of(stored), "written": {spec.name: writer.write(spec.name, cast)}}
+    return Made({"sha256": digest_of(stored)}, {spec.name: cast})
 
 
-def _create(plan: Plan, key: str, writer: ShardWriter) -> dict[str, Any]:
+def _create(plan: Plan, key: str) -> Made:
     """Initialize a parameter that is not in the checkpoint: the head of a new task, a pooler."""
     seed = layer_seed(plan.recipe.seed, key)
     spec = plan.created[key]
-    tensor = naming.initial_tensor(plan.model, key, seed).to(spec.dtype)
-    return {"written": {spec.name: writer.write(spec.name, tensor)}}
+    return Made({}, {spec.name: naming.initial_tensor(plan.model, key, seed).to(spec.dtype)})

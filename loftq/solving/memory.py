@@ -46,13 +46,14 @@ def needed(plan: Plan, workers: int, device: torch.device) -> dict[str, int]:
 
 
 def _solving(plan: Plan, workers: int) -> int:
-    largest = max(_layer(plan, layer) for layer in plan.layers)
+    largest = max(solving_bytes(plan, layer) for layer in plan.layers)
     tensors = plan.source.checkpoint.tensors
     copied = max((2 * tensors[name].nbytes for name in plan.passed), default=0)
     return workers * max(largest, copied)
 
 
-def _layer(plan: Plan, layer: Layer) -> int:
+def solving_bytes(plan: Plan, layer: Layer) -> int:
+    """Bytes that a worker needs to solve a layer."""
     if plan.recipe.calibration is None:
         return layer.weights * _SOLVER_BYTES
     return layer.weights * _CALIBRATED_BYTES + layer.shape[1] ** 2 * _MOMENT_BYTES

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from loftq.artifacts.manifest import write_configs, write_manifest
 from loftq.artifacts.staging import Staging, check_output, is_begun, open_staging
@@ -29,6 +31,9 @@ from loftq.solving.layers import solve_all
 from loftq.solving.memory import needed
 from loftq.solving.report import Report, peak_memory, planned_report, report_of
 from loftq.verbs.push import push as push_folder
+
+if TYPE_CHECKING:
+    from loftq.cluster.cluster import Cluster
 
 _LESS = (
     "use fewer --workers; on a GPU, use --device cpu; with calibration, use a smaller --sequence-length or --refine 0; "
@@ -62,8 +67,8 @@ def quantize(model: str | None = None, **settings: Unpack[QuantizeKeywords]) -> 
     if run.resume and not is_begun(folder) and (folder / artifact.MANIFEST).is_file():
         result = _Result(plan, *finished_layers(folder, plan, run.trust_remote_code))
     else:
-        with explain_full_memory(_LESS):
-            result = _make(plan, folder, run)
+        with explain_full_memory(_LESS), _cluster_of(run, run_options, source, model) as cluster:
+            result = _make(plan, folder, run if cluster is None else cluster.run, cluster)
     memory, seconds = peak_memory(run.device), time.perf_counter() - started
     report = report_of(result.plan, folder, result.rows, result.totals, memory, seconds)
     return report if run_options.push is None else replace(report, pushed=_push(folder, run_options))
@@ -110,12 +115,26 @@ def _find(model: str | None, recipe: Recipe, run_options: RunSettings) -> tuple[
     return source, folder
 
 
-def _make(plan: Plan, folder: Path, run: Run) -> _Result:
+@contextmanager
+def _cluster_of(run: Run, run_options: RunSettings, source: Source, model: str | None) -> Iterator[Cluster | None]:
+    """The cluster on which a run works; None if it works in this process."""
+    if run.cluster is None:
+        yield None
+        return
+    from loftq.cluster.cluster import opened
+
+    with opened(run, source.name if source.local else model, any_device=run_options.device is None) as cluster:
+        yield cluster
+
+
+def _make(plan: Plan, folder: Path, run: Run, cluster: Cluster | None) -> _Result:
     """Write the folder, or the missing part of it."""
     recipe = plan.recipe
+    if cluster is not None:
+        cluster.check(plan)
     statistics = calibrate(plan, folder, run)
     if recipe.allocation == "auto":
-        widths = allocate(plan, statistics, run)
+        widths = allocate(plan, statistics, run, None if cluster is None else cluster.measure(plan, statistics))
         plan = make_plan(plan.source, recipe, trust_remote_code=run.trust_remote_code, widths=widths)
     if statistics is not None:
         plan = replace(plan, notes=(*plan.notes, *statistics.notes))
@@ -123,7 +142,8 @@ def _make(plan: Plan, folder: Path, run: Run) -> _Result:
     with open_staging(folder, fingerprint, overwrite=run.overwrite) as staging:
         if not staging.ready:
             reopen(staging)
-            solve_all(plan, staging, statistics, run)
+            elsewhere = None if cluster is None else cluster.solve(plan, staging, statistics)
+            solve_all(plan, staging, statistics, run, elsewhere)
             write_configs(plan, staging, folder, run.trust_remote_code)
             if statistics is not None and recipe.refine:
                 distill(plan, staging, statistics, run)
