@@ -7,18 +7,18 @@ outside the blocks and one activation for each token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from loftq.calibration.block_weights import BlockWeights, changed_tensors
-from loftq.calibration.observer import InputObserver, advice_on_dtype
+from loftq.calibration.block_weights import BlockWeights, changed_tensors, computing_dtype
+from loftq.calibration.observer import InputObserver, MomentFiles, advice_on_dtype
 from loftq.calibration.progress import PROGRESS, Progress
 from loftq.calibration.statistics import (
     AGAIN,
@@ -38,11 +38,31 @@ from loftq.errors import ArtifactError, SourceError
 from loftq.formats.disk import explain_os_errors, move_into_place, scratch_beside, write_whole
 from loftq.formats.scan import hash_of
 from loftq.formats.schema import json_text
+from loftq.models.lockstep import Batch, find_blocks
 from loftq.models.lockstep import run as run_in_lockstep
 from loftq.planning.plan import Plan
 from loftq.planning.run import Run
 
 BATCH_TOKENS = 2048  # number of tokens that run at once; more tokens do not make the matrix products faster
+
+
+Answers = list[dict[str, torch.Tensor]]
+
+
+class WorkerLostError(Exception):
+    """A process that calibrates elsewhere has died. What is recorded of the progress remains."""
+
+
+class Elsewhere(Protocol):
+    """Runs the model over batches in other processes."""
+
+    def __call__(
+        self, plan: Plan, batches: Sequence[Batch], moments: MomentFiles, progress: Progress, bar: Any
+    ) -> tuple[Answers, dict[str, str]]:
+        """Write the moments. Returns the answers of each batch, and the SHA-256 of each tensor that was read.
+
+        Raises WorkerLostError if a process died: then it is called again.
+        """
 
 
 def gather(
@@ -53,14 +73,15 @@ def gather(
     *,
     trust_remote_code: bool = False,
     quiet: bool = False,
+    elsewhere: Elsewhere | None = None,
 ) -> Statistics:
     """Gather the statistics of a plan's model on the windows of a calibration in a folder, and open them.
 
     A folder that already has them is reused; one of the same model and calibration that lacks a layer is replaced. If
     another run is gathering into the folder, this one waits for it; an interrupted run is continued. The model runs in
-    float32 on the CPU and in the compute dtype elsewhere, with a progress bar on stderr unless `quiet`. Raises the
-    errors of `open_statistics` for a folder of another model or calibration, SourceError for a model whose activations
-    are not finite, and OutputError if the disk is full.
+    float32 on the CPU and in the compute dtype elsewhere, with a progress bar on stderr unless `quiet`. It runs in this
+    process, or `elsewhere`. Raises the errors of `open_statistics` for a folder of another model or calibration,
+    SourceError for a model whose activations are not finite, and OutputError if the disk is full.
     """
     statistics = _complete_statistics(plan, calibration, folder)
     if statistics is not None:
@@ -69,7 +90,8 @@ def gather(
         statistics = _complete_statistics(plan, calibration, folder)  # another run may have gathered them meanwhile
         if statistics is not None:
             return statistics
-        arguments = scratch, plan, calibration, torch.device(device), trust_remote_code, quiet
+        here = _Here(torch.device(device), trust_remote_code)
+        arguments = scratch, plan, calibration, torch.device(device), quiet, elsewhere or here
         if not _gather_into(*arguments):
             _gather_into(*arguments)  # from the beginning
         move_into_place(scratch, folder)
@@ -93,26 +115,30 @@ def _complete_statistics(plan: Plan, calibration: Calibration, folder: Path) -> 
 
 
 def _gather_into(
-    folder: Path, plan: Plan, calibration: Calibration, device: torch.device, trust_remote_code: bool, quiet: bool
+    folder: Path, plan: Plan, calibration: Calibration, device: torch.device, quiet: bool, runner: Elsewhere
 ) -> bool:
     """Gather the statistics. Returns False, and empties the folder, if an interrupted run could not be continued."""
-    weights = BlockWeights(plan, device, trust_remote_code=trust_remote_code)
-    head = _head(plan, calibration, weights)
+    head = _head(plan, calibration, computing_dtype(plan, device))
     inputs = {"files": plan.source.file_states(), "modules": [layer.module for layer in plan.layers]}
-    progress = Progress(folder, {**head, **inputs, "device": device.type})
-    resumed = progress.rounds > 0
-    try:
-        modules = _run(folder, plan, calibration, weights, progress, quiet)
-    except Exception as error:
-        progress.forget()
-        if resumed and not isinstance(error, (OSError, MemoryError)):
-            return False
-        raise
+    identity = {**head, **inputs, "device": device.type}
+    while True:
+        progress = Progress(folder, identity)
+        resumed = progress.rounds > 0
+        try:
+            modules, digests = _run(folder, plan, calibration, device, progress, quiet, runner)
+            break
+        except WorkerLostError:
+            continue
+        except Exception as error:
+            progress.forget()
+            if resumed and not isinstance(error, (OSError, MemoryError)):
+                return False
+            raise
     progress.finish()
     unreached = [layer.module for layer in plan.layers if layer.module not in modules]
     record = {
         **head,
-        "weights": weights.digests,
+        "weights": digests,
         "modules": {**modules, **{name: {"file": None, "count": 0} for name in unreached}},
         "notes": [*calibration.notes, *_never_reached(unreached)],
         "sha256": {name: hash_of(folder / name) for name in {TEACHER, *(row["file"] for row in modules.values())}},
@@ -121,7 +147,7 @@ def _gather_into(
     return True
 
 
-def _head(plan: Plan, calibration: Calibration, weights: BlockWeights) -> dict[str, Any]:
+def _head(plan: Plan, calibration: Calibration, dtype: torch.dtype) -> dict[str, Any]:
     """The part of a record that is known before the model runs."""
     return {
         "version": VERSION,
@@ -133,31 +159,60 @@ def _head(plan: Plan, calibration: Calibration, weights: BlockWeights) -> dict[s
         },
         "text": calibration.text,
         "settings": calibration.settings,
-        "dtype": str(weights.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("loftq", "torch", "transformers")},
     }
 
 
 def _run(
-    folder: Path, plan: Plan, calibration: Calibration, weights: BlockWeights, progress: Progress, quiet: bool
-) -> dict[str, dict[str, Any]]:
-    """Run the model and write moments and answers. Returns the file and the number of input vectors of each module."""
+    folder: Path,
+    plan: Plan,
+    calibration: Calibration,
+    device: torch.device,
+    progress: Progress,
+    quiet: bool,
+    runner: Elsewhere,
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Run the model and write moments and answers.
+
+    Returns the file and the number of input vectors of each module, and the SHA-256 of each tensor that was read.
+    """
     size = max(1, BATCH_TOKENS // calibration.sequence_length)
-    batches = [_batch(plan, weights, part) for part in torch.split(calibration.windows, size)]
-    steps, served = (len(batches) * rounds for rounds in (max(1, len(weights.blocks)), progress.rounds))
+    batches = [_batch(plan, part) for part in torch.split(calibration.windows, size)]
+    blocks = len(find_blocks(plan.model, [layer.module for layer in plan.layers]))
+    steps, served = (len(batches) * rounds for rounds in (max(1, blocks), progress.rounds))
     bar = tqdm(total=steps, initial=served, unit="block", disable=quiet, dynamic_ncols=True, desc="calibration")
-    answers: list[dict[str, torch.Tensor]] = [{} for _ in batches]
+    dtype = computing_dtype(plan, device)
+    moments = MomentFiles(folder, dtype, progress)
     with bar:
-        observer = InputObserver(plan, weights, folder, bar, answers, progress)
-        with observer.watching():
-            run_in_lockstep(weights.core, batches, weights.blocks, observer, progress)
-        observer.save(None)
+        answers, digests = runner(plan, batches, moments, progress, bar)
     token_ids = {name: tensor.int() for name, tensor in _joined(batches).items() if name.endswith("_ids")}
     answer_tensors = _joined(answers)
     if any(bool(tensor.isnan().any()) for tensor in answer_tensors.values()):
-        raise SourceError(f"calibration: {plan.source.name} answers with NaN {advice_on_dtype(weights)}")
+        raise SourceError(f"calibration: {plan.source.name} answers with NaN {advice_on_dtype(dtype)}")
     save_file({**token_ids, **answer_tensors}, folder / TEACHER)
-    return observer.modules
+    return moments.modules, digests
+
+
+@dataclass(frozen=True)
+class _Here:
+    """Runs the model over all batches in this process."""
+
+    device: torch.device
+    trust_remote_code: bool
+
+    def __call__(
+        self, plan: Plan, batches: Sequence[Batch], moments: MomentFiles, progress: Progress, bar: Any
+    ) -> tuple[Answers, dict[str, str]]:
+        """Write the moments. Returns the answers, and the SHA-256 of each tensor that was read."""
+        weights = BlockWeights(plan, self.device, trust_remote_code=self.trust_remote_code)
+        answers: Answers = [{} for _ in batches]
+        moved = [{name: tensor.to(self.device) for name, tensor in batch.items()} for batch in batches]
+        observer = InputObserver(plan, weights, moments, bar, answers, progress)
+        with observer.recorder.watching():
+            run_in_lockstep(weights.core, moved, weights.blocks, observer, progress)
+        observer.save(None)
+        return answers, weights.digests
 
 
 def _never_reached(modules: list[str]) -> Iterator[str]:
@@ -165,11 +220,10 @@ def _never_reached(modules: list[str]) -> Iterator[str]:
         yield f"the calibration text never reached {few_of(modules)}"
 
 
-def _batch(plan: Plan, weights: BlockWeights, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+def _batch(plan: Plan, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """The inputs of the model for some windows."""
-    ids = windows.to(weights.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    config: Any = weights.model.config
+    config: Any = plan.model.config
     if config.is_encoder_decoder:
         tokens = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad"))
         start = next((token for token in tokens if token is not None), 0)
@@ -179,11 +233,11 @@ def _batch(plan: Plan, weights: BlockWeights, windows: torch.Tensor) -> dict[str
     return batch
 
 
-def _joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _joined(parts: Sequence[Batch]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([part[name] for part in parts]).cpu().contiguous() for name in parts[0]}
 
 
-def calibrate(plan: Plan, folder: Path, run: Run) -> Statistics | None:
+def calibrate(plan: Plan, folder: Path, run: Run, elsewhere: Elsewhere | None = None) -> Statistics | None:
     """The statistics of the layers' inputs, gathered now or by an earlier run. None if the recipe has no text.
 
     They are kept beside the output `folder`, unless the run names another folder.
@@ -194,7 +248,15 @@ def calibrate(plan: Plan, folder: Path, run: Run) -> Statistics | None:
     statistics_folder = (
         Path(run.statistics) if run.statistics else folder.parent / f"{plan.source.label}-calibration-{text.key}"
     )
-    return gather(plan, text, statistics_folder, run.device, trust_remote_code=run.trust_remote_code, quiet=run.quiet)
+    return gather(
+        plan,
+        text,
+        statistics_folder,
+        run.device,
+        trust_remote_code=run.trust_remote_code,
+        quiet=run.quiet,
+        elsewhere=elsewhere,
+    )
 
 
 def windows_of(plan: Plan, trust_remote_code: bool) -> Calibration:

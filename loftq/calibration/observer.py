@@ -32,37 +32,22 @@ class _Input(NamedTuple):
     modules: list[str]
 
 
-class InputObserver:
-    """Sums up the inputs of the layers. It is a visitor of `lockstep.run`.
+class InputRecorder:
+    """Records the inputs of a plan's layers while its model runs.
 
     Inputs are kept until their batch has passed the block, because only then is it known which modules share an input.
-    A module may have several inputs and share each with other modules (DeBERTa's projections of positions). Therefore
-    each set of modules has its own sum, and the moment of a module is the total of all sets that contain it.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        weights: BlockWeights,
-        folder: Path,
-        bar: Any,
-        answers: list[dict[str, torch.Tensor]],
-        progress: Progress,
-    ) -> None:
-        self.modules = progress.modules  # the file and the number of input vectors of each
-        weights.digests |= progress.digests
-        self._progress = progress
-        self._plan, self._weights, self._folder, self._bar, self._answers = plan, weights, folder, bar, answers
+    def __init__(self, plan: Plan, model: nn.Module) -> None:
+        self._plan, self._model = plan, model
         self._inputs: dict[int, _Input] = {}
-        self._sums: dict[tuple[str, ...], Moment] = {}
-        self._files = progress.files
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Record the inputs of the plan's layers while the model runs."""
         handles = [
-            self._weights.model.get_submodule(layer.module).register_forward_pre_hook(
-                partial(self._record_input, layer.module), with_kwargs=True
+            self._model.get_submodule(layer.module).register_forward_pre_hook(
+                partial(self._record, layer.module), with_kwargs=True
             )
             for layer in self._plan.layers
         ]
@@ -72,41 +57,42 @@ class InputObserver:
             for handle in handles:
                 handle.remove()
 
-    def _record_input(self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _record(self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         tensor = args[0] if args else next(iter(kwargs.values()))
         entry = self._inputs.setdefault(id(tensor), _Input(tensor, tensor._version, []))
         self._check_unchanged(entry)
         entry.modules.append(name)
 
-    def enter(self, block: str) -> None:
-        self._weights.load(block)
-        self._progress.begin()
-
-    def keep(self, index: int, output: Any) -> None:
-        self._progress.keep(index, output)
-
-    def leave(self, block: str, rounds: int) -> None:
-        self._weights.drop(block)
-        self.save(block)
-        self._progress.end(rounds, len(self._answers), self.modules, self._weights.digests, self._files)
-
-    def passed(self, block: str | None) -> None:
+    def take(self) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+        """The inputs that were recorded since the last call, each with the modules that share it."""
         for entry in self._inputs.values():
             self._check_unchanged(entry)
             if entry.tensor.numel():
-                modules, size = tuple(entry.modules), entry.tensor.shape[-1]
-                self._sums.setdefault(modules, Moment(size, entry.tensor.device)).add(entry.tensor)
+                yield tuple(entry.modules), entry.tensor
         self._inputs.clear()
-        if block is not None or not self._weights.blocks:
-            self._bar.update(1)
 
-    def finish(self, index: int, output: Any) -> None:
-        self._answers[index] = answer_of(output, self._plan.task.name in VOCABULARY)
+    def _check_unchanged(self, entry: _Input) -> None:
+        if entry.tensor._version != entry.version:
+            raise SourceError(
+                f"{entry.modules[0]} cannot be calibrated, because its input is overwritten later in its block: "
+                f"add --exclude-modules {entry.modules[0].rpartition('.')[2]}"
+            )
 
-    def save(self, block: str | None) -> None:
-        """Write the moments of a block's layers, or of all remaining layers, and free their sums."""
-        keys = [key for key in self._sums if block is None or key[0].startswith(f"{block}.")]
-        sums = {key: self._sums.pop(key) for key in keys}
+
+class MomentFiles:
+    """Writes the moments of modules into a folder. `modules` has the file and the number of input vectors of each.
+
+    A module may have several inputs and share each with other modules (DeBERTa's projections of positions). Therefore
+    each set of modules has its own sum, and the moment of a module is the total of all sets that contain it.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, progress: Progress) -> None:
+        self.modules = progress.modules
+        self.files = progress.files
+        self._folder, self._dtype = folder, dtype
+
+    def save(self, sums: Mapping[tuple[str, ...], Moment]) -> None:
+        """Write the moments of all modules that any of the sums contains."""
         sharing: dict[tuple[Any, ...], list[str]] = {}
         for module in dict.fromkeys(module for key in sums for module in key):
             earlier = self.modules.get(module, {}).get("file")  # written at an earlier visit to the block
@@ -127,33 +113,70 @@ class InputObserver:
     def _write(self, total: Moment, modules: list[str]) -> None:
         panels = total.mean()
         if not all(bool(torch.isfinite(panel).all()) for panel in panels):
-            raise SourceError(
-                f"calibration: the inputs of {modules[0]} are not finite {advice_on_dtype(self._weights)}"
-            )
-        self._files += 1
-        file = f"moment-{self._files:05d}.safetensors"
+            raise SourceError(f"calibration: the inputs of {modules[0]} are not finite {advice_on_dtype(self._dtype)}")
+        self.files += 1
+        file = f"moment-{self.files:05d}.safetensors"
         save_file({str(i): panel for i, panel in enumerate(panels)}, self._folder / file)
         sync(self._folder / file)  # before a record of the progress names it
         for module in modules:
             self.modules[module] = {"file": file, "count": total.count}
 
-    def _check_unchanged(self, entry: _Input) -> None:
-        if entry.tensor._version != entry.version:
-            raise SourceError(
-                f"{entry.modules[0]} cannot be calibrated, because its input is overwritten later in its block: "
-                f"add --exclude-modules {entry.modules[0].rpartition('.')[2]}"
-            )
+
+class InputObserver:
+    """Sums up the inputs of the layers in this process. It is a visitor of `lockstep.run`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: BlockWeights,
+        moments: MomentFiles,
+        bar: Any,
+        answers: list[dict[str, torch.Tensor]],
+        progress: Progress,
+    ) -> None:
+        weights.digests |= progress.digests
+        self.recorder = InputRecorder(plan, weights.model)
+        self._progress, self._moments = progress, moments
+        self._plan, self._weights, self._bar, self._answers = plan, weights, bar, answers
+        self._sums: dict[tuple[str, ...], Moment] = {}
+
+    def enter(self, block: str) -> None:
+        self._weights.load(block)
+        self._progress.begin()
+
+    def keep(self, index: int, output: Any) -> None:
+        self._progress.keep(index, output)
+
+    def leave(self, block: str, rounds: int) -> None:
+        self._weights.drop(block)
+        self.save(block)
+        self._progress.end(
+            rounds, len(self._answers), self._moments.modules, self._weights.digests, self._moments.files
+        )
+
+    def passed(self, block: str | None, rounds: int) -> None:  # noqa: ARG002
+        for modules, tensor in self.recorder.take():
+            self._sums.setdefault(modules, Moment(tensor.shape[-1], tensor.device)).add(tensor)
+        if block is not None or not self._weights.blocks:
+            self._bar.update(1)
+
+    def finish(self, index: int, output: Any) -> None:
+        self._answers[index] = answer_of(output, self._plan.task.name in VOCABULARY)
+
+    def save(self, block: str | None) -> None:
+        """Write the moments of a block's layers, or of all remaining layers, and free their sums."""
+        keys = [key for key in self._sums if block is None or key[0].startswith(f"{block}.")]
+        self._moments.save({key: self._sums.pop(key) for key in keys})
 
 
-def advice_on_dtype(weights: BlockWeights) -> str:
-    """The dtype in which the model computes, and the next step if its values are not finite."""
-    dtype = str(weights.dtype).removeprefix("torch.")
+def advice_on_dtype(dtype: torch.dtype) -> str:
+    """The dtype in which a model computes, and the next step if its values are not finite."""
     advice = (
         "the weights may be damaged, download them again"
-        if dtype == "float32"
+        if dtype == torch.float32
         else "use --compute-dtype bfloat16, or --device cpu"
     )
-    return f"in {dtype}: {advice}"
+    return f"in {str(dtype).removeprefix('torch.')}: {advice}"
 
 
 def answer_of(output: Any, vocabulary: bool) -> dict[str, torch.Tensor]:

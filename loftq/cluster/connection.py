@@ -18,6 +18,8 @@ from loftq.errors import OptionError
 
 AUTO = "auto"
 _SECONDS = 10.0  # to wait for an answer of an address
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # of gRPC, with empty settings
+_SETTINGS_FRAME = 4  # the type of the frame with which a gRPC server answers: the fourth byte
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to anybody
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -51,18 +53,34 @@ def connected(address: str, cores: int | None = None) -> Iterator[Any]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == AUTO:
         address = os.environ.get("RAY_ADDRESS") or AUTO
+    with _silenced():
+        try:
+            if address == AUTO:
+                _join_or_start(ray, cores, quiet)
+            else:
+                _check_address(address)
+                ray.init(address=address, **quiet)
+        except (RuntimeError, ValueError, OSError, SystemExit) as error:
+            raise OptionError(f"--cluster {address}: Ray cannot be joined there: {one_line(error, 300)}") from error
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep Ray from printing the logs of a process that died to stdout, where the table of a command stands."""
+    from ray._private import worker
+
+    name = "print_to_stdstream"
+    printing = getattr(worker, name, None)
+    setattr(worker, name, lambda *_, **__: None)
     try:
-        if address == AUTO:
-            _join_or_start(ray, cores, quiet)
-        else:
-            _check_address(address)
-            ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
-        raise OptionError(f"--cluster {address}: Ray cannot be joined there: {one_line(error, 300)}") from error
-    try:
-        yield ray
+        yield
     finally:
-        ray.shutdown()
+        if printing is not None:
+            setattr(worker, name, printing)
 
 
 def _join_or_start(ray: Any, cores: int | None, quiet: dict[str, Any]) -> None:
@@ -73,7 +91,7 @@ def _join_or_start(ray: Any, cores: int | None, quiet: dict[str, Any]) -> None:
 
 
 def _check_address(address: str) -> None:
-    """Raise OptionError unless something listens at an address: Ray itself would wait for a minute."""
+    """Raise OptionError unless a gRPC server listens at an address: Ray itself would try for minutes."""
     if address.startswith("ray://"):
         raise OptionError(
             f"--cluster {address}: expected HOST:PORT of a cluster that this machine belongs to: run the command on a "
@@ -83,9 +101,17 @@ def _check_address(address: str) -> None:
     if not colon or not port.isdigit() or not 0 < int(port) < 65536:
         raise OptionError(f"--cluster {address}: expected auto, or HOST:PORT as `ray start --head` prints it")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS) as connection:
+            connection.sendall(_GREETING)
+            answer = connection.recv(9)
+    except TimeoutError:
+        answer = b""
     except OSError as error:
         raise OptionError(
             f"--cluster {address}: nothing listens there ({error.strerror or one_line(error)}): start a cluster with "
             "`ray start --head`, or use --cluster auto"
         ) from error
+    if len(answer) < 4 or answer[3] != _SETTINGS_FRAME:
+        raise OptionError(
+            f"--cluster {address}: what listens there is not Ray: expected the HOST:PORT that `ray start --head` prints"
+        )
