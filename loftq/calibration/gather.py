@@ -57,7 +57,7 @@ class Elsewhere(Protocol):
     """Runs the model over batches in other processes."""
 
     def __call__(
-        self, plan: Plan, batches: Sequence[Batch], moments: MomentFiles, progress: Progress, bar: Any
+        self, batches: Sequence[Batch], moments: MomentFiles, progress: Progress, bar: Any
     ) -> tuple[Answers, dict[str, str]]:
         """Write the moments. Returns the answers of each batch, and the SHA-256 of each tensor that was read.
 
@@ -90,7 +90,7 @@ def gather(
         statistics = _complete_statistics(plan, calibration, folder)  # another run may have gathered them meanwhile
         if statistics is not None:
             return statistics
-        here = _Here(torch.device(device), trust_remote_code)
+        here = _Here(plan, torch.device(device), trust_remote_code)
         arguments = scratch, plan, calibration, torch.device(device), quiet, elsewhere or here
         if not _gather_into(*arguments):
             _gather_into(*arguments)  # from the beginning
@@ -185,7 +185,7 @@ def _run(
     dtype = computing_dtype(plan, device)
     moments = MomentFiles(folder, dtype, progress)
     with bar:
-        answers, digests = runner(plan, batches, moments, progress, bar)
+        answers, digests = runner(batches, moments, progress, bar)
     token_ids = {name: tensor.int() for name, tensor in _joined(batches).items() if name.endswith("_ids")}
     answer_tensors = _joined(answers)
     if any(bool(tensor.isnan().any()) for tensor in answer_tensors.values()):
@@ -198,17 +198,18 @@ def _run(
 class _Here:
     """Runs the model over all batches in this process."""
 
+    plan: Plan
     device: torch.device
     trust_remote_code: bool
 
     def __call__(
-        self, plan: Plan, batches: Sequence[Batch], moments: MomentFiles, progress: Progress, bar: Any
+        self, batches: Sequence[Batch], moments: MomentFiles, progress: Progress, bar: Any
     ) -> tuple[Answers, dict[str, str]]:
         """Write the moments. Returns the answers, and the SHA-256 of each tensor that was read."""
-        weights = BlockWeights(plan, self.device, trust_remote_code=self.trust_remote_code)
+        weights = BlockWeights(self.plan, self.device, trust_remote_code=self.trust_remote_code)
         answers: Answers = [{} for _ in batches]
         moved = [{name: tensor.to(self.device) for name, tensor in batch.items()} for batch in batches]
-        observer = InputObserver(plan, weights, moments, bar, answers, progress)
+        observer = InputObserver(self.plan, weights, moments, bar, answers, progress)
         with observer.recorder.watching():
             run_in_lockstep(weights.core, moved, weights.blocks, observer, progress)
         observer.save(None)

@@ -75,10 +75,10 @@ class Progress:
 
     def keep(self, index: int, output: Any) -> None:
         """Write the output of the block for a batch, if this round is written."""
-        if not self.due or not _is_plain(output):
+        if not self.due or not is_plain(output):
             return
         try:
-            torch.save(_mapped(output, torch.clone), self._state(1 - self._turn, index))
+            torch.save(mapped(output, torch.clone), self._state(1 - self._turn, index))
             sync(self._state(1 - self._turn, index))
             self._kept.add(index)
         except (OSError, RuntimeError):  # the disk is full: the run continues without writing its progress
@@ -134,7 +134,7 @@ class Progress:
 
 def filled_with_nan(output: Any) -> Any:
     """The output of a block with NaN in place of all its values."""
-    return _mapped(output, _nan_like)
+    return mapped(output, _nan_like)
 
 
 def _nan_like(tensor: torch.Tensor) -> torch.Tensor:
@@ -142,19 +142,19 @@ def _nan_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.full((), value, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
-def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """The output of a block with `change` applied to all of its tensors."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, (tuple, list)):
-        return type(value)(_mapped(part, change) for part in value)
-    return {key: _mapped(part, change) for key, part in value.items()} if isinstance(value, dict) else value
+        return type(value)(mapped(part, change) for part in value)
+    return {key: mapped(part, change) for key, part in value.items()} if isinstance(value, dict) else value
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Whether a value can be read back without running any code."""
     if type(value) in (tuple, list):
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     if type(value) is dict:
-        return all(type(key) is str and _is_plain(part) for key, part in value.items())
+        return all(type(key) is str and is_plain(part) for key, part in value.items())
     return value is None or type(value) in (torch.Tensor, bool, int, float, str)

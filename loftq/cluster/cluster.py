@@ -12,6 +12,7 @@ import torch
 
 from loftq.artifacts.staging import Staging
 from loftq.calibration.statistics import RECORD, Statistics, headers_digest
+from loftq.cluster.calibrating import Calibrating
 from loftq.cluster.connection import connected
 from loftq.cluster.jobs import (
     Array,
@@ -35,7 +36,7 @@ from loftq.formats.shard_writer import ShardWriter
 from loftq.planning.plan import Plan
 from loftq.planning.run import Run
 from loftq.solving.layers import Finished
-from loftq.solving.memory import solving_bytes
+from loftq.solving.memory import calibrating_bytes, solving_bytes
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,16 @@ class Cluster:
                     )
             if found.refusal:
                 raise OptionError(found.refusal)
+
+    def calibrate(self, plan: Plan) -> Calibrating:
+        """What runs the model of `gather` on the cluster."""
+        nodes, device = self.nodes, self.run.device
+        # with as many threads as this process would use: the last bits of products depend on it
+        threads = min(torch.get_num_threads(), max(node.cores for node in nodes)) if device.type == "cpu" else 1
+        nbytes = calibrating_bytes(plan, device)
+        need = Need(threads, 0 if device.type == "cpu" else 1, nbytes + PROCESS_BYTES)
+        check_need(nodes, need, "calibrating")
+        return Calibrating(self.ray, self.job(plan), need, threads, self.run.most)
 
     def solve(self, plan: Plan, staging: Staging, statistics: Statistics | None) -> Callable[..., None]:
         """A function that runs jobs of `solve_all` on the cluster."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tqdm import tqdm
+
 _MOST_NODES = 3  # that are shown one by one
 
 
@@ -28,4 +30,4 @@ class Rates:
 
 
 def _shown(rates: list[float]) -> str:
-    return f"{sum(rates) / len(rates) / 1e6:.1f}M w/s"
+    return f"{tqdm.format_sizeof(sum(rates) / len(rates))}w/s"

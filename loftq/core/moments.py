@@ -22,6 +22,23 @@ import torch
 PANEL = 512  # rows that are computed at a time: with fewer rows, matrix products get slower
 
 
+def panels_of(size: int) -> int:
+    """The number of panels of a moment of `size` entries."""
+    return -(-size // PANEL)
+
+
+def panel_shape(size: int, index: int) -> tuple[int, int]:
+    """The shape of a panel: its rows, and the columns from its diagonal to the right."""
+    start = index * PANEL
+    return min(PANEL, size - start), size - start
+
+
+def add_to_panel(panel: torch.Tensor, x: torch.Tensor, index: int) -> None:
+    """Add the products of vectors x (n, size), float32, to a panel of their sum."""
+    rest = x[:, index * PANEL :]
+    panel += rest[:, : panel.shape[0]].t() @ rest
+
+
 class Moment:
     """A running sum of x xᵀ over `count` vectors of `size` entries, in panels (rows, size − first row), float64."""
 
@@ -29,16 +46,15 @@ class Moment:
         self.size = size
         self.count = 0
         self.panels = [
-            torch.zeros(min(PANEL, size - start), size - start, dtype=torch.float64, device=device)
-            for start in range(0, size, PANEL)
+            torch.zeros(panel_shape(size, index), dtype=torch.float64, device=device)
+            for index in range(panels_of(size))
         ]
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add vectors (..., size) of any floating dtype."""
         x = inputs.reshape(-1, self.size).float()  # (n, in)
-        for start, panel in zip(range(0, self.size, PANEL), self.panels, strict=True):
-            rest = x[:, start:]
-            panel += rest[:, : panel.shape[0]].t() @ rest
+        for index, panel in enumerate(self.panels):
+            add_to_panel(panel, x, index)
         self.count += len(x)
 
     def merge(self, other: Moment) -> Self:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 
+from loftq.calibration.block_weights import computing_dtype
 from loftq.calibration.gather import BATCH_TOKENS
 from loftq.calibration.observer import TOP, VOCABULARY
 from loftq.calibration.windows import check_calibratable
@@ -57,6 +58,11 @@ def solving_bytes(plan: Plan, layer: Layer) -> int:
     if plan.recipe.calibration is None:
         return layer.weights * _SOLVER_BYTES
     return layer.weights * _CALIBRATED_BYTES + layer.shape[1] ** 2 * _MOMENT_BYTES
+
+
+def calibrating_bytes(plan: Plan, device: torch.device) -> int:
+    """Bytes that calibrating needs on a device."""
+    return _calibrating(plan, computing_dtype(plan, device))
 
 
 def _calibrating(plan: Plan, dtype: torch.dtype) -> int:
