@@ -14,6 +14,7 @@ from loftq.artifacts.staging import Staging
 from loftq.calibration.statistics import RECORD, Statistics, headers_digest
 from loftq.cluster.calibrating import Calibrating
 from loftq.cluster.connection import connected
+from loftq.cluster.estimate import Sample, estimate, rates_task
 from loftq.cluster.jobs import (
     Array,
     Job,
@@ -21,6 +22,7 @@ from loftq.cluster.jobs import (
     SharedFolder,
     Solved,
     measure_task,
+    refine_task,
     report_node,
     sizes_of,
     solve_task,
@@ -28,13 +30,15 @@ from loftq.cluster.jobs import (
 )
 from loftq.cluster.nodes import PROCESS_BYTES, Need, Node, check_need, nodes_of
 from loftq.cluster.rates import Rates
-from loftq.cluster.tasks import Slots, explain, run_tasks
+from loftq.cluster.tasks import Failure, Slots, explain, run_tasks
 from loftq.display import one_line
 from loftq.errors import LoftQError, OptionError
 from loftq.formats.scan import hash_of
 from loftq.formats.shard_writer import ShardWriter
+from loftq.models.devices import find_gpu
 from loftq.planning.plan import Plan
 from loftq.planning.run import Run
+from loftq.solving.distill import Elsewhere as Distiller
 from loftq.solving.layers import Finished
 from loftq.solving.memory import calibrating_bytes, solving_bytes
 
@@ -89,18 +93,7 @@ class Cluster:
         """Raise LoftQError unless all nodes can do the work: they need its versions, its source, memory and GPUs."""
         nodes, expected = self.nodes, versions_here()
         check_need(nodes, self.largest_need(plan), "the largest layer")
-        job = self.ray.put(self.job(plan))
-        report = self.ray.remote(num_cpus=0, max_retries=3)(report_node)
-        pinned = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
-        answers = [
-            (node, report.options(scheduling_strategy=pinned(node.id, soft=False)).remote(job)) for node in nodes
-        ]
-        for node, answer in answers:
-            try:
-                found = self.ray.get(answer)
-            except self.ray.exceptions.RayError as error:
-                explain(self.ray, f"node {node.address}", error)
-                continue  # it died: its tasks would run elsewhere
+        for node, found in self._ask(report_node, nodes, Need(0, 0, 0), self.job(plan)):
             for name, version in expected.items():
                 if found.versions.get(name) != version:
                     raise OptionError(
@@ -109,6 +102,33 @@ class Cluster:
                     )
             if found.refusal:
                 raise OptionError(found.refusal)
+
+    def estimate(self, plan: Plan) -> dict[str, Any]:
+        """The nodes, and the seconds that each part of a run is expected to take. A worker of each node is measured."""
+        nodes, need = self.nodes, self.largest_need(plan)
+        check_need(nodes, need, "the largest layer")
+        rates = {}
+        for node, found in self._ask(rates_task, nodes, Need(1, need.gpus, 0), Sample.of(plan, self.run.device)):
+            if isinstance(found, Failure):
+                raise found.error()
+            rates[node.id] = found
+        return estimate(plan, [node for node in nodes if node.id in rates], need, self.run.most, rates)
+
+    def _ask(
+        self, task: Callable[[Any], Any], nodes: Sequence[Node], need: Need, argument: Any
+    ) -> Iterator[tuple[Node, Any]]:
+        """Run a task on each node, and return what those answer that are still alive."""
+        shared = self.ray.put(argument)
+        pinned = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+        remote = self.ray.remote(max_retries=3, **need.options())(task)
+        answers = [
+            (node, remote.options(scheduling_strategy=pinned(node.id, soft=False)).remote(shared)) for node in nodes
+        ]
+        for node, answer in answers:
+            try:
+                yield node, self.ray.get(answer)
+            except self.ray.exceptions.RayError as error:
+                explain(self.ray, f"node {node.address}", error)  # if it died, its tasks run elsewhere
 
     def calibrate(self, plan: Plan) -> Calibrating:
         """What runs the model of `gather` on the cluster."""
@@ -151,6 +171,30 @@ class Cluster:
             needs = {layer.module: self.need(solving_bytes(plan, layer)) for layer in plan.layers}
             job = replace(self.job(plan, statistics), widths=None)
             self._run(measure_task, job, modules, measured, needs, {name: name for name in modules}, statistics)
+
+        return elsewhere
+
+    def refine(self, plan: Plan, staging: Staging, statistics: Statistics) -> Distiller | None:
+        """A function that refines on a GPU of the cluster; None if this machine has the device itself.
+
+        One device refines: the steps are few and small, and gradients that are summed over several devices would make
+        the bytes depend on their number.
+        """
+        if self.run.device.type == "cpu" or find_gpu() is not None:
+            return None
+
+        def elsewhere(folder: Path, start: Path) -> dict[str, Any]:
+            record: dict[str, Any] = {}
+            with _shared(staging) as output:
+                job = self.ray.put(self.job(plan, statistics, output))
+                remote = self.ray.remote(max_retries=0, **self.need(plan.backbone_bytes).options())(refine_task)
+
+                def submit(_: str) -> Any:
+                    return remote.remote(job, folder.resolve(), start.resolve())
+
+                slots = Slots(self.ray, self.need(plan.backbone_bytes), 1)
+                run_tasks(self.ray, submit, ["the adapter"], lambda _, found: record.update(found), slots)
+            return record
 
         return elsewhere
 

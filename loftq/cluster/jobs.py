@@ -20,7 +20,7 @@ import torch
 from loftq.calibration.statistics import RECORD, Statistics, headers_digest, open_statistics
 from loftq.cluster.tasks import Failure, failure_of
 from loftq.display import one_line
-from loftq.errors import LoftQError, SourceError
+from loftq.errors import LoftQError, OutputError, SourceError
 from loftq.formats.disk import explain_os_errors
 from loftq.formats.scan import hash_of
 from loftq.formats.shard_writer import ShardWriter
@@ -30,6 +30,7 @@ from loftq.planning.plan import Layer, Plan
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import Recipe
 from loftq.solving.allocate import errors_of_widths
+from loftq.solving.distill import refine_folder
 from loftq.solving.layers import make_tensors, one_thread_each
 
 _FULL = "a worker of the cluster has too little memory: use fewer --workers, or nodes with more memory"
@@ -227,6 +228,21 @@ def measure_task(job: Job, module: str, moment: Array | None, given: bool) -> li
             if isinstance(statistics, NeedsMoment):
                 return statistics
             return errors_of_widths(opened.plan, layer, statistics, opened.device)
+    except LoftQError as error:
+        return failure_of(error)
+
+
+def refine_task(job: Job, folder: Path, start: Path) -> dict[str, Any] | Failure:
+    """Refine the adapter in the partial folder, which this process must see, like the statistics."""
+    try:
+        with explain_full_memory(_FULL):
+            opened = open_job(job)
+            if opened.writer is None or opened.statistics is None:
+                raise OutputError(
+                    f"node {address_here()} refines the adapter, and does not see the output folder and the statistics: "
+                    "name folders that all nodes see with --output and --statistics, or use --refine 0"
+                )
+            return refine_folder(opened.plan, folder, start, opened.statistics, opened.device, quiet=True)
     except LoftQError as error:
         return failure_of(error)
 

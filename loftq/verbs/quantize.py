@@ -63,7 +63,10 @@ def quantize(model: str | None = None, **settings: Unpack[QuantizeKeywords]) -> 
     source, folder = _find(model, recipe, run_options)
     plan = make_plan(source, recipe, trust_remote_code=run.trust_remote_code)
     if run_options.dry_run:
-        return planned_report(plan, folder, needed(plan, run.workers, run.device))
+        with _cluster_of(run, run_options, source, model) as cluster:
+            if cluster is None:
+                return planned_report(plan, folder, needed(plan, run.workers, run.device))
+            return planned_report(plan, folder, needed(plan, 1, cluster.run.device), cluster.estimate(plan))
     if run.resume and not is_begun(folder) and (folder / artifact.MANIFEST).is_file():
         result = _Result(plan, *finished_layers(folder, plan, run.trust_remote_code))
     else:
@@ -146,7 +149,8 @@ def _make(plan: Plan, folder: Path, run: Run, cluster: Cluster | None) -> _Resul
             solve_all(plan, staging, statistics, run, elsewhere)
             write_configs(plan, staging, folder, run.trust_remote_code)
             if statistics is not None and recipe.refine:
-                distill(plan, staging, statistics, run)
+                refining = None if cluster is None else cluster.refine(plan, staging, statistics)
+                distill(plan, staging, statistics, run, refining)
             check_source(plan, fingerprint, run.trust_remote_code)
             calibration = statistics.settings if statistics else None
             write_manifest(plan, staging, _rows(plan, staging), distilled(staging), calibration)
