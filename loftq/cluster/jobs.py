@@ -239,7 +239,7 @@ def refine_task(job: Job, folder: Path, start: Path) -> dict[str, Any] | Failure
             opened = open_job(job)
             if opened.writer is None or opened.statistics is None:
                 raise OutputError(
-                    f"node {address_here()} refines the adapter, and does not see the output folder and the statistics: "
+                    f"node {address_here()} refines the adapter, and does not see the output folder and statistics: "
                     "name folders that all nodes see with --output and --statistics, or use --refine 0"
                 )
             return refine_folder(opened.plan, folder, start, opened.statistics, opened.device, quiet=True)
