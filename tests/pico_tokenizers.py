@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 TEXT = "The quick brown fox jumps over 13 lazy dogs, isn't it?\n\n  Ünïcode — 1234567 ways; and 'quoted' words…"
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -69,3 +69,51 @@ def _dressed(tokenizer: Tokenizer, special: list[str], *, bos: bool) -> PreTrain
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1])
     fast.chat_template = TEMPLATE
     return fast
+
+
+def metaspace(scheme: str) -> PreTrainedTokenizerFast:
+    """As `sentence_piece`, where a space is put in front `first`, `always` or `never`, or as older files do it."""
+    tokenizer = sentence_piece()
+    inner = tokenizer.backend_tokenizer
+    if scheme in ("legacy", "gemma"):
+        inner.pre_tokenizer = None
+        spaces = normalizers.Replace(" ", "▁")
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if scheme == "legacy" else spaces
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    return tokenizer
+
+
+def word_piece() -> PreTrainedTokenizerFast:
+    """Words in small letters, as BERT has them; white space is dropped."""
+    words = ["[UNK]", "<s>", "</s>", "the", "fox", "over", "it", "##s", "13", ",", "'", "assistant", "user", "<", ">"]
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", bos_token="<s>", eos_token="</s>")
+
+
+class Slow(PreTrainedTokenizer):
+    """A tokenizer in Python, which knows no places of its tokens: pairs of characters, from the beginning of a text."""
+
+    def __init__(self, **options: object) -> None:
+        self._ids: dict[str, int] = {"</s>": 0}
+        super().__init__(eos_token="</s>", **options)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of pairs that were seen."""
+        return len(self._ids)
+
+    def get_vocab(self) -> dict[str, int]:
+        """The pairs that were seen."""
+        return dict(self._ids)
+
+    def _tokenize(self, text: str, **_: object) -> list[str]:
+        return [text[i : i + 2] for i in range(0, len(text), 2)]
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self._ids.setdefault(token, len(self._ids))
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return list(self._ids)[index]

@@ -158,6 +158,8 @@ def _config_text(plan: Plan) -> str:
     if recipe.num_labels is not None:
         labels: Any = plan.model.config
         config |= {"id2label": labels.id2label, "label2id": labels.label2id}
+        if "problem_type" in config:  # a head of another size has none
+            config["problem_type"] = labels.problem_type
     config["quantization_config"] = plan.layout.quantization_config(
         recipe.grids[0], recipe.dtype, plan.skip_modules, plan.codebooks, plan.quantized_names
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,14 +14,14 @@ import torch
 
 from loftq.errors import OptionError, SourceError
 from loftq.hub.text import DEFAULT, read_text
+from loftq.models.long_texts import tokenized_pieces
 from loftq.models.positions import longest_input
-from loftq.models.tokenizers import read_tokenizer, special_tokens
+from loftq.models.tokenizers import check_ids, embedding_rows, read_tokenizer, special_tokens
 from loftq.planning.plan import Plan
 from loftq.planning.settings import CALIBRATION_TOKENS, SEQUENCE_LENGTH
 
 MIN_TOKENS = 4096  # with fewer tokens, the second moments of thousands of inputs are mostly noise
 _SURPLUS = 16  # this many times the number of tokens is read, and the windows are chosen from it
-_PIECE = 100_000  # number of characters that are tokenized at a time
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def prepare(
             f"smaller --sequence-length, a longer text, or the text that loftq ships: --calibration {DEFAULT}"
         )
     windows = torch.tensor([[*before, *ids[i * inner : (i + 1) * inner], *after] for i in chosen], dtype=torch.int64)
-    _check_ids(plan, windows)
+    check_ids((int(windows.max()),), embedding_rows(plan.model), tokenizer)
     notes = []
     if windows.numel() < tokens:
         notes.append(f"calibrated on {windows.numel()} tokens instead of {tokens}: {reason}")
@@ -136,31 +136,11 @@ def _tokenize(tokenizer: Any, documents: Iterable[str], enough: int, text_hash: 
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     for document in documents:
-        for piece in _pieces(document):
+        for piece, piece_ids in tokenized_pieces(tokenizer, document):
             text_hash.update(piece.encode())
-            ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            ids += piece_ids
             if len(ids) >= enough:
                 return ids[:enough]
         text_hash.update(b"\f")
         ids += end
     return ids
-
-
-def _pieces(document: str) -> Iterator[str]:
-    """A document in pieces: a long one is cut at the ends of lines."""
-    start = 0
-    while len(document) - start > _PIECE:
-        end = document.rfind("\n", start, start + _PIECE) + 1 or start + _PIECE
-        yield document[start:end]
-        start = end
-    yield document[start:]
-
-
-def _check_ids(plan: Plan, windows: torch.Tensor) -> None:
-    embeddings: Any = plan.model.get_input_embeddings()  # type: ignore[operator]
-    rows, largest = int(embeddings.weight.shape[0]), int(windows.max())
-    if largest >= rows:
-        raise SourceError(
-            f"the tokenizer in {plan.source.folder} produces the token {largest}, but the last row of the model's "
-            f"embeddings is {rows - 1}: it belongs to another model: copy the tokenizer of this model there"
-        )

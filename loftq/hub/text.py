@@ -13,6 +13,7 @@ from textwrap import shorten
 from typing import Any
 
 from loftq.errors import OptionError
+from loftq.hub.encodings import check_utf8
 from loftq.hub.errors import explain_data
 
 DEFAULT = "default"
@@ -42,10 +43,12 @@ def read_text(source: str) -> Iterator[str]:
     if path is None:
         return _column(_hub_rows(source), source)
     try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"--calibration {source}: cannot be read as UTF-8 text ({error})") from error
-    return iter([content]) if path.suffix.lower() == ".txt" else _column(_parse(content, source), source)
+        check_utf8(path, f"--calibration {source}: cannot be read as UTF-8 text:")
+        if path.suffix.lower() == ".txt":
+            return iter([path.read_text(encoding="utf-8-sig")])
+    except OSError as error:
+        raise OptionError(f"--calibration {source}: cannot be read: {error.strerror}") from error
+    return _column(_parse(path, source), source)
 
 
 def find_text(source: str) -> Path | None:
@@ -76,16 +79,20 @@ def find_text(source: str) -> Path | None:
     return path if exists else None
 
 
-def _parse(content: str, source: str) -> Iterator[Mapping[str, Any]]:
+def _parse(path: Path, source: str) -> Iterator[Mapping[str, Any]]:
     """Read the rows of JSON lines, or of a single JSON array."""
-    if content.lstrip().startswith("["):
-        try:
-            yield from json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise OptionError(f"--calibration {source}: not JSON ({error})") from error
-        return
-    for number, line in enumerate(content.split("\n"), 1):
-        if line.strip():
+    with path.open(encoding="utf-8-sig") as file:
+        begun = False
+        for number, line in enumerate(file, 1):
+            if line.isspace():  # `strip` would copy a long line
+                continue
+            if not begun and re.match(r"\s*\[", line):
+                try:
+                    yield from json.loads(line + file.read())
+                except (ValueError, RecursionError) as error:
+                    raise OptionError(f"--calibration {source}: not JSON ({error})") from error
+                return
+            begun = True
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:

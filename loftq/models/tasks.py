@@ -115,6 +115,8 @@ def build_meta(
                 f"--num-labels {num_labels}: a {chosen.name} model has no labels: remove the option, or choose a "
                 "classification task with --task"
             )
+        if num_labels != config.num_labels:
+            config.problem_type = None  # it was that of the old head
         config.num_labels = num_labels
     options = {} if dtype is None else {"dtype": dtype}
     try:

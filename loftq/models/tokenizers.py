@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ from loftq.formats.model_config import check_beside
 _FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has any file of a tokenizer."""
+    return any(path.is_file() for pattern in _FILES for path in folder.glob(pattern))
+
+
 def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a model's folder, as transformers loads it. Raises SourceError where there is none.
 
@@ -20,7 +26,7 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     missing = f"{folder} has no tokenizer that can be loaded: copy the tokenizer's files of the original model there"
-    if not any(path.is_file() for pattern in _FILES for path in folder.glob(pattern)):
+    if not has_tokenizer(folder):
         raise SourceError(missing)
     check_beside(folder)
     try:
@@ -36,3 +42,20 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
         if dressed[i : i + len(plain)] == plain:
             return dressed[:i], dressed[i + len(plain) :]
     return [], []
+
+
+def embedding_rows(model: Any) -> int:
+    """The number of tokens that a model has embeddings for."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def check_ids(ids: Iterable[int], rows: int, tokenizer: Any) -> None:
+    """Raise SourceError for a token of the tokenizer that a model with embeddings of so many rows does not have."""
+    largest = max(ids, default=0)
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise SourceError(
+            f"the tokenizer in {tokenizer.name_or_path} produces the token {largest}, but the last row of the model's "
+            f"embeddings is {rows - 1}: it belongs to another model, or {token!r:.40} was added to it and not to "
+            "the model: copy the tokenizer of this model there"
+        )

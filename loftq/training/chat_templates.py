@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import select
 import signal
@@ -22,55 +23,110 @@ from typing import Any
 
 from loftq.display import one_line
 from loftq.errors import OptionError
+from loftq.training.message_keys import says_something
 
 SECONDS = 10.0  # in which a template must have written a conversation, which takes milliseconds
 _MEMORY = 2**30  # bytes that it may take
 _LENGTH, _TIMES = 1_000_000, 100  # it may write this many characters, and as many times those of the messages
-_ADVICE = "add --no-chat-template, or correct the template"
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _tried: set[str] = set()  # the templates that have written a conversation within the limits
 
 
-def write_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, answer: bool = False) -> str:
+Messages = Sequence[Mapping[str, Any]]
+
+
+def write_messages(
+    tokenizer: Any, messages: Messages, *, answer: bool = False, variables: Mapping[str, Any] | None = None
+) -> str:
     """Write messages with a tokenizer's chat template; with `answer`, the beginning of an answer follows them.
 
-    Raises OptionError if the template refuses the messages, does not end, or writes too much.
+    `variables` are given to the template beside the messages, such as `tools`. Raises OptionError if the template
+    refuses the messages, does not end, or writes too much.
     """
-    most = _LENGTH + _TIMES * sum(len(str(message)) for message in messages)
+    variables = variables or {}
 
     def render() -> str:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer))
+        return str(
+            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer, **variables)
+        )
 
+    return _limited(tokenizer, render, messages, variables)
+
+
+def marked_answers(tokenizer: Any, messages: Messages, variables: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """The first and last places of what a template marks with `{% generation %}` in the messages that it writes."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = tokenizer.get_chat_template(None, variables.get("tools"))
+    if not _MARKS.search(template):
+        return []
+    places: list[tuple[int, int]] = []
+
+    def render() -> str:
+        written: Any = render_jinja_template(  # a list of texts, and a list of their places
+            conversations=[[dict(message) for message in messages]],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **{**tokenizer.special_tokens_map, **variables},
+        )
+        places[:] = [(int(start), int(end)) for start, end in written[1][0]]
+        return str(written[0][0])
+
+    _limited(tokenizer, render, messages, variables)
+    return places
+
+
+def is_single_turn(messages: Messages) -> bool:
+    """Whether messages are a prompt, perhaps after a system message, and perhaps its answer, all of them plain text."""
+    roles = [message.get("role") for message in messages]
+    keys = {key for message in messages for key, value in message.items() if says_something(key, value)}
+    plain = all(isinstance(message.get("content"), str) for message in messages)
+    return (
+        plain and keys <= {"role", "content"} and roles[roles[:1] == ["system"] :] in (["user"], ["user", "assistant"])
+    )
+
+
+def without_template(messages: Messages, variables: Mapping[str, Any]) -> str:
+    """The advice to leave the chat template out, where that is possible: only for a single prompt with its answer."""
+    return "add --no-chat-template, or " if is_single_turn(messages) and not variables else ""
+
+
+def _limited(tokenizer: Any, render: Callable[[], str], messages: Messages, variables: Mapping[str, Any]) -> str:
+    most = _LENGTH + _TIMES * sum(len(str(value)) for value in (*messages, *variables.values()))
+    advice = without_template(messages, variables)
     template = str(tokenizer.chat_template)
     if template not in _tried:
-        _try(render, most)
+        _try(render, most, advice)
         _tried.add(template)
     try:
         with _watch.limit(SECONDS):
             text = render()
     except _TooLongError as error:
-        raise _endless() from error
+        raise _endless(advice) from error
     except Exception as error:  # a template is a program and may raise any error
         raise OptionError(
-            f"the chat template refuses a conversation in the data: {one_line(error, 300)}: add --no-chat-template, or "
-            "correct the conversation"
+            f"the chat template refuses a conversation in the data: {one_line(error, 300)}: {advice}correct the "
+            "conversation"
         ) from error
     if len(text) > most:
-        raise _too_large()
+        raise _too_large(advice)
     return text
 
 
-def _endless() -> OptionError:
-    return OptionError(f"the chat template does not end within {SECONDS:g} seconds: {_ADVICE}")
+def _endless(advice: str) -> OptionError:
+    return OptionError(f"the chat template does not end within {SECONDS:g} seconds: {advice}correct the template")
 
 
-def _too_large() -> OptionError:
-    return OptionError(f"the chat template writes a text that is far longer than the conversation: {_ADVICE}")
+def _too_large(advice: str) -> OptionError:
+    return OptionError(
+        f"the chat template writes a text that is far longer than the conversation: {advice}correct the template"
+    )
 
 
 _FINE, _LARGE = 0, 3  # exit codes of the fork
 
 
-def _try(render: Callable[[], str], most: int) -> None:
+def _try(render: Callable[[], str], most: int, advice: str) -> None:
     """Render in a fork with limits. Raises OptionError where they are exceeded. Other errors come again without it."""
     if not hasattr(os, "fork"):
         return
@@ -95,9 +151,9 @@ def _try(render: Callable[[], str], most: int) -> None:
         status = os.waitpid(pid, 0)[1]
     code = os.waitstatus_to_exitcode(status)
     if not ended or code == -signal.SIGXCPU:
-        raise _endless()
+        raise _endless(advice)
     if code == _LARGE or (code < 0 and code != -signal.SIGKILL):
-        raise _too_large()
+        raise _too_large(advice)
 
 
 def _render_and_exit(render: Callable[[], str], most: int) -> None:

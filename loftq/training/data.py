@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,20 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq.display import one_line
-from loftq.errors import OptionError, OutputError
+from loftq.errors import LoftQError, OptionError
 from loftq.formats.disk import explain_os_errors
+from loftq.hub.encodings import check_utf8
 from loftq.hub.errors import explain_data
 from loftq.training.json_rows import check_json, find_bad_row
+from loftq.training.tables import read_tables
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_TABLE = "read_tables"  # ours; the other readers are those of `datasets`
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".txt": ("from_text", {"sample_by": "document"}),
+    ".txt": ("from_text", {"sample_by": "document", "encoding": "utf-8-sig"}),
     ".jsonl": ("from_json", {}),
     ".json": ("from_json", {}),
-    ".csv": ("from_csv", {}),
-    ".tsv": ("from_csv", {"delimiter": "\t"}),
+    ".csv": (_TABLE, {"delimiter": ","}),
+    ".tsv": (_TABLE, {"delimiter": "\t"}),
     ".parquet": ("from_parquet", {}),
 }
 _NO_ROWS = re.compile("corresponds to no data|No columns to parse")
@@ -66,23 +68,11 @@ def _check_files(paths: Sequence[Path], option: str) -> None:
     for path in paths:
         try:
             if path.suffix.lower() != ".parquet":
-                _check_encoding(path, option)
+                check_utf8(path, f"{option} {path}:")
             if path.suffix.lower() in _JSON:
                 check_json(path, f"{option} {path}: cannot be read")
         except OSError as error:
             raise OptionError(f"{option} {path}: cannot be read: {error.strerror}") from error
-
-
-def _check_encoding(path: Path, option: str) -> None:
-    """Raise OptionError for a file that is not UTF-8; the readers would accept it, and its rows would fail later."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise OptionError(
-                    f"{option} {path}: line {number} is not UTF-8 ({error.reason}): save it as UTF-8"
-                ) from error
 
 
 def _library(names: Sequence[str], option: str) -> Any:
@@ -99,16 +89,17 @@ def _file_rows(datasets: Any, paths: Sequence[Path], option: str) -> Dataset:
     reader, settings = _READERS[paths[0].suffix.lower()]
     files = [str(path) for path in paths]
     try:
-        if reader == "from_csv":
-            settings = {**settings, **_as_text(datasets, files[0], settings.get("delimiter", ","))}
         with _silent(datasets), explain_cache_errors():
-            return getattr(datasets.Dataset, reader)(
-                files, **settings
-            )  # `load_dataset` would report its use over the network
-    except OutputError:
+            if reader == _TABLE:
+                return read_tables(paths, settings["delimiter"], option)
+            # `load_dataset` would report its use over the network
+            return getattr(datasets.Dataset, reader)(files, **settings)
+    except LoftQError:
         raise
     except Exception as error:  # each reader has its own errors
         cause = error.__cause__ or error
+        if isinstance(cause, LoftQError):
+            raise cause from error
         if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
             with explain_cache_errors():
                 raise cause from error
@@ -138,14 +129,6 @@ def explain_cache_errors() -> Iterator[None]:
 
     with explain_os_errors(Path(config.HF_DATASETS_CACHE), "HF_DATASETS_CACHE"):
         yield
-
-
-def _as_text(datasets: Any, file: str, delimiter: str) -> dict[str, Any]:
-    """Reader settings that keep every cell of a table as text, so that 007, NA and 1.50 stay as they are written."""
-    import pandas as pd  # type: ignore[import-untyped]  # datasets requires it
-
-    names = pd.read_csv(file, sep=delimiter, nrows=0).columns
-    return {"features": datasets.Features(dict.fromkeys(names, datasets.Value("string"))), "keep_default_na": False}
 
 
 def _hub_rows(datasets: Any, name: str, option: str) -> Dataset:
@@ -196,15 +179,6 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
     if not isinstance(value, str):
         raise OptionError(f"column {column!r} of the data holds {value!r:.80}, but a text was expected")
     return value
-
-
-def number_of(value: Any) -> Any:
-    """Convert a text that is a finite number, such as the cell of a table; return any other value unchanged."""
-    try:
-        number = float(value) if isinstance(value, str) else math.nan
-    except ValueError:
-        return value
-    return number if math.isfinite(number) else value
 
 
 def hold_out(examples: Dataset, seed: int, *, shuffle: bool) -> tuple[Dataset, Dataset | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,19 @@ import torch
 from torch import nn
 
 from loftq.errors import OptionError
-from loftq.models.tokenizers import read_tokenizer, special_tokens
-from loftq.training.chat_templates import write_messages
+from loftq.models.tokenizers import check_ids, embedding_rows, has_tokenizer, read_tokenizer, special_tokens
+from loftq.training.chat_templates import is_single_turn, write_messages
+from loftq.training.conversations import Conversation
+from loftq.training.labels import Labels
+from loftq.training.spans import tokenize
+from loftq.training.turns import Piece, check_roles, turns
+from loftq.training.written import check_written
 
 IGNORED = -100  # torch's label for a token that adds no loss
+_NEEDED = "a conversation of several turns, or with more than texts"
 _RESERVED = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<unk>")
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-
-Piece = tuple[str, bool]  # a text, and whether the model learns to write it
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Encoder:
     max_source_length: int | None = None
     max_target_length: int | None = None
     chat_template: bool | None = None
-    labels: int = 2  # number of classes of a classifier
+    labels: Labels = field(default_factory=Labels)  # of a classifier
+    embeddings: int | None = None  # number of tokens that the model has embeddings for
 
     @property
     def seq2seq(self) -> bool:
@@ -49,12 +54,37 @@ class Encoder:
     @property
     def _end(self) -> list[int]:
         token = self.tokenizer.eos_token_id
-        return [] if token is None else [int(token)]
+        ids = [] if token is None else [int(token)]
+        self.check(ids)
+        return ids
 
     def ids(self, text: str) -> list[int]:
         """The token ids of a text, without any special tokens that are not written in the text itself."""
+        return self.learned_ids([(text, False)])[0]
+
+    def learned_ids(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+        """The token ids of the text of all pieces, which is tokenized once, and whether each of them is learned."""
+        text, spans, start = "".join(piece for piece, _ in pieces), [], 0
         check_text(text)
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        for piece, learned in pieces:
+            spans += [(start, start + len(piece))] if learned else []
+            start += len(piece)
+        ids, learned_tokens = tokenize(self.tokenizer, text, spans)
+        self.check(ids)
+        return ids, learned_tokens
+
+    def tokens(self, *texts: str | None, **options: Any) -> Any:
+        """What the tokenizer makes of a text, or of a pair, with its special tokens."""
+        for text in texts:
+            check_text(text or "")
+        encoding = self.tokenizer(*texts, **options)
+        self.check(encoding.input_ids)
+        return encoding
+
+    def check(self, ids: Sequence[int]) -> None:
+        """Raise SourceError for a token that the model has no embedding for."""
+        if self.embeddings is not None:
+            check_ids(ids, self.embeddings, self.tokenizer)
 
     def document(self, text: str) -> list[int]:
         """The token ids of a whole text, with the special tokens for its beginning and its end."""
@@ -66,13 +96,13 @@ class Encoder:
         A prompt that is too long loses its beginning, as in generation; a response that is too long loses its end.
         """
         if self.seq2seq:
-            check_text(prompt)
             check_text(response)
-            source = self.tokenizer(prompt, truncation=True, max_length=self._source_limit).input_ids
-            target = self.tokenizer(text_target=response, truncation=True, max_length=self._target_limit).input_ids
-            return {"input_ids": list(source), "labels": list(target)}
-        answer = [*self.ids(response), *self._end][: self._target_limit]
-        source = self.prompt(prompt, len(answer))
+            target = self.tokens(text_target=response, truncation=True, max_length=self._target_limit).input_ids
+            return {"input_ids": self.prompt(prompt, 0), "labels": list(target)}
+        ids, learned = self.learned_ids([(prompt, False), (response, True)])
+        border = learned.index(True) if True in learned else len(ids)
+        answer = [*ids[border:], *self._end][: self._target_limit]
+        source = self._cut(ids[:border], len(answer))
         target = answer[: self.cutoff_len - len(source)]
         return {"input_ids": source + target, "labels": [IGNORED] * len(source) + target}
 
@@ -82,9 +112,11 @@ class Encoder:
         A prompt that is too long loses its beginning.
         """
         if self.seq2seq:
-            check_text(text)
-            return list(self.tokenizer(text, truncation=True, max_length=self._source_limit).input_ids)
-        ids, limit = self.ids(text), self._prompt_limit(room) - len(self._begin)
+            return list(self.tokens(text, truncation=True, max_length=self._source_limit).input_ids)
+        return self._cut(self.ids(text), room)
+
+    def _cut(self, ids: list[int], room: int) -> list[int]:
+        limit = self._prompt_limit(room) - len(self._begin)
         return [*self._begin, *ids[max(len(ids) - limit, 0) :]]
 
     def templated(self, messages: Sequence[dict[str, str]], room: int) -> list[int]:
@@ -104,14 +136,43 @@ class Encoder:
         return ids
 
     def conversation(self, pieces: Sequence[Piece]) -> dict[str, list[int]]:
-        """Encode the pieces that a chat template wrote, with its special tokens; only some of them are learned."""
-        ids: list[int] = []
-        labels: list[int] = []
-        for text, learned in pieces:
-            piece = self.ids(text)
-            ids += piece
-            labels += piece if learned else [IGNORED] * len(piece)
+        """Encode the text that a chat template wrote, with its special tokens; only some of its pieces are learned."""
+        ids, learned = self.learned_ids(pieces)
+        labels = [token if learns else IGNORED for token, learns in zip(ids, learned, strict=True)]
         return {"input_ids": ids[: self.cutoff_len], "labels": labels[: self.cutoff_len]}
+
+    def talk(self, conversation: Conversation) -> dict[str, list[int]]:
+        """Encode a conversation with the chat template, which must write all of it; its answers are learned."""
+        check_roles(conversation.messages)
+        check_written(self.tokenizer, conversation)
+        return self.conversation(
+            turns(self.tokenizer, conversation.messages, conversation.variables, conversation.learned)
+        )
+
+    def single_turn(self, conversation: Conversation) -> dict[str, list[int]]:
+        """Encode a prompt and its answer without a chat template; a system message is a line before the prompt.
+
+        The answer begins on a new line unless there is white space already. Raises OptionError for a conversation that
+        needs a template.
+        """
+        messages = conversation.messages
+        check_roles(messages)
+        if not is_single_turn(messages) or conversation.variables:
+            raise OptionError(f"only a chat template can write {_NEEDED}, and {self._why_no_template()}")
+        *asked, response = (message["content"] for message in messages)
+        prompt = "\n".join(asked)
+        joint = "" if prompt[-1:].isspace() or response[:1].isspace() else "\n"
+        example = self.pair(prompt + joint, response)
+        if not conversation.learned[-1]:
+            example["labels"] = [IGNORED] * len(example["labels"])
+        return example
+
+    def _why_no_template(self) -> str:
+        if self.seq2seq:
+            return "encoder-decoders have none: name data of prompts and answers"
+        if getattr(self.tokenizer, "chat_template", None) is not None:
+            return "--no-chat-template is set: leave the option out"
+        return "the model's tokenizer has none: use a chat model, or copy the template of one into the model's folder"
 
     def _prompt_limit(self, room: int) -> int:
         return min(self._source_limit, self.cutoff_len - min(room, self.cutoff_len // 2))
@@ -131,39 +192,6 @@ def check_text(text: str) -> None:
         raise OptionError(f"{text!r:.80} holds half of a surrogate pair, which is not valid text: correct it")
 
 
-def turns(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[Piece]:
-    """Split a conversation, as the chat template writes it, into pieces; the assistant's messages are learned.
-
-    Some templates write earlier turns differently from the last one; then only the last answer is learned. Raises
-    OptionError for a conversation that does not end with an answer, and for a template that writes the beginning of an
-    answer differently from the beginning that it writes after a prompt.
-    """
-    answers = [at for at, message in enumerate(messages) if message.get("role") == "assistant"]
-    if not answers or answers[-1] != len(messages) - 1:
-        raise OptionError(
-            "a conversation in the data does not end with a message of the assistant, so there is nothing to learn: "
-            "remove it, or add an answer"
-        )
-    whole = write_messages(tokenizer, messages)
-    for chosen in (answers, answers[-1:]):
-        spans = [
-            (write_messages(tokenizer, messages[:at], answer=True), write_messages(tokenizer, messages[: at + 1]))
-            for at in chosen
-        ]
-        if all(whole.startswith(after) and after.startswith(before) for before, after in spans):
-            break
-    else:
-        raise OptionError(
-            "the chat template begins an answer differently in a prompt and in a conversation: add --no-chat-template"
-        )
-    pieces: list[Piece] = []
-    at = 0
-    for before, after in spans:
-        pieces += [(whole[at : len(before)], False), (whole[len(before) : len(after)], True)]
-        at = len(after)
-    return pieces
-
-
 def uses_template(encoder: Encoder, default: bool) -> bool:
     """Whether prompts are written with the chat template. Raises OptionError if it is requested but does not exist.
 
@@ -176,21 +204,24 @@ def uses_template(encoder: Encoder, default: bool) -> bool:
     used = has and (default if encoder.chat_template is None else encoder.chat_template)
     if used and not str(template).strip():
         raise OptionError(
-            "the model's chat template is empty: add --no-chat-template, or copy the template of the original model"
+            "the model's chat template is empty: add --no-chat-template for single prompts, or copy the template of "
+            "the original model"
         )
     return used
 
 
-def load_tokenizer(folder: Path, model: nn.Module) -> Any:
+def load_tokenizer(folder: Path, model: nn.Module, adapter: str | None = None) -> Any:
     """Load the tokenizer of a model, with a padding token that the model's embeddings include.
+
+    The folder of an adapter may have its own, with the chat template and the tokens that the adapter was trained on.
 
     Padding is masked in attention and in labels, so any token can serve: a reserved one if there is one, otherwise the
     end of text. Embeddings are never resized. Raises SourceError.
     """
-    tokenizer = read_tokenizer(folder)
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    trained = adapter is not None and has_tokenizer(Path(adapter))
+    tokenizer = read_tokenizer(Path(str(adapter)) if trained else folder)
     config: Any = model.config
-    rows = int(embeddings.weight.shape[0])
+    rows = embedding_rows(model)
     # The classifier of an encoder-decoder looks for the end of text, so padding must be another token.
     pads_with_end = config.is_encoder_decoder and tokenizer.pad_token_id == tokenizer.eos_token_id
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows or pads_with_end:
@@ -212,14 +243,16 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return token ids and types, attention mask and labels: int64 (batch, longest). Class labels are (batch,)."""
+        """Return token ids and types, attention mask and labels: int64 (batch, longest). Labels of a classifier
+        are (batch,), or (batch, labels) if they are lists of floats.
+        """
         ids = _padded([example["input_ids"] for example in examples], self.pad_token_id)
         mask = _padded([[1] * len(example["input_ids"]) for example in examples], 0)
         labels = [example["labels"] for example in examples]
         batch = {"input_ids": ids, "attention_mask": mask}
         if "token_type_ids" in examples[0]:
             batch["token_type_ids"] = _padded([example["token_type_ids"] for example in examples], 0)
-        if isinstance(labels[0], list):
+        if isinstance(labels[0], list) and not any(isinstance(label, float) for label in labels[0]):
             batch["labels"] = _padded(labels, IGNORED)
         else:
             batch["labels"] = torch.tensor(labels)

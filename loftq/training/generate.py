@@ -13,8 +13,10 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 
 from loftq.errors import OptionError
 from loftq.models.devices import compute_dtype, device_to_run
+from loftq.models.tokenizers import embedding_rows
 from loftq.training import encoding
 from loftq.training.encoding import Encoder
+from loftq.training.ends import Ends, all_ends, turn_end
 from loftq.training.model import find_model
 from loftq.training.open_model import Opened, open_to_use
 from loftq.training.process import explain_memory, hush
@@ -52,11 +54,18 @@ def generate(
     with explain_memory():
         opened = open_to_use(find_model(model), adapter, device, compute_dtype(dtype, device))
         _require_generator(opened, model)
-        encoder = Encoder(opened.tokenizer, opened.task.name, opened.longest, chat_template=chat_template)
+        encoder = Encoder(
+            opened.tokenizer,
+            opened.task.name,
+            opened.longest,
+            chat_template=chat_template,
+            embeddings=embedding_rows(opened.model),
+        )
+        ends = Ends()
         if encoding.uses_template(encoder, default=True):
             messages = [{"role": "system", "content": system}] if system else []
             messages.append({"role": "user", "content": prompt})
-            ids = encoder.templated(messages, max_new_tokens)
+            ids, ends = encoder.templated(messages, max_new_tokens), turn_end(opened.tokenizer)
         else:
             ids = encoder.prompt(prompt if system is None else f"{system}\n{prompt}", max_new_tokens)
             if not ids:
@@ -65,8 +74,9 @@ def generate(
         sampling: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
         )
-        streamer = _Streamer(opened, stream) if stream is not None else None
-        return _answers(opened, [ids], _room(opened, [ids], max_new_tokens), streamer=streamer, **sampling)[0]
+        streamer = _Streamer(opened, stream, ends) if stream is not None else None
+        room = _room(opened, [ids], max_new_tokens)
+        return _answers(opened, [ids], room, ends, streamer=streamer, **sampling)[0]
 
 
 def answers(
@@ -75,11 +85,11 @@ def answers(
     max_new_tokens: int,
     *,
     batch_size: int = 8,
-    stop: str | None = None,
+    ends: Ends = Ends(),  # noqa: B008
     quiet: bool = False,
     desc: str = "generate",
 ) -> list[str]:
-    """Return the greedy answers to prompts, which are token ids, in their order; each answer ends before `stop`.
+    """Return the greedy answers to prompts, which are token ids, in their order; each answer ends before `ends`.
 
     If the longest prompt leaves less than `max_new_tokens` of the model's positions, all answers have this lower limit,
     so that an answer does not depend on the batch that it is in.
@@ -93,7 +103,7 @@ def answers(
     with tqdm(total=len(prompts), disable=quiet, desc=desc, unit="prompt", dynamic_ncols=True) as bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            texts = _answers(opened, [prompts[at] for at in chosen], room, stop=stop)
+            texts = _answers(opened, [prompts[at] for at in chosen], room, ends)
             texts_by_place |= dict(zip(chosen, texts, strict=True))
             bar.update(len(chosen))
     return [texts_by_place[at] for at in range(len(prompts))]
@@ -112,8 +122,8 @@ def _answers(
     opened: Opened,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
+    ends: Ends,
     *,
-    stop: str | None = None,
     streamer: Any = None,
     **sampling: Any,
 ) -> list[str]:
@@ -124,13 +134,13 @@ def _answers(
     rows = [[pad] * (longest - len(ids)) + list(ids) for ids in prompts]
     masks = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
     settings = GenerationConfig.from_model_config(model.config)
-    ends = getattr(model.generation_config, "eos_token_id", None) or tokenizer.eos_token_id
+    texts = list(ends.texts)
     settings.update(  # type: ignore[no-untyped-call]
         **{"do_sample": False, **sampling},
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
-        eos_token_id=ends,
-        stop_strings=None if stop is None else [stop],
+        eos_token_id=all_ends(model, tokenizer, ends),
+        stop_strings=texts or None,
     )
     with torch.no_grad():
         output = model.generate(
@@ -138,24 +148,27 @@ def _answers(
             attention_mask=torch.tensor(masks, device=model.device),
             generation_config=settings,
             streamer=streamer,
-            **({} if stop is None else {"tokenizer": tokenizer}),
+            **({"tokenizer": tokenizer} if texts else {}),
         )
     new = output if opened.task.name == "seq2seq-lm" else output[:, longest:]
-    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [text if stop is None else text.partition(stop)[0] for text in texts]
+    return [ends.cut(text) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
 class _Streamer(TextStreamer):
-    """Writes each word as soon as it is complete."""
+    """Writes each word as soon as it is complete and no beginning of an end."""
 
-    def __init__(self, opened: Opened, stream: TextIO) -> None:
+    def __init__(self, opened: Opened, stream: TextIO, ends: Ends) -> None:
         causal = opened.task.name == "causal-lm"
         super().__init__(opened.tokenizer, skip_prompt=causal, skip_special_tokens=True)
-        self._stream = stream
+        self._stream, self._ends = stream, ends
+        self._text = self._shown = ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Write a piece of text, and end the line after the last one."""
-        print(text, end="\n" if stream_end else "", flush=True, file=self._stream)
+        """Write what is certain of the text so far, and end the line after the last piece."""
+        self._text += text
+        certain = self._ends.cut(self._text) if stream_end else self._ends.certain(self._text)
+        print(certain[len(self._shown) :], end="\n" if stream_end else "", flush=True, file=self._stream)
+        self._shown = certain
 
 
 def _require_generator(opened: Opened, model: str) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.models.devices import compute_dtype, device_to_run
+from loftq.models.tokenizers import check_ids, embedding_rows
+from loftq.training.ends import all_ends, turn_end
 from loftq.training.model import find_model
 from loftq.training.open_model import open_to_use
 from loftq.training.process import explain_memory, hush
@@ -60,7 +62,7 @@ def run_harness(
     with explain_memory():
         opened = open_to_use(find_model(model), adapter, device, compute_dtype(dtype, device))
         backend = "seq2seq" if opened.task.name == "seq2seq-lm" else "causal"
-        wrapped = HFLM(opened.model, backend=backend, tokenizer=opened.tokenizer, batch_size=batch_size)
+        wrapped = _checked(HFLM)(opened.model, backend=backend, tokenizer=opened.tokenizer, batch_size=batch_size)
         try:
             results = simple_evaluate(model=wrapped, tasks=list(names), task_manager=manager, limit=max_examples)
         except OSError as error:  # from the network or from files
@@ -70,3 +72,29 @@ def run_harness(
                 "Hub, check the connection"
             ) from error
     return Harness(results)
+
+
+def _checked(model_class: Any) -> Any:
+    """A class of lm-eval's models that refuses tokens without embeddings and ends answers where chat templates do."""
+
+    class Checked(model_class):  # type: ignore[misc]
+        """A model whose tokens are checked."""
+
+        def tok_encode(self, *arguments: Any, **options: Any) -> Any:
+            ids = super().tok_encode(*arguments, **options)
+            check_ids(ids, embedding_rows(self.model), self.tokenizer)
+            return ids
+
+        def tok_batch_encode(self, *arguments: Any, **options: Any) -> Any:
+            ids, mask = super().tok_batch_encode(*arguments, **options)
+            check_ids((int(ids.max()),), embedding_rows(self.model), self.tokenizer)
+            return ids, mask
+
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+            ends = turn_end(self.tokenizer)
+            tokens = all_ends(self.model, self.tokenizer, ends)
+            return super()._model_generate(
+                context, max_length, stop=[*stop, *ends.texts], **{"eos_token_id": tokens, **options}
+            )
+
+    return Checked

@@ -15,6 +15,7 @@ from loftq.errors import OptionError
 
 _DEEPEST = 60  # lists and objects inside each other; Arrow has no more than 63
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
+_ARRAY = re.compile(r"\s*\[")
 _ESCAPED = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 _NAMES = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list"}
 
@@ -24,9 +25,9 @@ def check_json(path: Path, prefix: str) -> None:
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         first = True
         for number, line in enumerate(file, 1):
-            if not line.strip():
+            if line.isspace():  # `strip` would copy a long line
                 continue
-            if first and line.lstrip().startswith("["):
+            if first and _ARRAY.match(line):
                 _check_array(line + file.read(), number, prefix)
                 return
             first = False

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from loftq.models.tokenizers import embedding_rows
 from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Collator, Encoder
 from loftq.training.evaluate_settings import EvaluateSettings
 from loftq.training.generate import answers
+from loftq.training.labels import labels_of
 from loftq.training.open_model import Opened
-from loftq.training.tasks import TRAINING_TASKS, classification, gsm8k, summarization
+from loftq.training.tasks import TRAINING_TASKS, classification, gsm8k, language_modelling, summarization
 from loftq.training.tasks.perplexity import perplexity
 
 _WINDOW = 1024  # tokens; less if the model's longest input is shorter
@@ -21,14 +23,15 @@ _WINDOW = 1024  # tokens; less if the model's longest input is shorter
 
 def _encoder(settings: EvaluateSettings, opened: Opened, most_tokens: int | None = None) -> Encoder:
     """An encoder with the tokenizer of a model and the limits of the settings."""
-    limit, labels = min(settings.cutoff_len, opened.longest), int(opened.model.config.num_labels)
-    return Encoder(opened.tokenizer, opened.task.name, limit, None, most_tokens, settings.chat_template, labels)
+    limit, labels = min(settings.cutoff_len, opened.longest), labels_of(opened.model.config)
+    rows = embedding_rows(opened.model)
+    return Encoder(opened.tokenizer, opened.task.name, limit, None, most_tokens, settings.chat_template, labels, rows)
 
 
 def _perplexity(opened: Opened, rows: Any, settings: EvaluateSettings) -> dict[str, float]:
     column = find_columns(rows, TRAINING_TASKS["clm"].roles, settings.columns)["text"]
     encoder = _encoder(settings, opened)
-    ids = [token for row in rows for token in encoder.ids(text_of(row, column))]
+    ids = language_modelling.joined_ids((text_of(row, column) for row in rows), encoder)
     window = min(settings.window or _WINDOW, opened.longest)
     return perplexity(opened.model, ids, window, min(settings.stride or window, window), quiet=settings.quiet)
 
@@ -39,8 +42,9 @@ def _gsm8k(opened: Opened, rows: Any, settings: EvaluateSettings) -> dict[str, f
     limit = settings.max_new_tokens or gsm8k.MOST_TOKENS
     encoder = _encoder(settings, opened)
     prompts = [gsm8k.prompt(text_of(row, columns["question"]), encoder, limit) for row in rows]
+    ends = gsm8k.ends(encoder)
     texts = answers(
-        opened, prompts, limit, batch_size=settings.batch_size, stop=gsm8k.STOP, quiet=settings.quiet, desc="gsm8k"
+        opened, prompts, limit, batch_size=settings.batch_size, ends=ends, quiet=settings.quiet, desc="gsm8k"
     )
     right = [gsm8k.final_number(answer) == number for answer, number in zip(texts, expected, strict=True)]
     return {"exact match": sum(right) / len(right), "questions": len(right)}
@@ -70,7 +74,8 @@ def _classification(opened: Opened, rows: Any, settings: EvaluateSettings) -> di
             batch.pop("labels")
             logits.append(opened.model(**batch).logits.float().cpu())
     labels = torch.tensor([example["labels"] for example in examples])
-    return classification.scores(torch.cat(logits).numpy(), labels.numpy()) | {"examples": len(examples)}
+    problem = opened.model.config.problem_type
+    return classification.scores(torch.cat(logits).numpy(), labels.numpy(), problem) | {"examples": len(examples)}
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,8 @@ def quantizing_of(settings: TrainSettings, source: Source) -> dict[str, Any]:
     model_task = own.name
     if tasks.CLASSIFIER in training_task.models:  # a classifier's head can be added to any model
         model_task = tasks.CLASSIFIER
-        options.setdefault("num_labels", 2)
+        if own.name != tasks.CLASSIFIER:  # a classifier keeps its own head
+            options.setdefault("num_labels", 2)
     elif own.name == "feature-extraction" and meta.config.is_encoder_decoder:  # BART's config does not name a head
         model_task = "seq2seq-lm"
     training_task.require(settings.task, model_task, settings.model)
@@ -172,16 +173,28 @@ def load_dense(
     if quantization is None:
         for spec in source.checkpoint.tensors.values():
             refuse_narrow(spec)
-    options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    options: dict[str, Any] = {}
     check_beside(source.folder)
     with explain_loading(source.folder):
+        if num_labels is not None:
+            options = _resized(source.folder, num_labels)
         if quantization and quantization.get("quant_method") in READABLE:
-            config = AutoConfig.from_pretrained(source.folder, **options)
+            config = options.get("config") or AutoConfig.from_pretrained(source.folder)
             config.quantization_config = {**quantization, "dequantize": True}
-            options = {"config": config}
+            options["config"] = config
         model = auto_class(task).from_pretrained(source.folder, dtype=dtype, device_map={"": device}, **options)
     guard_cpu(model)
     return model
+
+
+def _resized(folder: Path, num_labels: int) -> dict[str, Any]:
+    """Options for a classifier's head. One of another size than that of the folder is new, and has no problem type."""
+    config = AutoConfig.from_pretrained(folder)
+    if config.num_labels == num_labels:
+        return {}
+    config.problem_type = None
+    config.num_labels = num_labels
+    return {"config": config, "ignore_mismatched_sizes": True}
 
 
 def open_to_use(backbone: Model, adapter: str | None, device: torch.device, dtype: torch.dtype) -> Opened:
@@ -203,7 +216,7 @@ def open_to_use(backbone: Model, adapter: str | None, device: torch.device, dtyp
         folder = backbone.folder
         model, task = _dense_to_use(backbone, None if adapter is None else Path(adapter), dtype, device)
     model.eval()
-    return Opened(model, load_tokenizer(folder, model), task, folder)
+    return Opened(model, load_tokenizer(folder, model, adapter), task, folder)
 
 
 def _dense_to_use(source: Source, adapter: Path | None, dtype: torch.dtype, device: torch.device) -> tuple[Any, Task]:

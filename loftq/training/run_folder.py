@@ -104,8 +104,22 @@ def _own_names(output: Path) -> Iterator[str]:
             yield from (folder.name, *(f"{folder.name}/{name}" for name in links_below(folder)))
 
 
-def begin(output: Path, settings: TrainSettings, backbone: Mapping[str, str]) -> None:
-    """Remove the files of an earlier training, and write the settings and the backbone of this one."""
+def check_rows(output: Path, names: Mapping[str, str], hashes: Mapping[str, str]) -> None:
+    """Raise OutputError if an unfinished training was begun with other rows. A record without hashes tells nothing.
+
+    `names` are the data as the user named them, and `hashes` those of their rows, by the name of the setting.
+    """
+    earlier = (_read(output) or {}).get("rows", {})
+    for setting, found in hashes.items():
+        if earlier.get(setting, found) != found:
+            raise OutputError(
+                f"{output} was begun with other rows than {names[setting]} holds now: bring back the earlier rows, or "
+                "add --overwrite instead of --resume"
+            )
+
+
+def begin(output: Path, record: dict[str, Any]) -> None:
+    """Remove the files of an earlier training, and write the record of this one."""
     for path in output.glob("checkpoint-*"):
         if path.is_symlink() or not path.is_dir():
             path.unlink()
@@ -113,7 +127,7 @@ def begin(output: Path, settings: TrainSettings, backbone: Mapping[str, str]) ->
             shutil.rmtree(path)
     for name in (WEIGHTS, CONFIG):
         (output / name).unlink(missing_ok=True)
-    write_record(output, {"settings": settings.to_dict(), "backbone": backbone})
+    write_record(output, record)
 
 
 def write_record(output: Path, record: dict[str, Any]) -> None:
@@ -127,7 +141,8 @@ def _read(output: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     advice = f"remove {output}, or name another --output"
-    record: dict[str, Any] = read_json(path, TRAINING_SCHEMA | {"settings": dict}, error=OutputError, advice=advice)
+    schema = TRAINING_SCHEMA | {"settings": dict, "rows?": dict}
+    record: dict[str, Any] = read_json(path, schema, error=OutputError, advice=advice)
     return record
 
 

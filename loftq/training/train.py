@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Unpack
@@ -23,17 +24,21 @@ from loftq.formats.artifact import Artifact
 from loftq.formats.disk import follow_umask
 from loftq.hub.destination import find_destination
 from loftq.models.adapters import TRAINING_RECORD
+from loftq.models.tokenizers import embedding_rows
 from loftq.planning.run import check_resume
 from loftq.settings import declared, from_dict
 from loftq.training.arguments import arguments_of, explain_settings
 from loftq.training.data import explain_cache_errors, hold_out, read_rows
 from loftq.training.encoding import Collator, Encoder
+from loftq.training.labels import labels_of
 from loftq.training.model import Model, find_model, identity_of
 from loftq.training.open_model import Opened, count_parameters, mode_of, open_to_train
 from loftq.training.process import explain_memory, hush
 from loftq.training.quantize_first import quantized
+from loftq.training.rows_hash import rows_hash
 from loftq.training.run_folder import (
     begin,
+    check_rows,
     check_run_folder,
     explain_write_errors,
     give_up_after,
@@ -43,7 +48,7 @@ from loftq.training.run_folder import (
 )
 from loftq.training.settings import TrainKeywords, TrainRun, TrainSettings, settings_of
 from loftq.training.tasks import TRAINING_TASKS
-from loftq.training.tasks.classification import scores
+from loftq.training.tasks.classification import check_alike, scores
 from loftq.verbs.push import push
 
 _VERSIONS = ("loftq", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
@@ -106,6 +111,7 @@ def _train_in(output: Path, settings: TrainSettings, run: TrainRun) -> Result:
     hush(quiet)
     rows = read_rows(settings.data)
     evaluation = read_rows(settings.eval_data, "--eval-data") if settings.eval_data else None
+    hashes = _checked_rows(output, settings, run, rows, evaluation)
     backbone = find_model(settings.model)
     arguments = arguments_of(settings, mode_of(settings, backbone))
     if settings.push_to_hub is not None:
@@ -117,7 +123,7 @@ def _train_in(output: Path, settings: TrainSettings, run: TrainRun) -> Result:
     with explain_memory(), explain_write_errors(output):
         with arguments.main_process_first():
             ready_settings, backbone = quantized(settings, backbone, quiet=quiet)
-        identity = identity_of(backbone)
+        record = {"settings": settings.to_dict(), "backbone": identity_of(backbone), "rows": hashes}
         opened = _opened(ready_settings, backbone, arguments, quiet=quiet)
         with explain_cache_errors():
             train_examples, eval_examples = examples(settings, opened, rows, evaluation)
@@ -128,7 +134,7 @@ def _train_in(output: Path, settings: TrainSettings, run: TrainRun) -> Result:
             if resume:
                 give_up_after(last, output)
             else:
-                begin(output, settings, identity)
+                begin(output, record)
         trained = trainer.train(resume_from_checkpoint=None if last is None else str(last))
         result = Result(
             output,
@@ -142,8 +148,22 @@ def _train_in(output: Path, settings: TrainSettings, run: TrainRun) -> Result:
         if trainer.is_world_process_zero():
             if not Path(ready_settings.model).expanduser().is_dir():
                 opened.name_backbone(ready_settings.model)  # the name is an id on the Hub
-            _finish(opened, settings, identity, result, trainer.state.log_history)
+            _finish(opened, settings, record, result, trainer.state.log_history)
     return result
+
+
+def _checked_rows(output: Path, settings: TrainSettings, run: TrainRun, rows: Any, evaluation: Any) -> dict[str, str]:
+    """The hashes of the rows, which a resumed run compares with those that it was begun with.
+
+    Only the first of several processes has them, because only it writes the record.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return {}
+    hashes = {name: rows_hash(part) for name, part in (("data", rows), ("eval_data", evaluation)) if part is not None}
+    if run.resume:
+        options = {"data": ("--data", settings.data), "eval_data": ("--eval-data", settings.eval_data)}
+        check_rows(output, {name: f"{option} {', '.join(files)}" for name, (option, files) in options.items()}, hashes)
+    return hashes
 
 
 def _opened(settings: TrainSettings, backbone: Model, arguments: TrainingArguments, *, quiet: bool) -> Opened:
@@ -158,15 +178,15 @@ def _opened(settings: TrainSettings, backbone: Model, arguments: TrainingArgumen
 
 
 def _finish(
-    opened: Opened, settings: TrainSettings, identity: dict[str, str], result: Result, history: list[dict[str, Any]]
+    opened: Opened, settings: TrainSettings, record: dict[str, Any], result: Result, history: list[dict[str, Any]]
 ) -> None:
     """Save the adapter, the tokenizer and the record, and push the model if the settings name a repository."""
     opened.model.save_pretrained(result.folder, save_embedding_layers=False)  # they do not train
     opened.tokenizer.save_pretrained(result.folder)
     follow_umask(result.folder)
     versions = {name: version(name) for name in _VERSIONS}
-    record = {"settings": settings.to_dict(), "backbone": identity, "result": result.to_dict()}
-    write_record(result.folder, {**record, "history": history, "versions": versions})
+    finished = {"result": result.to_dict(), "history": history, "versions": versions}
+    write_record(result.folder, {**record, **finished})
     if settings.push_to_hub is not None:
         push(opened.folder, settings.push_to_hub, adapter=result.folder.resolve())  # --output may be a link
 
@@ -183,13 +203,17 @@ def examples(settings: TrainSettings, opened: Opened, rows: Any, evaluation: Any
         settings.max_source_length,
         settings.max_target_length,
         settings.chat_template,
-        int(opened.model.config.num_labels),
+        labels_of(opened.model.config),
+        embedding_rows(opened.model),
     )
     task = TRAINING_TASKS[settings.task]
     train_examples = task.encode(rows, settings.columns, encoder)
     if evaluation is None:
         return hold_out(train_examples, settings.seed, shuffle=task.shuffled)
-    return train_examples, task.encode(evaluation, settings.columns, encoder)
+    eval_examples = task.encode(evaluation, settings.columns, encoder)
+    if settings.task == "classification":
+        check_alike(train_examples, eval_examples)
+    return train_examples, eval_examples
 
 
 def _trainer(
@@ -203,6 +227,7 @@ def _trainer(
     """Make a Trainer. Raises OptionError for settings that it cannot use, before anything is written."""
     if eval_examples is None:
         arguments.eval_strategy = IntervalStrategy.NO
+    classified = partial(_classified, opened.model.config.problem_type)
     with explain_settings():
         trainer = Trainer(
             model=opened.model,
@@ -210,7 +235,7 @@ def _trainer(
             train_dataset=train_examples,
             eval_dataset=eval_examples,
             data_collator=Collator(opened.tokenizer.pad_token_id),
-            compute_metrics=_classified if settings.task == "classification" else None,
+            compute_metrics=classified if settings.task == "classification" else None,
             processing_class=opened.tokenizer,
         )
         trainer.create_optimizer_and_scheduler(num_training_steps=1)
@@ -223,10 +248,10 @@ def _trainer(
     return trainer
 
 
-def _classified(output: Any) -> dict[str, float]:
+def _classified(problem: str | None, output: Any) -> dict[str, float]:
     # An encoder-decoder returns hidden states after the logits.
     logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
-    return scores(logits, output.label_ids)
+    return scores(logits, output.label_ids, problem)
 
 
 class _Permissions(TrainerCallback):

@@ -20,6 +20,7 @@ from loftq.calibration.windows import prepare
 from loftq.errors import OptionError, SourceError
 from loftq.hub.source import find_source
 from loftq.hub.text import DEFAULT, read_text
+from loftq.models import long_texts
 from loftq.planning.plan import Plan
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import recipe_of
@@ -163,7 +164,7 @@ def test_windows_are_pieces_of_the_joined_text(plan: Plan, tmp_path: Path) -> No
 def test_long_documents_are_tokenized_in_pieces(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t.txt").write_text("\n".join(DOCUMENTS))
     whole = prepare(plan, str(tmp_path / "t.txt"), tokens=4000, sequence_length=100)
-    monkeypatch.setattr(windows, "_PIECE", 500)  # shorter than some lines
+    monkeypatch.setattr(long_texts, "PIECE", 500)  # shorter than some lines
     pieces = prepare(plan, str(tmp_path / "t.txt"), tokens=4000, sequence_length=100)
     assert torch.equal(whole.windows, pieces.windows)
     assert whole.text_sha256 == pieces.text_sha256

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import byte_tokenizer
+import torch
+from conftest import byte_tokenizer, pico_llama
 from pico_tokenizers import byte_level, sentence_piece
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from loftq.errors import SourceError
-from loftq.models.tokenizers import read_tokenizer, special_tokens
+from loftq.models.tokenizers import check_ids, embedding_rows, read_tokenizer, special_tokens
 
 
 def _around() -> PreTrainedTokenizerFast:
@@ -49,3 +50,19 @@ def test_a_folder_without_a_tokenizer_is_refused(pico: Path, tmp_path: Path) -> 
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(SourceError, match=rf"{match} \(.+\)$"):
         read_tokenizer(tmp_path)
+
+
+def test_a_token_has_an_embedding() -> None:
+    """Oracle: torch's embedding, which refuses the first token behind its rows."""
+    model, tokenizer = pico_llama(), byte_tokenizer()
+    rows = embedding_rows(model)
+    tokenizer.add_tokens([f"<x{i}>" for i in range(rows)])
+    for token in (0, rows - 1):
+        check_ids([3, token], rows, tokenizer)
+        model.get_input_embeddings()(torch.tensor([token]))
+    check_ids([], rows, tokenizer)
+    with pytest.raises(IndexError):
+        model.get_input_embeddings()(torch.tensor([rows]))
+    name = tokenizer.convert_ids_to_tokens(rows)
+    with pytest.raises(SourceError, match=f"produces the token {rows}, but the last row .* is {rows - 1}: .*'{name}'"):
+        check_ids([rows, 3], rows, tokenizer)

@@ -16,7 +16,7 @@ from rows import problems, sums
 from tokenizers.processors import TemplateProcessing
 
 from loftq.errors import OptionError
-from loftq.training.encoding import IGNORED, Collator, Encoder, load_tokenizer, turns
+from loftq.training.encoding import IGNORED, Collator, Encoder, load_tokenizer
 from loftq.training.tasks import TRAINING_TASKS
 from loftq.training.tasks.gsm8k import final_number
 
@@ -82,22 +82,6 @@ def test_every_answer_of_a_conversation_is_learned(tokenizer: Any) -> None:
     assert learned(tokenizer, found[0]) == "b</>d</>"
     found = TRAINING_TASKS["sft"].encode(Dataset.from_list(rows_of_share_gpt), {}, Encoder(tokenizer, "causal-lm", 128))
     assert learned(tokenizer, found[0]) == "b</>"
-
-
-def test_a_template_that_changes_earlier_turns_teaches_the_last_one(tokenizer: Any) -> None:
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' and loop.last %}(thinks){% endif %}"
-        "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    messages = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user", "assistant")]
-    pieces = turns(tokenizer, messages)
-    assert "".join(text for text, _ in pieces) == "<user>u<assistant>a<user>u<assistant>(thinks)a"
-    assert [text for text, learns in pieces if learns] == ["(thinks)a"]
-    tokenizer.chat_template = "{{ messages | length }}"
-    with pytest.raises(OptionError, match="--no-chat-template"):
-        turns(tokenizer, messages)
-    with pytest.raises(OptionError, match="does not end with a message of the assistant"):
-        turns(tokenizer, messages[:1])
 
 
 def test_limits_cut_the_prompt_before_the_answer(tokenizer: Any) -> None:

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import byte_tokenizer
 from rows import sums, write_rows
 from safetensors.torch import load_file, save_file
 
 import loftq
-from loftq.errors import CheckpointError, OptionError, OutputError
+from loftq.errors import CheckpointError, OptionError, OutputError, SourceError
 from loftq_cli import main as program
 
 Run = Callable[..., Any]
@@ -60,6 +61,33 @@ def test_weights_of_8_bits_are_named(pico: Path, tmp_path: Path) -> None:
         lambda: loftq.evaluate(str(folder), data=data, columns={"text": "prompt"}, cpu=True, quiet=True),
     ):
         with pytest.raises(CheckpointError, match=f"tensor {name!r} has dtype torch.float8_e4m3fn: expected 16 or 32"):
+            use()
+
+
+def test_tokens_without_embeddings_are_named(pico: Path, tmp_path: Path) -> None:
+    """Of a tokenizer to which tokens were added: in training, generating and evaluating of each kind."""
+    folder = Path(shutil.copytree(pico, tmp_path / "model"))
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"<x{i}>" for i in range(80)])  # the embeddings have rows for 62 of them
+    tokenizer.save_pretrained(folder)
+    rows = [{"prompt": "a", "response": "<x79>", "text": "b <x79> c", "label": 0, "document": "<x79>", "summary": "s"}]
+    data = str(write_rows(tmp_path / "data.jsonl", rows * 4))
+    new: dict[str, Any] = {"adapter": "lora", "rank": 4, "output": tmp_path / "out", "max_steps": 1}
+    for use in (
+        lambda: loftq.generate(str(folder), "<x79>", max_new_tokens=2, cpu=True),
+        lambda: loftq.generate(str(folder), "<x79>", max_new_tokens=2, cpu=True, chat_template=False),
+        *(
+            lambda task=task: loftq.train(str(folder), data=data, task=task, quiet=True, cpu=True, **new)
+            for task in ("sft", "clm", "classification", "summarization")
+        ),
+        *(
+            lambda task=task: loftq.evaluate(str(folder), data=data, task=task, quiet=True, cpu=True)
+            for task in ("perplexity", "summarization")
+        ),
+    ):
+        with pytest.raises(
+            SourceError, match="produces the token 337, but the last row of the model's embeddings is 319"
+        ):
             use()
 
 

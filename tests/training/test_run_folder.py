@@ -100,6 +100,32 @@ def test_a_refused_training_leaves_no_folder(asked: list[Any], tmp_path: Path, r
     assert not (tmp_path / "new").exists()
 
 
+# Other rows
+
+
+@pytest.mark.parametrize("option", ["--data", "--eval-data"])
+def test_other_rows_under_the_same_name_are_not_continued_with(
+    option: str, asked: list[Any], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the rows. A record of an earlier version, which has no hashes, is continued."""
+    mine = write_rows(tmp_path / "mine.jsonl", sums(8))
+    asked = [*asked, option, mine] if option == "--eval-data" else [*asked[:2], "--data", mine, *asked[4:]]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(*asked, "--resume").exit_code == 130
+    write_rows(mine, [*sums(7), {"prompt": "What is 7+7?", "response": "It is 15."}])
+    refused = run(*asked, "--resume")
+    assert refused.exit_code == 1
+    assert refused.stderr == (
+        f"Error: {tmp_path / 'out'} was begun with other rows than {option} {mine} holds now: bring back the earlier "
+        "rows, or add --overwrite instead of --resume\n"
+    )
+    record = json.loads((tmp_path / "out" / TRAINING_RECORD).read_text())
+    del record["rows"]
+    (tmp_path / "out" / TRAINING_RECORD).write_text(json.dumps(record))
+    assert run(*asked, "--resume").exit_code == 0
+
+
 # A full disk
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from loftq.errors import OptionError
-from loftq.training.data import find_columns, number_of, text_of
+from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Encoder
+from loftq.training.labels import NUMBERS, named_values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,47 +23,59 @@ ROLES = {
 
 
 def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
-    """Encode examples of a text or a pair and a label: a class from 0, or any number if `encoder.labels` is 1.
+    """Encode examples of a text or a pair and a label: what the loss of the model's problem type takes.
 
-    An example has token types if the model distinguishes the texts of a pair. Raises OptionError for an invalid label.
+    An example has token types if the model distinguishes the texts of a pair. Raises OptionError for an invalid label,
+    with the number of its row.
     """
     names = find_columns(rows, ROLES, columns, optional=("pair",))
-    pair = names.get("pair")
+    pair, column = names.get("pair"), names["label"]
+    problem = encoder.labels.problem_of(rows[0][column])
+    classes = named_values(getattr(rows.features[column], "names", None), encoder.labels)
 
-    def example(row: Mapping[str, Any]) -> dict[str, Any]:
+    def example(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         second = None if pair is None else text_of(row, pair)
-        encoding = encoder.tokenizer(
-            text_of(row, names["text"]), second, truncation=True, max_length=encoder.cutoff_len
-        )
+        encoding = encoder.tokens(text_of(row, names["text"]), second, truncation=True, max_length=encoder.cutoff_len)
         tokens = {name: list(encoding[name]) for name in ("input_ids", "token_type_ids") if name in encoding}
-        return {**tokens, "labels": _label(row[names["label"]], names["label"], encoder.labels)}
+        value = row[column]
+        if classes is not None and isinstance(value, int) and 0 <= value < len(classes):
+            value = classes[value]
+        try:
+            return {**tokens, "labels": encoder.labels.read(value, problem)}
+        except OptionError as error:
+            raise OptionError(f"row {index + 1}: column {column!r} of the data {error}") from error
 
-    return rows.map(example, remove_columns=rows.column_names, load_from_cache_file=False, desc="tokenize")
-
-
-def _label(value: Any, column: str, labels: int) -> float | int:
-    value = number_of(value)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if labels == 1 and number:
-        return float(value)
-    if labels > 1 and number and float(value).is_integer() and 0 <= value < labels:
-        return int(value)
-    expected = "a number" if labels == 1 else f"a whole number from 0 to {labels - 1}"
-    hint = "" if labels == 1 or not number else "; quantize the model with the right --num-labels"
-    raise OptionError(f"column {column!r} of the data holds {value!r:.80}, but {expected} was expected{hint}")
+    return rows.map(
+        example, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False, desc="tokenize"
+    )
 
 
-def scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Score logits (examples, classes) against labels (examples,).
+def check_alike(learned: Dataset, evaluated: Dataset) -> None:
+    """Raise OptionError if labels are lists in only one of two data sets, that to train on and that to evaluate on."""
+    lists = [isinstance(examples[0]["labels"], list) for examples in (learned, evaluated)]
+    if lists[0] != lists[1]:
+        kinds = ["lists" if one else "single values" for one in lists]
+        raise OptionError(f"the labels of --data are {kinds[0]}, but those of --eval-data are {kinds[1]}: correct them")
+
+
+def scores(logits: np.ndarray, labels: np.ndarray, problem: str | None = None) -> dict[str, float]:
+    """Score logits (examples, labels of the model) against labels (examples,), or (examples, labels) if they are lists.
 
     Classes have accuracy, F1 and Matthews' correlation; F1 is that of class 1 if there are two classes, otherwise the
-    mean of all. Numbers, with logits (examples, 1), have Pearson's correlation if there are at least two.
+    mean of all. Several classes at once have F1, the mean of all, and the accuracy of all labels of an example
+    together. Numbers have Pearson's correlation, the mean of all, if there are at least two examples.
     """
     from scipy.stats import pearsonr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-    if logits.shape[-1] == 1:
-        return {"pearson": float(pearsonr(logits[:, 0], labels).statistic)} if len(labels) > 1 else {}
+    if labels.ndim == 2 and problem != NUMBERS:
+        chosen = logits > 0
+        f1 = f1_score(labels, chosen, average="macro", zero_division=0)
+        return {"accuracy": float(accuracy_score(labels, chosen)), "f1": float(f1)}
+    if logits.shape[-1] == 1 or problem == NUMBERS:
+        columns = zip(logits.T, labels.reshape(len(labels), -1).T, strict=True)
+        found = [float(pearsonr(*pair).statistic) for pair in columns if len(labels) > 1]
+        return {"pearson": sum(found) / len(found)} if found else {}
     chosen = logits.argmax(-1)
     average = "binary" if logits.shape[-1] == 2 else "macro"
     with warnings.catch_warnings():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from loftq.errors import OptionError
 from loftq.training import encoding
+from loftq.training.conversations import Conversation
 from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Encoder
+from loftq.training.ends import Ends, turn_end
 from loftq.training.tasks.language_modelling import conversations, encoded
 
 if TYPE_CHECKING:
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 ROLES = {"question": ("question", "prompt"), "answer": ("answer", "response")}
 MOST_TOKENS = 256  # default length of an answer
-STOP = "Question:"  # a model that does not stop writes the next question
+_STOP = "Question:"  # a model that does not stop writes the next question
 _PROMPT = "Question: {}\nAnswer:"
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
@@ -39,6 +42,12 @@ def prompt(question: str, encoder: Encoder, room: int) -> list[int]:
     if encoding.uses_template(encoder, default=False):
         return encoder.templated([{"role": "user", "content": question}], room)
     return encoder.prompt(_PROMPT.format(question), room)
+
+
+def ends(encoder: Encoder) -> Ends:
+    """What ends an answer: the next question, and with a chat template what it writes after an answer."""
+    end = turn_end(encoder.tokenizer) if encoding.uses_template(encoder, default=False) else Ends()
+    return replace(end, texts=(_STOP, *end.texts))
 
 
 def final_number(answer: str) -> str | None:
@@ -67,8 +76,9 @@ def reference(row: Mapping[str, Any], column: str) -> str:
     return number
 
 
-def _turn(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[dict[str, str]]:
-    return [
+def _turn(row: Mapping[str, Any], columns: Mapping[str, str]) -> Conversation:
+    messages = [
         {"role": "user", "content": text_of(row, columns["question"])},
         {"role": "assistant", "content": text_of(row, columns["answer"])},
     ]
+    return Conversation(messages, learned=[True, True])

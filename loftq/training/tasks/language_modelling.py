@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from loftq.errors import OptionError
+from loftq.models.long_texts import tokenized_pieces
+from loftq.models.tokenizers import special_tokens
 from loftq.training import encoding
+from loftq.training.conversations import Conversation, conversation_of, instruction_of
 from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Encoder
 
@@ -22,7 +27,11 @@ ROLES = {
     "prompt": ("prompt", "instruction", "question", "context", "source"),
     "response": ("response", "completion", "output", "answer", "target"),
     "input": ("input",),
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
+    "tools": ("tools", "functions"),
 }
+_OPTIONAL = ("input", "system", "history", "tools")
 
 
 def pack_blocks(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
@@ -31,16 +40,35 @@ def pack_blocks(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> 
     The tokens after the last whole block are dropped, unless there is no whole block. Raises OptionError for fewer than
     two tokens, from which nothing can be learned.
     """
+    import pyarrow as pa  # type: ignore[import-untyped]  # datasets requires it
     from datasets import Dataset
 
     column = find_columns(rows, TEXT, columns)["text"]
-    texts = [text for row in rows if (text := text_of(row, column))]
-    ids = np.array([token for text in texts for token in encoder.document(text)], dtype=np.int32)
+    begin, _ = special_tokens(encoder.tokenizer)
+    end = [] if encoder.tokenizer.eos_token_id is None else [int(encoder.tokenizer.eos_token_id)]
+    ids = joined_ids((text for row in rows if (text := text_of(row, column))), encoder, begin, end)
     if len(ids) < 2:
         raise OptionError(f"column {column!r} of the data holds no text to learn from: expected at least two tokens")
     length = min(encoder.cutoff_len, len(ids))
-    blocks = ids[: len(ids) // length * length].reshape(-1, length)
-    return Dataset.from_dict({"input_ids": list(blocks), "labels": list(blocks)})
+    used = ids[: len(ids) // length * length]
+    starts = np.arange(0, len(used) + 1, length, dtype=np.int64)
+    blocks = pa.LargeListArray.from_arrays(starts, pa.array(used))  # (blocks, length)
+    fingerprint = hashlib.sha256(used.data).hexdigest()[:16] + f"{length:x}"
+    return Dataset(pa.table({"input_ids": blocks, "labels": blocks}), fingerprint=fingerprint)
+
+
+def joined_ids(
+    texts: Iterable[str], encoder: Encoder, begin: Sequence[int] = (), end: Sequence[int] = ()
+) -> np.ndarray:
+    """The token ids of texts of any length, each between the special tokens `begin` and `end`: int32 (tokens)."""
+    ids = array("i")
+    for text in texts:
+        encoding.check_text(text)
+        ids.extend(begin)
+        for _, piece in tokenized_pieces(encoder.tokenizer, text):
+            ids.extend(piece)
+        ids.extend(end)
+    return np.frombuffer(ids, dtype=np.int32) if ids else np.zeros(0, dtype=np.int32)
 
 
 def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
@@ -49,18 +77,19 @@ def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Datas
     Otherwise encode examples of a prompt and its answer.
     """
     names = find_columns(rows, ROLES, columns, optional=tuple(ROLES))
-    if "messages" in names and ("messages" in columns or not {"prompt", "response"} & set(columns)):
-        return conversations(rows, lambda row: _messages(row, names), encoder)
-    names = find_columns(rows, ROLES, columns, optional=("messages", "input"))
+    read = conversation_of
+    if "messages" not in names or ("messages" not in columns and {"prompt", "response"} & set(columns)):
+        names = find_columns(rows, ROLES, columns, optional=("messages", *_OPTIONAL))
+        read = instruction_of
     if encoding.uses_template(encoder, default=True):
-        return conversations(rows, lambda row: _question(row, names), encoder)
-    return encoded(rows, lambda row: encoder.pair(*_plain(row, names)))
+        return conversations(rows, lambda row: read(row, names), encoder)
+    return encoded(rows, lambda row: encoder.single_turn(read(row, names)))
 
 
 Record = Mapping[str, Any]
 
 
-def conversations(rows: Dataset, messages: Callable[[Record], list[dict[str, str]]], encoder: Encoder) -> Dataset:
+def conversations(rows: Dataset, conversation: Callable[[Record], Conversation], encoder: Encoder) -> Dataset:
     """Encode examples with the chat template. Raises OptionError for limits of prompts or answers alone."""
     limits = {"--max-source-length": encoder.max_source_length, "--max-target-length": encoder.max_target_length}
     for name, limit in limits.items():
@@ -69,7 +98,7 @@ def conversations(rows: Dataset, messages: Callable[[Record], list[dict[str, str
                 f"{name} {limit}: with a chat template, --cutoff-len is the only limit: leave the option out, or add "
                 "--no-chat-template for prompts and answers"
             )
-    return encoded(rows, lambda row: encoder.conversation(encoding.turns(encoder.tokenizer, messages(row))))
+    return encoded(rows, lambda row: encoder.talk(conversation(row)))
 
 
 def encoded(rows: Dataset, example: Callable[[Record], dict[str, list[int]]]) -> Dataset:
@@ -100,46 +129,3 @@ def encoded(rows: Dataset, example: Callable[[Record], dict[str, list[int]]]) ->
     left_out = f"{len(examples) - len(kept)} of {len(examples)} examples"
     print(f"{left_out} are left out, because they have nothing to learn within the limits", file=sys.stderr, flush=True)
     return examples.select(kept)
-
-
-def _messages(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[dict[str, str]]:
-    messages = row[columns["messages"]]
-    try:
-        turns = [{"role": _ROLE.get(role, role), "content": content} for role, content in _speech(messages)]
-        if not all(isinstance(message["content"], str) for message in turns):
-            raise TypeError
-        return turns
-    except (TypeError, KeyError, AttributeError) as error:
-        raise OptionError(
-            f"column {columns['messages']!r} of the data holds {messages!r:.80}, but messages were expected, each with "
-            "a role and a content that is text"
-        ) from error
-
-
-_ROLE = {"human": "user", "gpt": "assistant"}  # the names in ShareGPT
-
-
-def _speech(messages: Any) -> Iterator[tuple[str, str]]:
-    for message in messages:
-        if "from" in message and message.get("role") is None:
-            yield message["from"], message["value"]
-        else:
-            yield message["role"], message["content"]
-
-
-def _question(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[dict[str, str]]:
-    """Make a conversation of a single question and its answer."""
-    extra = row.get(columns.get("input", ""))
-    prompt = text_of(row, columns["prompt"])
-    return [
-        {"role": "user", "content": f"{prompt}\n\n{extra}" if extra else prompt},
-        {"role": "assistant", "content": text_of(row, columns["response"])},
-    ]
-
-
-def _plain(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, str]:
-    """The prompt and the answer of a row, with a line break between them unless there is white space already."""
-    messages = _question(row, columns)
-    prompt, response = (message["content"] for message in messages)
-    joint = "" if prompt[-1:].isspace() or response[:1].isspace() else "\n"
-    return prompt + joint, response

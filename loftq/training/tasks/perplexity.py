@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -12,7 +13,9 @@ from tqdm import tqdm
 from loftq.errors import OptionError
 
 
-def perplexity(model: Any, ids: Sequence[int], window: int, stride: int, *, quiet: bool = False) -> dict[str, float]:
+def perplexity(
+    model: Any, ids: Sequence[int] | np.ndarray, window: int, stride: int, *, quiet: bool = False
+) -> dict[str, float]:
     """Measure perplexity over windows of `window` tokens that begin `stride` tokens apart.
 
     Each token is scored once: in the first window that holds it and a token before it, given all tokens before it in
@@ -30,7 +33,7 @@ def perplexity(model: Any, ids: Sequence[int], window: int, stride: int, *, quie
             end = min(start + window, len(ids))
             if end <= scored_to:
                 break
-            tokens = torch.tensor([list(ids[start:end])], device=model.device)
+            tokens = torch.tensor(np.array(ids[start:end], dtype=np.int64), device=model.device)[None]
             first = max(scored_to, start + 1)  # the first token of a window has no context
             logits = model(input_ids=tokens).logits[0, first - start - 1 : -1].float()
             total += float(nn.functional.cross_entropy(logits, tokens[0, first - start :], reduction="sum"))

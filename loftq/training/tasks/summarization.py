@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from loftq.errors import OptionError
 from loftq.training.data import find_columns, text_of
-from loftq.training.encoding import Encoder
+from loftq.training.encoding import Encoder, check_text
+from loftq.training.spans import beginning
 from loftq.training.tasks.language_modelling import encoded
 
 if TYPE_CHECKING:
@@ -39,12 +40,10 @@ def prompt(document: str, encoder: Encoder, room: int) -> str:
     """Return the text that a model reads. A causal model reads the document, cut to fit, and then `Summary:`."""
     if encoder.seq2seq:
         return document
+    check_text(document)
     limit = encoder.cutoff_len - min(room, encoder.cutoff_len // 2)
     room_for_document = min(encoder.max_source_length or limit, limit) - len(encoder.ids(_CUE)) - 2
-    ids = encoder.ids(document)
-    if len(ids) > room_for_document:
-        document = str(encoder.tokenizer.decode(ids[: max(room_for_document, 0)]))
-    return document + _CUE
+    return beginning(encoder.tokenizer, document, room_for_document) + _CUE
 
 
 def rouge(written: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
