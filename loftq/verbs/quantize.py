@@ -135,7 +135,8 @@ def _make(plan: Plan, folder: Path, run: Run, cluster: Cluster | None) -> _Resul
     recipe = plan.recipe
     if cluster is not None:
         cluster.check(plan)
-    statistics = calibrate(plan, folder, run, None if cluster is None else cluster.calibrate(plan))
+    calibrating = None if cluster is None or recipe.calibration is None else cluster.calibrate(plan)
+    statistics = calibrate(plan, folder, run, calibrating)
     if recipe.allocation == "auto":
         widths = allocate(plan, statistics, run, None if cluster is None else cluster.measure(plan, statistics))
         plan = make_plan(plan.source, recipe, trust_remote_code=run.trust_remote_code, widths=widths)
