@@ -10,7 +10,7 @@ from loftq.settings import option_name
 from loftq.training.evaluate import evaluate as run
 from loftq.training.evaluate_settings import EvaluateSettings
 from loftq.training.harness import run_harness
-from loftq.training.measures import MEASURES
+from loftq.training.tasks import MEASURES
 
 from .options import Command, as_json, comma_names, debug, given, option, options_of
 from .output import show

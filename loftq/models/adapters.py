@@ -52,10 +52,10 @@ def trained_on(adapter: Path) -> tuple[str, str] | None:
     return None if backbone is None else (backbone["model"], backbone["sha256"])
 
 
-def foreign_adapter(folder: Path, name: str, checkpoint: Checkpoint) -> Adapter:
-    """Open an adapter for the model `name`, which is not an artifact.
+def foreign_adapter(folder: Path, name: str, checkpoint: Checkpoint, *, quantized: bool = False) -> Adapter:
+    """Open an adapter for the model `name`, which is not an artifact; `quantized` if its weights are.
 
-    Raises ArtifactError if the adapter was trained on a different model.
+    Raises ArtifactError if the adapter was trained on a different model, or on the original of a quantized one.
     """
     adapter = open_adapter(folder)
     base_model = adapter.config.get("base_model_name_or_path")
@@ -69,6 +69,12 @@ def foreign_adapter(folder: Path, name: str, checkpoint: Checkpoint) -> Adapter:
         raise ArtifactError(
             f"the adapter {folder} was trained on {trained[0]}, whose weights differ from those of {name}: "
             f"use {trained[0]}, or train an adapter on {name}"
+        )
+    original = trained_on_original(adapter, None) if quantized else None
+    if original is not None:
+        raise ArtifactError(
+            f"the adapter {folder} was trained on the full-precision weights of {original}, not on the quantized "
+            f"{name}: use {original}, or train an adapter on {name}"
         )
     return adapter
 

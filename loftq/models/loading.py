@@ -92,7 +92,7 @@ def load_qalora(
     if artifact is not None and chosen is not None:
         check_adapter(artifact, chosen)
     elif chosen is not None:
-        foreign = foreign_adapter(chosen, str(folder), read_checkpoint(Path(folder)))
+        foreign = foreign_adapter(chosen, str(folder), read_checkpoint(Path(folder)), quantized=True)
     base = load_base(artifact or Path(folder), is_trainable, device_map, dtype, backend)
     if foreign is not None:
         check_shapes(base, foreign, str(folder))

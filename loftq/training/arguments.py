@@ -14,6 +14,7 @@ from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.models.devices import compute_dtype, device_to_run
 from loftq.training.settings import MODES, TrainSettings
+from loftq.training.tasks import TRAINING_TASKS
 
 _EVALUATION_INTERVAL = 0.1  # part of the run between two evaluations, and between two checkpoints
 _CHECKPOINTS = 2  # number of checkpoints that are kept
@@ -45,7 +46,8 @@ def arguments_of(settings: TrainSettings, mode: str) -> TrainingArguments:
         "use_cpu": device.type == "cpu",
         "eval_strategy": "steps",
         "eval_steps": settings.eval_steps or _EVALUATION_INTERVAL,
-        "prediction_loss_only": settings.task != "classification",  # the logits of all tokens would fill the memory
+        "prediction_loss_only": TRAINING_TASKS[settings.task].scores
+        is None,  # the logits of all tokens would fill the memory
         "save_strategy": "steps",
         "save_steps": settings.save_steps or _EVALUATION_INTERVAL,
         "save_total_limit": _CHECKPOINTS,

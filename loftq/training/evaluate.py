@@ -21,11 +21,11 @@ from loftq.planning.recipe import recipe_again
 from loftq.settings import from_dict, option_name
 from loftq.training.data import read_rows
 from loftq.training.evaluate_settings import EvaluateKeywords, EvaluateSettings
-from loftq.training.measures import MEASURES
 from loftq.training.model import find_model
-from loftq.training.open_model import Opened, load_source, open_to_use
+from loftq.training.open_model import load_source, open_to_use
+from loftq.training.opened import Opened
 from loftq.training.process import explain_memory, hush
-from loftq.training.tasks import TRAINING_TASKS
+from loftq.training.tasks import MEASURES, TRAINING_TASKS, require
 from loftq.verbs.quantize import quantize
 
 _PLAIN = {"method": "qlora", "scales": None, "rounding": None, "iters": None, "refine": None}
@@ -89,7 +89,7 @@ def evaluate(model: str, **settings: Unpack[EvaluateKeywords]) -> Evaluation:
     with explain_memory():
         for name, open_model in _candidates(model, chosen, device, compute_dtype(chosen.dtype, device)):
             opened = open_model()
-            TRAINING_TASKS[MEASURES[chosen.task].like].require(chosen.task, opened.task.name, name)
+            require(MEASURES[chosen.task].like, opened.task.name, name, chosen.task)
             figures[name] = MEASURES[chosen.task].measure(opened, rows, chosen)
             del opened
     evaluation = Evaluation(chosen.task, ", ".join(chosen.data), figures, _notes(chosen.task, figures))
@@ -172,6 +172,5 @@ def _plain(
 
 
 def _notes(task: str, figures: Mapping[str, Mapping[str, float]]) -> list[str]:
-    if task == "classification" and len(figures) > 1:
-        return ["A classifier head that was not trained answers at random."]
-    return []
+    note = MEASURES[task].note
+    return [note] if note is not None and len(figures) > 1 else []

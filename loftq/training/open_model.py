@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +21,6 @@ from loftq.models.adapters import check_shapes, foreign_adapter
 from loftq.models.devices import compute_dtype
 from loftq.models.loading import guard_cpu, load_base, load_qalora, load_qlora
 from loftq.models.peft_targets import adapt, load_adapter
-from loftq.models.positions import longest_input
 from loftq.models.refusals import explain_loading
 from loftq.models.tasks import TASKS, Task, auto_class, build_meta, recorded_task
 from loftq.planning.plan import Plan
@@ -34,26 +32,9 @@ from loftq.settings import option_name, plain
 from loftq.training import tasks
 from loftq.training.encoding import load_tokenizer
 from loftq.training.model import Model
+from loftq.training.opened import Opened
 from loftq.training.settings import TrainSettings
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A model with its adapter, its tokenizer, its task, and the folder of its backbone."""
-
-    model: Any
-    tokenizer: Any
-    task: Task
-    folder: Path
-
-    def name_backbone(self, name: str) -> None:
-        """Set the name of the backbone in the adapter's configuration."""
-        self.model.peft_config["default"].base_model_name_or_path = name
-
-    @property
-    def longest(self) -> int:
-        """The largest number of tokens that the model and its tokenizer take at once."""
-        return longest_input(self.model, self.tokenizer.model_max_length)
+from loftq.training.tasks.task import CLASSIFIER
 
 
 def mode_of(settings: TrainSettings, backbone: Model) -> str:
@@ -84,13 +65,13 @@ def quantizing_of(settings: TrainSettings, source: Source) -> dict[str, Any]:
     meta, own = build_meta(source.folder)
     training_task = tasks.TRAINING_TASKS[settings.task]
     model_task = own.name
-    if tasks.CLASSIFIER in training_task.models:  # a classifier's head can be added to any model
-        model_task = tasks.CLASSIFIER
-        if own.name != tasks.CLASSIFIER:  # a classifier keeps its own head
+    if CLASSIFIER in training_task.models:  # a classifier's head can be added to any model
+        model_task = CLASSIFIER
+        if own.name != CLASSIFIER:  # a classifier keeps its own head
             options.setdefault("num_labels", 2)
     elif own.name == "feature-extraction" and meta.config.is_encoder_decoder:  # BART's config does not name a head
         model_task = "seq2seq-lm"
-    training_task.require(settings.task, model_task, settings.model)
+    tasks.require(settings.task, model_task, settings.model)
     options["task"] = None if model_task == own.name else model_task
     return options
 
@@ -98,9 +79,7 @@ def quantizing_of(settings: TrainSettings, source: Source) -> dict[str, Any]:
 def check_artifact(settings: TrainSettings, artifact: Artifact) -> None:
     """Raise OptionError if the settings contradict the quantization, the adapter or the task of an artifact."""
     kind, recipe = artifact.manifest["kind"], artifact.manifest["recipe"]
-    tasks.TRAINING_TASKS[settings.task].require(
-        settings.task, artifact.manifest["source"]["task"], str(artifact.folder)
-    )
+    tasks.require(settings.task, artifact.manifest["source"]["task"], str(artifact.folder))
     if settings.adapter not in (None, kind):
         raise OptionError(
             f"--adapter {settings.adapter}: {artifact.folder} is a {kind} artifact: leave the option out, or name the "
@@ -136,7 +115,7 @@ def open_to_train(settings: TrainSettings, backbone: Model, device: torch.device
         task = recorded_task(backbone.manifest)
         return Opened(model, load_tokenizer(backbone.folder, model), task, backbone.folder)
     if isinstance(backbone, Path):
-        tasks.TRAINING_TASKS[settings.task].require(settings.task, "causal-lm", str(backbone))
+        tasks.require(settings.task, "causal-lm", str(backbone))
         if settings.adapter not in (None, "qalora"):
             raise OptionError(
                 f"--adapter {settings.adapter}: {backbone} is a GPTQ checkpoint: leave the option out, or use "

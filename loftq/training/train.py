@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -32,7 +33,8 @@ from loftq.training.data import explain_cache_errors, hold_out, read_rows
 from loftq.training.encoding import Collator, Encoder
 from loftq.training.labels import labels_of
 from loftq.training.model import Model, find_model, identity_of
-from loftq.training.open_model import Opened, count_parameters, mode_of, open_to_train
+from loftq.training.open_model import count_parameters, mode_of, open_to_train
+from loftq.training.opened import Opened
 from loftq.training.process import explain_memory, hush
 from loftq.training.quantize_first import quantized
 from loftq.training.rows_hash import rows_hash
@@ -48,7 +50,6 @@ from loftq.training.run_folder import (
 )
 from loftq.training.settings import TrainKeywords, TrainRun, TrainSettings, settings_of
 from loftq.training.tasks import TRAINING_TASKS
-from loftq.training.tasks.classification import check_alike, scores
 from loftq.verbs.push import push
 
 _VERSIONS = ("loftq", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
@@ -211,8 +212,8 @@ def examples(settings: TrainSettings, opened: Opened, rows: Any, evaluation: Any
     if evaluation is None:
         return hold_out(train_examples, settings.seed, shuffle=task.shuffled)
     eval_examples = task.encode(evaluation, settings.columns, encoder)
-    if settings.task == "classification":
-        check_alike(train_examples, eval_examples)
+    if task.check is not None:
+        task.check(train_examples, eval_examples)
     return train_examples, eval_examples
 
 
@@ -227,7 +228,8 @@ def _trainer(
     """Make a Trainer. Raises OptionError for settings that it cannot use, before anything is written."""
     if eval_examples is None:
         arguments.eval_strategy = IntervalStrategy.NO
-    classified = partial(_classified, opened.model.config.problem_type)
+    scores = TRAINING_TASKS[settings.task].scores
+    classified = None if scores is None else partial(_classified, scores, opened.model.config.problem_type)
     with explain_settings():
         trainer = Trainer(
             model=opened.model,
@@ -235,7 +237,7 @@ def _trainer(
             train_dataset=train_examples,
             eval_dataset=eval_examples,
             data_collator=Collator(opened.tokenizer.pad_token_id),
-            compute_metrics=classified if settings.task == "classification" else None,
+            compute_metrics=classified,
             processing_class=opened.tokenizer,
         )
         trainer.create_optimizer_and_scheduler(num_training_steps=1)
@@ -248,7 +250,9 @@ def _trainer(
     return trainer
 
 
-def _classified(problem: str | None, output: Any) -> dict[str, float]:
+def _classified(
+    scores: Callable[[Any, Any, str | None], dict[str, float]], problem: str | None, output: Any
+) -> dict[str, float]:
     # An encoder-decoder returns hidden states after the logits.
     logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
     return scores(logits, output.label_ids, problem)

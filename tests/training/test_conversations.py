@@ -27,7 +27,10 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", 
 RESULT = {"role": "tool", "content": "dry"}
 TOOLS = [{"type": "function", "function": {"name": "rain", "parameters": {"city": {"type": "string"}}}}]
 # Messages of other roles are dropped.
-ROLES = "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
+ROLES = (
+    "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<{{ m.role }}>{{ m.content }}{% endif %}"
+    "{% endfor %}"
+)
 PARTS = (("user", ("Ra", "in?")), ("assistant", ("No", ".")))
 NAMED = templates.PLAIN_END.replace("<{{ m.role }}>", "<{{ m.role }}{{ ' ' + m.name if m.name else '' }}>")
 

@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 
 from loftq.errors import OptionError
 from loftq.training.encoding import IGNORED, Collator, Encoder, load_tokenizer
+from loftq.training.labels import Labels
 from loftq.training.tasks import TRAINING_TASKS
 from loftq.training.tasks.gsm8k import final_number
 
@@ -228,11 +229,11 @@ def test_the_final_number(answer: str, number: str | None) -> None:
 
 def test_labels_that_are_none(tokenizer: Any) -> None:
     rows = Dataset.from_list([{"text": "a", "label": 2}])
-    encoder = Encoder(tokenizer, "sequence-classification", 16, labels=2)
+    encoder = Encoder(tokenizer, "sequence-classification", 16, labels=Labels(2))
     with pytest.raises(OptionError, match="holds 2, but a whole number from 0 to 1 was expected; quantize"):
         TRAINING_TASKS["classification"].encode(rows, {}, encoder)
     found = TRAINING_TASKS["classification"].encode(
-        rows, {}, Encoder(tokenizer, "sequence-classification", 16, labels=1)
+        rows, {}, Encoder(tokenizer, "sequence-classification", 16, labels=Labels(1))
     )
     assert found[0]["labels"] == 2.0
     assert Collator(0)([found[0]])["labels"].dtype == torch.float32

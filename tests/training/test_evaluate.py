@@ -1,6 +1,7 @@
 """Measures. Oracles: transformers' own loss, generation one prompt at a time, figures computed by hand.
 
-Covers: cli/evaluate.py, loftq/training/measures.py, loftq/training/harness.py, loftq/training/tasks/perplexity.py.
+Covers: cli/evaluate.py, loftq/training/answering.py, loftq/training/harness.py,
+loftq/training/tasks/perplexity.py, loftq/training/tasks/task.py.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import loftq
 from loftq.errors import OptionError, SourceError
 from loftq.models.tasks import TASKS
-from loftq.training import measures
-from loftq.training.generate import answers
-from loftq.training.open_model import Opened
+from loftq.training.answering import answers
+from loftq.training.opened import Opened
+from loftq.training.tasks import gsm8k
 from loftq.training.tasks.classification import scores
 from loftq.training.tasks.perplexity import perplexity
 from loftq.training.tasks.summarization import rouge
@@ -184,7 +185,7 @@ def test_the_final_number_is_compared(
         asked.extend(opened.tokenizer.decode(ids) for ids in prompts)
         return ["#### 1", "the answer is 2.0", "#### 7", "none"]
 
-    monkeypatch.setattr(measures, "answers", said)
+    monkeypatch.setattr(gsm8k, "answers", said)
     data = write_rows(tmp_path / "a.jsonl", problems(8))
     result = run(
         "evaluate", artifact, "--task", "gsm8k", "--data", data, "--max-examples", 4, "--max-new-tokens", 16, "--json"

@@ -1,6 +1,6 @@
 """Generating. Oracle: transformers' own greedy generation.
 
-Covers: cli/generate.py.
+Covers: cli/generate.py, loftq/training/opened.py.
 """
 
 from __future__ import annotations

@@ -510,6 +510,9 @@ def test_an_adapter_on_somebody_elses_gptq(pico: Path, data: str, tmp_path: Path
         loftq.generate(str(theirs), "x", adapter=str(tmp_path / "plain"), max_new_tokens=1)
     with pytest.raises(ArtifactError, match=r"whose weights differ from those of .*pico-llama"):
         loftq.generate(str(pico), "x", adapter=str(tmp_path / "out"), max_new_tokens=1)
+    (tmp_path / "plain/training.json").unlink()  # then peft's own name of the base model tells
+    with pytest.raises(ArtifactError, match=r"full-precision weights of .*pico-llama, not on the quantized .*theirs"):
+        loftq.load_qalora(theirs, tmp_path / "plain")
 
 
 def test_full_memory_says_what_lowers_the_need(

@@ -36,7 +36,7 @@ Run = Callable[..., Any]
             "bart",
             "seq2seq-lm",
             "clm",
-            "is a seq2seq-lm model: choose a task that it can do (sft, gsm8k, summarization)",
+            "is a seq2seq-lm model: choose a task that it can do (gsm8k, sft, summarization)",
         ),
     ],
 )

@@ -6,10 +6,14 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from loftq.errors import OptionError
 from loftq.training.data import find_columns, text_of
-from loftq.training.encoding import Encoder
+from loftq.training.encoding import Collator, Encoder
 from loftq.training.labels import NUMBERS, named_values
+from loftq.training.opened import Opened
+from loftq.training.tasks.task import CLASSIFIER, Measure, MeasureSettings, TrainingTask, encoder_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,3 +89,40 @@ def scores(logits: np.ndarray, labels: np.ndarray, problem: str | None = None) -
             "f1": float(f1_score(labels, chosen, average=average)),
             "matthews": float(matthews_corrcoef(labels, chosen)),
         }
+
+
+def measure(opened: Opened, rows: Any, settings: MeasureSettings) -> dict[str, float]:
+    encoded = encode(rows, settings.columns, encoder_of(settings, opened))
+    collator, examples = Collator(opened.tokenizer.pad_token_id), list(encoded)
+    logits = []
+    with torch.no_grad():
+        for start in range(0, len(examples), settings.batch_size):
+            batch = {
+                name: tensor.to(opened.model.device)
+                for name, tensor in collator(examples[start : start + settings.batch_size]).items()
+            }
+            batch.pop("labels")
+            logits.append(opened.model(**batch).logits.float().cpu())
+    labels = torch.tensor([example["labels"] for example in examples])
+    problem = opened.model.config.problem_type
+    return scores(torch.cat(logits).numpy(), labels.numpy(), problem) | {"examples": len(examples)}
+
+
+TASKS = {
+    "classification": TrainingTask(
+        "a label, or with --num-labels 1 a number, for a text or a pair of texts",
+        (CLASSIFIER,),
+        ROLES,
+        encode,
+        scores=scores,
+        check=check_alike,
+    )
+}
+MEASURES = {
+    "classification": Measure(
+        "accuracy, F1 and Matthews' correlation of classes; Pearson's correlation of numbers",
+        "classification",
+        measure,
+        note="A classifier head that was not trained answers at random.",
+    )
+}

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from loftq.errors import OptionError
 from loftq.training import encoding
+from loftq.training.answering import answers
 from loftq.training.conversations import Conversation
 from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Encoder
 from loftq.training.ends import Ends, turn_end
+from loftq.training.opened import Opened
 from loftq.training.tasks.language_modelling import conversations, encoded
+from loftq.training.tasks.task import GENERATORS, Measure, MeasureSettings, TrainingTask, encoder_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -82,3 +85,32 @@ def _turn(row: Mapping[str, Any], columns: Mapping[str, str]) -> Conversation:
         {"role": "assistant", "content": text_of(row, columns["answer"])},
     ]
     return Conversation(messages, learned=[True, True])
+
+
+def measure(opened: Opened, rows: Any, settings: MeasureSettings) -> dict[str, float]:
+    columns = find_columns(rows, ROLES, settings.columns)
+    expected = [reference(row, columns["answer"]) for row in rows]
+    limit = settings.max_new_tokens or MOST_TOKENS
+    encoder = encoder_of(settings, opened)
+    prompts = [prompt(text_of(row, columns["question"]), encoder, limit) for row in rows]
+    stops = ends(encoder)
+    texts = answers(
+        opened, prompts, limit, batch_size=settings.batch_size, ends=stops, quiet=settings.quiet, desc="gsm8k"
+    )
+    right = [final_number(answer) == number for answer, number in zip(texts, expected, strict=True)]
+    return {"exact match": sum(right) / len(right), "questions": len(right)}
+
+
+TASKS = {
+    "gsm8k": TrainingTask(
+        "grade school mathematics: questions and answers; only answers add to the loss", GENERATORS, ROLES, encode
+    )
+}
+MEASURES = {
+    "gsm8k": Measure(
+        "greedy answers to GSM8K, exact match of the final number",
+        "gsm8k",
+        measure,
+        ("max_new_tokens", "chat_template"),
+    )
+}

@@ -17,6 +17,7 @@ from loftq.training import encoding
 from loftq.training.conversations import Conversation, conversation_of, instruction_of
 from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Encoder
+from loftq.training.tasks.task import GENERATORS, TrainingTask
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,6 +67,7 @@ def joined_ids(
         encoding.check_text(text)
         ids.extend(begin)
         for _, piece in tokenized_pieces(encoder.tokenizer, text):
+            encoder.check(piece)
             ids.extend(piece)
         ids.extend(end)
     return np.frombuffer(ids, dtype=np.int32) if ids else np.zeros(0, dtype=np.int32)
@@ -129,3 +131,13 @@ def encoded(rows: Dataset, example: Callable[[Record], dict[str, list[int]]]) ->
     left_out = f"{len(examples) - len(kept)} of {len(examples)} examples"
     print(f"{left_out} are left out, because they have nothing to learn within the limits", file=sys.stderr, flush=True)
     return examples.select(kept)
+
+
+TASKS = {
+    "clm": TrainingTask(
+        "plain text, packed into blocks of --cutoff-len tokens", ("causal-lm",), TEXT, pack_blocks, shuffled=False
+    ),
+    "sft": TrainingTask(
+        "answers to prompts, or conversations; only answers add to the loss", GENERATORS, ROLES, encode
+    ),
+}

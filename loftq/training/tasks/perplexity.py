@@ -11,6 +11,12 @@ from torch import nn
 from tqdm import tqdm
 
 from loftq.errors import OptionError
+from loftq.training.data import find_columns, text_of
+from loftq.training.opened import Opened
+from loftq.training.tasks import language_modelling
+from loftq.training.tasks.task import Measure, MeasureSettings, encoder_of
+
+_WINDOW = 1024  # tokens; less if the model's longest input is shorter
 
 
 def perplexity(
@@ -43,3 +49,21 @@ def perplexity(
     mean = torch.tensor(total / scored, dtype=torch.float64)  # its exponential may be infinite
     figures = {"tokens": scored, "windows": windows, "window": window, "stride": stride}
     return {"perplexity": float(mean.exp()), **figures}
+
+
+def measure(opened: Opened, rows: Any, settings: MeasureSettings) -> dict[str, float]:
+    column = find_columns(rows, language_modelling.TEXT, settings.columns)["text"]
+    encoder = encoder_of(settings, opened)
+    ids = language_modelling.joined_ids((text_of(row, column) for row in rows), encoder)
+    window = min(settings.window or _WINDOW, opened.longest)
+    return perplexity(opened.model, ids, window, min(settings.stride or window, window), quiet=settings.quiet)
+
+
+MEASURES = {
+    "perplexity": Measure(
+        "a causal model on text, in windows of --window tokens that begin --stride tokens apart",
+        "clm",
+        measure,
+        ("window", "stride"),
+    )
+}

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loftq.errors import OptionError
+from loftq.training.answering import answers
 from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Encoder, check_text
+from loftq.training.opened import Opened
 from loftq.training.spans import beginning
 from loftq.training.tasks.language_modelling import encoded
+from loftq.training.tasks.task import GENERATORS, Measure, MeasureSettings, TrainingTask, encoder_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,3 +62,18 @@ def rouge(written: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
     scorer = RougeScorer(list(names), use_stemmer=True)
     scores = [scorer.score(reference, summary) for summary, reference in zip(written, expected, strict=True)]
     return {shown: sum(score[name].fmeasure for score in scores) / len(scores) for name, shown in names.items()}
+
+
+def measure(opened: Opened, rows: Any, settings: MeasureSettings) -> dict[str, float]:
+    columns = find_columns(rows, ROLES, settings.columns)
+    limit = settings.max_new_tokens or MOST_TOKENS
+    encoder = encoder_of(settings, opened, limit)
+    prompts = [encoder.prompt(prompt(text_of(row, columns["document"]), encoder, limit), limit) for row in rows]
+    texts = answers(opened, prompts, limit, batch_size=settings.batch_size, quiet=settings.quiet, desc="summarization")
+    return rouge(texts, [text_of(row, columns["summary"]) for row in rows]) | {"documents": len(rows)}
+
+
+TASKS = {"summarization": TrainingTask("a summary of a document", GENERATORS, ROLES, encode)}
+MEASURES = {
+    "summarization": Measure("ROUGE-1, -2 and -L of greedy summaries", "summarization", measure, ("max_new_tokens",))
+}
