@@ -59,7 +59,7 @@ def test_the_error_of_a_task_is_the_error_of_the_run() -> None:
     ray = FakeRay()
     with pytest.raises(SourceError, match=r"^tensor 'w' has NaN$"):
         collect(ray, lambda _: Failure("SourceError", "tensor 'w' has NaN"))
-    with pytest.raises(LoftQError, match=r"^task 0: a task of the cluster failed \(KeyError: 'w'\)$"):
+    with pytest.raises(LoftQError, match=r"^task 0: a task of the cluster failed \(KeyError: 'task 0'\)$"):
         collect(ray, {}.__getitem__, ["task 0"])
 
 
