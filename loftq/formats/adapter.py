@@ -9,7 +9,7 @@ of fused experts need peft 0.19 (`expert_factors`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from loftq.errors import ArtifactError, OptionError
+from loftq.errors import ArtifactError
 from loftq.formats import expert_factors
 from loftq.formats.checkpoint import TensorSpec, spec_of
 from loftq.formats.links import refuse_links
@@ -123,30 +123,6 @@ def config_text(
             config["rank_pattern"] = dict.fromkeys(target_parameters, expert_rank)
             config["alpha_pattern"] = dict.fromkeys(target_parameters, expert_alpha)
     return json_text(config, indent=2, sort_keys=True) + "\n"
-
-
-def target_names(targets: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """The shortest list of names with which peft finds exactly the `targets` among the `modules` of a model.
-
-    The list has last components (`q_proj`) if they are unambiguous, full names otherwise. peft also matches modules
-    whose name ends with a listed name. Raises OptionError if even the full names match other modules.
-    """
-    target_set, existing = set(targets), list(modules)
-    suffixes = {name.rpartition(".")[2] for name in target_set}
-    for names in (suffixes, target_set):
-        unwanted = {name for name in existing if any(end in names for end in _ends(name))} - target_set
-        if not unwanted:
-            return sorted(names)
-    raise OptionError(
-        f"peft cannot adapt the targets without {sorted(unwanted)[0]!r}, which ends with the name of a target: "
-        "target both or neither"
-    )
-
-
-def _ends(name: str) -> Iterator[str]:
-    """A name, and what follows each of its dots."""
-    parts = name.split(".")
-    return (".".join(parts[first:]) for first in range(len(parts)))
 
 
 @dataclass(frozen=True)

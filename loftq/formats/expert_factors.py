@@ -11,8 +11,7 @@ are named after the module, and those of `gate_up_proj` or `up_proj` after the `
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -65,14 +64,3 @@ def joined(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.
 def split(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The inverse of `joined`: all A (experts, r, in) and all B (experts, out, r), as views."""
     return a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts).permute(2, 0, 1)
-
-
-def target_names(parameters: Iterable[str], existing: Iterable[str]) -> list[str]:
-    """The names with which peft finds exactly these parameters among the existing ones of a model.
-
-    Names after the number of the layer (`mlp.experts.up_proj`) if they are unambiguous, full names otherwise.
-    """
-    wanted = set(parameters)
-    short = {re.sub(r"^.*\.\d+\.", "", name) for name in wanted}
-    reached = {name for name in existing if any(name == end or name.endswith(f".{end}") for end in short)}
-    return sorted(short if reached == wanted else wanted)

@@ -15,7 +15,8 @@ from torch import nn
 from loftq.core.grid import ROW
 from loftq.errors import ArtifactError, OptionError, UnknownNameError
 from loftq.formats import gptq
-from loftq.formats.adapter import open_adapter, target_names
+from loftq.formats.adapter import open_adapter
+from loftq.formats.adapter_targets import target_names
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.formats.checkpoint import dtype_of, read_checkpoint
 from loftq.formats.model_config import FILE, check_beside, read_config

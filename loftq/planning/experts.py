@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from loftq.errors import OptionError
-from loftq.formats import expert_factors
+from loftq.formats.adapter_targets import target_parameters
 from loftq.formats.checkpoint import Checkpoint
 from loftq.formats.layouts import OURS, misfit
 from loftq.models.expert_stacks import ExpertStack, find_stacks
@@ -58,7 +58,7 @@ class Experts:
     def target_parameters(self) -> tuple[str, ...]:
         """The names with which peft finds these parameters."""
         everything = [name for name, _ in self._model.named_parameters()]
-        return tuple(expert_factors.target_names([layer.module for layer in self.layers], everything))
+        return tuple(target_parameters([layer.module for layer in self.layers], everything))
 
     def notes(self, plan: Plan) -> Iterator[str]:
         """The fused experts that stay in 16 bits, by reason, and the share of all weights that does."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from loftq.core import allocation
 from loftq.errors import SourceError
 from loftq.formats import adapter
+from loftq.formats.adapter_targets import target_names
 from loftq.formats.checkpoint import Shard, TensorSpec, dtype_of, lay_out, parse_size
 from loftq.formats.layouts import LAYOUTS, Layout
 from loftq.formats.model_config import read_config
@@ -49,13 +51,12 @@ def make_plan(
     the final one.
     """
     source = _with_dense_weights(source)
-    model, task = build_meta(
-        source.folder,
-        task=recipe.task,
-        num_labels=recipe.num_labels,
-        trust_remote_code=trust_remote_code,
-        tensors=len(source.checkpoint.tensors),
-    )
+    settings: dict[str, Any] = {
+        "task": recipe.task,
+        "num_labels": recipe.num_labels,
+        "trust_remote_code": trust_remote_code,
+    }
+    model, task = build_meta(source.folder, **settings, tensors=len(source.checkpoint.tensors))
     if family_of(str(model.config.model_type)).float32:  # type: ignore[union-attr]
         recipe = replace(recipe, compute_dtype="float32")
     model_linears = linears.find_linears(model)
@@ -74,16 +75,7 @@ def make_plan(
     layers = tuple(_layer(target, layer, names.source, source, recipe) for target, layer in fitting.targets.items())
     layers = (*_allocate(layers, recipe, widths), *experts.layers)
     quantized = {name for layer in layers for name in layer.tensors}
-    tensors = source.checkpoint.tensors
-    passed = {
-        name: _kept_spec(key, tensors[name], saved, recipe)
-        for name, key in names.written.items()
-        if name not in quantized
-    }
-    created = {
-        key: _kept_spec(key, TensorSpec(key, torch.float32, shape), saved, recipe)
-        for key, shape in names.created.items()
-    }
+    passed, created = _kept(names, source, quantized, saved, recipe)
     plan = Plan(
         recipe=recipe,
         source=source,
@@ -94,18 +86,14 @@ def make_plan(
         created=created,
         backbone=_lay_out_backbone(layers, names, {**passed, **created}, recipe, LAYOUTS[format]),
         adapter=_lay_out_adapter(layers, {**passed, **created}, recipe),
-        target_modules=tuple(adapter.target_names(targets, [name for name, _ in model.named_modules()])),
+        target_modules=tuple(target_names(targets, [name for name, _ in model.named_modules()])),
         target_parameters=experts.target_parameters,
         modules_to_save=saved,
         skip_modules=tuple(linears.skip_modules(model, model_linears, targets)),
         format=format,
         notes=(),
     )
-    notes = (
-        *notes_on(plan, model_linears, names),
-        *experts.notes(plan),
-        *fitting.notes(recipe.compute_dtype),
-    )
+    notes = (*notes_on(plan, model_linears, names), *experts.notes(plan), *fitting.notes(recipe.compute_dtype))
     return replace(plan, notes=notes)
 
 
@@ -177,6 +165,26 @@ def _allocate(layers: tuple[Layer, ...], recipe: Recipe, widths: Mapping[str, fl
         return tuple(replace(layer, bits=widths[layer.module]) for layer in layers)
     bits = allocation.first([layer.weights for layer in layers], recipe.widths[0], recipe.widths[-1], recipe.bits)
     return tuple(replace(layer, bits=width) for layer, width in zip(layers, bits, strict=True))
+
+
+def _kept(
+    names: NameMap, source: Source, quantized: Collection[str], saved: Sequence[str], recipe: Recipe
+) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+    """The written form of the tensors of the source that are not quantized, and of parameters that no tensor provides.
+
+    By the names of the tensors, and of the parameters.
+    """
+    tensors = source.checkpoint.tensors
+    passed = {
+        name: _kept_spec(key, tensors[name], saved, recipe)
+        for name, key in names.written.items()
+        if name not in quantized
+    }
+    created = {
+        key: _kept_spec(key, TensorSpec(key, torch.float32, shape), saved, recipe)
+        for key, shape in names.created.items()
+    }
+    return passed, created
 
 
 def _kept_spec(key: str, spec: TensorSpec, saved: Sequence[str], recipe: Recipe) -> TensorSpec:

@@ -1,4 +1,7 @@
-"""The adapter folder against a stock peft: what it reads from the config, loads from the weights, and attaches to."""
+"""The adapter folder against a stock peft: what it reads from the config, loads from the weights, and attaches to.
+
+Covers: loftq/formats/adapter_targets.py.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from torch import nn
 
 from loftq.errors import OptionError
 from loftq.formats import adapter
+from loftq.formats.adapter_targets import target_names
 from loftq.formats.checkpoint import lay_out
 from loftq.formats.shard_writer import ShardWriter
 
@@ -79,7 +83,7 @@ def test_stock_peft_loads_the_folder_with_our_scaling(options: dict[str, Any], t
     shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in linears(model) if name != "lm_head"}
     specs = [spec for name, shape in shapes.items() for spec in adapter.specs(name, shape, options["rank"])]
     factors = {spec.name: torch.randn(spec.shape, dtype=spec.dtype) for spec in specs}
-    write_config(tmp_path, adapter.target_names(shapes, names_of(model)), **options)
+    write_config(tmp_path, target_names(shapes, names_of(model)), **options)
     with ShardWriter(tmp_path, lay_out([specs], 10**9, adapter.WEIGHTS)) as writer:
         for name, factor in factors.items():
             writer.write(name, factor)
@@ -100,7 +104,7 @@ def test_stock_peft_loads_the_folder_with_our_scaling(options: dict[str, Any], t
 def test_targets_are_last_components_where_they_reach_nothing_else() -> None:
     model = pico_llama()
     targets = [name for name in linears(model) if name != "lm_head"]
-    names = adapter.target_names(targets, names_of(model))
+    names = target_names(targets, names_of(model))
     assert names == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert attached(model, names) == set(targets)
 
@@ -110,7 +114,7 @@ def test_targets_are_full_names_where_some_are_left_out(layers: int) -> None:
     model = pico_llama(num_hidden_layers=layers)
     left_out = {"lm_head", "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"}
     targets = [name for name in linears(model) if name not in left_out]
-    names = adapter.target_names(targets, names_of(model))
+    names = target_names(targets, names_of(model))
     assert names == sorted(targets)
     assert attached(model, names) == set(targets)
 
@@ -118,7 +122,7 @@ def test_targets_are_full_names_where_some_are_left_out(layers: int) -> None:
 def test_left_out_layers_with_a_name_of_their_own_need_no_full_names() -> None:
     model = pico_llama()
     targets = [name for name in linears(model) if name.endswith(("q_proj", "v_proj"))]
-    names = adapter.target_names(targets, names_of(model))
+    names = target_names(targets, names_of(model))
     assert names == ["q_proj", "v_proj"]
     assert attached(model, names) == set(targets)
 
@@ -136,7 +140,7 @@ def towers() -> nn.Module:
 def test_a_module_that_only_shares_its_last_component_is_not_reached(last: str) -> None:
     targets = [f"text.{last}"]
     assert attached(towers(), [last]) == {f"text.{last}", f"vision.{last}"}  # the trap
-    names = adapter.target_names(targets, names_of(towers()))
+    names = target_names(targets, names_of(towers()))
     assert attached(towers(), names) == set(targets)
 
 
@@ -146,6 +150,6 @@ def test_targets_that_peft_cannot_tell_apart_are_refused() -> None:
     model.vision.text.q_proj = nn.Linear(4, 4)
     assert attached(model, ["text.q_proj"]) == {"text.q_proj", "vision.text.q_proj"}
     with pytest.raises(OptionError, match=r"without 'vision\.text\.q_proj', .* target both or neither"):
-        adapter.target_names(["text.q_proj"], names_of(model))
+        target_names(["text.q_proj"], names_of(model))
     both = ["text.q_proj", "vision.text.q_proj"]
-    assert attached(model, adapter.target_names(both, names_of(model))) == set(both)
+    assert attached(model, target_names(both, names_of(model))) == set(both)

@@ -45,8 +45,7 @@ def _sweep(  # type: ignore[no-untyped-def]
     period = gcd(columns, block)  # a row can enter a new block only at multiples of it
     low, high = levels[0], levels[-1]
     for tile in range(first, last):
-        above = tile * _ROWS
-        lanes = min(_ROWS, rows - above)
+        above, lanes = tile * _ROWS, min(_ROWS, rows - tile * _ROWS)
         side = slice(above, above + lanes)
         for j in range(width):
             values[j, :lanes] = x[j, side]
