@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
+from typing import cast
 
 import numpy as np
 import torch
@@ -79,8 +80,8 @@ class TrellisQuantizer:
 
     def decode(self, codes: torch.Tensor, scales: Scales, shape: torch.Size) -> torch.Tensor:
         """The values that codes stand for: float32 of `shape`, a view of its transpose."""
-        assert isinstance(scales, TrellisScales)
-        return decode(codes, scales.widths, scales.values, scales.columns).view(shape)
+        own = cast(TrellisScales, scales)
+        return decode(codes, own.widths, own.values, own.columns).view(shape)
 
 
 def offsets(widths: torch.Tensor, outputs: int) -> torch.Tensor:
@@ -216,7 +217,7 @@ class _ColumnCoder:
         spread = unit.square().mean().sqrt().clamp(min=_TINY)
         levels = tables()[width - 1]
         states = self._search((unit / spread).numpy(), self._weights, levels.numpy(), width)
-        viterbi.write(states, width, LENGTH, self.words, begin)
+        viterbi.write_stream(states, width, LENGTH, self.words, begin)
         values = self._rows * levels[torch.from_numpy(states).long()]
         energy = float(values.double().square().sum())
         best = float(values.double() @ x.double()) / energy if energy else 0.0  # the least squares fit

@@ -223,7 +223,7 @@ class Adapter:
 
     def expert_factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """All A (experts, rank, in) and all B (experts, out, rank) of a parameter of fused experts: float32."""
-        return expert_factors.split(*self.factors(module), self.experts(module))
+        return expert_factors.by_expert(*self.factors(module), self.experts(module))
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor by its name in the file."""

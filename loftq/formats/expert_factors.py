@@ -61,6 +61,6 @@ def joined(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.
     return torch.cat([a for a, _ in factors]), b.flatten(1)
 
 
-def split(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+def by_expert(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The inverse of `joined`: all A (experts, r, in) and all B (experts, out, r), as views."""
     return a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts).permute(2, 0, 1)

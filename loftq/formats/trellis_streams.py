@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -77,12 +77,12 @@ def tensors(
     module: str, _shape: Sequence[int], _grid: Grid, _dtype: torch.dtype, codes: torch.Tensor, scales: Scales
 ) -> dict[str, torch.Tensor]:
     """The named tensors of one linear from its codes and scales."""
-    assert isinstance(scales, TrellisScales)
+    own = cast(TrellisScales, scales)
     return {
         f"{module}.weight": codes,
-        f"{module}.weight_widths": scales.widths,
-        f"{module}.weight_rows": scales.values,
-        f"{module}.weight_columns": scales.columns,
+        f"{module}.weight_widths": own.widths,
+        f"{module}.weight_rows": own.values,
+        f"{module}.weight_columns": own.columns,
     }
 
 

@@ -19,11 +19,12 @@ from loftq.planning.planner import make_plan
 from loftq.planning.recipe import resolve
 from loftq.planning.run import start
 from loftq.planning.settings import QuantizeSettings, RunSettings
+from loftq.settings import option_name
 
 TEXT = ("source", "calibration", "calibration_tokens", "sequence_length", "statistics")  # settings of a target
 
 
-def check_text(settings: MergeSettings) -> None:
+def check_calibration(settings: MergeSettings) -> None:
     """Raise OptionError for a text that does not exist, and for settings that need a text."""
     if settings.calibration is not None:
         find_text(settings.calibration)
@@ -31,8 +32,9 @@ def check_text(settings: MergeSettings) -> None:
     for name in TEXT:
         value = getattr(settings, name)
         if value is not None:
-            option = f"--{name.replace('_', '-')}"
-            raise OptionError(f"{option} {value}: needs text: add --calibration FILE, or --calibration default")
+            raise OptionError(
+                f"{option_name(name)} {value}: needs text: add --calibration FILE, or --calibration default"
+            )
 
 
 def gather_statistics(

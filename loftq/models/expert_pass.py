@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import torch
 
 from loftq.core.grid import Grid
-from loftq.formats.expert_factors import split
+from loftq.formats.expert_factors import by_expert
 from loftq.models.expert_stacks import stack_names
 from loftq.models.packed_linear import stored_native
 
 
-class Factors(NamedTuple):
+class ActiveFactors(NamedTuple):
     """An active adapter on a parameter: A (rank · experts, in) and B (out, rank · experts), as peft keeps them."""
 
     a: torch.Tensor
@@ -82,15 +82,17 @@ def experts_forward(
     kind, dtype = hidden_states.device.type, hidden_states.dtype
     if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-    factors: list[Factors] = [pair for name in module.packed_stacks for pair in module.active_factors.get(name, ())]
+    factors: list[ActiveFactors] = [
+        pair for name in module.packed_stacks for pair in module.active_factors.get(name, ())
+    ]
     tensors = [tensor for pair in factors for tensor in (pair.a, pair.b)]
     out: torch.Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
-        hidden_states.to(dtype), top_k_weights, top_k_index, module, _counts(module), *tensors
+        hidden_states.to(dtype), top_k_weights, top_k_index, module, _scalings(module), *tensors
     )
     return out.to(hidden_states.dtype)
 
 
-def _counts(module: Any) -> list[list[float]]:
+def _scalings(module: Any) -> list[list[float]]:
     """The scalings of the active adapters of each parameter, in the order of the factors."""
     return [[pair.scaling for pair in module.active_factors.get(name, ())] for name in module.packed_stacks]
 
@@ -109,18 +111,18 @@ class _Experts(torch.autograd.Function):
         *factors: torch.Tensor,
     ) -> torch.Tensor:
         compute = _expert_computer(module, scalings, tokens.dtype)
-        ctx.compute, ctx.scalings, ctx.experts = compute, scalings, module.packed_stacks
+        ctx.compute, ctx.experts = compute, next(iter(module.packed_stacks.values())).shape[0]
         ctx.save_for_backward(tokens, weights, *factors)
         if tokens.is_meta:  # only the tensors that are kept matter
             return torch.empty_like(tokens)
-        ctx.slices = _slices(index, _number_of_experts(module))
+        ctx.slices = _slices(index, ctx.experts)
         total = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
         choices, flat = weights.shape[-1], weights.reshape(-1)
-        by_expert = _by_expert(factors, _number_of_experts(module))
+        pairs_by_expert = _all_by_expert(factors, ctx.experts)
         with torch.autocast(tokens.device.type, enabled=False):
             for expert, pairs in zip(*ctx.slices, strict=True):
                 rows = pairs // choices
-                out = compute(expert, tokens[rows], [(a[expert], b[expert]) for a, b in by_expert])
+                out = compute(expert, tokens[rows], [(a[expert], b[expert]) for a, b in pairs_by_expert])
                 total.index_add_(0, rows, out.float() * flat[pairs].unsqueeze(1).float())
         return total.to(tokens.dtype)
 
@@ -130,19 +132,21 @@ class _Experts(torch.autograd.Function):
         tokens, weights, *factors = ctx.saved_tensors
         choices, flat = weights.shape[-1], weights.reshape(-1)
         needs_tokens, needs_weights = ctx.needs_input_grad[:2]
-        experts = next(iter(ctx.experts.values())).shape[0]
-        by_expert = _by_expert(factors, experts)
+        pairs_by_expert = _all_by_expert(factors, ctx.experts)
         token_grad = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device) if needs_tokens else None
         weight_grad = torch.zeros(flat.shape, dtype=torch.float32, device=flat.device) if needs_weights else None
         factor_grads = [torch.zeros_like(factor) for factor in factors]
-        grads_by_expert = _by_expert(factor_grads, experts)
+        grads_by_expert = _all_by_expert(factor_grads, ctx.experts)
         for expert, pairs in zip(*ctx.slices, strict=True):
             rows = pairs // choices
             share = flat[pairs].unsqueeze(1).float()
             upstream = grad[rows].float()
             with torch.enable_grad(), torch.autocast(tokens.device.type, enabled=False):
                 inputs = tokens.detach()[rows].requires_grad_(needs_tokens)
-                own = [(a[expert].detach().requires_grad_(), b[expert].detach().requires_grad_()) for a, b in by_expert]
+                own = [
+                    (a[expert].detach().requires_grad_(), b[expert].detach().requires_grad_())
+                    for a, b in pairs_by_expert
+                ]
                 out = ctx.compute(expert, inputs, own)
             if weight_grad is not None:
                 weight_grad[pairs] = (out.detach().float() * upstream).sum(1)
@@ -164,14 +168,9 @@ class _Experts(torch.autograd.Function):
         )
 
 
-def _number_of_experts(module: Any) -> int:
-    stack: PackedStack = next(iter(module.packed_stacks.values()))
-    return stack.shape[0]
-
-
-def _by_expert(factors: Sequence[torch.Tensor], experts: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _all_by_expert(factors: Sequence[torch.Tensor], experts: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For each adapter, all A (experts, rank, in) and all B (experts, out, rank), as views of the factors."""
-    return [split(a, b, experts) for a, b in zip(factors[::2], factors[1::2], strict=True)]
+    return [by_expert(a, b, experts) for a, b in zip(factors[::2], factors[1::2], strict=True)]
 
 
 Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]

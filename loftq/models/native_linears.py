@@ -29,17 +29,4 @@ def linear_classes() -> tuple[type[nn.Module], ...]:
 
 def build(linear: nn.Linear, grid: Grid, solution: Solution, compute_dtype: torch.dtype | None) -> PackedLinear:
     """The linear that takes the place of a dense one."""
-    packed = PackedLinear(
-        linear.in_features,
-        linear.out_features,
-        linear.bias is not None,
-        grid=grid,
-        dtype=compute_dtype or linear.weight.dtype,
-        device=linear.weight.device,
-    )
-    shape = tuple(linear.weight.shape)
-    stored = native.tensors("", shape, grid, linear.weight.dtype, solution.codes, solution.scales)
-    for name, tensor in stored.items():
-        getattr(packed, name.lstrip(".")).data.copy_(tensor)
-    packed.bias = linear.bias
-    return packed.train(linear.training)
+    return PackedLinear.replacing(linear, grid, solution, compute_dtype)

@@ -11,9 +11,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from loftq.core.grid import Grid
 from loftq.formats.native import METHOD, VERSION, check_config
 from loftq.models.expert_stacks import find_stacks
-from loftq.models.linears import DenseLinear, kept_in_float32
-from loftq.models.packed_quantizer import PackedQuantizer
-from loftq.models.skipping import Skipped
+from loftq.models.linears import DenseLinear
+from loftq.models.packed_quantizer import PackedQuantizer, unskipped
 
 
 @register_quantization_config(METHOD)
@@ -58,9 +57,7 @@ class LoftQQuantizer(PackedQuantizer):
     quantization_config: LoftQConfig
 
     def _grids(self, candidates: dict[str, DenseLinear], _names: set[str], model: Any) -> Iterator[tuple[str, Grid]]:
-        config = self.quantization_config
-        skipped = Skipped([*config.skip_modules, *kept_in_float32(model)])
-        return ((name, config.grid(name)) for name in candidates if not skipped.holds(name))
+        return unskipped(candidates, self.quantization_config, model)
 
     def _stacks(self, model: Any) -> dict[str, tuple[Grid, tuple[int, int, int]]]:
         config = self.quantization_config

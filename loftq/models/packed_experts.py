@@ -15,7 +15,7 @@ from torch import nn
 
 from loftq.core.grid import Grid
 from loftq.formats import native
-from loftq.models.expert_pass import Factors, PackedStack, experts_forward, unpack_expert
+from loftq.models.expert_pass import ActiveFactors, PackedStack, experts_forward, unpack_expert
 
 
 class Packed(NamedTuple):
@@ -29,7 +29,7 @@ class Packed(NamedTuple):
 _SUFFIXES = ("", "_scales", "_scales_absmax", "_scales_offset", "_zeros", "_shifts")
 
 
-def pack(module: Any, stacks: dict[str, PackedStack], device: torch.device | str | None = None) -> None:
+def pack_module(module: Any, stacks: dict[str, PackedStack], device: torch.device | str | None = None) -> None:
     """Replace the parameters of an experts module by packed ones, which are to be loaded, and its code by ours."""
     for name, stack in stacks.items():
         for spec in native.specs(name, stack.shape, stack.grid, stack.compute_dtype):
@@ -60,14 +60,14 @@ def pack_stacks(
         dtype = model.get_parameter(name).dtype
         owners.setdefault(owner, {})[last] = PackedStack(grid, (experts, rows, columns), dtype)
     for owner, stacks in owners.items():
-        pack(model.get_submodule(owner), stacks, device)
+        pack_module(model.get_submodule(owner), stacks, device)
 
 
 class PackedExperts(nn.Module):
-    """What `pack` puts before the class of an experts module."""
+    """What `pack_module` puts before the class of an experts module."""
 
     packed_stacks: dict[str, PackedStack]
-    active_factors: dict[str, list[Factors]]  # by parameter, while a wrapper of peft calls the module
+    active_factors: dict[str, list[ActiveFactors]]  # by parameter, while a wrapper of peft calls the module
     dense_class: type[nn.Module]
 
     def forward(

@@ -18,6 +18,7 @@ from loftq.core.codebooks import CODEBOOKS, codebook
 from loftq.core.grid import Grid
 from loftq.core.kernels import blocks, dispatch
 from loftq.core.packing import unpack
+from loftq.core.solvers.solution import Solution
 from loftq.formats import native
 from loftq.models.custom_ops import Operator
 
@@ -228,6 +229,17 @@ class PackedLinear(nn.Linear):
         linear = cls(shape[1], shape[0], False, grid=grid)
         linear.load_state_dict({name: read(f"{module}.{name}") for name in linear.state_dict()})
         return linear
+
+    @classmethod
+    def replacing(cls, linear: nn.Linear, grid: Grid, solution: Solution, compute_dtype: torch.dtype | None) -> Self:
+        """The linear that takes the place of a dense one, with the codes of a solution."""
+        dtype, shape = compute_dtype or linear.weight.dtype, tuple(linear.weight.shape)
+        packed = cls(shape[1], shape[0], linear.bias is not None, grid=grid, dtype=dtype, device=linear.weight.device)
+        stored = cls._format.tensors("", shape, grid, linear.weight.dtype, solution.codes, solution.scales)
+        for name, tensor in stored.items():
+            getattr(packed, name.lstrip(".")).data.copy_(tensor)
+        packed.bias = linear.bias
+        return packed.train(linear.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Compute y = x Wᵀ + b in the input's dtype, or in that of autocast."""

@@ -16,9 +16,10 @@ from loftq.errors import ArtifactError
 from loftq.formats.checkpoint import TensorSpec, read_header
 from loftq.formats.native import METHOD
 from loftq.models.devices import find_gpu
-from loftq.models.linears import DenseLinear, find_linears
+from loftq.models.linears import DenseLinear, find_linears, kept_in_float32
 from loftq.models.packed_experts import PackedExperts, pack_stacks
 from loftq.models.packed_linear import PackedLinear
+from loftq.models.skipping import Skipped
 
 
 class PackedQuantizer(HfQuantizer):
@@ -76,6 +77,12 @@ class PackedQuantizer(HfQuantizer):
             elif isinstance(module, PackedExperts):
                 module.to_dense(dtype)
         return model
+
+
+def unskipped(candidates: dict[str, DenseLinear], config: Any, model: Any) -> Iterator[tuple[str, Grid]]:
+    """The linears that a configuration of ours does not skip, with the types of their weights."""
+    skipped = Skipped([*config.skip_modules, *kept_in_float32(model)])
+    return ((name, config.grid(name)) for name in candidates if not skipped.holds(name))
 
 
 def _check_sizes(model: nn.Module, file: Path, specs: Sequence[TensorSpec]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import layer
 
-from loftq.models.expert_pass import Factors
+from loftq.models.expert_pass import ActiveFactors
 from loftq.models.packed_experts import Packed, PackedExperts, to_packed
 
 
@@ -36,7 +36,7 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
                 yield
             return
         base.active_factors[self.parameter_name] = [
-            Factors(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+            ActiveFactors(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
             for name in active_adapters
             if name in self.lora_A
         ]

@@ -87,17 +87,4 @@ def linear_classes() -> tuple[type[nn.Module], ...]:
 
 def build(linear: nn.Linear, grid: Grid, solution: Solution, compute_dtype: torch.dtype | None) -> TrellisLinear:
     """The linear that takes the place of a dense one."""
-    coded = TrellisLinear(
-        linear.in_features,
-        linear.out_features,
-        linear.bias is not None,
-        grid=grid,
-        dtype=compute_dtype or linear.weight.dtype,
-        device=linear.weight.device,
-    )
-    shape = tuple(linear.weight.shape)
-    stored = layout.tensors("", shape, grid, linear.weight.dtype, solution.codes, solution.scales)
-    for name, tensor in stored.items():
-        getattr(coded, name.lstrip(".")).data.copy_(tensor)
-    coded.bias = linear.bias
-    return coded.train(linear.training)
+    return TrellisLinear.replacing(linear, grid, solution, compute_dtype)

@@ -10,9 +10,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq.core.grid import ROW, Grid
 from loftq.formats.trellis_streams import METHOD, VERSION, check_config
-from loftq.models.linears import DenseLinear, kept_in_float32
-from loftq.models.packed_quantizer import PackedQuantizer
-from loftq.models.skipping import Skipped
+from loftq.models.linears import DenseLinear
+from loftq.models.packed_quantizer import PackedQuantizer, unskipped
 from loftq.models.trellis_linears import TrellisLinear
 
 
@@ -50,6 +49,4 @@ class TrellisHfQuantizer(PackedQuantizer):
     _linear = TrellisLinear
 
     def _grids(self, candidates: dict[str, DenseLinear], _names: set[str], model: Any) -> Iterator[tuple[str, Grid]]:
-        config = self.quantization_config
-        skipped = Skipped([*config.skip_modules, *kept_in_float32(model)])
-        return ((name, config.grid(name)) for name in candidates if not skipped.holds(name))
+        return unskipped(candidates, self.quantization_config, model)

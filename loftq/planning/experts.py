@@ -21,7 +21,7 @@ from loftq.models.expert_stacks import ExpertStack, find_stacks
 from loftq.models.linears import reached_stacks
 from loftq.models.naming import NameMap, fuse
 from loftq.planning.plan import Layer, Plan
-from loftq.planning.recipe import Recipe
+from loftq.planning.recipe import Recipe, option_without_experts
 from loftq.planning.weights import check_quantizable
 
 Parts = tuple[tuple[tuple[str, str], ...], ...]
@@ -45,6 +45,7 @@ class Experts:
     def __init__(self, model: nn.Module, names: NameMap, checkpoint: Checkpoint, recipe: Recipe) -> None:
         self._model, self._names, self._checkpoint, self._recipe = model, names, checkpoint, recipe
         found = find_stacks(model)
+        self._count = len(found.candidates)
         self.reasons = dict(found.others)
         chosen = self._selected(found.candidates)
         layers = [self._layer(name, stack) for name, stack in chosen.items()]
@@ -84,8 +85,9 @@ class Experts:
         """The candidates that the settings select."""
         recipe = self._recipe
         if recipe.expert_bits is None:
-            other = f"--format {recipe.format}" if recipe.pool_size is None else f"--adapter {recipe.adapter}"
-            self.reasons |= dict.fromkeys(candidates, f"{other} has no place for them")
+            other = option_without_experts(recipe)
+            reason = "only their full-precision weights are used" if other is None else f"{other} has no place for them"
+            self.reasons |= dict.fromkeys(candidates, reason)
             return {}
         wanted = reached_stacks(candidates, recipe.target_modules) if recipe.target_modules else list(candidates)
         left = set(reached_stacks(candidates, recipe.exclude_modules))
@@ -103,7 +105,7 @@ class Experts:
         recipe = self._recipe
         problem = _problem(name, stack, recipe)
         if problem is not None:
-            if 2 * prod(stack.shape) * len(find_stacks(self._model).candidates) > self._everything():
+            if 2 * prod(stack.shape) * self._count > self._everything():
                 raise OptionError(problem[0])
             self.reasons[name] = problem[1]
         place = self._place(name, stack)

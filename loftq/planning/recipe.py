@@ -179,15 +179,10 @@ def _with_pool(settings: QuantizeSettings) -> QuantizeSettings:
 
 def _with_experts(settings: QuantizeSettings) -> QuantizeSettings:
     """Set the bits and the rank of fused experts; None if the format or the adapter has no place for them."""
-    format = settings.format
-    fits = settings.adapter == "lora" and (format is None or layouts.LAYOUTS[format].EXPERTS)
-    fits = fits and not TYPES[cast(str, settings.quant_type)].trellis
+    other = option_without_experts(settings)
     given = [name for name in _OF_EXPERTS if getattr(settings, name) is not None]
-    if not fits:
+    if other is not None:
         if given:
-            other = f"--format {format}" if settings.adapter == "lora" else f"--adapter {settings.adapter}"
-            if TYPES[cast(str, settings.quant_type)].trellis:
-                other = f"--quant-type {settings.quant_type}"
             raise OptionError(
                 f"{declared(QuantizeSettings)[given[0]].option}: {other} leaves fused experts in 16 bits: leave one "
                 "of the two out"
@@ -200,6 +195,17 @@ def _with_experts(settings: QuantizeSettings) -> QuantizeSettings:
         listed = ", ".join(map(str, widths))
         raise OptionError(f"--expert-bits {bits}: {settings.quant_type} does not have this width: choose {listed}")
     return replace(settings, expert_bits=int(bits), expert_rank=settings.expert_rank or EXPERT_RANK)
+
+
+def option_without_experts(settings: QuantizeSettings) -> str | None:
+    """The option that leaves fused experts in 16 bits, because it has no place for them; None if there is none."""
+    if TYPES[cast(str, settings.quant_type)].trellis:
+        return f"--quant-type {settings.quant_type}"
+    if settings.adapter != "lora":
+        return f"--adapter {settings.adapter}"
+    if settings.format is not None and not layouts.LAYOUTS[settings.format].EXPERTS:
+        return f"--format {settings.format}"
+    return None
 
 
 def _with_method(settings: QuantizeSettings) -> QuantizeSettings:

@@ -41,7 +41,9 @@ class QuantizeSettings:
     """
 
     bits: float = setting(
-        4, "Number of bits of a weight: 2, 3, 4, 8, or a budget between them such as 2.5.", "quantization"
+        4,
+        "Number of bits of a weight: 2, 3, 4, 8, or a budget between them such as 2.5; for tcq 1.5 to 4.",
+        "quantization",
     )
     quant_type: str | None = setting(
         None,

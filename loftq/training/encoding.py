@@ -47,12 +47,13 @@ class Encoder:
         return self.task == "seq2seq-lm"
 
     @cached_property
-    def _begin(self) -> list[int]:
+    def begin(self) -> list[int]:
         """The special tokens that the tokenizer puts before a text."""
         return special_tokens(self.tokenizer)[0]
 
     @property
-    def _end(self) -> list[int]:
+    def end(self) -> list[int]:
+        """The token that ends a text, if the tokenizer has one."""
         token = self.tokenizer.eos_token_id
         ids = [] if token is None else [int(token)]
         self.check(ids)
@@ -86,10 +87,6 @@ class Encoder:
         if self.embeddings is not None:
             check_ids(ids, self.embeddings, self.tokenizer)
 
-    def document(self, text: str) -> list[int]:
-        """The token ids of a whole text, with the special tokens for its beginning and its end."""
-        return [*self._begin, *self.ids(text), *self._end]
-
     def pair(self, prompt: str, response: str) -> dict[str, list[int]]:
         """Encode a prompt and the response that is learned. If both are long, each gets half of the tokens.
 
@@ -101,7 +98,7 @@ class Encoder:
             return {"input_ids": self.prompt(prompt, 0), "labels": list(target)}
         ids, learned = self.learned_ids([(prompt, False), (response, True)])
         border = learned.index(True) if True in learned else len(ids)
-        answer = [*ids[border:], *self._end][: self._target_limit]
+        answer = [*ids[border:], *self.end][: self._target_limit]
         source = self._cut(ids[:border], len(answer))
         target = answer[: self.cutoff_len - len(source)]
         return {"input_ids": source + target, "labels": [IGNORED] * len(source) + target}
@@ -116,8 +113,8 @@ class Encoder:
         return self._cut(self.ids(text), room)
 
     def _cut(self, ids: list[int], room: int) -> list[int]:
-        limit = self._prompt_limit(room) - len(self._begin)
-        return [*self._begin, *ids[max(len(ids) - limit, 0) :]]
+        limit = self._prompt_limit(room) - len(self.begin)
+        return [*self.begin, *ids[max(len(ids) - limit, 0) :]]
 
     def templated(self, messages: Sequence[dict[str, str]], room: int) -> list[int]:
         """Encode messages as the chat template writes them, and leave `room` tokens for the answer.

@@ -132,6 +132,15 @@ def test_what_does_not_apply_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_fused_experts_stay_for_the_reason_that_holds(run: Callable[..., Result], tmp_path: Path) -> None:
+    """The note of the plan names the option that has no place for them."""
+    mixture = save_pico("mixtral", "causal-lm", tmp_path / "mixture")
+    for options in (("--quant-type", "tcq"), ("--format", "bitsandbytes")):
+        result = run("quantize", mixture, *options, "--rank", 4, "--dry-run")
+        assert result.exit_code == 0
+        assert f"because {' '.join(options)} has no place for them" in " ".join(result.stdout.split())
+
+
 def test_a_budget_shared_between_layers(source: Path, tmp_path: Path) -> None:
     """With --allocation auto layers have budgets of their own; in memory the same type works."""
     folder = make(source, tmp_path / "auto", bits=2.6, allocation="auto")

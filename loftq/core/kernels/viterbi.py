@@ -135,7 +135,7 @@ def _write(states, width, length, words, begin):  # type: ignore[no-untyped-def]
                 words[(first + i) >> 5] |= np.uint32(1) << np.uint32((first + i) & 31)
 
 
-def write(states: np.ndarray, width: int, length: int, words: np.ndarray, begin: int) -> None:
+def write_stream(states: np.ndarray, width: int, length: int, words: np.ndarray, begin: int) -> None:
     """Write the stream of a column into `words`, uint32, from bit `begin` on. These bits must be zero before."""
     _write(states, width, length, words, begin)
 

@@ -16,10 +16,10 @@ from loftq.core.affine import AffineQuantizer
 from loftq.core.metric import damped
 from loftq.core.rounding import feedback, output_squared_norm
 from loftq.core.scale_search import search
-from loftq.core.scales import Scales, Solved
+from loftq.core.scales import Solved
 from loftq.core.solvers.calibrated import left_by
 from loftq.core.solvers.pooled_calibrated import fit_scales_and_codes
-from loftq.core.solvers.solution import unit_of
+from loftq.core.solvers.solution import scales_times, unit_of
 
 TURNS = 4
 _ENOUGH = 0.999  # a turn that leaves more than this part of the squared error is the last one
@@ -33,8 +33,7 @@ def round_weight(weight: torch.Tensor, quantizer: AffineQuantizer, moment: torch
     unit = unit_of(weight)
     if unit != 1:
         codes, scales = round_weight(weight / unit, quantizer.in_unit(unit), moment)
-        shifts = None if scales.shifts is None else scales.shifts * unit
-        return codes, Scales(scales.values * unit, scales.nested, shifts, scales.zeros)
+        return codes, scales_times(scales, unit)
     if moment is None:
         return quantizer.quantize(weight)
     h = damped(moment.to(weight.device))

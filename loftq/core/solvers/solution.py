@@ -108,16 +108,20 @@ def unit_of(weight: torch.Tensor) -> float:
 
 def times(solution: Solution, unit: float) -> Solution:
     """The solution of a weight from that of the weight divided by `unit`."""
-    scales = solution.scales
-    shifts = None if scales.shifts is None else scales.shifts * unit
     root = math.sqrt(unit) if solution.trace.kept else 1.0  # else the adapter adds nothing, and its A is random
     return replace(
         solution,
-        scales=replace(scales, values=scales.values * unit, shifts=shifts),
+        scales=scales_times(solution.scales, unit),
         a=solution.a * root,
         b=solution.b * root,
         trace=_times(solution.trace, unit),
     )
+
+
+def scales_times(scales: Scales, unit: float) -> Scales:
+    """The scales of a weight from those of the weight divided by `unit`."""
+    shifts = None if scales.shifts is None else scales.shifts * unit
+    return replace(scales, values=scales.values * unit, shifts=shifts)
 
 
 def _times(trace: Trace, unit: float) -> Trace:

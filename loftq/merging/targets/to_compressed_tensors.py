@@ -19,7 +19,7 @@ from loftq.core.solvers.rounded import round_weight
 from loftq.errors import OptionError, UnknownNameError
 from loftq.formats import compressed_tensors
 from loftq.formats.checkpoint import Checkpoint, TensorSpec
-from loftq.merging.calibration import TEXT, check_text, gather_statistics
+from loftq.merging.calibration import TEXT, check_calibration, gather_statistics
 from loftq.merging.model_folder import ModelFolder
 from loftq.models.linears import find_linears, fused_experts
 from loftq.models.tasks import TASKS, auto_class, build_meta
@@ -48,7 +48,7 @@ class CompressedTensors(ModelFolder):
             raise UnknownNameError(
                 "zero-point of --to compressed-tensors", str(settings.zero_point), compressed_tensors.ZERO_POINTS
             )
-        check_text(settings)
+        check_calibration(settings)
         if self.run.check and importlib.util.find_spec("compressed_tensors") is None:
             raise OptionError(
                 "--to compressed-tensors needs the package of this name to compare logits: "

@@ -12,7 +12,6 @@ import numpy as np
 
 from loftq.errors import OptionError
 from loftq.models.long_texts import tokenized_pieces
-from loftq.models.tokenizers import special_tokens
 from loftq.training import encoding
 from loftq.training.conversations import Conversation, conversation_of, instruction_of
 from loftq.training.data import find_columns, text_of
@@ -45,9 +44,8 @@ def pack_blocks(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> 
     from datasets import Dataset
 
     column = find_columns(rows, TEXT, columns)["text"]
-    begin, _ = special_tokens(encoder.tokenizer)
-    end = [] if encoder.tokenizer.eos_token_id is None else [int(encoder.tokenizer.eos_token_id)]
-    ids = joined_ids((text for row in rows if (text := text_of(row, column))), encoder, begin, end)
+    texts = (text for row in rows if (text := text_of(row, column)))
+    ids = joined_ids(texts, encoder, encoder.begin, encoder.end)
     if len(ids) < 2:
         raise OptionError(f"column {column!r} of the data holds no text to learn from: expected at least two tokens")
     length = min(encoder.cutoff_len, len(ids))
