@@ -54,6 +54,12 @@ class CompressedTensors(ModelFolder):
                 "--to compressed-tensors needs the package of this name to compare logits: "
                 "pip install compressed-tensors, or add --no-check"
             )
+        self._check_linears()
+
+    def _check_linears(self) -> None:
+        """Raise OptionError for weights that the layout cannot hold."""
+        for stack in self.pair.backbone.stacks:
+            raise OptionError(f"--to compressed-tensors has no place for fused experts ({stack}): use --to bf16")
         for module, (rows, columns) in self.pair.backbone.shapes.items():
             if columns % self._group_size:
                 raise OptionError(
