@@ -66,7 +66,7 @@ class CompressedTensors(ModelFolder):
                     f"--to compressed-tensors: groups of {self._group_size} do not divide the {columns} inputs of "
                     f"{module}: use --group-size 32, or --to bf16 if that does not divide them either"
                 )
-            if rows * self.grid(module).bits % compressed_tensors.WORD and settings.zero_point == "integer":
+            if rows * self.grid(module).bits % compressed_tensors.WORD and self.settings.zero_point == "integer":
                 raise OptionError(
                     f"--to compressed-tensors: the zero-points of the {rows} outputs of {module} do not fill whole "
                     "words: use --zero-point symmetric"
