@@ -16,6 +16,7 @@ import torch
 from folders import hashes
 from mixtures import save_mixture
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import loftq
@@ -201,3 +202,17 @@ def test_an_adapter_for_the_original(kind: str, tmp_path: Path) -> None:
     loftq.merge(folder, tmp_path / "trained", to="lora", rank=3, output=tmp_path / "smaller", quiet=True)
     smaller = open_adapter(tmp_path / "smaller")
     assert {smaller.rank_of(module) for module in smaller.modules} == {3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "nemotron_h", "deepseek_v3"])
+def test_a_merge_has_the_names_of_checkpoints(kind: str, tmp_path: Path) -> None:
+    """Oracle: the tensors that transformers saves of the merged model. Servers read no others."""
+    source = save_mixture(kind, tmp_path / "pico")
+    folder = loftq.quantize(str(source), output=tmp_path / "out", **OPTIONS).folder
+    merged = loftq.merge(folder, to="bf16", output=tmp_path / "merged", quiet=True).folder
+    AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
+    found, expected = (load_file(place / "model.safetensors") for place in (merged, tmp_path / "saved"))
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].to(tensor.dtype), tensor), name
