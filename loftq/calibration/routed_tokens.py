@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from loftq.errors import ArtifactError
 from loftq.formats.disk import sync
 
-PRIOR = 0.25  # part of the number of inputs: an expert with fewer tokens leans mostly on the tokens of its layer
+PRIOR = 1.0  # part of the number of inputs: an expert with fewer tokens leans mostly on the tokens of its layer
 _NAMES = ("tokens", "experts", "weights")
 
 
