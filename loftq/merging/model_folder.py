@@ -66,6 +66,11 @@ class ModelFolder(Target):
                 groups.append(self.specs(module))
         return lay_out(groups, parse_size(self.run.max_shard_size), metadata=self.metadata)
 
+    @property
+    def planned_bytes(self) -> int:
+        """The bytes of all shards."""
+        return sum(shard.nbytes for shard in self.shards)
+
     def write(self, staging: Staging) -> None:
         """Write the weights, with a progress bar on stderr, then configuration, tokenizer, card and manifest."""
         self._write_weights(staging)

@@ -12,6 +12,7 @@ from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.artifact import read_artifact
 from loftq.formats.checkpoint import parse_size
 from loftq.formats.disk import explain_os_errors
+from loftq.formats.space import check_space
 from loftq.merging.logits import checked_difference
 from loftq.merging.report import MergeReport
 from loftq.merging.settings import MergeKeywords, MergeRun, MergeSettings
@@ -50,6 +51,8 @@ def merge(
     target = TARGETS[to](open_pair(Path(folder), adapter), chosen, run)
     notes = target.notes()
     lost = target.check()
+    with explain_os_errors(out):
+        check_space(out, target.planned_bytes)
     fingerprint = target.fingerprint()
     with open_staging(out, fingerprint, overwrite=run.overwrite) as staging:
         if not staging.ready:

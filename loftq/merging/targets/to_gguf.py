@@ -44,6 +44,11 @@ class GgufFile(Target):
         if self._type not in CONVERTED:
             self._tools.check_quantizer()
 
+    @property
+    def planned_bytes(self) -> int:
+        """The bytes of the 16-bit model, which is on the disk while the file is made."""
+        return Dense(self.pair, self.settings, self.run).planned_bytes
+
     def write(self, staging: Staging) -> None:
         """Merge into 16 bits, compare the logits, convert, quantize, and write the small files."""
         name = f"{self.pair.backbone.folder.name}-{self._type}.gguf"
