@@ -19,7 +19,7 @@ from loftq.formats.disk import write_whole
 from loftq.models.devices import compute_dtype, device_to_run
 from loftq.planning.recipe import recipe_again
 from loftq.settings import from_dict, option_name
-from loftq.training.data import read_rows
+from loftq.training.data import are_texts, read_rows
 from loftq.training.evaluate_settings import EvaluateKeywords, EvaluateSettings
 from loftq.training.model import find_model
 from loftq.training.open_model import load_source, open_to_use
@@ -106,12 +106,17 @@ def _check_use(model: str, settings: EvaluateSettings) -> None:
     for name in settings.columns:
         if name not in TRAINING_TASKS[measure.like].roles:
             raise UnknownNameError("column", name, TRAINING_TASKS[measure.like].roles)
-    for name in ("window", "stride", "max_new_tokens", "chat_template"):
+    for name in ("window", "stride", "max_windows", "max_new_tokens", "chat_template"):
         if name not in measure.options and getattr(settings, name) is not None:
             readers = " or ".join(reader for reader, row in MEASURES.items() if name in row.options)
             raise OptionError(
                 f"{option_name(name)}: --task {settings.task} does not use it, leave it out (--task {readers} uses it)"
             )
+    if settings.max_examples is not None and measure.joins_rows and are_texts(settings.data):
+        raise OptionError(
+            f"--max-examples {settings.max_examples}: a .txt file is one row, so it does not limit anything: use "
+            "--max-windows"
+        )
     if settings.source is not None and not settings.compare:
         raise OptionError(
             f"--source {settings.source}: applies only with --compare: add --compare, or leave --source out"

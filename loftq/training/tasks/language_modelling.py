@@ -57,16 +57,28 @@ def pack_blocks(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> 
 
 
 def joined_ids(
-    texts: Iterable[str], encoder: Encoder, begin: Sequence[int] = (), end: Sequence[int] = ()
+    texts: Iterable[str],
+    encoder: Encoder,
+    begin: Sequence[int] = (),
+    end: Sequence[int] = (),
+    *,
+    enough: int | None = None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> np.ndarray:
-    """The token ids of texts of any length, each between the special tokens `begin` and `end`: int32 (tokens)."""
+    """The token ids of texts of any length, each between the special tokens `begin` and `end`: int32 (tokens).
+
+    With `enough`, only so many, the first ones. `progress` is called with the number of characters of each piece.
+    """
     ids = array("i")
     for text in texts:
         encoding.check_text(text)
         ids.extend(begin)
-        for _, piece in tokenized_pieces(encoder.tokenizer, text):
-            encoder.check(piece)
-            ids.extend(piece)
+        for piece, piece_ids in tokenized_pieces(encoder.tokenizer, text):
+            encoder.check(piece_ids)
+            ids.extend(piece_ids)
+            progress(len(piece))
+            if enough is not None and len(ids) >= enough:
+                return np.frombuffer(ids, dtype=np.int32)[:enough]
         ids.extend(end)
     return np.frombuffer(ids, dtype=np.int32) if ids else np.zeros(0, dtype=np.int32)
 

@@ -63,6 +63,10 @@ class MeasureSettings(Protocol):
         """Number of tokens between the beginnings of two windows."""
 
     @property
+    def max_windows(self) -> int | None:
+        """The most windows of perplexity; None for all of the text."""
+
+    @property
     def max_new_tokens(self) -> int | None:
         """The most tokens of an answer."""
 
@@ -75,7 +79,7 @@ class MeasureSettings(Protocol):
 class Measure:
     """A row: help text, the training task whose models can do it, the function that measures, and its own options.
 
-    `note` is for a table that compares several models.
+    `note` is for a table that compares several models. `joins_rows` means that all rows are measured as one text.
     """
 
     text: str
@@ -83,6 +87,7 @@ class Measure:
     measure: Callable[[Opened, Any, MeasureSettings], dict[str, float]]
     options: tuple[str, ...] = ()
     note: str | None = None
+    joins_rows: bool = False
 
 
 def encoder_of(settings: MeasureSettings, opened: Opened, most_tokens: int | None = None) -> Encoder:
