@@ -13,7 +13,7 @@ from loftq.artifacts.card_section import marked
 from loftq.artifacts.loading_snippet import loading_section
 from loftq.core.grid import ROW
 from loftq.core.solvers.methods import METHODS, PLAIN_START
-from loftq.display import code, code_block, markdown, size
+from loftq.display import code, code_block, markdown, markdown_table, size
 from loftq.hub.text import public_name
 from loftq.planning.command_line import command_line
 from loftq.planning.plan import Plan
@@ -62,7 +62,7 @@ def card_text(
 
 ## Settings
 
-{_table(_settings(plan))}
+{markdown_table(_settings(plan))}
 
 With loftq {version("loftq")}, this command makes the folder again, with the same bytes on the same kind of machine.
 `loftq.json` lists all versions and hashes.
@@ -74,28 +74,11 @@ With loftq {version("loftq")}, this command makes the folder again, with the sam
 Weight errors are Frobenius norms over all quantized weights, divided by the norm of the
 weights.{_output_errors(plan)}
 
-{_table(_measured(totals))}
+{markdown_table(_measured(totals))}
 
 The layers with the largest error:
 
 {_worst_layers(rows)}
-"""
-
-
-def merged_card_text(name: str, kind: str, target: str, lines: str) -> str:
-    """README.md after a merge. `name` is that of the backbone, `kind` that of the adapter; `lines` load it."""
-    return f"""---
-tags:
-- loftq
----
-
-# {markdown(name)}, merged
-
-A quantized backbone and its trained {markdown(kind)} adapter, merged into one model by `loftq merge --to {target}`.
-
-```python
-{lines}  # this folder or repository
-```
 """
 
 
@@ -175,9 +158,3 @@ def _output_errors(plan: Plan) -> str:
     if plan.recipe.calibration is None:
         return ""
     return "\nOutput errors are root mean squares over the layers, on the calibration text."
-
-
-def _table(rows: Mapping[str, str]) -> str:
-    return "\n".join(
-        ["| | |", "| --- | --- |", *(f"| {markdown(name)} | {markdown(value)} |" for name, value in rows.items())]
-    )

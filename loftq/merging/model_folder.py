@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from tqdm import tqdm
 
-from loftq.artifacts.card import merged_card_text
 from loftq.artifacts.manifest import write_merged_manifest
+from loftq.artifacts.merged_card import merged_card_text
 from loftq.artifacts.staging import Staging
 from loftq.core.grid import Grid
 from loftq.formats.artifact import CARD
@@ -80,9 +80,7 @@ class ModelFolder(Target):
         staging.write_text("config.json", config_text(self.config()))
         if len(self.shards) > 1:
             staging.write_text(INDEX, index_text(self.shards))
-        staging.write_text(
-            CARD, merged_card_text(pair.backbone.folder.name, pair.adapter.kind, self.name, self.loading_lines())
-        )
+        staging.write_text(CARD, merged_card_text(pair.backbone, pair.adapter.kind, self.name, self.loading_lines()))
         grids = {module: grid for module in pair.backbone.grids if (grid := self.grid(module)) is not None}
         write_merged_manifest(staging, pair.backbone, self.name, self.format, grids, self.shards)
 

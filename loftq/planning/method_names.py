@@ -17,7 +17,7 @@ def honest_name(method: str, iters: int | None) -> str:
     """
     if method == PLAIN_START and iters:
         raise OptionError(
-            f"--iter {iters}: with --method {PLAIN_START} the adapter adds nothing, so there is nothing to iterate: use "
+            f"--iter {iters}: with --method {PLAIN_START} the adapter adds nothing, so nothing is iterated: use "
             f"--method {WITHOUT_TEXT} --iter {iters}, or leave --iter out"
         )
     if iters != 0 or not METHODS[method].plain:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,6 +17,8 @@ from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, open_artifact
 from loftq.formats.disk import write_whole
 from loftq.models.devices import compute_dtype, device_to_run
+from loftq.models.merged import WITH_ADAPTER
+from loftq.models.trained_folder import with_backbone
 from loftq.planning.recipe import recipe_again
 from loftq.settings import from_dict, option_name
 from loftq.training.data import are_texts, read_rows
@@ -71,7 +73,9 @@ def _shown(value: float) -> str:
 
 
 def evaluate(model: str, **settings: Unpack[EvaluateKeywords]) -> Evaluation:
-    """Measure a model on a task: an artifact with its own or a trained adapter, or a full-precision model.
+    """Measure a model on a task: an artifact with its own or a trained adapter, a full-precision or a merged model.
+
+    `model` may also be the folder of a trained adapter, which knows its backbone.
 
     The keywords are the options of `loftq evaluate --help`, with underscores; `data` is required. With `compare` the
     table begins with the full-precision model (`source`, by default the one that the artifact was made from), its
@@ -79,6 +83,8 @@ def evaluate(model: str, **settings: Unpack[EvaluateKeywords]) -> Evaluation:
     written into the artifact's card. Raises LoftQError.
     """
     chosen = from_dict(EvaluateSettings, settings)
+    model, adapter = with_backbone(str(model), chosen.adapter)
+    chosen = replace(chosen, adapter=adapter)
     _check_use(model, chosen)
     hush(chosen.quiet)
     rows = read_rows(chosen.data)
@@ -149,7 +155,7 @@ def _candidates(
     backbone = find_model(model)
     artifact = backbone if isinstance(backbone, Artifact) else None
     if settings.compare:
-        if artifact is None:
+        if artifact is None or artifact.manifest["kind"] not in WITH_ADAPTER:
             raise OptionError(
                 f"--compare: {model} was not written by `loftq quantize`, so there is nothing to compare it with"
             )
@@ -163,7 +169,8 @@ def _candidates(
         yield "start", lambda: open_to_use(backbone, None, device, dtype)
         if adapter is None:
             return
-    name = "trained" if adapter is not None else "start" if artifact is not None else "model"
+    started = artifact is not None and artifact.manifest["kind"] in WITH_ADAPTER
+    name = "trained" if adapter is not None else "start" if started else "model"
     yield name, lambda: open_to_use(backbone, adapter, device, dtype)
 
 

@@ -12,11 +12,11 @@ from loftq.planning.recipe import recipe_again, recipe_of
 
 
 def test_qlora_with_iterations_is_refused() -> None:
-    with pytest.raises(OptionError, match="--iter 1: with --method qlora .* use --method loftq --iter 1"):
+    with pytest.raises(OptionError, match=r"--iter 1: with --method qlora .* use --method loftq --iter 1"):
         recipe_of(method="qlora", iters=1)
     with pytest.raises(OptionError, match="--iter 3: with --method qlora"):
         recipe_of(method="qlora", iters=3, adapter="qalora")
-    with pytest.raises(OptionError, match="--iter 0: with --method qera .* use --method qlora"):
+    with pytest.raises(OptionError, match=r"--iter 0: with --method qera .* use --method qlora"):
         recipe_of(method="qera", iters=0, calibration="text.txt")
 
 

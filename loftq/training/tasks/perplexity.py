@@ -33,7 +33,8 @@ def perplexity(
     Each token is scored once: in the first window that holds it and a token before it, given all tokens before it in
     that window. If the stride equals the window, which is fastest, the first token of each window is not scored. A
     smaller stride gives each token more context. With `most`, only so many windows are measured, the first ones. The
-    result includes these numbers, because the perplexity depends on them. Raises OptionError for a text with fewer than two tokens.
+    result includes these numbers, because the perplexity depends on them. Raises OptionError for a text with fewer than
+    two tokens.
     """
     if len(ids) < 2:
         raise OptionError("the text has fewer than two tokens, so there is nothing to score: use a longer text")
