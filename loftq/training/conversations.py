@@ -87,7 +87,7 @@ def _prompt_of_messages(row: Row, columns: Mapping[str, str]) -> Conversation:
     for role in ("input", "history"):
         if row.get(columns.get(role, "")):
             raise OptionError(
-                f"column {columns[role]!r} stands beside a prompt that is a list of messages: put it into the messages"
+                f"column {columns[role]!r} stands beside a prompt that is a list of messages: put its text into them"
             )
     system = [] if asked and asked[0]["role"] == "system" else _system(row, columns)
     learned = [_is_learned(message, number) for number, message in enumerate(answered, 1)]

@@ -89,7 +89,7 @@ class Estimate:
             f"{self.activations / 1e9:8.2f} GB  activations of {rows} examples of {tokens} tokens{kept}",
             f"{self.memory / 1e9:8.2f} GB  in all, on each device, without the program itself",
             f"{self.steps:,} steps with {self.split}",
-            f"about {duration(self.seconds)}, at {self.rate / 1e9:,.0f} billion operations a second: half of what a "
+            f"time: {duration(self.seconds)}, at {self.rate / 1e9:,.0f} billion operations a second: half of what a "
             "matrix product reaches here now; loading, quantizing and evaluations come on top",
             *self.notes,
             "To use less memory, lower --batch-size or --cutoff-len, or add --gradient-checkpointing.",

@@ -37,7 +37,7 @@ class Lengths:
     def __str__(self) -> str:
         return (
             f"mean {self.mean:,.0f} tokens, 95 % have at most {self.most_of_95:,}, the longest has {self.longest:,}; "
-            f"{self.cut_off:.1%} are cut off at {self.limit:,}"
+            f"{f'{self.cut_off:.1%} are' if self.cut_off else 'none is'} cut off at {self.limit:,}"
         )
 
 

@@ -33,8 +33,6 @@ from loftq.training.prepare import encoder_for
 from loftq.training.settings import TrainSettings
 from loftq.training.tasks import TRAINING_TASKS
 
-_SURE = 8  # a bound on the memory must leave so many times as much free, so that nothing has to be counted
-
 
 @dataclass(frozen=True)
 class OnMeta:
@@ -63,11 +61,11 @@ class OnMeta:
         return trained_bytes(self.trainable, settings.optim or default_optimizer(device))
 
 
-def certainly_fits(model: Any, batch: tuple[int, int], free: int) -> bool:
-    """Whether a training of a model without adapter on a batch (examples, tokens) needs far less than `free` bytes.
+def most_bytes(model: Any, batch: tuple[int, int]) -> int:
+    """More bytes than a training of a model without adapter on a batch (examples, tokens) can need, found at once.
 
-    A rough bound: float32 weights with an adapter as large, and for each token 16 bytes for every input and output of a
-    matrix, and the scores of attention.
+    These are float32 weights with an adapter as large and its optimizer, and for each token 16 bytes for every input
+    and output of a matrix, and the scores of attention.
     """
     tokens, sides, weights = batch[0] * batch[1], 0, 0
     for parameter in model.parameters():
@@ -75,8 +73,7 @@ def certainly_fits(model: Any, batch: tuple[int, int], free: int) -> bool:
         sides += sum(parameter.shape[-2:])
     config = model.config.get_text_config()
     layers, heads = (int(getattr(config, name, None) or 16) for name in ("num_hidden_layers", "num_attention_heads"))
-    bound = 24 * weights + tokens * (16 * sides + 8 * layers * heads * batch[1])
-    return _SURE * bound < free
+    return 24 * weights + tokens * (16 * sides + 8 * layers * heads * batch[1])
 
 
 def on_meta(settings: TrainSettings, backbone: Model, dtype: torch.dtype) -> OnMeta:
@@ -131,7 +128,7 @@ def fitting_split(
     asked, device = asked_split(settings), device_to_run(settings.cpu)
     free = free_memory(device)
     tokens = longest_of(examples, encoder_for(settings, prepared))
-    if free is None or certainly_fits(prepared.model, (asked.batch_size, tokens), free):
+    if free is None or 2 * most_bytes(prepared.model, (asked.batch_size, tokens)) < free:
         return asked, None
     try:
         planned = on_meta(settings, backbone, compute_dtype(settings.dtype, device))

@@ -58,6 +58,8 @@ def _wait(device: torch.device) -> None:
 
 def duration(seconds: float) -> str:
     """A time for a person."""
+    if seconds < 1:
+        return "less than a second"
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

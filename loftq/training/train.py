@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from accelerate.utils import broadcast_object_list
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy
 
@@ -182,6 +182,7 @@ def _checked_rows(output: Path, settings: TrainSettings, run: TrainRun, rows: An
 
 def _opened(settings: TrainSettings, backbone: Model, arguments: TrainingArguments, *, quiet: bool) -> Opened:
     """Open the model with its adapter, and report on stderr how many parameters train."""
+    set_seed(settings.seed)  # a new adapter begins with random values
     opened = open_to_train(settings, backbone, arguments.device)
     opened.name_backbone(str(opened.folder.resolve()))  # peft reads this folder whenever it saves
     if not quiet:
