@@ -48,6 +48,8 @@ A recipe has `model`, and settings with the names that `loftq.quantize` uses. `c
 model's `config.json` that its sizes depend on. `default.toml` is the recipe of the model that `loftq quantize` uses by
 default. `make zoo` writes this page.
 """
+# The options of `loftq train` with which its dry run estimates the same step.
+TRAINED_WITH = f"--batch-size 1 --cutoff-len {TOKENS} --gradient-checkpointing --optim adamw_torch"
 _SETTINGS = declared(QuantizeSettings)
 _PACKAGE = "package"  # the table about the package that ships the default model; the hub's `source` reads it
 

@@ -1,7 +1,7 @@
 """Training. Oracles: a stock peft load, the same run without evaluations or in one piece, the bytes of the backbone.
 
-Covers: cli/train.py, loftq/training/arguments.py, loftq/training/callbacks.py, loftq/training/open_model.py, loftq/training/process.py,
-loftq/training/run_folder.py.
+Covers: cli/train.py, loftq/training/arguments.py, loftq/training/callbacks.py, loftq/training/open_model.py,
+loftq/training/process.py, loftq/training/run_folder.py.
 """
 
 from __future__ import annotations
