@@ -16,7 +16,9 @@ from loftq.errors import OptionError
 from loftq.formats.adapter import CONFIG, open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.models.devices import compute_dtype, device_to_run
-from loftq.models.packed_experts import pack_stacks
+from loftq.models.expert_moves import bytes_at_hand
+from loftq.models.expert_offload import refusal
+from loftq.models.packed_experts import PackedExperts, pack_stacks
 from loftq.models.peft_targets import adapt
 from loftq.models.positions import longest_input
 from loftq.models.refusals import explain_loading
@@ -42,11 +44,13 @@ class Estimate:
     weights: int
     adapter: int  # with its gradients and the optimizer's state
     activations: int
+    experts: int  # the group that is unpacked, and with `--offload` the codes of the groups that are on the device
+    offloaded: int  # the codes and scales of all experts, in main memory instead of on the device
 
     @property
     def memory(self) -> int:
-        """The sum of all parts, in bytes."""
-        return self.weights + self.adapter + self.activations
+        """The sum of all parts on the device, in bytes."""
+        return self.weights + self.adapter + self.activations + self.experts
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -61,7 +65,9 @@ class Estimate:
             f"{self.weights / 1e9:8.2f} GB  weights",
             f"{self.adapter / 1e9:8.2f} GB  adapter, its gradients, the optimizer",
             f"{self.activations / 1e9:8.2f} GB  activations of {rows} examples of {tokens} tokens",
+            *([f"{self.experts / 1e9:8.2f} GB  experts that are unpacked at a time"] if self.experts else []),
             f"{self.memory / 1e9:8.2f} GB  in all, on each device, without the program itself",
+            *([f"{self.offloaded / 1e9:8.2f} GB  in main memory besides: the experts"] if self.offloaded else []),
             "To use less, lower --batch-size or --cutoff-len, or add --gradient-checkpointing.",
         ]
         return "\n".join(lines)
@@ -76,6 +82,7 @@ def estimate(model: str | None = None, **settings: Any) -> Estimate:
     device = device_to_run(train_settings.cpu)
     dtype = compute_dtype(train_settings.dtype, device)
     adapted, trainable, frozen, weights = _on_meta(train_settings, dtype)
+    experts, offloaded = _experts(adapted, train_settings, device)
     total = trainable + frozen
     batch = train_settings.batch_size, min(train_settings.cutoff_len, longest_input(adapted))
     optimizer = train_settings.optim or default_optimizer(device)
@@ -91,8 +98,30 @@ def estimate(model: str | None = None, **settings: Any) -> Estimate:
             f"({reason}): try another --dtype, or train with --max-steps 1"
         ) from error
     return Estimate(
-        train_settings.model, trainable, total, batch, weights, trained_bytes(trainable, optimizer), activations
+        model=train_settings.model,
+        trainable=trainable,
+        total=total,
+        batch=batch,
+        weights=weights - offloaded,
+        adapter=trained_bytes(trainable, optimizer),
+        activations=activations,
+        experts=experts,
+        offloaded=offloaded,
     )
+
+
+def _experts(model: Any, settings: TrainSettings, device: torch.device) -> tuple[int, int]:
+    """Bytes of the packed experts that are at hand at a time, of one module after the other, and of the offloaded ones.
+
+    Raises OptionError if there are none to offload.
+    """
+    modules: list[Any] = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    offloads = settings.offload is not None
+    if offloads and not modules:
+        raise OptionError(refusal(settings.model))
+    at_hand = max((bytes_at_hand(module, device, offloaded=offloads) for module in modules), default=0)
+    packed = [tensor.nbytes for module in modules for tensor in module.packed_tensors().values()]
+    return at_hand, sum(packed) if offloads else 0
 
 
 def _on_meta(settings: TrainSettings, dtype: torch.dtype) -> tuple[Any, int, int, int]:

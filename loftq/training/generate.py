@@ -34,13 +34,14 @@ def generate(
     seed: int = 0,
     dtype: str | None = None,
     cpu: bool | None = None,
+    offload: str | None = None,
     stream: TextIO | None = None,
 ) -> str:
     """Return the answer of a model to a prompt, and write it to `stream` while it is generated.
 
     `model` is an artifact's folder, with its own adapter unless `adapter` names a trained one, or a full-precision
     model. The prompt is written with the chat template if there is one, unless `chat_template` is False. With a
-    temperature of 0 the model always takes the likeliest token. Raises LoftQError.
+    temperature of 0 the model always takes the likeliest token. `offload` is that of `load_qlora`. Raises LoftQError.
     """
     if max_new_tokens < 1:
         raise OptionError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
@@ -51,7 +52,7 @@ def generate(
     hush(quiet=True)
     device = device_to_run(cpu)
     with explain_memory():
-        opened = open_to_use(find_model(model), adapter, device, compute_dtype(dtype, device))
+        opened = open_to_use(find_model(model), adapter, device, compute_dtype(dtype, device), offload)
         _require_generator(opened, model)
         encoder = Encoder(
             opened.tokenizer,
