@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import byte_tokenizer
 from grids import thinned
 from mixtures import save_mixture
 from picos import CHANGES, dtype_of, save_pico
+from rows import write_rows
 from transformers import AutoConfig
 
 from loftq.errors import OptionError
 from loftq.formats.checkpoint import TensorSpec, index_text, lay_out
 from loftq.models import expert_groups
+from loftq.training import pace
 from loftq.training.estimate import Estimate, estimate
 
 _SEQ2SEQ = {"bart", "mbart", "pegasus", "marian", "t5", "t5/gated", "mt5"}
@@ -32,13 +35,27 @@ _WIDTH, _TOKENS = 64, 32
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 
 
+@pytest.fixture(autouse=True)
+def _no_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "_SECONDS", 0.0)
+
+
 def _save(name: str, folder: Path, **changes: Any) -> Path:
     kind = "seq2seq-lm" if name in _SEQ2SEQ else "masked-lm" if name in _ENCODERS else "causal-lm"
-    return save_pico(name, kind, folder, **changes)
+    return save_pico(name, kind, folder / "model", **changes)
+
+
+_LONG = "It rained all day and all night. " * 3
+_ROWS: dict[str, dict[str, Any]] = {
+    "sft": {"prompt": "Rain?", "response": _LONG},
+    "summarization": {"document": _LONG, "summary": _LONG},
+    "classification": {"text": _LONG, "label": 1},
+}
 
 
 def _estimate(folder: Path, task: str, **options: Any) -> Estimate:
-    fixed = {"rank": 4, "data": "unread.jsonl", "output": "unwritten", "cutoff_len": _TOKENS, "dtype": "bfloat16"}
+    data = write_rows(folder.parent / f"{task}.jsonl", [_ROWS[task]] * 9)
+    fixed = {"rank": 4, "data": str(data), "output": "unwritten", "cutoff_len": _TOKENS, "dtype": "bfloat16"}
     return estimate(str(folder), task=task, **{**fixed, **options})
 
 
@@ -76,7 +93,7 @@ def test_a_model_that_does_not_run_says_what_to_try(tmp_path: Path) -> None:
 
 def test_offloaded_experts_are_counted_in_main_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: two layers of four experts, 3 x 64 x 64 weights each, in 4 bits with a float16 scale for each 64."""
-    folder = save_mixture("qwen3_moe", tmp_path, moe_intermediate_size=64)
+    folder = save_mixture("qwen3_moe", tmp_path / "model", moe_intermediate_size=64)
     options = {"gradient_checkpointing": True, "batch_size": 1}
     expert = 3 * 64 * 64
     packed = expert // 2 + expert // 64 * 2
@@ -112,7 +129,9 @@ def test_qwen3_30b_a3b_fits_a_card_of_12_gb(bits: int, tmp_path: Path) -> None:
         moe_intermediate_size=inner,
         max_position_embeddings=40960,
     )
-    config.save_pretrained(tmp_path)
+    folder = tmp_path / "model"
+    config.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     attention = {"q_proj": (4096, width), "k_proj": (512, width), "v_proj": (512, width), "o_proj": (width, 4096)}
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("model.embed_tokens", "lm_head"), (vocabulary, width))
     shapes["model.norm"] = (width,)
@@ -127,16 +146,18 @@ def test_qwen3_30b_a3b_fits_a_card_of_12_gb(bits: int, tmp_path: Path) -> None:
     specs = [[TensorSpec(f"{name}.weight", torch.bfloat16, shape)] for name, shape in shapes.items()]
     shards = lay_out(specs, 4 * 10**9)
     for shard in shards:
-        with (tmp_path / shard.file).open("wb") as file:
+        with (folder / shard.file).open("wb") as file:
             file.write(shard.header)
             file.truncate(shard.nbytes)
-    (tmp_path / "model.safetensors.index.json").write_text(index_text(shards))
+    (folder / "model.safetensors.index.json").write_text(index_text(shards))
 
     def packed(weights: int) -> int:
         return weights * bits // 8 + weights // 64 * 2
 
+    data = write_rows(tmp_path / "long.jsonl", [{"prompt": "Rain?", "response": 20 * _LONG}] * 9)
     options = {"bits": bits, "rank": 16, "cutoff_len": 1024, "batch_size": 1, "optim": "paged_adamw_8bit"}
-    needed = _estimate(tmp_path, "sft", offload="experts", gradient_checkpointing=True, **options)
+    needed = _estimate(folder, "sft", data=str(data), offload="experts", gradient_checkpointing=True, **options)
+    assert needed.batch == (1, 1024)
     assert needed.offloaded == layers * packed(experts * 3 * width * inner)
     rest = layers * (experts * width + 2 * width + 2 * 128) + width + 2 * vocabulary * width
     headers = needed.weights - layers * sum(packed(a * b) for a, b in attention.values()) - 2 * rest
