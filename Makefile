@@ -44,6 +44,8 @@ bench: install  ## the figures of the README and of docs/benchmarks.md
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/model.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/memory.py --mixture
+	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/packed.py
 	$(BIN)/python benchmarks/footprint.py
