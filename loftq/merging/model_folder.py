@@ -17,7 +17,6 @@ from loftq.formats.artifact import CARD
 from loftq.formats.checkpoint import INDEX, Shard, TensorSpec, index_text, lay_out, parse_size
 from loftq.formats.model_config import config_text
 from loftq.formats.shard_writer import ShardWriter
-from loftq.hub.source import side_files
 from loftq.merging.target import Target
 from loftq.models.tasks import TASKS
 
@@ -70,8 +69,8 @@ class ModelFolder(Target):
         """Write the weights, with a progress bar on stderr, then configuration, tokenizer, card and manifest."""
         self._write_weights(staging)
         pair = self.pair
-        for path in side_files(pair.backbone.folder):
-            staging.copy(path, path.relative_to(pair.backbone.folder).as_posix())
+        for name, path in pair.side_files.items():
+            staging.copy(path, name)
         staging.write_text("config.json", config_text(self.config()))
         if len(self.shards) > 1:
             staging.write_text(INDEX, index_text(self.shards))

@@ -17,7 +17,6 @@ from loftq.artifacts.staging import Staging
 from loftq.errors import ArtifactError
 from loftq.formats import adapter as adapters
 from loftq.formats.checkpoint import Checkpoint, TensorSpec
-from loftq.hub.source import side_files
 from loftq.merging.settings import MergeRun, MergeSettings
 from loftq.models.tasks import TASKS, auto_class
 
@@ -68,6 +67,10 @@ class Target(ABC):
             specs[name] = replace(specs[source], name=name)
         for name, key in self.pair.adapter.saved.items():
             specs[name] = TensorSpec(name, backbone.dtype, self.pair.adapter.shapes[key])
+        embeddings = self.pair.embeddings
+        for name, spec in specs.items():
+            if embeddings.resizes(name, spec.shape) and embeddings.vocabulary is not None:
+                specs[name] = replace(spec, shape=(*spec.shape[:-1], embeddings.vocabulary))
         return specs
 
     def notes(self) -> tuple[str, ...]:
@@ -112,7 +115,7 @@ class Target(ABC):
         """Size and modification time (ns) of each file that is read, by its path."""
         backbone, adapter = self.pair.backbone, self.pair.adapter.folder
         names = sorted({"config.json", *backbone.checkpoint.files.values()})
-        paths = [*(backbone.folder / name for name in names), *side_files(backbone.folder)]
+        paths = [*(backbone.folder / name for name in names), *self.pair.side_files.values()]
         paths += [adapter / adapters.WEIGHTS, adapter / adapters.CONFIG]
         states = {str(path): path.stat() for path in paths}
         return {path: [state.st_size, state.st_mtime_ns] for path, state in states.items()}
