@@ -82,23 +82,6 @@ The layers with the largest error:
 """
 
 
-def merged_card_text(name: str, kind: str, target: str, lines: str) -> str:
-    """README.md after a merge. `name` is that of the backbone, `kind` that of the adapter; `lines` load it."""
-    return f"""---
-tags:
-- loftq
----
-
-# {markdown(name)}, merged
-
-A quantized backbone and its trained {markdown(kind)} adapter, merged into one model by `loftq merge --to {target}`.
-
-```python
-{lines}  # this folder or repository
-```
-"""
-
-
 def _head(plan: Plan) -> str:
     if not plan.modules_to_save:
         return ""

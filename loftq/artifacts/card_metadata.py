@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData, metadata_load
@@ -29,14 +30,27 @@ def metadata(plan: Plan) -> str:
     return str(data.to_yaml())
 
 
+def terms_of(folder: Path) -> dict[str, Any]:
+    """The licence that the card of a folder names; empty if it names none."""
+    return {name: value for name, value in _fields(folder).items() if name in _TERMS and _is_text(value)}
+
+
+def base_named_by(folder: Path) -> str | None:
+    """The base model that the card of a folder names, None if it names none or several."""
+    name = _fields(folder).get("base_model")
+    return name if isinstance(name, str) else None
+
+
 def _terms(source: Source) -> dict[str, Any]:
     """The licence of a source, from its own card if it has one."""
+    return terms_of(source.folder) or ({"license": source.license} if source.license else {})
+
+
+def _fields(folder: Path) -> dict[str, Any]:
     try:
-        fields: dict[str, Any] = metadata_load(source.folder / CARD) or {}
-    except Exception:  # a card may hold anything; a damaged one names no licence
-        fields = {}
-    terms = {name: fields[name] for name in _TERMS if _is_text(fields.get(name))}
-    return terms or ({"license": source.license} if source.license else {})
+        return metadata_load(folder / CARD) or {}
+    except Exception:  # a card may hold anything; a damaged one says nothing
+        return {}
 
 
 def _is_text(value: Any) -> bool:

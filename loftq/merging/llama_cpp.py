@@ -43,6 +43,11 @@ class LlamaCpp:
 
     checkout: Path | None = None
 
+    @classmethod
+    def of(cls, checkout: str | None) -> LlamaCpp:
+        """The tools that a value of --llama-cpp names."""
+        return cls(None if checkout is None else Path(checkout).expanduser())
+
     def script(self, name: str) -> Path:
         """The path of one of llama.cpp's Python scripts. Raises OptionError if there is none."""
         folder = self.checkout

@@ -9,16 +9,13 @@ from typing import Any, ClassVar
 import torch
 from tqdm import tqdm
 
-from loftq.artifacts.card import merged_card_text
 from loftq.artifacts.manifest import write_merged_manifest
 from loftq.artifacts.staging import Staging
 from loftq.core.grid import Grid
-from loftq.formats.artifact import CARD
 from loftq.formats.checkpoint import INDEX, Shard, TensorSpec, index_text, lay_out, parse_size
 from loftq.formats.model_config import config_text
 from loftq.formats.shard_writer import ShardWriter
 from loftq.merging.target import Target
-from loftq.models.tasks import TASKS
 
 
 class ModelFolder(Target):
@@ -26,7 +23,6 @@ class ModelFolder(Target):
 
     format: ClassVar[str]  # for the manifest: a name of LAYOUTS, or of a format that loftq does not read
     metadata: ClassVar[dict[str, str]] = {}  # additional metadata in the header of each shard
-    import_line: ClassVar[str] = ""  # the line of Python that stock loading needs first
 
     @abstractmethod
     def specs(self, module: str) -> list[TensorSpec]:
@@ -43,12 +39,6 @@ class ModelFolder(Target):
     def grid(self, _module: str) -> Grid | None:
         """The type in which a linear is written; None if the format is not in LAYOUTS."""
         return None
-
-    def loading_lines(self) -> str:
-        """Python code that loads the folder, for the card."""
-        name = TASKS[self.pair.backbone.task].auto_class
-        place = '"..."'
-        return f"{self.import_line}from transformers import {name}\n\nmodel = {name}.from_pretrained({place})"
 
     @cached_property
     def shards(self) -> list[Shard]:
@@ -74,11 +64,8 @@ class ModelFolder(Target):
         staging.write_text("config.json", config_text(self.config()))
         if len(self.shards) > 1:
             staging.write_text(INDEX, index_text(self.shards))
-        staging.write_text(
-            CARD, merged_card_text(pair.backbone.folder.name, pair.adapter.kind, self.name, self.loading_lines())
-        )
         grids = {module: grid for module in pair.backbone.grids if (grid := self.grid(module)) is not None}
-        write_merged_manifest(staging, pair.backbone, self.name, self.format, grids, self.shards)
+        write_merged_manifest(staging, pair.backbone, self.source, self.format, grids, self.shards)
 
     def _write_weights(self, staging: Staging) -> None:
         kept = self.kept

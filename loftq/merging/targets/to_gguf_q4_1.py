@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from tqdm import tqdm
 
-from loftq.artifacts.manifest import write_export_manifest
 from loftq.artifacts.staging import Staging
 from loftq.core.affine import AffineWeight
 from loftq.formats import gguf_q4_1
@@ -55,4 +54,4 @@ class Gguf(Target):
             name = backbone.folder.name
             gguf_q4_1.write(path, pair.config, tokenizer, backbone.shapes, kept, linear, dense, name)
         staging.hashes[path.name] = None
-        write_export_manifest(staging, backbone, "gguf")
+        self.write_manifest(staging, "gguf")

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from loftq.artifacts.manifest import write_export_manifest
 from loftq.artifacts.staging import Staging
 from loftq.core import pooled
 from loftq.core.adapter_change import Factors, change, truncated
@@ -64,6 +63,11 @@ class PlainLora(Target):
         return str(self.settings.source or artifact.manifest["source"]["model"])
 
     @property
+    def source(self) -> dict[str, Any]:
+        """What the adapter was made from, and its rank."""
+        return {**super().source, "rank": self.rank}
+
+    @property
     def rank(self) -> int:
         """The rank of the result."""
         return self.settings.rank or self._full_rank
@@ -91,7 +95,7 @@ class PlainLora(Target):
                 tensors = {name: adapter.read(name).float()} if whole else self.tensors(name)
                 staging.note(name, {"written": {key: writer.write(key, tensor) for key, tensor in tensors.items()}})
         staging.write_text(adapters.CONFIG, json_text(self.config(), indent=2, sort_keys=True) + "\n")
-        write_export_manifest(staging, self.pair.backbone, "adapter")
+        self.write_manifest(staging, "adapter")
 
     def specs(self, module: str) -> list[TensorSpec]:
         """The tensors of one module."""
