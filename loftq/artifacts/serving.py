@@ -11,6 +11,7 @@ from typing import Any
 PLACE = "MODEL_DIR"  # in lines of a folder that is in no repository
 BASE = "BASE"  # in lines of an adapter whose base has no name on the Hub
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
+_TASK = "causal-lm"  # what these servers are for
 _WHOLE = ("vllm serve {place}", "python -m sglang.launch_server --model-path {place}")
 _GGUF = ("llama-server -m {file}", "ollama create my-model -f Modelfile")
 _LINES: Mapping[str, tuple[str, ...]] = {
@@ -59,7 +60,7 @@ def serving_lines(
     """
     source = manifest.get("source", {})
     target = source.get("target") or _start(manifest)
-    if not _LINES.get(target):
+    if not _LINES.get(target) or source.get("task", _TASK) != _TASK:
         return ()
     fields = {
         "place": repo_id or PLACE,
@@ -97,8 +98,6 @@ def _base(source: Mapping[str, Any]) -> str:
 
 
 def _start(manifest: Mapping[str, Any]) -> str:
-    """The name in `_LINES` of a folder that `loftq quantize` wrote."""
-    codebooks = {row["codebook"] for row in manifest.get("layers", ())}
-    stock = manifest.get("format") == "bitsandbytes" and codebooks <= {"nf4", "fp4"}
-    experts = any(len(row["shape"]) > 2 for row in manifest.get("layers", ()))
-    return "nf4" if manifest["kind"] == "qlora" and stock and not experts else ""
+    """The name in `_LINES` of a folder that `loftq quantize` wrote; empty if servers do not read it."""
+    stock = manifest["kind"] == "qlora" and manifest.get("format") == "bitsandbytes"
+    return "nf4" if stock and manifest["recipe"]["bits"] == 4 else ""

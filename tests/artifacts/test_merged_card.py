@@ -62,6 +62,10 @@ def test_lines_name_the_file_the_base_and_a_rank_that_vllm_takes() -> None:
     assert [vllm_rank(rank) for rank in (1, 8, 9, 33, 512, 600)] == [1, 8, 16, 64, 512, 600]
 
 
+def test_models_that_do_not_write_text_have_no_such_lines() -> None:
+    assert serving_lines(manifest_of("bf16", task="sequence-classification")) == ()
+
+
 def test_the_adapter_of_a_qalora_belongs_to_its_backbone() -> None:
     for target in ("lora", "mlx-lora", "gguf-lora"):
         manifest = manifest_of(target, base="user/model", adapter="QA-LoRA (pools of 64)")

