@@ -31,14 +31,15 @@ def metadata(plan: Plan) -> str:
 
 
 def terms_of(folder: Path) -> dict[str, Any]:
-    """The licence that the card of a folder names; empty if it names none."""
-    return {name: value for name, value in _fields(folder).items() if name in _TERMS and _is_text(value)}
+    """The licence that the card in a folder names; empty if it names none."""
+    fields = _fields(folder)
+    return {name: fields[name] for name in _TERMS if _is_text(fields.get(name))}
 
 
-def base_named_by(folder: Path) -> str | None:
-    """The base model that the card of a folder names, None if it names none or several."""
-    name = _fields(folder).get("base_model")
-    return name if isinstance(name, str) else None
+def base_of(folder: Path) -> str | None:
+    """The base model that the card in a folder names, an id on the Hub; None if it names none."""
+    base = _fields(folder).get("base_model")
+    return base if isinstance(base, str) and base.count("/") == 1 else None
 
 
 def _terms(source: Source) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def _terms(source: Source) -> dict[str, Any]:
 def _fields(folder: Path) -> dict[str, Any]:
     try:
         return metadata_load(folder / CARD) or {}
-    except Exception:  # a card may hold anything; a damaged one says nothing
+    except Exception:  # a card may hold anything; a damaged one names nothing
         return {}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from loftq.artifacts.backbone import Backbone
 from loftq.artifacts.card import card_text
-from loftq.artifacts.card_metadata import base_named_by
+from loftq.artifacts.card_metadata import base_of
 from loftq.artifacts.merged_card import merged_card_text
 from loftq.artifacts.rows import totals_of
 from loftq.artifacts.staging import Staging
@@ -100,13 +100,19 @@ def heading(plan: Plan) -> dict[str, Any]:
     }
 
 
-def base_of(folder: Path, manifest: Mapping[str, Any] | None) -> str | None:
-    """The id on the Hub of the full-precision model that a folder was made from; None if it is not known."""
-    if manifest is None:
-        return base_named_by(folder)
-    source = manifest["source"]
-    name = source.get("base") if "base" in source or "target" in source else str(source["model"])
-    return None if name is None or Path(name).is_absolute() else name
+def origin_of(folder: Path, manifest: Mapping[str, Any] | None) -> dict[str, str | None]:
+    """The full-precision model that a folder was made from, for the manifest of what is made of the folder.
+
+    `original` is its name without the folder that it lies in, `base` its id on the Hub; None if they are not known.
+    """
+    source = {} if manifest is None else manifest.get("source", {})
+    name = source.get("original") if "target" in source else source.get("model")
+    is_id = name is not None and name.count("/") == 1 and not Path(name).is_absolute()
+    base = base_of(folder) or source.get("base") or (name if is_id else None)
+    return {
+        "original": Path(name).name if name is not None and Path(name).is_absolute() else name or base,
+        "base": base,
+    }
 
 
 def write_merged_manifest(

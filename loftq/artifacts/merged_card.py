@@ -77,6 +77,7 @@ def _loading(manifest: Mapping[str, Any], place: str, at: str) -> str:
 
 
 def _of(source: Mapping[str, Any]) -> str:
-    parts = [f"a {source['adapter']} adapter"] if source.get("adapter") else []
-    parts += [f"the model {code(source['base'])}"] if source.get("base") else []
-    return f" from {' and '.join(parts)}" if parts else ""
+    if source.get("adapter") is None:
+        return f" from {code(source['model'])}"
+    made = f", which was quantized from {code(source['original'])}" if source.get("original") else ""
+    return f" from a {markdown(source['adapter'])} adapter and its backbone {code(source['model'])}{made}"

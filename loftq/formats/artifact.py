@@ -25,6 +25,7 @@ from loftq.formats.schema import Limited, check_value, number, one_of, read_json
 MANIFEST = "loftq.json"
 CARD = "README.md"  # the user may edit it
 VERSION = 1
+DENSE = "dense"  # the format of a merged model in 16 bits
 
 _AGAIN = "copy or download the folder again"
 _ERROR = number(0)
@@ -80,7 +81,7 @@ _TOTALS = {
     ),
 }
 _SOURCE = {"model": str, "model_type?": str, "task": str, "revision?": (str, None), "sha256?": str, "target?": str}
-_MADE_OF = {**_SOURCE, "base?": (str, None), "adapter?": (str, None), "rank?": whole(1)}
+_MADE_OF = {**_SOURCE, "base?": (str, None), "original?": (str, None), "adapter?": (str, None), "rank?": whole(1)}
 _COMMON = {
     "kind": str,
     "format?": str,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loftq.artifacts.manifest import base_of, write_export_manifest
+from loftq.artifacts.manifest import origin_of, write_export_manifest
 from loftq.artifacts.staging import Staging
 from loftq.formats.artifact import MANIFEST, open_artifact, read_artifact
 from loftq.formats.checkpoint import read_checkpoint
@@ -40,6 +40,11 @@ class DenseGguf(Export):
         """Return None. Raises OptionError for an unknown type, and where a tool of llama.cpp is missing."""
         self.maker.check()
 
+    @property
+    def planned_bytes(self) -> int:
+        """The bytes of a file of 16 bits, which is on the disk while the file is made."""
+        return sum(spec.numel * 2 for spec in self.checkpoint.tensors.values())
+
     def notes(self) -> tuple[str, ...]:
         """Nothing is to be said."""
         return ()
@@ -57,7 +62,7 @@ class DenseGguf(Export):
         """Convert, quantize, and write the small files."""
         self.maker.make(self.folder, staging, self.folder.name)
         known = self.artifact.manifest if self.artifact else None
-        source = {"model": self.folder.name, "target": self.name, "base": base_of(self.folder, known), "adapter": None}
+        source = {"model": self.folder.name, "target": self.name, "adapter": None, **origin_of(self.folder, known)}
         write_export_manifest(
             staging, self.folder, source, "gguf", self.artifact.backbone_hash if self.artifact else ""
         )

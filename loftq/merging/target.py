@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from loftq.artifacts.manifest import base_of, write_export_manifest
+from loftq.artifacts.manifest import origin_of, write_export_manifest
 from loftq.artifacts.pair import BackboneAndAdapter
 from loftq.artifacts.staging import Staging
 from loftq.errors import ArtifactError
@@ -101,8 +101,8 @@ class Target(Export):
             "model": backbone.folder.name,
             "task": backbone.task,
             "target": self.name,
-            "base": base_of(backbone.folder, backbone.artifact.manifest if backbone.artifact else None),
             "adapter": self.pair.adapter.kind,
+            **origin_of(backbone.folder, backbone.artifact.manifest if backbone.artifact else None),
         }
 
     def write_manifest(self, staging: Staging, kind: str) -> None:

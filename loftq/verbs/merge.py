@@ -12,6 +12,8 @@ from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.artifact import read_artifact
 from loftq.formats.checkpoint import parse_size
 from loftq.formats.disk import explain_os_errors
+from loftq.formats.space import check_space
+from loftq.hub.source import fetch_all, find_source
 from loftq.merging.dense_gguf import DenseGguf, is_dense
 from loftq.merging.export import Export
 from loftq.merging.logits import checked_difference
@@ -19,6 +21,7 @@ from loftq.merging.report import MergeReport
 from loftq.merging.settings import MergeKeywords, MergeRun, MergeSettings
 from loftq.merging.target import Target
 from loftq.merging.targets import TARGETS
+from loftq.models.trained_folder import with_backbone
 from loftq.planning.run import check_resume
 from loftq.settings import from_dict, option_name, said, split
 
@@ -33,10 +36,11 @@ def merge(
 ) -> MergeReport:
     """Merge an adapter (default: the initial one) into the backbone of `folder`, and write `output`.
 
-    `to` is one of `TARGETS`. `folder` is one of ours, or a GPTQ checkpoint; for `gguf` it may also be a dense model, of
-    transformers or merged before. The other keywords are the options of `loftq merge --help` with underscores. One
-    linear is in memory at a time; `check` then compares the logits of a few tokens before and after, for which each
-    model is loaded once. Raises LoftQError, and leaves no output where the check fails.
+    `to` is one of `TARGETS`. `folder` is one of ours, a GPTQ checkpoint, or that of a trained adapter, which knows its
+    backbone; for `gguf` it may also be a dense model, of transformers or merged before. The other keywords are the
+    options of `loftq merge --help` with underscores. One linear is in memory at a time; `check` then compares the
+    logits of a few tokens before and after, for which each model is loaded once. Raises LoftQError, and leaves no
+    output where the check fails.
     """
     started = time.perf_counter()
     if to not in TARGETS:
@@ -50,9 +54,11 @@ def merge(
     parse_size(run.max_shard_size)
     out = Path(output)
     check_output(out, resume=run.resume, overwrite=run.overwrite)
-    target = _open(Path(folder), adapter, to, chosen, run)
+    target = _open(*_found(folder, adapter), to, chosen, run)
     notes = target.notes()
     lost = target.check()
+    with explain_os_errors(out):
+        check_space(out, target.planned_bytes)
     fingerprint = target.fingerprint()
     with open_staging(out, fingerprint, overwrite=run.overwrite) as staging:
         if not staging.ready:
@@ -68,7 +74,7 @@ def merge(
     return MergeReport(out, to, nbytes, target.layers, target.difference, lost, notes, seconds)
 
 
-def _open(folder: Path, adapter: str | Path | None, to: str, settings: MergeSettings, run: MergeRun) -> Export:
+def _open(folder: Path, adapter: str | None, to: str, settings: MergeSettings, run: MergeRun) -> Export:
     """What is to be written. Raises OptionError for a dense model that is not converted to GGUF."""
     if not is_dense(folder):
         return TARGETS[to](open_pair(folder, adapter), settings, run)
@@ -80,6 +86,13 @@ def _open(folder: Path, adapter: str | Path | None, to: str, settings: MergeSett
             "were trained on: name the folder that `loftq quantize` wrote, or merge it with peft's merge_and_unload"
         )
     return DenseGguf(folder, settings, run)
+
+
+def _found(folder: str | Path, adapter: str | Path | None) -> tuple[Path, str | None]:
+    """The folder of the backbone, which is downloaded if an adapter's folder names one on the Hub, and the adapter."""
+    name, chosen = with_backbone(str(folder), None if adapter is None else str(adapter))
+    is_named_by_adapter = name != str(folder) and not Path(name).is_dir()
+    return fetch_all(find_source(name)) if is_named_by_adapter else Path(name), chosen
 
 
 def _check_uses(to: str, settings: MergeSettings) -> MergeSettings:

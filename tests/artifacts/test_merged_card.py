@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from loftq.artifacts.manifest import base_of
+from loftq.artifacts.manifest import origin_of
 from loftq.artifacts.merged_card import merged_card_text, merged_section
 from loftq.artifacts.serving import BASE, PLACE, serving_lines, serving_section, vllm_rank
 from loftq.merging.targets import TARGETS
@@ -74,9 +74,15 @@ def test_the_adapter_of_a_qalora_belongs_to_its_backbone() -> None:
 
 
 def test_the_base_is_named_only_where_it_is_on_the_hub(tmp_path: Path) -> None:
-    assert base_of(tmp_path, {"source": {"model": "user/model", "task": "causal-lm"}}) == "user/model"
-    assert base_of(tmp_path, {"source": {"model": str(tmp_path), "task": "causal-lm"}}) is None
-    assert base_of(tmp_path, {"source": {"model": "folder", "target": "bf16", "base": "user/model"}}) == "user/model"
-    assert base_of(tmp_path, None) is None
+    start = {"task": "causal-lm"}
+    assert origin_of(tmp_path, {"source": {**start, "model": "user/model"}}) == {
+        "original": "user/model",
+        "base": "user/model",
+    }
+    local = origin_of(tmp_path, {"source": {**start, "model": str(tmp_path)}})
+    assert local == {"original": tmp_path.name, "base": None}
+    merged = {"model": "folder", "target": "bf16", "original": "user/model", "base": "user/model"}
+    assert origin_of(tmp_path, {"source": merged}) == {"original": "user/model", "base": "user/model"}
+    assert origin_of(tmp_path, None) == {"original": None, "base": None}
     (tmp_path / "README.md").write_text("---\nbase_model: user/model\n---\n")
-    assert base_of(tmp_path, None) == "user/model"
+    assert origin_of(tmp_path, None)["base"] == "user/model"

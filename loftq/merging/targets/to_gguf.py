@@ -34,6 +34,11 @@ class GgufFile(Target):
         """Return None. Raises OptionError for an unknown type, and where a tool of llama.cpp is missing."""
         self._maker.check()
 
+    @property
+    def planned_bytes(self) -> int:
+        """The bytes of the 16-bit model, which is on the disk while the file is made."""
+        return Dense(self.pair, self.settings, self.run).planned_bytes
+
     def write(self, staging: Staging) -> None:
         """Merge into 16 bits, compare the logits, convert, quantize, and write the small files."""
         folder = staging.folder / _DENSE
