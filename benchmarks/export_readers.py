@@ -22,13 +22,15 @@ import math, os, sys
 import numpy as np
 from cyllama.llama import llama_cpp
 file, windows = sys.argv[1:]
+class Model(llama_cpp.LlamaModel):  # with the size of its vocabulary, which the context of cyllama 0.2 asks for
+    n_vocab = property(lambda self: self.get_vocab().n_vocab)
 llama_cpp.disable_logging()
 windows = np.load(windows)
 length = windows.shape[1]
 settings = llama_cpp.LlamaContextParams()
 settings.n_ctx = settings.n_batch = settings.n_ubatch = length
 settings.n_threads = settings.n_threads_batch = 1
-context = llama_cpp.LlamaContext(llama_cpp.LlamaModel(file, llama_cpp.LlamaModelParams()), settings)
+context = llama_cpp.LlamaContext(Model(file, llama_cpp.LlamaModelParams()), settings)
 loss = 0.0
 for window in windows.tolist():
     context.kv_cache_clear()

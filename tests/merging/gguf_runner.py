@@ -12,6 +12,14 @@ import numpy as np
 from cyllama.llama import llama_cpp
 
 
+class Model(llama_cpp.LlamaModel):
+    """A model with the size of its vocabulary, which the context of cyllama 0.2 asks for."""
+
+    @property
+    def n_vocab(self) -> int:
+        return int(self.get_vocab().n_vocab)
+
+
 def main(file: str, out: str, windows: str, count: str) -> None:
     """Decode each window at once, then continue it with the most likely tokens."""
     llama_cpp.disable_logging()
@@ -21,7 +29,7 @@ def main(file: str, out: str, windows: str, count: str) -> None:
     settings.n_ctx = length + int(count)
     settings.n_batch = settings.n_ubatch = length
     settings.n_threads = settings.n_threads_batch = 1
-    context = llama_cpp.LlamaContext(llama_cpp.LlamaModel(file, llama_cpp.LlamaModelParams()), settings)
+    context = llama_cpp.LlamaContext(Model(file, llama_cpp.LlamaModelParams()), settings)
     logits, greedy = [], []
     for prompt in prompts.tolist():
         context.kv_cache_clear()

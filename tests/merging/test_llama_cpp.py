@@ -35,11 +35,10 @@ def answers() -> Answers:
     ids = AutoTokenizer.from_pretrained(folder)(TEXT.read_text(), return_tensors="pt").input_ids[0, : 3 * LENGTH]
     windows = ids.view(3, LENGTH)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # ends are said like any other token
     with torch.no_grad():
         logits = model(windows).logits
-        said = model.generate(
-            windows, attention_mask=torch.ones_like(windows), max_new_tokens=COUNT, do_sample=False, eos_token_id=-1
-        )
+        said = model.generate(windows, attention_mask=torch.ones_like(windows), max_new_tokens=COUNT, do_sample=False)
     return windows.numpy(), perplexity(logits, windows), said[:, LENGTH:]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -78,7 +79,9 @@ class PlainLora(Target):
     @property
     def source(self) -> dict[str, Any]:
         """What the adapter was made from, and its rank."""
-        return {**super().source, "rank": self.rank}
+        base = self.settings.source
+        named = {"base": base} if base is not None and base.count("/") == 1 and not Path(base).exists() else {}
+        return {**super().source, **named, "rank": self.rank}
 
     @property
     def rank(self) -> int:
