@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import click
 
-from loftq.display import columns
 from loftq.models.families import FAMILIES, Family, family_of
 
-from .options import Command, as_json
-from .output import echo, echo_json
+from .options import Command, as_json, names_of, wide
+from .output import echo_json, echo_table
 
 _EPILOG = """\b
 Examples:
   loftq families
   loftq families bert
+  loftq families --wide | less -S
   loftq families --json | jq '.[] | select(.loader == "loftq")'
 """
+_FITTING = {"model type": "model type", "loader": "loads with", "targets": "targets", "tasks": "tasks"}
+_ALL = {**_FITTING, "stays": "stays", "tested": "tested"}
 
 
 @click.command(cls=Command, epilog=_EPILOG)
-@click.argument("model_type", required=False)
+@click.argument("model_type", required=False, shell_complete=names_of(FAMILIES))
+@wide
 @as_json
-def families(model_type: str | None, as_json: bool) -> None:
+def families(model_type: str | None, wide: bool, as_json: bool) -> None:
     """Show the known model types, and the modules that are quantized in them.
 
     "Loads with" is "stock" if transformers and peft alone load the folder, and "loftq" if they need `import loftq`
@@ -33,7 +36,9 @@ def families(model_type: str | None, as_json: bool) -> None:
     if as_json:
         echo_json(rows)
     else:
-        echo(_table(rows))
+        titles = _ALL if wide else _FITTING
+        cells = [[_cell(row[name]) for name in titles] for row in rows]
+        echo_table([list(titles.values()), *cells], wide)
 
 
 def _row(family: Family) -> dict[str, object]:
@@ -51,9 +56,3 @@ def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "tested" if value else "generic"
     return ", ".join(value) if isinstance(value, list) else str(value)
-
-
-def _table(rows: list[dict[str, object]]) -> str:
-    titles = {"model type": "model type", "tested": "tested", "loader": "loads with"}
-    titles |= {name: name for name in ("stays", "targets", "tasks")}
-    return columns([list(titles.values()), *([_cell(row[name]) for name in titles] for row in rows)])

@@ -8,8 +8,6 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from loftq.errors import OptionError
 from loftq.models.long_texts import tokenized_pieces
 from loftq.training import encoding
@@ -19,6 +17,7 @@ from loftq.training.encoding import Encoder
 from loftq.training.tasks.task import GENERATORS, TrainingTask
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
 
 TEXT = {"text": ("text", "content")}  # the role for plain text
@@ -40,6 +39,7 @@ def pack_blocks(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> 
     The tokens after the last whole block are dropped, unless there is no whole block. Raises OptionError for fewer than
     two tokens, from which nothing can be learned.
     """
+    import numpy as np
     import pyarrow as pa  # type: ignore[import-untyped]  # datasets requires it
     from datasets import Dataset
 
@@ -60,6 +60,8 @@ def joined_ids(
     texts: Iterable[str], encoder: Encoder, begin: Sequence[int] = (), end: Sequence[int] = ()
 ) -> np.ndarray:
     """The token ids of texts of any length, each between the special tokens `begin` and `end`: int32 (tokens)."""
+    import numpy as np
+
     ids = array("i")
     for text in texts:
         encoding.check_text(text)
