@@ -16,8 +16,8 @@ Examples:
   loftq families --wide | less -S
   loftq families --json | jq '.[] | select(.loader == "loftq")'
 """
-_FITTING = {"model type": "model type", "loader": "loads with", "targets": "targets", "tasks": "tasks"}
-_ALL = {**_FITTING, "stays": "stays", "tested": "tested"}
+_TITLES = {"loader": "loads with"}
+_FITTING = ("model type", "loads with", "targets", "tasks")
 
 
 @click.command(cls=Command, epilog=_EPILOG)
@@ -36,19 +36,17 @@ def families(model_type: str | None, wide: bool, as_json: bool) -> None:
     if as_json:
         echo_json(rows)
     else:
-        titles = _ALL if wide else _FITTING
-        cells = [[_cell(row[name]) for name in titles] for row in rows]
-        echo_table([list(titles.values()), *cells], wide)
+        echo_table([{_TITLES.get(name, name): _cell(row[name]) for name in row} for row in rows], _FITTING, wide)
 
 
 def _row(family: Family) -> dict[str, object]:
     return {
         "model type": family.model_type,
-        "tasks": list(family.tasks or ("the checkpoint's own",)),
-        "targets": list(family.targets or ("every linear",)),
-        "stays": list(family.stays),
-        "loader": ("stock" if family.stock else "loftq") if family.tested else "as its modules need",
         "tested": family.tested,
+        "loader": ("stock" if family.stock else "loftq") if family.tested else "as its modules need",
+        "stays": list(family.stays),
+        "targets": list(family.targets or ("every linear",)),
+        "tasks": list(family.tasks or ("the checkpoint's own",)),
     }
 
 

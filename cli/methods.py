@@ -49,5 +49,4 @@ def methods(wide: bool, as_json: bool) -> None:
         }
         for name, row in METHODS.items()
     ]
-    titles = tuple(rows[0]) if wide else _FITTING
-    echo_table([titles, *([row[title] for title in titles] for row in rows)], wide)
+    echo_table(rows, _FITTING, wide)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
 
@@ -63,10 +63,15 @@ def fitting_lines(wide: bool = False, always: bool = False) -> Iterator[None]:
         line_width.reset(token)
 
 
-def echo_table(rows: Sequence[Sequence[str]], wide: bool) -> None:
-    """Print a table whose first row is its heading. It fits the terminal, or is `wide`."""
+def echo_table(rows: Sequence[Mapping[str, str]], fitting: Sequence[str], wide: bool) -> None:
+    """Print a table, from rows by the titles of its columns: all columns if `wide` or if they fit, else `fitting`."""
+    titles = list(rows[0])
     with fitting_lines(wide, always=True):
-        echo(columns(rows), heading=True)
+        width = line_width.get()
+        longest = [max(len(title), *(len(row[title]) for row in rows)) for title in titles]
+        if width is not None and sum(longest) + 2 * (len(titles) - 1) > width:
+            titles = list(fitting)
+        echo(columns([titles, *([row[title] for title in titles] for row in rows)]), heading=True)
 
 
 def echo(text: str, *, nl: bool = True, heading: bool = False) -> None:
