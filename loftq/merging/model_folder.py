@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from tqdm import tqdm
 
-from loftq.artifacts.card import merged_card_text
 from loftq.artifacts.manifest import write_merged_manifest
+from loftq.artifacts.merged_card import merged_card_text
 from loftq.artifacts.staging import Staging
 from loftq.core.grid import Grid
 from loftq.formats.artifact import CARD
@@ -45,6 +46,10 @@ class ModelFolder(Target):
         """The type in which a linear is written; None if the format is not in LAYOUTS."""
         return None
 
+    def name_of(self, name: str) -> str:
+        """The name under which a tensor that is not quantized is written."""
+        return name
+
     def loading_lines(self) -> str:
         """Python code that loads the folder, for the card."""
         name = TASKS[self.pair.backbone.task].auto_class
@@ -60,11 +65,16 @@ class ModelFolder(Target):
         for name in [*backbone.checkpoint.tensors, *(name for name in kept if name not in backbone.checkpoint.tensors)]:
             module = backbone.owners.get(name)
             if module is None:
-                groups.append([kept[name]])
+                groups.append([replace(kept[name], name=self.name_of(name))])
             elif module not in seen:
                 seen.add(module)
                 groups.append(self.specs(module))
         return lay_out(groups, parse_size(self.run.max_shard_size), metadata=self.metadata)
+
+    @property
+    def planned_bytes(self) -> int:
+        """The bytes of all shards."""
+        return sum(shard.nbytes for shard in self.shards)
 
     def write(self, staging: Staging) -> None:
         """Write the weights, with a progress bar on stderr, then configuration, tokenizer, card and manifest."""
@@ -75,9 +85,7 @@ class ModelFolder(Target):
         staging.write_text("config.json", config_text(self.config()))
         if len(self.shards) > 1:
             staging.write_text(INDEX, index_text(self.shards))
-        staging.write_text(
-            CARD, merged_card_text(pair.backbone.folder.name, pair.adapter.kind, self.name, self.loading_lines())
-        )
+        staging.write_text(CARD, merged_card_text(pair.backbone, pair.adapter.kind, self.name, self.loading_lines()))
         grids = {module: grid for module in pair.backbone.grids if (grid := self.grid(module)) is not None}
         write_merged_manifest(staging, pair.backbone, self.name, self.format, grids, self.shards)
 
@@ -91,7 +99,8 @@ class ModelFolder(Target):
             )
             for name in bar:
                 if name in kept:
-                    written = {name: writer.write(name, self.pair.kept(name).to(kept[name].dtype))}
+                    place, tensor = self.name_of(name), self.pair.kept(name).to(kept[name].dtype)
+                    written = {place: writer.write(place, tensor)}
                 else:
                     written = self.write_module(name, writer)
                 staging.note(name, {"written": written})

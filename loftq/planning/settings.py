@@ -19,6 +19,7 @@ BLOCK_SIZE = 64  # default number of weights that share one scale
 EXPERT_RANK = 4  # default: there is a pair of factors for each expert
 FIRST_WIDTHS = (2, 4)  # widths of the allocation `first`, as in the paper
 CALIBRATION_TOKENS, SEQUENCE_LENGTH = 65536, 2048  # defaults
+TOKENS = 1024  # of the training step whose memory the zoo names
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 ADAPTERS = {
     "lora": "LoftQ: a plain LoRA that corrects the errors of the backbone",

@@ -11,6 +11,7 @@ from transformers import TextStreamer, set_seed
 from loftq.errors import OptionError
 from loftq.models.devices import compute_dtype, device_to_run
 from loftq.models.tokenizers import embedding_rows
+from loftq.models.trained_folder import with_backbone
 from loftq.training import encoding
 from loftq.training.answering import room_for, write_answers
 from loftq.training.encoding import Encoder
@@ -38,9 +39,10 @@ def generate(
 ) -> str:
     """Return the answer of a model to a prompt, and write it to `stream` while it is generated.
 
-    `model` is an artifact's folder, with its own adapter unless `adapter` names a trained one, or a full-precision
-    model. The prompt is written with the chat template if there is one, unless `chat_template` is False. With a
-    temperature of 0 the model always takes the likeliest token. Raises LoftQError.
+    `model` is an artifact's folder, with its own adapter unless `adapter` names a trained one, the folder of a trained
+    adapter, which knows its backbone, or a full-precision or merged model. The prompt is written with the chat template
+    if there is one, unless `chat_template` is False. With a temperature of 0 the model always takes the likeliest
+    token. Raises LoftQError.
     """
     if max_new_tokens < 1:
         raise OptionError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
@@ -50,6 +52,7 @@ def generate(
         raise OptionError(f"--top-p {top_p}: expected a number above 0, at most 1")
     hush(quiet=True)
     device = device_to_run(cpu)
+    model, adapter = with_backbone(model, adapter)
     with explain_memory():
         opened = open_to_use(find_model(model), adapter, device, compute_dtype(dtype, device))
         _require_generator(opened, model)

@@ -23,8 +23,8 @@ from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.checkpoint import SINGLE, Checkpoint, TensorSpec, dtype_of
 from loftq.formats.model_config import read_config
 from loftq.models.tasks import build_meta
-from loftq.planning.settings import QuantizeSettings
-from loftq.settings import declared
+from loftq.planning.settings import TOKENS, QuantizeSettings, RunSettings
+from loftq.settings import declared, from_dict, split
 
 if TYPE_CHECKING:  # the list of recipes needs none of it, and torch takes a second
     from loftq.hub.source import Source
@@ -50,6 +50,8 @@ A recipe has `model`, and settings with the names that `loftq.quantize` uses. `c
 model's `config.json` that its sizes depend on. `default.toml` is the recipe of the model that `loftq quantize` uses by
 default. `make zoo` writes this page.
 """
+# The options of `loftq train` with which its dry run estimates the same step.
+TRAINED_WITH = f"--batch-size 1 --cutoff-len {TOKENS} --gradient-checkpointing --optim adamw_torch"
 _SETTINGS = declared(QuantizeSettings)
 SIZES = "sizes.json"  # the rows of `table`, so that a list of them needs no plans
 _PACKAGE = "package"  # the table about the package that ships the default model; the hub's `source` reads it
@@ -105,10 +107,17 @@ def find_recipe(name: str) -> Entry:
 
 
 def build_recipe(name: str, **options: Any) -> Report:
-    """Build the artifact of a recipe. `options` are the keywords of `quantize` that say where and how to run."""
-    entry = find_recipe(name)
-    from loftq.verbs.quantize import quantize  # takes seconds: a wrong name is refused first
+    """Build the artifact of a recipe. `options` are the keywords of `quantize` that say where and how to run.
 
+    With `dry_run` the plan is made from the config that is shipped with the recipe, without the Hub.
+    """
+    entry = find_recipe(name)
+    from loftq.planning.recipe import recipe_of
+    from loftq.verbs.quantize import planned, quantize  # takes seconds: a wrong name is refused first
+
+    if options.get("dry_run"):
+        settings, run_settings = split({**entry.settings, **options}, QuantizeSettings, RunSettings)
+        return planned(_source(entry.model), recipe_of(**settings), from_dict(RunSettings, run_settings))
     return quantize(None if entry.shipped else entry.model, **{**entry.settings, **options})
 
 
@@ -173,8 +182,6 @@ def _hash(entry: Entry) -> str:
 
 def markdown() -> str:
     """The text of `model_zoo/README.md`."""
-    from loftq.planning.footprint import TOKENS
-
     head = (
         "| recipe | model | bits | rank | on disk | to load | to train |\n| --- | --- | --- | --- | --- | --- | --- |"
     )

@@ -26,7 +26,7 @@ from loftq.hub.source import find_source
 from loftq.planning.footprint import footprint
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import recipe_of
-from loftq.verbs.zoo import config_source, markdown, read_entry, zoo
+from loftq.verbs.zoo import config_source, markdown, read_entry, table, zoo
 
 Run = Callable[..., Result]
 PAGE = Path(__file__).parents[2] / "model_zoo" / "README.md"
@@ -175,13 +175,14 @@ def peak_of(work: Callable[[], None]) -> int:
 
 
 def test_list_and_show(run: Run) -> None:
-    lines = run("zoo", "list").stdout.splitlines()
+    lines = run("zoo", "list", "--wide").stdout.splitlines()
     assert len(lines) == 1 + len(zoo())
     assert lines[0].split() == ["recipe", "model", "bits", "rank", "on", "disk", "to", "load", "to", "train"]
     rows = {row["name"]: row for row in json.loads(run("zoo", "list", "--json").stdout)}
     row = rows["mistral-7b-rank32"]
     assert (row["model"], row["bits"], row["rank"]) == ("mistralai/Mistral-7B-v0.1", 4, 32)
     assert row["disk"] < row["load"] < row["train"] < rows["mistral-7b-rank64"]["train"]
+    assert rows == {row["name"]: row for row in table()}, "run `make zoo` and commit it"
     assert run("zoo", "list", "--markdown").stdout == PAGE.read_text(encoding="utf-8")
     shown = run("zoo", "show", "mistral-7b-rank32").stdout
     assert "loftq quantize mistralai/Mistral-7B-v0.1 --bits 4 --rank 32" in shown
@@ -203,14 +204,24 @@ def test_build_is_quantize_with_the_recipe(run: Run, tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(source)
     with serve(Hub()) as hub, client_of(hub.endpoint, tmp_path / "hf"):
         hub.add("meta-llama/Llama-2-7b-hf", source)
-        planned = run("zoo", "build", "llama-2-7b", "--dry-run", "--json", "--save_dir", tmp_path)
-        assert json.loads(planned.stdout)["folder"] == str(tmp_path / "Llama-2-7b-hf-4bit-64rank")
         assert run("zoo", "build", "llama-2-7b", "--save-dir", tmp_path, "--quiet").exit_code == 0
         words = ("--bits", 4, "--rank", 64, "--iter", 5, "--output", tmp_path / "same", "--quiet")
         assert run("quantize", "meta-llama/Llama-2-7b-hf", *words).exit_code == 0
     built = tmp_path / "Llama-2-7b-hf-4bit-64rank"
     for name in ("model.safetensors", "loftq_init/adapter_model.safetensors", "README.md"):
         assert (built / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
+
+
+def test_a_build_is_planned_offline(run: Run, tmp_path: Path) -> None:
+    """Oracle: the figures of `zoo list`, and of `zoo show`, which read the same config."""
+    with client_of("http://127.0.0.1:9", tmp_path / "away"):
+        ended = run("zoo", "build", "llama-2-7b", "--dry-run", "--json", "--save_dir", tmp_path)
+    assert ended.exit_code == 0, ended.stderr
+    planned = json.loads(ended.stdout)
+    assert planned["folder"] == str(tmp_path / "Llama-2-7b-hf-4bit-64rank")
+    totals = planned["totals"]
+    assert totals["backbone_bytes"] + totals["adapter_bytes"] == zoo()["llama-2-7b"].footprint.disk
+    assert not list(tmp_path.glob("Llama*"))
 
 
 def test_build_takes_the_options_that_no_recipe_has(run: Run) -> None:

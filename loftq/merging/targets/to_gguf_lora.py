@@ -22,6 +22,7 @@ class GgufLora(PlainLora):
     name = "gguf-lora"
     suffix = ".gguf"
     uses = (*PlainLora.uses, "llama_cpp")
+    holds_experts = False
 
     def check(self) -> None:
         """Return None. Raises OptionError also for what is no factor, and where the script is missing."""

@@ -24,6 +24,7 @@ class MlxLora(PlainLora):
     name = "mlx-lora"
     file = "adapters.safetensors"
     metadata: ClassVar[dict[str, str]] = {"format": "mlx"}
+    holds_experts = False
 
     def check(self) -> None:
         """Return None. Raises OptionError also for modules that mlx-lm cannot adapt."""
@@ -45,7 +46,7 @@ class MlxLora(PlainLora):
 
     def tensors(self, module: str) -> dict[str, torch.Tensor]:
         """Their values."""
-        a, b = self.factors(module)
+        ((a, b),) = self.factors(module)
         return {f"{module}.lora_a": a.t().contiguous(), f"{module}.lora_b": b.t().contiguous()}
 
     def config(self) -> dict[str, Any]:
