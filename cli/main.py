@@ -18,6 +18,7 @@ from loftq.display import visible
 from loftq.errors import LoftQError
 from loftq.secrets import redacted
 
+from .notices import shown_notices
 from .output import Context, fitting_lines, styled
 
 _COMMANDS = {
@@ -100,7 +101,7 @@ def main(args: list[str] | None = None) -> Any:
     gc.set_threshold(100_000)  # torch and transformers make a million objects that stay
     arguments = sys.argv[1:] if args is None else args
     try:
-        with fitting_lines():
+        with fitting_lines(), shown_notices("--quiet" in arguments):
             return cli.main(args=arguments, prog_name="loftq", standalone_mode=False)
     except click.exceptions.Abort:
         way = _CONTINUE.get(next(iter(arguments), ""))

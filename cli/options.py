@@ -61,7 +61,8 @@ def options_of(*classes: type, only: Collection[str] = (), without: Collection[s
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
     """The options that stand on the command line."""
-    return {name: value for name, value in options.items() if value not in (None, ())}
+    chosen = {name: value for name, value in options.items() if value not in (None, ())}
+    return {**chosen, "quiet": bool(options["quiet"])} if "quiet" in options else chosen  # Python is quiet unless told
 
 
 def check_options(options: dict[str, Any], *classes: type) -> None:

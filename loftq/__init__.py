@@ -8,8 +8,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
+from loftq.chatter import silent_loggers
 from loftq.models import register
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ _HOMES = {
 }
 
 
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # nothing is printed unless a program asks for it
 register.install()  # folders of ours that stock transformers cannot load, it can from here on
 
 
@@ -71,7 +74,8 @@ def __getattr__(name: str) -> Any:
         return version("loftq")
     if name not in _HOMES:
         raise AttributeError(f"module 'loftq' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    with silent_loggers("bitsandbytes"):  # it names kernels that are optional when it is imported
+        return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    ("errors", "settings", "display", "secrets", "collector", "tables"),
+    ("errors", "settings", "display", "secrets", "collector", "tables", "chatter"),
     ("core",),
     ("formats",),
     ("models", "hub"),

@@ -245,7 +245,7 @@ class RunSettings:
         usual="the number of cores, at most 8; 1 on a GPU",
     )
     dry_run: bool = setting(False, "Show the plan; only headers are read, and nothing is written.", "run")
-    quiet: bool = setting(False, "Show no progress bar.", "run")
+    quiet: bool = setting(True, "Show no progress bar.", "run")
 
     def __post_init__(self) -> None:
         check(self)

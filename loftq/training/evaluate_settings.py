@@ -57,7 +57,7 @@ class EvaluateSettings:
     card: bool = setting(False, "Write the table into the model card of the folder.", "output")
     dtype: str | None = again(TrainSettings, "dtype")
     cpu: bool | None = again(TrainSettings, "cpu")
-    quiet: bool = setting(False, "Show no progress bar.", "run")
+    quiet: bool = setting(True, "Show no progress bar.", "run")
 
     def __post_init__(self) -> None:
         check(self)

@@ -203,7 +203,7 @@ class TrainRun:
 
     resume: bool = setting(False, "Continue from the last checkpoint.", "output")
     overwrite: bool = setting(False, "Replace an earlier training.", "output")
-    quiet: bool = setting(False, "Show no progress bar.", "run")
+    quiet: bool = setting(True, "Show no progress bar.", "run")
 
 
 class TrainKeywords(TypedDict, total=False):

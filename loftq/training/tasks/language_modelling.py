@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import sys
+import logging
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
 
+_log = logging.getLogger(__name__)
 TEXT = {"text": ("text", "content")}  # the role for plain text
 ROLES = {
     "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat"),
@@ -152,7 +153,7 @@ def encoded(rows: Dataset, example: Callable[[Record], dict[str, list[int]]]) ->
     if len(kept) == len(examples):
         return examples
     left_out = f"{len(examples) - len(kept)} of {len(examples)} examples"
-    print(f"{left_out} are left out, because they have nothing to learn within the limits", file=sys.stderr, flush=True)
+    _log.warning(f"{left_out} are left out, because they have nothing to learn within the limits")
     return examples.select(kept)
 
 

@@ -61,12 +61,12 @@ def perplexity(
 
 
 def measure(opened: Opened, rows: Any, settings: MeasureSettings) -> dict[str, float]:
+    from tqdm import tqdm
+
     column = find_columns(rows, language_modelling.TEXT, settings.columns)["text"]
     encoder = encoder_of(settings, opened)
     window = min(settings.window or _WINDOW, opened.longest)
     stride, most = min(settings.stride or window, window), settings.max_windows
-    from tqdm import tqdm
-
     enough = None if most is None else window + (most - 1) * stride
     texts = [text_of(row, column) for row in rows]
     with tqdm(
