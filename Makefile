@@ -43,6 +43,7 @@ zoo: install  ## the page of the zoo, and the sizes that `loftq zoo list` reads
 	mv model_zoo/sizes.json.new model_zoo/sizes.json
 
 bench: install  ## the figures of the README and of docs/benchmarks.md
+	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/model.py
 	$(BIN)/python benchmarks/memory.py

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.platform == "win32":  # it has neither locks of folders nor reads at an offset
+    raise ImportError("loftq runs on Linux and macOS: on Windows, install it in WSL (`wsl --install`)")
 
 from loftq.chatter import silent_loggers
 from loftq.models import register

@@ -22,6 +22,7 @@ from loftq.tables import LazyTable
 
 Run = Callable[..., Any]
 HEAVY = ("torch", "transformers", "peft", "numba", "scipy", "numpy", "bitsandbytes", "datasets", "accelerate")
+_NAMES = ("loftq_cli.main", "loftq")
 PROGRAM = """
 import contextlib, io, json, os, sys
 from loftq_cli.main import cli, main
@@ -151,6 +152,17 @@ def test_colour_is_for_terminals(variables: dict[str, str], coloured: bool) -> N
     assert (b"\x1b[1m" in shown) is coloured
     piped = subprocess.run(command, capture_output=True, env=environment, check=True).stdout
     assert b"\x1b" not in piped
+
+
+def test_windows_is_refused_in_one_line() -> None:
+    """With the name of the platform as Python has it there."""
+    refused = "import sys; sys.platform = 'win32'; import "
+    found = [subprocess.run([sys.executable, "-c", refused + name], capture_output=True, text=True) for name in _NAMES]
+    assert [one.returncode for one in found] == [1, 1]
+    lines = [one.stderr.splitlines() for one in found]
+    assert len(lines[0]) == 1
+    assert lines[0][0] == lines[1][-1].replace("ImportError", "Error")
+    assert lines[0][0].startswith("Error: loftq runs on Linux and macOS: on Windows, install it in WSL")
 
 
 def test_names_of_lazy_tables_are_those_of_their_rows() -> None:
