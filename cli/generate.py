@@ -6,8 +6,7 @@ from typing import Any
 
 import click
 
-from loftq.training.generate import generate as run
-from loftq.training.generate import read_prompt
+import loftq
 from loftq.training.settings import TrainSettings
 
 from .options import Command, debug, option, options_of
@@ -22,7 +21,7 @@ Examples:
 
 
 @click.command(cls=Command, epilog=_EPILOG)
-@click.argument("model", metavar="DIR")
+@click.argument("model", metavar="DIR", type=click.Path())
 @option("--prompt", group="data", required=True, help="Text to begin with; `-` reads it from the standard input.")
 @option("--system", group="data", help="System message, for models with a chat template.")
 @option(
@@ -45,4 +44,6 @@ def generate(model: str, prompt: str, **options: Any) -> None:
 
     DIR is a folder that `loftq quantize` wrote, or any model.
     """
-    run(model, read_prompt(prompt), stream=model_stream(), **options)
+    from loftq.training.generate import read_prompt  # imports transformers, which takes seconds
+
+    loftq.generate(model, read_prompt(prompt), stream=model_stream(), **options)

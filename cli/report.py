@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from loftq.verbs.report import report as run
+import loftq
 
 from .options import Command, debug, option
 from .output import echo
@@ -29,5 +29,5 @@ def report(folders: tuple[str, ...], html: str | None, png: str | None, overwrit
     the singular values of the adapters. Only loftq.json and the adapter of each folder are read. Output errors are
     shown for folders that were made with --calibration. Needs `pip install loftq[report]`.
     """
-    for path in run(folders, html=html, png=png, overwrite=overwrite):
+    for path in loftq.report(folders, html=html, png=png, overwrite=overwrite):
         echo(str(path))

@@ -23,7 +23,6 @@ from loftq.models.tasks import TASKS, auto_class
 class Target(Export):
     """A merge of one pair."""
 
-    text: ClassVar[str]  # a line of --help
     any_backbone: ClassVar[bool] = False  # whether the adapter may have been trained on another backbone
     comparable: ClassVar[bool] = False  # whether transformers can load the result, to compare its logits
     tolerance: ClassVar[float | None] = None  # maximum error of logits relative to their norm; None: no limit

@@ -16,6 +16,8 @@ import torch
 
 from loftq.errors import LoftQError, OptionError
 
+_GROUPED = (torch.bfloat16, torch.float16, torch.float32)  # dtypes of torch's grouped matrix product
+
 
 def find_gpu() -> torch.device | None:
     """The GPU that torch finds, with its index. None if there is none, or if it is Apple's, which has no float64."""
@@ -71,7 +73,8 @@ def compute_dtype(requested: str | None, device: torch.device) -> torch.dtype:
     if requested == "bfloat16" and device.type == "cuda" and not _cuda_has_bfloat16():
         raise OptionError("--dtype bfloat16 is not supported by this GPU: use float16 or float32")
     if requested is not None:
-        return COMPUTE_DTYPES[requested]
+        named: torch.dtype = getattr(torch, requested)
+        return named
     if device.type == "cuda":
         return torch.bfloat16 if _cuda_has_bfloat16() else torch.float16
     return torch.bfloat16 if device.type == "cpu" and has_avx512bf16() else torch.float32
@@ -79,7 +82,7 @@ def compute_dtype(requested: str | None, device: torch.device) -> torch.dtype:
 
 def has_grouped_products(tensor: torch.Tensor) -> bool:
     """Whether torch's grouped matrix product computes with a tensor's device and dtype: since torch 2.10."""
-    if not hasattr(torch.nn.functional, "grouped_mm") or tensor.dtype not in COMPUTE_DTYPES.values():
+    if not hasattr(torch.nn.functional, "grouped_mm") or tensor.dtype not in _GROUPED:
         return False
     if tensor.device.type == "cuda":
         return torch.cuda.get_device_capability(tensor.device) >= (8, 0)
@@ -88,11 +91,6 @@ def has_grouped_products(tensor: torch.Tensor) -> bool:
 
 def _cuda_has_bfloat16() -> bool:
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-
-
-COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-OFFLOADS = ("experts",)  # parts of a model that can be held in main memory while it runs on a GPU
 
 
 _FULL = r"can't allocate memory|not enough memory|Cannot allocate memory"

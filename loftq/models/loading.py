@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from loftq.chatter import silenced
 from loftq.core.grid import ROW
 from loftq.errors import ArtifactError, OptionError, UnknownNameError
 from loftq.formats import gptq
@@ -21,7 +22,7 @@ from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.formats.checkpoint import dtype_of, read_checkpoint
 from loftq.formats.model_config import FILE, check_beside, read_config
 from loftq.models.adapters import check_adapter, check_shapes, foreign_adapter
-from loftq.models.devices import OFFLOADS
+from loftq.models.offloads import OFFLOADS
 from loftq.models.peft_targets import adapt, load_adapter
 from loftq.models.refusals import explain_loading
 from loftq.models.tasks import TASKS, auto_class, recorded_task
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 BACKENDS = {"loftq": "our own packed linear", "gptqmodel": "gptqmodel's kernels"}
 
 
+@silenced()
 def load_qlora(
     folder: str | Path,
     adapter: str | Path | None = None,
@@ -78,6 +80,7 @@ def _load_offloaded(
     return model
 
 
+@silenced()
 def load_qalora(
     folder: str | Path,
     adapter: str | Path | None = None,

@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 from transformers import TextStreamer, set_seed
 
+from loftq.chatter import silenced
 from loftq.errors import OptionError
 from loftq.models.devices import compute_dtype, device_to_run
 from loftq.models.tokenizers import embedding_rows
@@ -19,7 +20,7 @@ from loftq.training.ends import Ends, turn_end
 from loftq.training.model import find_model
 from loftq.training.open_model import open_to_use
 from loftq.training.opened import Opened
-from loftq.training.process import explain_memory, hush
+from loftq.training.process import explain_memory
 
 
 def generate(
@@ -51,10 +52,9 @@ def generate(
         raise OptionError(f"--temperature {temperature}: expected 0 (always the likeliest token) or more")
     if not 0 < top_p <= 1:
         raise OptionError(f"--top-p {top_p}: expected a number above 0, at most 1")
-    hush(quiet=True)
     device = device_to_run(cpu)
     model, adapter = with_backbone(model, adapter)
-    with explain_memory():
+    with silenced(), explain_memory():
         opened = open_to_use(find_model(model), adapter, device, compute_dtype(dtype, device), offload)
         _require_generator(opened, model)
         encoder = Encoder(
