@@ -77,11 +77,22 @@ def compute_dtype(requested: str | None, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and has_avx512bf16() else torch.float32
 
 
+def has_grouped_products(tensor: torch.Tensor) -> bool:
+    """Whether torch's grouped matrix product computes with a tensor's device and dtype: since torch 2.10."""
+    if not hasattr(torch.nn.functional, "grouped_mm") or tensor.dtype not in COMPUTE_DTYPES.values():
+        return False
+    if tensor.device.type == "cuda":
+        return torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+    return tensor.device.type == "cpu"
+
+
 def _cuda_has_bfloat16() -> bool:
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+OFFLOADS = ("experts",)  # parts of a model that can be held in main memory while it runs on a GPU
 
 
 _FULL = r"can't allocate memory|not enough memory|Cannot allocate memory"

@@ -58,6 +58,7 @@ from loftq.training.run_folder import (
 from loftq.training.settings import TrainKeywords, TrainRun, TrainSettings, settings_of
 from loftq.training.steps import shorten_warmup, steps_of
 from loftq.training.tasks import TRAINING_TASKS
+from loftq.training.trainer import LeanTrainer
 from loftq.verbs.push import push
 
 _VERSIONS = ("loftq", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
@@ -242,7 +243,7 @@ def _trainer(settings: TrainSettings, opened: Opened, ready: _Ready, *, quiet: b
     scores = TRAINING_TASKS[settings.task].scores
     classified = None if scores is None else partial(_classified, scores, opened.model.config.problem_type)
     with explain_settings():
-        trainer = Trainer(
+        trainer = LeanTrainer(
             model=opened.model,
             args=ready.arguments,
             train_dataset=ready.train_examples,
