@@ -37,7 +37,7 @@ Examples:
 )
 @option("--top-p", type=float, default=1.0, show_default=True, help="Part of the probability that sampling draws from.")
 @option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
-@options_of(TrainSettings, only=("dtype", "cpu"))
+@options_of(TrainSettings, only=("dtype", "cpu", "offload"))
 @debug
 def generate(model: str, prompt: str, **options: Any) -> None:
     """Write text with a model and show it as it comes.

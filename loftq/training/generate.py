@@ -36,6 +36,7 @@ def generate(
     seed: int = 0,
     dtype: str | None = None,
     cpu: bool | None = None,
+    offload: str | None = None,
     stream: TextIO | None = None,
 ) -> str:
     """Return the answer of a model to a prompt, and write it to `stream` while it is generated.
@@ -43,7 +44,7 @@ def generate(
     `model` is an artifact's folder, with its own adapter unless `adapter` names a trained one, the folder of a trained
     adapter, which knows its backbone, or a full-precision or merged model. The prompt is written with the chat template
     if there is one, unless `chat_template` is False. With a temperature of 0 the model always takes the likeliest
-    token. Raises LoftQError.
+    token. `offload` is that of `load_qlora`. Raises LoftQError.
     """
     if max_new_tokens < 1:
         raise OptionError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
@@ -54,7 +55,7 @@ def generate(
     device = device_to_run(cpu)
     model, adapter = with_backbone(model, adapter)
     with silenced(), explain_memory():
-        opened = open_to_use(find_model(model), adapter, device, compute_dtype(dtype, device))
+        opened = open_to_use(find_model(model), adapter, device, compute_dtype(dtype, device), offload)
         _require_generator(opened, model)
         encoder = Encoder(
             opened.tokenizer,
