@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 
 from loftq.errors import LoftQError, OptionError
-
-_GROUPED = (torch.bfloat16, torch.float16, torch.float32)  # dtypes of torch's grouped matrix product
+from loftq.models.choices import COMPUTE_DTYPES
 
 
 def find_gpu() -> torch.device | None:
@@ -82,7 +81,7 @@ def compute_dtype(requested: str | None, device: torch.device) -> torch.dtype:
 
 def has_grouped_products(tensor: torch.Tensor) -> bool:
     """Whether torch's grouped matrix product computes with a tensor's device and dtype: since torch 2.10."""
-    if not hasattr(torch.nn.functional, "grouped_mm") or tensor.dtype not in _GROUPED:
+    if not hasattr(torch.nn.functional, "grouped_mm") or str(tensor.dtype).removeprefix("torch.") not in COMPUTE_DTYPES:
         return False
     if tensor.device.type == "cuda":
         return torch.cuda.get_device_capability(tensor.device) >= (8, 0)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from loftq.errors import OptionError
+from loftq.models.choices import OFFLOADS
 from loftq.models.devices import find_gpu
-from loftq.models.offloads import OFFLOADS
 from loftq.models.packed_experts import PackedExperts
 
 (EXPERTS,) = OFFLOADS

@@ -22,7 +22,8 @@ from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.formats.checkpoint import dtype_of, read_checkpoint
 from loftq.formats.model_config import FILE, check_beside, read_config
 from loftq.models.adapters import check_adapter, check_shapes, foreign_adapter
-from loftq.models.offloads import OFFLOADS
+from loftq.models.choices import OFFLOADS
+from loftq.models.input_gradients import require_input_gradients
 from loftq.models.peft_targets import adapt, load_adapter
 from loftq.models.refusals import explain_loading
 from loftq.models.tasks import TASKS, auto_class, recorded_task
@@ -182,7 +183,7 @@ def load_base(
             _change_dtype(base, dtype)
         _norms_in_float32(base, dtype or stored)
         if is_trainable:
-            base.enable_input_require_grads()
+            require_input_gradients(base)
         _heads_in_float32(base, heads)
     return base
 

@@ -20,6 +20,7 @@ from loftq.hub.source import Source, find_recorded
 from loftq.models.adapters import check_shapes, foreign_adapter, is_exported_from
 from loftq.models.devices import compute_dtype
 from loftq.models.expert_offload import refusal
+from loftq.models.input_gradients import require_input_gradients
 from loftq.models.loading import guard_cpu, load_base, load_qalora, load_qlora
 from loftq.models.merged import WITH_ADAPTER, load_merged
 from loftq.models.peft_targets import adapt, load_adapter
@@ -153,7 +154,7 @@ def open_to_train(settings: TrainSettings, backbone: Model, device: torch.device
         return Opened(model, load_tokenizer(backbone, model), TASKS["causal-lm"], backbone)
     plan = make_plan(backbone, recipe_of(**quantizing_of(settings, backbone)), with_experts=False)
     base = load_dense(backbone, plan.task, dtype, device, num_labels=plan.recipe.num_labels)
-    base.enable_input_require_grads()
+    require_input_gradients(base)
     model = adapt(base, lora_config(plan))
     return Opened(model, load_tokenizer(backbone.folder, model), plan.task, backbone.folder)
 

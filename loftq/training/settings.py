@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from loftq.errors import OptionError, UnknownNameError
-from loftq.models.offloads import OFFLOADS
-from loftq.planning.settings import COMPUTE_DTYPES, QuantizeSettings
+from loftq.models.choices import COMPUTE_DTYPES, OFFLOADS
+from loftq.planning.settings import QuantizeSettings
 from loftq.settings import again, check, check_names, from_dict, plain, setting, to_dict
 from loftq.training.other_arguments import OWN, SCHEDULER, check_choices, check_set
 from loftq.training.recipe_files import ALIASES

@@ -1,7 +1,7 @@
 """A mixture of experts through every command. Oracles: the loss of the dense merged model, an undisturbed run's bytes.
 
 Covers: loftq/planning/experts.py, loftq/planning/keywords.py, loftq/planning/weights.py, loftq/solving/layers.py,
-loftq/models/expert_offload.py, loftq/models/offloads.py.
+loftq/models/expert_offload.py.
 """
 
 from __future__ import annotations
