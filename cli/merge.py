@@ -42,8 +42,8 @@ Examples:
 def merge(folder: str, as_json: bool, **options: Any) -> None:
     """Merge an adapter into the backbone that it was trained on.
 
-    DIR is a folder that `loftq quantize` wrote, or a GPTQ checkpoint. A trained adapter belongs to its backbone: on
-    the original weights it would count the rounding error twice.
+    DIR is a folder that `loftq quantize` wrote, or a GPTQ checkpoint; for --to gguf it may also be a dense model. A
+    trained adapter belongs to its backbone: on the original weights it would count the rounding error twice.
     """
     if options["quiet"]:
         disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own, when it loads the models to compare

@@ -26,7 +26,6 @@ class Rounded(ModelFolder):
     name = "gptq"
     text = "QA-LoRA in whole zero-points, which lose most of it (--allow-rounding)"
     format = gptq.METHOD
-    import_line = gptq.IMPORT_LINE
     uses = ("allow_rounding",)
     comparable = True
 

@@ -22,7 +22,6 @@ class Integers(ModelFolder):
     name = "int"
     text = "QA-LoRA in the zero-points, exactly: the same codes, in our own format"
     format = native.METHOD
-    import_line = native.IMPORT_LINE
     comparable = True
     tolerance = 3e-4
 
