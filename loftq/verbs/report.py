@@ -11,6 +11,7 @@ from loftq.errors import OptionError, OutputError
 from loftq.formats.disk import replacing
 from loftq.reporting.measured import Measured, measure
 from loftq.reporting.page import write_page, write_picture
+from loftq.reporting.sweep_record import COMPLETE, read_sweep
 
 _MOST = 8  # number of artifacts that have different colors
 
@@ -38,11 +39,21 @@ def report(
     targets = [(Path(path), write) for path, write in zip((html, png), writers, strict=True) if path is not None]
     for path, _ in targets:
         _check_target(path, overwrite)
-    artifacts = measure(folders)
+    artifacts = measure(_cells(folders))
     for path, write in targets:
         with _explain_refusals(path), replacing(path) as scratch:
             write(artifacts, scratch)
     return [path for path, _ in targets]
+
+
+def _cells(folders: Sequence[str | Path]) -> list[Path]:
+    """The folders, with those of its complete cells in place of the folder of a sweep."""
+    found: list[Path] = []
+    for folder in map(Path, folders):
+        record = read_sweep(folder)
+        rows = [] if record is None else record["cells"]
+        found += [folder] if record is None else [folder / row["cell"] for row in rows if row["status"] == COMPLETE]
+    return found
 
 
 def _require(*names: str) -> None:
