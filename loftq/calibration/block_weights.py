@@ -123,7 +123,7 @@ def changed_tensors(plan: Plan, digests: Mapping[str, str]) -> Iterator[str]:
     """The names of tensors whose bytes no longer match `digests`. The quantized layers of the plan are not checked.
 
     Each tensor is read completely: embeddings, norms, a head, unquantized experts. That is exact, and takes as long as
-    copying them to the output. Layers are checked when they are read to be solved (`Statistics.check_weight`).
+    copying them to the output. Layers are checked when they are read to be solved (`Statistics.check_weights`).
     """
     checkpoint, layers = plan.source.checkpoint, {name for layer in plan.layers for name in layer.tensors}
     for name, digest in digests.items():

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from loftq.calibration.block_weights import BlockWeights, changed_tensors
 from loftq.calibration.observer import InputObserver, advice_on_dtype
 from loftq.calibration.progress import PROGRESS, Progress
+from loftq.calibration.routed_tokens import PRIOR
 from loftq.calibration.statistics import (
     AGAIN,
     RECORD,
@@ -98,7 +99,7 @@ def _gather_into(
     """Gather the statistics. Returns False, and empties the folder, if an interrupted run could not be continued."""
     weights = BlockWeights(plan, device, trust_remote_code=trust_remote_code)
     head = _head(plan, calibration, weights)
-    inputs = {"files": plan.source.file_states(), "modules": [layer.module for layer in plan.linears]}
+    inputs = {"files": plan.source.file_states(), "modules": list(plan.observed)}
     progress = Progress(folder, {**head, **inputs, "device": device.type})
     resumed = progress.rounds > 0
     try:
@@ -109,12 +110,12 @@ def _gather_into(
             return False
         raise
     progress.finish()
-    unreached = [layer.module for layer in plan.linears if layer.module not in modules]
+    unreached = [module for module in plan.observed if module not in modules]
     record = {
         **head,
         "weights": weights.digests,
         "modules": {**modules, **{name: {"file": None, "count": 0} for name in unreached}},
-        "notes": [*calibration.notes, *_never_reached(unreached)],
+        "notes": [*calibration.notes, *_never_reached(unreached), *_rarely_reached(modules, plan)],
         "sha256": {name: hash_of(folder / name) for name in {TEACHER, *(row["file"] for row in modules.values())}},
     }
     write_whole(folder / RECORD, json_text(record, indent=1, sort_keys=True) + "\n")
@@ -163,6 +164,23 @@ def _run(
 def _never_reached(modules: list[str]) -> Iterator[str]:
     if modules:
         yield f"the calibration text never reached {few_of(modules)}"
+
+
+def _rarely_reached(modules: dict[str, dict[str, Any]], plan: Plan) -> Iterator[str]:
+    """The experts whose moments are mostly those of all tokens of their layer."""
+    counts = {name: row["experts"] for name, row in modules.items() if "experts" in row}
+    few = [
+        f"{name}.{expert}"
+        for name, tokens in counts.items()
+        for expert, count in enumerate(tokens)
+        if count < PRIOR * plan.observed[name]
+    ]
+    if few:
+        total = sum(map(len, counts.values()))
+        yield (
+            f"{len(few)} of {total} experts got few tokens of the calibration text, and lean on all tokens of "
+            f"their layer: {few_of(few)}"
+        )
 
 
 def _batch(plan: Plan, weights: BlockWeights, windows: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Sums up the inputs of each layer while the model runs."""
+"""Sums up the inputs of each layer while the model runs, and keeps the tokens that reach fused experts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import nn
 
 from loftq.calibration.block_weights import BlockWeights
 from loftq.calibration.progress import Progress
-from loftq.calibration.statistics import read_panels
+from loftq.calibration.routed_tokens import RoutedTokens
+from loftq.calibration.statistics import AGAIN, read_panels
 from loftq.core.moments import Moment
 from loftq.errors import SourceError
 from loftq.formats.disk import sync
@@ -35,9 +36,11 @@ class _Input(NamedTuple):
 class InputObserver:
     """Sums up the inputs of the layers. It is a visitor of `lockstep.run`.
 
-    Inputs are kept until their batch has passed the block, because only then is it known which modules share an input.
-    A module may have several inputs and share each with other modules (DeBERTa's projections of positions). Therefore
-    each set of modules has its own sum, and the moment of a module is the total of all sets that contain it.
+    Inputs of linears are kept until their batch has passed the block, because only then is it known which modules share
+    an input. A module may have several inputs and share each with other modules (DeBERTa's projections of positions).
+    Therefore each set of modules has its own sum, and the moment of a module is the total of all sets that contain it.
+
+    The tokens of an experts module are kept until the block is left, and written as they are (`routed_tokens`).
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class InputObserver:
         self._plan, self._weights, self._folder, self._bar, self._answers = plan, weights, folder, bar, answers
         self._inputs: dict[int, _Input] = {}
         self._sums: dict[tuple[str, ...], Moment] = {}
+        self._routed: dict[str, list[RoutedTokens]] = {}
         self._files = progress.files
 
     @contextmanager
@@ -65,6 +69,11 @@ class InputObserver:
                 partial(self._record_input, layer.module), with_kwargs=True
             )
             for layer in self._plan.linears
+        ] + [
+            self._weights.model.get_submodule(owner).register_forward_pre_hook(
+                partial(self._record_tokens, owner), with_kwargs=True
+            )
+            for owner in dict.fromkeys(layer.owner for layer in self._plan.stacks)
         ]
         try:
             yield
@@ -77,6 +86,9 @@ class InputObserver:
         entry = self._inputs.setdefault(id(tensor), _Input(tensor, tensor._version, []))
         self._check_unchanged(entry)
         entry.modules.append(name)
+
+    def _record_tokens(self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._routed.setdefault(name, []).append(RoutedTokens.of_call(args, kwargs))
 
     def enter(self, block: str) -> None:
         self._weights.load(block)
@@ -104,7 +116,9 @@ class InputObserver:
         self._answers[index] = answer_of(output, self._plan.task.name in VOCABULARY)
 
     def save(self, block: str | None) -> None:
-        """Write the moments of a block's layers, or of all remaining layers, and free their sums."""
+        """Write the moments and the tokens of a block's layers, or of all remaining layers, and free them."""
+        for module in [name for name in self._routed if block is None or name.startswith(f"{block}.")]:
+            self._write_tokens(module, self._routed.pop(module))
         keys = [key for key in self._sums if block is None or key[0].startswith(f"{block}.")]
         sums = {key: self._sums.pop(key) for key in keys}
         sharing: dict[tuple[Any, ...], list[str]] = {}
@@ -124,12 +138,29 @@ class InputObserver:
         for earlier in {earlier for earlier, _ in sharing if earlier is not None}:
             (self._folder / earlier).unlink()
 
+    def _write_tokens(self, module: str, parts: list[RoutedTokens]) -> None:
+        earlier = self.modules.get(module, {}).get("file")
+        if earlier is not None:
+            width = parts[0].tokens.shape[1]
+            parts = [RoutedTokens.read(self._folder / earlier, width, AGAIN), *parts]
+        routed = RoutedTokens.joined(parts)
+        if not routed.is_finite():
+            raise self._not_finite(module)
+        self._files += 1
+        file = f"tokens-{self._files:05d}.safetensors"
+        routed.write(self._folder / file)
+        experts = next(layer.experts for layer in self._plan.stacks if layer.owner == module)
+        self.modules[module] = {"file": file, "count": len(routed.tokens), "experts": routed.counts(experts)}
+        if earlier is not None:
+            (self._folder / earlier).unlink()
+
+    def _not_finite(self, module: str) -> SourceError:
+        return SourceError(f"calibration: the inputs of {module} are not finite {advice_on_dtype(self._weights)}")
+
     def _write(self, total: Moment, modules: list[str]) -> None:
         panels = total.mean()
         if not all(bool(torch.isfinite(panel).all()) for panel in panels):
-            raise SourceError(
-                f"calibration: the inputs of {modules[0]} are not finite {advice_on_dtype(self._weights)}"
-            )
+            raise self._not_finite(modules[0])
         self._files += 1
         file = f"moment-{self._files:05d}.safetensors"
         save_file({str(i): panel for i, panel in enumerate(panels)}, self._folder / file)

@@ -1,7 +1,8 @@
 """The statistics of a calibration on disk: a folder that is written once and read a layer at a time.
 
 `calibration.json` is written last. It names the model, text and settings, and for each module the file with the moment
-of its inputs; modules that get the same inputs share a file. `teacher.safetensors` holds the answers of the model: the
+of its inputs; modules that get the same inputs share a file. Of fused experts, the file has the tokens themselves
+(`routed_tokens`). `teacher.safetensors` holds the answers of the model: the
 windows as `input_ids`, and at each position the largest log-probabilities (`values`) with their tokens (`indices`), or
 the `hidden` states of a model that has no vocabulary.
 """
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from loftq.calibration.routed_tokens import RoutedTokens
 from loftq.calibration.windows import Calibration
 from loftq.core.moments import PANEL, assemble
 from loftq.errors import ArtifactError, OptionError
@@ -27,7 +29,7 @@ from loftq.formats.links import refuse_links
 from loftq.formats.model_config import read_config
 from loftq.formats.scan import hash_of
 from loftq.formats.schema import check_value, file_name, read_json, whole
-from loftq.planning.plan import Layer, Plan
+from loftq.planning.plan import Plan
 
 RECORD = "calibration.json"
 TEACHER = "teacher.safetensors"
@@ -92,6 +94,13 @@ class Statistics:
             raise ArtifactError(f"{path} is damaged (expected finite float32 values): {AGAIN}")
         return assemble(panels)
 
+    def routed(self, module: str) -> RoutedTokens | None:
+        """The tokens of an experts module; None if the text never reached it. Raises ArtifactError."""
+        if not self.count(module):
+            return None
+        path = self._checked(self.record["modules"][module]["file"])
+        return RoutedTokens.read(path, self.sizes[module], AGAIN)
+
     def _checked(self, name: str) -> Path:
         """The path of a file that has the recorded hash. Older records have no hashes. Raises ArtifactError."""
         path, recorded = self.folder / name, self.record.get("sha256")
@@ -100,10 +109,11 @@ class Statistics:
             raise ArtifactError(f"{path} is damaged (SHA-256 mismatch): {AGAIN}")
         return path
 
-    def check_weight(self, layer: Layer, digest: str) -> None:
-        """Raise ArtifactError unless the SHA-256 of a layer's tensor is that of the weights the model was run with."""
-        if self.record["weights"].get(layer.tensor) != digest:
-            raise ArtifactError(f"{self.folder} was gathered with a different {layer.tensor}: {AGAIN}")
+    def check_weights(self, digests: Mapping[str, str]) -> None:
+        """Raise ArtifactError unless the SHA-256 of tensors are those of the weights that the model was run with."""
+        for name, digest in digests.items():
+            if self.record["weights"].get(name) != digest:
+                raise ArtifactError(f"{self.folder} was gathered with a different {name}: {AGAIN}")
 
     def teacher(self) -> dict[str, torch.Tensor]:
         """The answers of the model and the tokens that they belong to, by name.
@@ -146,12 +156,12 @@ def open_statistics(folder: Path, plan: Plan, calibration: Calibration | None = 
     missing = missing_modules(record, plan)
     if missing:
         raise ArtifactError(f"{folder} has no statistics of {missing[0]}: {AGAIN}")
-    return Statistics(folder, record, {layer.module: layer.matrix[1] for layer in plan.linears})
+    return Statistics(folder, record, plan.observed)
 
 
 def missing_modules(record: dict[str, Any], plan: Plan) -> list[str]:
     """The modules of a plan that a record does not list."""
-    return [layer.module for layer in plan.linears if layer.module not in record["modules"]]
+    return [module for module in plan.observed if module not in record["modules"]]
 
 
 def read_record(folder: Path) -> dict[str, Any]:

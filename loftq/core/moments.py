@@ -20,6 +20,7 @@ from typing import Self
 import torch
 
 PANEL = 512  # rows that are computed at a time: with fewer rows, matrix products get slower
+ROWS = 4096  # vectors whose products are summed in float32 before they are added to a sum in float64
 
 
 class Moment:
@@ -58,6 +59,16 @@ class Moment:
     def mean(self) -> list[torch.Tensor]:
         """The panels of H, float32 on the CPU."""
         return [(panel / self.count).float().cpu() for panel in self.panels]
+
+
+def weighted_moment(vectors: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The mean of x xᵀ (in, in) in float64 over vectors (n, in), each of which counts by its weight (n,)."""
+    total = torch.zeros(vectors.shape[1], vectors.shape[1], dtype=torch.float64, device=vectors.device)
+    roots = weights.sqrt().unsqueeze(1)
+    for x, root in zip(torch.split(vectors, ROWS), torch.split(roots, ROWS), strict=True):
+        scaled = x.float() * root
+        total += scaled.t() @ scaled
+    return total / weights.double().sum()
 
 
 def assemble(panels: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -45,6 +46,10 @@ class ModelFolder(Target):
         """The type in which a linear is written; None if the format is not in LAYOUTS."""
         return None
 
+    def name_of(self, name: str) -> str:
+        """The name under which a tensor that is not quantized is written."""
+        return name
+
     def loading_lines(self) -> str:
         """Python code that loads the folder, for the card."""
         name = TASKS[self.pair.backbone.task].auto_class
@@ -60,7 +65,7 @@ class ModelFolder(Target):
         for name in [*backbone.checkpoint.tensors, *(name for name in kept if name not in backbone.checkpoint.tensors)]:
             module = backbone.owners.get(name)
             if module is None:
-                groups.append([kept[name]])
+                groups.append([replace(kept[name], name=self.name_of(name))])
             elif module not in seen:
                 seen.add(module)
                 groups.append(self.specs(module))
@@ -91,7 +96,8 @@ class ModelFolder(Target):
             )
             for name in bar:
                 if name in kept:
-                    written = {name: writer.write(name, self.pair.kept(name).to(kept[name].dtype))}
+                    place, tensor = self.name_of(name), self.pair.kept(name).to(kept[name].dtype)
+                    written = {place: writer.write(place, tensor)}
                 else:
                     written = self.write_module(name, writer)
                 staging.note(name, {"written": written})

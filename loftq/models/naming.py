@@ -155,6 +155,14 @@ def fuse(model: nn.Module, key: str, parts: Iterable[tuple[str, str, torch.Tenso
     return {name: value[0] if isinstance(value, list) else value for name, value in parameters.items()}
 
 
+def unfuse(model: nn.Module, key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, by name, that transformers makes of a parameter when it saves a model."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    made: dict[str, torch.Tensor] = revert_weight_conversion(cast(Any, model), {key: tensor})
+    return made
+
+
 def initial_tensor(model: nn.Module, key: str, seed: int) -> torch.Tensor:
     """Initialize a parameter from a seed as the model's own class does, in float32."""
     owner, _, name = key.rpartition(".")

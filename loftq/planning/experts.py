@@ -68,8 +68,6 @@ class Experts:
         for reason in dict.fromkeys(self.reasons.values()):
             kept = sum(sizes[name] for name, other in self.reasons.items() if other == reason)
             yield f"fused experts stay in {dtype}: {kept * plan.recipe.dtype.itemsize / 1e9:.3g} GB, because {reason}"
-        if self.layers and plan.recipe.calibration is not None:
-            yield "fused experts are not calibrated: each is solved for its weights alone"
         if self.layers or self.reasons:
             parts = {
                 "fused experts": sum(sizes[name] for name in self.reasons),

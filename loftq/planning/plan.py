@@ -47,6 +47,11 @@ class Layer:
         return self.shape[0] if len(self.shape) == 3 else 0
 
     @property
+    def owner(self) -> str:
+        """The module that has the parameter of fused experts."""
+        return self.module.rpartition(".")[0]
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """The shape (out, in) of the linear, or of each expert."""
         return self.shape[-2], self.shape[-1]
@@ -106,6 +111,15 @@ class Plan:
     def stacks(self) -> tuple[Layer, ...]:
         """The layers that are fused experts."""
         return tuple(layer for layer in self.layers if layer.experts)
+
+    @property
+    def observed(self) -> dict[str, int]:
+        """The modules whose inputs a calibration observes, with the number of their inputs: linears, then experts."""
+        sizes = {layer.module: layer.matrix[1] for layer in self.linears}
+        first: dict[str, int] = {}
+        for layer in self.stacks:  # the first projection of a module comes first
+            first.setdefault(layer.owner, layer.matrix[1])
+        return sizes | first
 
     def grid(self, layer: Layer) -> Grid:
         """The type of a layer's weight."""

@@ -45,6 +45,11 @@ class ExpertReader:
         """The SHA-256 of the tensor of all experts, or the one that combines those of their parts. Known at the end."""
         return combine_hashes(self._parts) if self._parts else self._whole.hexdigest()
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """The SHA-256 of each tensor that was read. Known at the end."""
+        return self._parts or {self._layer.tensor: self._whole.hexdigest()}
+
     def _member(self, expert: int) -> torch.Tensor:
         stored = self._plan.source.checkpoint.read_member(self._layer.tensor, expert)
         check_finite(stored, self._layer.tensor, self._plan.source)

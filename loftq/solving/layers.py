@@ -37,6 +37,7 @@ from loftq.planning.plan import Layer, Plan
 from loftq.planning.recipe import Recipe, layer_seed
 from loftq.planning.run import Run
 from loftq.planning.weights import ExpertReader, check_finite, digest_of, is_finite, read_source_weight
+from loftq.solving.expert_inputs import expert_inputs
 
 
 def solve_all(plan: Plan, staging: Staging, statistics: Statistics | None, run: Run) -> None:
@@ -57,7 +58,7 @@ def solve_all(plan: Plan, staging: Staging, statistics: Statistics | None, run: 
         def work(name: str) -> None:
             layer = layers.get(name)
             if layer is not None and layer.experts:
-                record = _solve_experts(plan, layer, writer, run.device)
+                record = _solve_experts(plan, layer, statistics, writer, run.device)
             elif layer is not None:
                 record = _solve_layer(plan, layer, statistics, writer, run.device)
             elif name in plan.passed:
@@ -104,7 +105,7 @@ def _solve_layer(
 ) -> dict[str, Any]:
     weight, digest = read_source_weight(plan, layer, device)
     if statistics is not None:
-        statistics.check_weight(layer, digest)
+        statistics.check_weights({layer.tensor: digest})
     moment = None if statistics is None else statistics.moment(layer.module)
     solution, packed = _solve_and_pack(plan, layer, weight, moment)
     factors = dict(zip(adapter.keys(layer.module), (solution.a, solution.b), strict=True))
@@ -113,25 +114,33 @@ def _solve_layer(
     return {"sha256": digest, "row": layer_row(plan, layer, solution.trace), "written": written}
 
 
-def _solve_experts(plan: Plan, layer: Layer, writer: ShardWriter, device: torch.device) -> dict[str, Any]:
+def _solve_experts(
+    plan: Plan, layer: Layer, statistics: Statistics | None, writer: ShardWriter, device: torch.device
+) -> dict[str, Any]:
     """Solve fused experts one after the other. Only their factors are kept until all are solved."""
     reader = ExpertReader(plan, layer)
+    inputs = expert_inputs(plan, layer, statistics, device)
     specs = plan.layout.specs(layer.module, layer.shape, plan.grid(layer), plan.recipe.dtype)
     streams = {spec.name: writer.piecewise(spec.name) for spec in specs}
     traces, pairs = [], []
     for index, weight in enumerate(reader):
         expert = replace(layer, module=f"{layer.module}.{index}")
-        solution, packed = _solve_and_pack(plan, expert, weight.to(device), None, layer.module)
+        moment = None if inputs is None else inputs.moment(index)
+        solution, packed = _solve_and_pack(plan, expert, weight.to(device), moment, layer.module)
         for name, tensor in packed.items():
             streams[name].add(tensor)
         traces.append(solution.trace)
         pairs.append((solution.a.cpu(), solution.b.cpu()))
+    if statistics is not None:
+        statistics.check_weights(reader.digests)
     keys = adapter.factor_keys(layer.module, layer.shape)
     factors = dict(zip(keys, expert_factors.joined(pairs), strict=True))
     _check_stored(layer, factors)
     written = {name: stream.finish() for name, stream in streams.items()}
     written |= {name: writer.write(name, tensor) for name, tensor in factors.items()}
-    return {"sha256": reader.digest, "row": layer_row(plan, layer, trace_of_all(traces)), "written": written}
+    counts = None if inputs is None else inputs.counts
+    row = layer_row(plan, layer, trace_of_all(traces, counts)) | ({} if counts is None else {"expert_tokens": counts})
+    return {"sha256": reader.digest, "row": row, "written": written}
 
 
 def _solve_and_pack(

@@ -56,12 +56,18 @@ def _solving(plan: Plan, workers: int) -> int:
 
 def _layer(plan: Plan, layer: Layer) -> int:
     rows, columns = layer.matrix
-    if layer.experts:  # one at a time, with the factors of all
-        factors = 2 * layer.experts * layer.rank * (rows + columns) * _FLOAT32
-        return rows * columns * _SOLVER_BYTES + factors
-    if plan.recipe.calibration is None:
-        return layer.weights * _SOLVER_BYTES
-    return layer.weights * _CALIBRATED_BYTES + columns**2 * _MOMENT_BYTES
+    one = rows * columns  # the weights that are solved together
+    calibrated = plan.recipe.calibration is not None
+    needed = one * _CALIBRATED_BYTES + columns**2 * _MOMENT_BYTES if calibrated else one * _SOLVER_BYTES
+    if layer.experts:  # one at a time, with the factors of all, and the tokens of the layer
+        needed += 2 * layer.experts * layer.rank * (rows + columns) * _FLOAT32
+        needed += _routed(plan, layer) if calibrated else 0
+    return needed
+
+
+def _routed(plan: Plan, layer: Layer) -> int:
+    """The tokens of an experts module in 16 bits; the choices of the router are few bytes beside them."""
+    return 2 * _tokens(plan) * plan.observed[layer.owner]
 
 
 def _calibrating(plan: Plan, dtype: torch.dtype) -> int:
@@ -73,6 +79,10 @@ def _calibrating(plan: Plan, dtype: torch.dtype) -> int:
         block = next((name for name in blocks if layer.module.startswith(f"{name}.")), None)
         if block is not None:
             sizes[block] += layer.matrix[1] ** 2 * _SUM_BYTES
+    for owner, layer in {layer.owner: layer for layer in plan.stacks}.items():
+        block = next((name for name in blocks if owner.startswith(f"{name}.")), None)
+        if block is not None:
+            sizes[block] += 2 * _routed(plan, layer)  # the batches, and all of them joined
     activations = _tokens(plan) * embedding_width(model) * dtype.itemsize
     logits = BATCH_TOKENS * _vocabulary(plan) * (dtype.itemsize + 4) if plan.task.name in VOCABULARY else 0
     return outside + activations + max(max(sizes.values(), default=0), logits) + _answers(plan)

@@ -6,6 +6,7 @@ Covers: loftq/planning/experts.py, loftq/planning/keywords.py, loftq/planning/we
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 import torch
 from folders import hashes
 from mixtures import save_mixture
+from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import loftq
@@ -163,3 +166,53 @@ def test_moving_and_casting_keep_the_scales(artifact: Path) -> None:
     torch.testing.assert_close(model(input_ids=tokens).logits, expected, rtol=0.05, atol=0.05)
     model.unmerge_adapter()
     assert torch.equal(model(input_ids=tokens).logits, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_an_adapter_for_the_original(kind: str, tmp_path: Path) -> None:
+    """Oracle: the dense difference of both adapters, and stock peft on the original, which computes it."""
+    source = save_mixture(kind, tmp_path / "pico")
+    folder = loftq.quantize(str(source), output=tmp_path / "out", **OPTIONS).folder
+    model = loftq.load_qlora(folder, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.03 * torch.randn(parameter.shape)
+    model.save_pretrained(tmp_path / "trained")
+    loftq.merge(folder, tmp_path / "trained", to="lora", output=tmp_path / "lora", quiet=True)
+    merged, start = (
+        AutoModelForCausalLM.from_pretrained(
+            loftq.merge(folder, adapter, to="bf16", output=tmp_path / f"merged-{i}", quiet=True, check=False).folder,
+            dtype=torch.float32,
+        )
+        for i, adapter in enumerate([tmp_path / "trained", None])
+    )
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    before = {name: p.clone() for name, p in original.named_parameters()}
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # peft applies the patterns all the same
+        adapted = PeftModel.from_pretrained(original, tmp_path / "lora").merge_and_unload()
+    ends = dict(merged.named_parameters()), dict(start.named_parameters())
+    for name, parameter in adapted.named_parameters():
+        wanted = ends[0][name] - ends[1][name]
+        torch.testing.assert_close(parameter - before[name], wanted, rtol=0.02, atol=0.004)
+        assert "_proj" not in name or name.endswith("bias") or wanted.norm() > 0
+    for target in ("mlx-lora", "compressed-tensors"):
+        with pytest.raises(OptionError, match="has no place for"):
+            loftq.merge(folder, tmp_path / "trained", to=target, output=tmp_path / target, quiet=True)
+    loftq.merge(folder, tmp_path / "trained", to="lora", rank=3, output=tmp_path / "smaller", quiet=True)
+    smaller = open_adapter(tmp_path / "smaller")
+    assert {smaller.rank_of(module) for module in smaller.modules} == {3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "nemotron_h", "deepseek_v3"])
+def test_a_merge_has_the_names_of_checkpoints(kind: str, tmp_path: Path) -> None:
+    """Oracle: the tensors that transformers saves of the merged model. Servers read no others."""
+    source = save_mixture(kind, tmp_path / "pico")
+    folder = loftq.quantize(str(source), output=tmp_path / "out", **OPTIONS).folder
+    merged = loftq.merge(folder, to="bf16", output=tmp_path / "merged", quiet=True).folder
+    AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
+    found, expected = (load_file(place / "model.safetensors") for place in (merged, tmp_path / "saved"))
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].to(tensor.dtype), tensor), name

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
@@ -65,11 +66,21 @@ class Solution:
     trace: Trace
 
 
-def trace_of_all(traces: Sequence[Trace]) -> Trace:
+def trace_of_all(traces: Sequence[Trace], shares: Sequence[float] | None = None) -> Trace:
     """The trace of several weights together, such as the experts of a layer, each of which keeps its own iteration.
 
-    An iteration's error is that of the best iterates until then, so that the last one is the final error.
+    An iteration's error is that of the best iterates until then, so that the last one is the final error. Errors of
+    outputs are means over tokens, so each weight counts by its share of the tokens there.
     """
+    total = sum(shares or ())
+    if not shares or not total or any(trace.outputs is None for trace in traces):
+        return _together(traces)
+    roots = [math.sqrt(share / total) for share in shares]
+    outputs = [_times(cast(Trace, trace.outputs), root) for trace, root in zip(traces, roots, strict=True)]
+    return replace(_together(traces), outputs=_together(outputs))
+
+
+def _together(traces: Sequence[Trace]) -> Trace:
     longest = max(len(trace.iterations) for trace in traces)
     rounds = [[_best(trace, t) for trace in traces] for t in range(1, longest + 1)]
     refits = [trace.refit for trace in traces if trace.refit is not None]

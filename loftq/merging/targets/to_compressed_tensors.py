@@ -54,13 +54,19 @@ class CompressedTensors(ModelFolder):
                 "--to compressed-tensors needs the package of this name to compare logits: "
                 "pip install compressed-tensors, or add --no-check"
             )
+        self._check_linears()
+
+    def _check_linears(self) -> None:
+        """Raise OptionError for weights that the layout cannot hold."""
+        for stack in self.pair.backbone.stacks:
+            raise OptionError(f"--to compressed-tensors has no place for fused experts ({stack}): use --to bf16")
         for module, (rows, columns) in self.pair.backbone.shapes.items():
             if columns % self._group_size:
                 raise OptionError(
                     f"--to compressed-tensors: groups of {self._group_size} do not divide the {columns} inputs of "
                     f"{module}: use --group-size 32, or --to bf16 if that does not divide them either"
                 )
-            if rows * self.grid(module).bits % compressed_tensors.WORD and settings.zero_point == "integer":
+            if rows * self.grid(module).bits % compressed_tensors.WORD and self.settings.zero_point == "integer":
                 raise OptionError(
                     f"--to compressed-tensors: the zero-points of the {rows} outputs of {module} do not fill whole "
                     "words: use --zero-point symmetric"

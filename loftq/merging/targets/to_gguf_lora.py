@@ -23,6 +23,7 @@ class GgufLora(PlainLora):
     text = "the adapter of --to lora in one GGUF file, for llama.cpp (`--lora`) and Ollama (`ADAPTER`)"
     suffix = ".gguf"
     uses = (*PlainLora.uses, "llama_cpp")
+    holds_experts = False
 
     def check(self) -> None:
         """Return None. Raises OptionError also for what is no factor, and where the script is missing."""

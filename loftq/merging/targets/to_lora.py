@@ -7,6 +7,7 @@ began by LoftQ becomes an adapter of the full-precision model: what training cha
 from __future__ import annotations
 
 import math
+import re
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from loftq.core import pooled
 from loftq.core.adapter_change import Factors, change, truncated
 from loftq.errors import OptionError
 from loftq.formats import adapter as adapters
+from loftq.formats import expert_factors
 from loftq.formats.adapter import Adapter, open_adapter
 from loftq.formats.checkpoint import TensorSpec, lay_out
 from loftq.formats.schema import json_text
@@ -32,10 +34,16 @@ class PlainLora(Target):
     uses: ClassVar[tuple[str, ...]] = ("rank", "source")
     file: ClassVar[str] = adapters.WEIGHTS
     metadata: ClassVar[dict[str, str]] = {}
+    holds_experts: ClassVar[bool] = True  # whether the form has a place for factors of fused experts
 
     def check(self) -> None:
         """Return None. Raises OptionError if it is not known how the adapter began, and for a rank that it lacks."""
         adapter, rank = self.pair.adapter, self.settings.rank
+        experts = [module for module in adapter.modules if adapter.experts(module)]
+        if experts and not self.holds_experts:
+            raise OptionError(
+                f"--to {self.name} has no place for the factors of fused experts ({experts[0]}): use --to lora"
+            )
         if adapter.pool_size is None and self._initial is None:
             raise OptionError(
                 f"{adapter.folder} is a plain LoRA of {self.pair.backbone.folder}, which has no initial adapter that "
@@ -68,14 +76,18 @@ class PlainLora(Target):
         """The rank of the result."""
         return self.settings.rank or self._full_rank
 
-    def factors(self, module: str) -> Factors:
-        """A (rank, in) and B (out, rank) of a module, float32."""
-        adapter = self.pair.adapter
-        a, b = adapter.factors(module)
+    def rank_of(self, module: str) -> int:
+        """The rank of a module in the result, or of each expert of a parameter."""
+        return min(self.rank, self._full_rank_of(module))
+
+    def factors(self, module: str) -> list[Factors]:
+        """A (rank, in) and B (out, rank) of a module, float32, or those of each expert of a parameter."""
+        adapter, rank = self.pair.adapter, self.rank_of(module)
         if adapter.pool_size is not None:
-            return pooled.plain_lora(a, adapter.pool_size), b
-        whole = self._change(module)
-        return truncated(whole, self.rank)[0] if self.rank < self._full_rank else whole
+            a, b = adapter.factors(module)
+            return [(pooled.plain_lora(a, adapter.pool_size), b)]
+        changes = self._changes(module)
+        return [truncated(whole, rank)[0] for whole in changes] if rank < self._full_rank_of(module) else changes
 
     def write(self, staging: Staging) -> None:
         """Write the weights and the configuration of the adapter."""
@@ -95,11 +107,13 @@ class PlainLora(Target):
 
     def specs(self, module: str) -> list[TensorSpec]:
         """The tensors of one module."""
-        return adapters.specs(module, self.pair.backbone.shapes[module], self.rank)
+        return adapters.specs(module, self.pair.backbone.shapes[module], self.rank_of(module))
 
     def tensors(self, module: str) -> dict[str, torch.Tensor]:
         """Their values."""
-        return dict(zip(adapters.keys(module), self.factors(module), strict=True))
+        shape, factors = self.pair.backbone.shapes[module], self.factors(module)
+        values = expert_factors.joined(factors) if len(shape) == 3 else factors[0]
+        return dict(zip(adapters.factor_keys(module, shape), values, strict=True))
 
     def config(self) -> dict[str, Any]:
         """The contents of `adapter_config.json`."""
@@ -108,8 +122,19 @@ class PlainLora(Target):
         config = {key: value for key, value in adapter.config.items() if key not in left_out}
         if adapter.pool_size is not None:
             return config
+        ranks = self._rank_pattern()
         own = {"r": self.rank, "lora_alpha": self.rank, "use_rslora": False, "init_lora_weights": True}
-        return config | own | {"base_model_name_or_path": self.base_model}
+        patterns = {"rank_pattern": ranks, "alpha_pattern": ranks}  # the scaling is 1 everywhere
+        return config | own | patterns | {"base_model_name_or_path": self.base_model}
+
+    def _rank_pattern(self) -> dict[str, int]:
+        """The ranks that differ from the rank of the whole adapter, by patterns of names as peft reads them."""
+        adapter = self.pair.adapter
+        others = {module: rank for module in adapter.modules if (rank := self.rank_of(module)) != self.rank}
+        of_experts = [rank for module, rank in others.items() if adapter.experts(module)]
+        parameters = adapter.config.get("target_parameters") or () if of_experts else ()
+        linears = {re.escape(module): rank for module, rank in others.items() if not adapter.experts(module)}
+        return linears | dict.fromkeys(parameters, *of_experts[:1])
 
     @cached_property
     def _initial(self) -> Adapter | None:
@@ -120,24 +145,37 @@ class PlainLora(Target):
     @cached_property
     def _full_rank(self) -> int:
         """The rank of all that training changed: that of the adapter alone, if it began with B = 0."""
+        return max(map(self._full_rank_of, self.pair.adapter.modules))
+
+    def _full_rank_of(self, module: str) -> int:
         adapter, initial = self.pair.adapter, self._initial
+        rank = adapter.rank_of(module)
         if adapter.pool_size is not None or initial is None or self._began_at_zero:
-            return int(adapter.config["r"])
-        return int(adapter.config["r"]) + int(initial.config["r"])
+            return rank
+        return rank + initial.rank_of(module)
 
     @cached_property
     def _began_at_zero(self) -> bool:
         initial = self._initial
         return initial is None or not any(bool(initial.factors(module)[1].any()) for module in initial.modules)
 
-    def _change(self, module: str) -> Factors:
-        """All that training changed of a module."""
+    def _changes(self, module: str) -> list[Factors]:
+        """All that training changed of a module, or of each expert of a parameter."""
         adapter, initial = self.pair.adapter, self._initial
-        a, b = adapter.factors(module)
+        scaling, trained = adapter.scaling_of(module), _each(adapter, module)
         if initial is None or self._began_at_zero:
-            return a, adapter.scaling * b
-        return change((a, b), adapter.scaling, initial.factors(module), initial.scaling)
+            return [(a, scaling * b) for a, b in trained]
+        pairs = zip(trained, _each(initial, module), strict=True)
+        return [change(after, scaling, before, initial.scaling_of(module)) for after, before in pairs]
 
     def _norms(self) -> list[tuple[float, float]]:
-        """The squared norms of what a lower rank leaves out of each module, and of the whole."""
-        return [truncated(self._change(module), self.rank)[1:] for module in self.pair.adapter.modules]
+        """The squared norms of what a lower rank leaves out of each matrix, and of the whole."""
+        modules = self.pair.adapter.modules
+        return [truncated(whole, self.rank)[1:] for module in modules for whole in self._changes(module)]
+
+
+def _each(adapter: Adapter, module: str) -> list[Factors]:
+    """The factors of a module, or those of each expert of a parameter."""
+    if not adapter.experts(module):
+        return [adapter.factors(module)]
+    return list(zip(*adapter.expert_factors(module), strict=True))

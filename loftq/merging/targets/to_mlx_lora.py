@@ -25,6 +25,7 @@ class MlxLora(PlainLora):
     text = "the adapter of --to lora for mlx-lm (`--adapter-path`)"
     file = "adapters.safetensors"
     metadata: ClassVar[dict[str, str]] = {"format": "mlx"}
+    holds_experts = False
 
     def check(self) -> None:
         """Return None. Raises OptionError also for modules that mlx-lm cannot adapt."""
@@ -46,7 +47,7 @@ class MlxLora(PlainLora):
 
     def tensors(self, module: str) -> dict[str, torch.Tensor]:
         """Their values."""
-        a, b = self.factors(module)
+        ((a, b),) = self.factors(module)
         return {f"{module}.lora_a": a.t().contiguous(), f"{module}.lora_b": b.t().contiguous()}
 
     def config(self) -> dict[str, Any]:
