@@ -60,7 +60,9 @@ def show(name: str) -> None:
         ("command", command_line(entry.recipe, entry.plan.source).replace(" \\\n ", "")),
         ("layers", f"{len(entry.plan.layers)} linears, {entry.plan.weights / 1e6:,.1f} M weights"),
         ("bits per weight", f"{entry.plan.layer_bits:.3f}"),
-        *((title, size(getattr(entry.footprint, key))) for key, title in _SIZES.items()),
+        *((title, size(getattr(entry.footprint, key))) for key, title in _SIZES.items() if key != "train"),
+        (_SIZES["train"], f"{size(entry.footprint.train)} with {recipes.TRAINED_WITH}"),
+        ("", "`loftq train --dry-run` shows what your data and options need"),
         *(("note", note) for note in entry.plan.notes),
     ]
     width = max(len(title) for title, _ in rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats (direction, zero width), half surrogates, separators
 _MARKS = re.compile(r"[\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w)|^[#+=-](?=\s|$)|://")
@@ -43,6 +43,13 @@ def _harmless(match: re.Match[str]) -> str:
     if mark in "<>&":
         return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}[mark]
     return ":&#47;/" if mark == "://" else f"\\{mark}"  # a whole address would become a link
+
+
+def markdown_table(rows: Mapping[str, str]) -> str:
+    """Names and their values as a table in Markdown."""
+    return "\n".join(
+        ["| | |", "| --- | --- |", *(f"| {markdown(name)} | {markdown(value)} |" for name, value in rows.items())]
+    )
 
 
 def code(text: str) -> str:

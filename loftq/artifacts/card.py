@@ -12,8 +12,8 @@ from loftq.artifacts.card_metadata import metadata
 from loftq.artifacts.card_section import marked
 from loftq.artifacts.loading_snippet import loading_section
 from loftq.core.grid import ROW
-from loftq.core.solvers.methods import METHODS
-from loftq.display import code, code_block, markdown, size
+from loftq.core.solvers.methods import METHODS, PLAIN_START
+from loftq.display import code, code_block, markdown, markdown_table, size
 from loftq.hub.text import public_name
 from loftq.planning.command_line import command_line
 from loftq.planning.plan import Plan
@@ -62,7 +62,7 @@ def card_text(
 
 ## Settings
 
-{_table(_settings(plan))}
+{markdown_table(_settings(plan))}
 
 With loftq {version("loftq")}, this command makes the folder again, with the same bytes on the same kind of machine.
 `loftq.json` lists all versions and hashes.
@@ -74,28 +74,11 @@ With loftq {version("loftq")}, this command makes the folder again, with the sam
 Weight errors are Frobenius norms over all quantized weights, divided by the norm of the
 weights.{_output_errors(plan)}
 
-{_table(_measured(totals))}
+{markdown_table(_measured(totals))}
 
 The layers with the largest error:
 
 {_worst_layers(rows)}
-"""
-
-
-def merged_card_text(name: str, kind: str, target: str, lines: str) -> str:
-    """README.md after a merge. `name` is that of the backbone, `kind` that of the adapter; `lines` load it."""
-    return f"""---
-tags:
-- loftq
----
-
-# {markdown(name)}, merged
-
-A quantized backbone and its trained {markdown(kind)} adapter, merged into one model by `loftq merge --to {target}`.
-
-```python
-{lines}  # this folder or repository
-```
 """
 
 
@@ -119,9 +102,9 @@ def _settings(plan: Plan) -> dict[str, str]:
     rounding += f", {grid.zero_point} zero-points" if grid.zero_point else ""
     left = [name for name in plan.skip_modules if not any(name.startswith(saved) for saved in plan.modules_to_save)]
     rounds = f"{recipe.iters} iteration{'s' if recipe.iters > 1 else ''}"
-    method = f"{METHODS[str(recipe.method)].title}, {rounds}"
-    if not recipe.iters:
-        method = "QLoRA's start (plain rounding, B = 0)"
+    method = f"{METHODS[recipe.method].title}, {rounds}"
+    if recipe.method == PLAIN_START:
+        method = "QLoRA's start (B = 0)"
     if recipe.adapter == "qalora":
         method = f"QA-LoRA, pools of {recipe.pool_size}, scales and zero-points fitted in up to {rounds}"
     text = {}
@@ -164,7 +147,7 @@ def _worst_layers(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _how(recipe: Recipe) -> str:
-    method = METHODS[str(recipe.method)]
+    method = METHODS[recipe.method]
     published = method.source.startswith("arXiv")
     return (
         f"{method.title}, {method.source}" if published else f"{method.title}, which minimizes the {method.minimizes}"
@@ -175,9 +158,3 @@ def _output_errors(plan: Plan) -> str:
     if plan.recipe.calibration is None:
         return ""
     return "\nOutput errors are root mean squares over the layers, on the calibration text."
-
-
-def _table(rows: Mapping[str, str]) -> str:
-    return "\n".join(
-        ["| | |", "| --- | --- |", *(f"| {markdown(name)} | {markdown(value)} |" for name, value in rows.items())]
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData, metadata_load
@@ -31,12 +32,26 @@ def metadata(plan: Plan) -> str:
 
 def _terms(source: Source) -> dict[str, Any]:
     """The licence of a source, from its own card if it has one."""
+    return terms_of(source.folder) or ({"license": source.license} if source.license else {})
+
+
+def terms_of(folder: Path) -> dict[str, Any]:
+    """The licence that the card in a folder names; empty if it names none."""
+    fields = _fields(folder)
+    return {name: fields[name] for name in _TERMS if _is_text(fields.get(name))}
+
+
+def base_of(folder: Path) -> str | None:
+    """The base model that the card in a folder names, an id on the Hub; None if it names none."""
+    base = _fields(folder).get("base_model")
+    return base if isinstance(base, str) and base.count("/") == 1 else None
+
+
+def _fields(folder: Path) -> dict[str, Any]:
     try:
-        fields: dict[str, Any] = metadata_load(source.folder / CARD) or {}
-    except Exception:  # a card may hold anything; a damaged one names no licence
-        fields = {}
-    terms = {name: fields[name] for name in _TERMS if _is_text(fields.get(name))}
-    return terms or ({"license": source.license} if source.license else {})
+        return metadata_load(folder / CARD) or {}
+    except Exception:  # a card may hold anything; a damaged one names nothing
+        return {}
 
 
 def _is_text(value: Any) -> bool:

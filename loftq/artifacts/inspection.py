@@ -23,6 +23,7 @@ class Inspection:
     """The contents of a folder or a repository. Sizes are in bytes; a field is empty if the folder lacks that part.
 
     `types` lists the types of the quantized weights, each with its bits and the number of layers and weights.
+    `training` holds the data, the settings and the results of the training that wrote an adapter.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Inspection:
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
@@ -70,6 +72,7 @@ class Inspection:
             yield "bits per weight", f"{self.bits_per_weight:.3f}"
         yield "size", ", ".join(f"{name} {size(nbytes)}" for name, nbytes in self.sizes.items() if nbytes)
         yield from self._adapter_rows()
+        yield from self._training_rows()
         for key, (name, before, label) in _ERRORS.items():
             if key in self.totals and before in self.totals:
                 yield name, f"{self.totals[key]:.5f} ({self.totals[before]:.5f} {label})"
@@ -84,6 +87,28 @@ class Inspection:
         if self.versions:
             yield "made with", ", ".join(f"{name} {number}" for name, number in self.versions.items())
         yield from (("note", note) for note in self.notes)
+
+    def _training_rows(self) -> Iterator[tuple[str, str]]:
+        settings, result = self.training.get("settings", {}), self.training.get("result", {})
+        for name in ("data", "eval_data"):
+            if settings.get(name):
+                names = settings[name] if isinstance(settings[name], list) else [settings[name]]
+                digest = self.training.get("rows", {}).get(name)
+                hashed = f" (rows {str(digest)[:12]})" if digest else ""
+                yield name.replace("_", " "), ", ".join(map(str, names)) + hashed
+        if result:
+            yield "trained", f"{result['steps']:,} steps on {result['examples']:,} examples"
+            if result["train_loss"] is not None:
+                yield "train loss", f"{result['train_loss']:.4f}"
+            for name, value in result["evaluation"].items():
+                yield f"held-out {name}", f"{value:.4f}" if isinstance(value, float) else str(value)
+        shown = [
+            f"{name.replace('_', ' ')} {value}"
+            for name, value in settings.items()
+            if name not in ("model", "data", "eval_data", "output", "push_to_hub", "calibration")
+        ]
+        if shown:
+            yield "settings", ", ".join(shown)
 
     def _adapter_rows(self) -> Iterator[tuple[str, str]]:
         if self.adapter is None:

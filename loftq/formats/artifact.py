@@ -25,6 +25,7 @@ from loftq.formats.schema import Limited, check_value, number, one_of, read_json
 MANIFEST = "loftq.json"
 CARD = "README.md"  # the user may edit it
 VERSION = 1
+DENSE = "dense"  # the format of a merged model in 16 bits
 
 _AGAIN = "copy or download the folder again"
 _ERROR = number(0)

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from tqdm import tqdm
 
-from loftq.artifacts.card import merged_card_text
 from loftq.artifacts.manifest import write_merged_manifest
+from loftq.artifacts.merged_card import merged_card_text
 from loftq.artifacts.staging import Staging
 from loftq.core.grid import Grid
 from loftq.formats.artifact import CARD
@@ -71,6 +71,11 @@ class ModelFolder(Target):
                 groups.append(self.specs(module))
         return lay_out(groups, parse_size(self.run.max_shard_size), metadata=self.metadata)
 
+    @property
+    def planned_bytes(self) -> int:
+        """The bytes of all shards."""
+        return sum(shard.nbytes for shard in self.shards)
+
     def write(self, staging: Staging) -> None:
         """Write the weights, with a progress bar on stderr, then configuration, tokenizer, card and manifest."""
         self._write_weights(staging)
@@ -80,9 +85,7 @@ class ModelFolder(Target):
         staging.write_text("config.json", config_text(self.config()))
         if len(self.shards) > 1:
             staging.write_text(INDEX, index_text(self.shards))
-        staging.write_text(
-            CARD, merged_card_text(pair.backbone.folder.name, pair.adapter.kind, self.name, self.loading_lines())
-        )
+        staging.write_text(CARD, merged_card_text(pair.backbone, pair.adapter.kind, self.name, self.loading_lines()))
         grids = {module: grid for module in pair.backbone.grids if (grid := self.grid(module)) is not None}
         write_merged_manifest(staging, pair.backbone, self.name, self.format, grids, self.shards)
 

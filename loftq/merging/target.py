@@ -44,6 +44,11 @@ class Target(ABC):
     def check(self) -> float | None:
         """Return the part of the adapter that would be lost. Raises OptionError if the target cannot hold the pair."""
 
+    @property
+    @abstractmethod
+    def planned_bytes(self) -> int:
+        """The bytes that the weights will take on the disk while they are written, or a little less."""
+
     @abstractmethod
     def write(self, staging: Staging) -> None:
         """Write all files, the manifest last. Tensors that `staging` already has are not written again."""

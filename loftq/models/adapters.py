@@ -21,7 +21,7 @@ from loftq.formats.model_config import FILE
 from loftq.formats.schema import read_json
 
 TRAINING_RECORD = "training.json"
-TRAINING_SCHEMA = {"settings?": dict, "backbone?": {"model": str, "sha256": str}}
+TRAINING_SCHEMA = {"settings?": dict, "backbone?": {"model": str, "sha256": str, "relative?": str}}
 _SAMPLE = 256  # number of values of each tensor: if training changes a tensor, it also changes its first rows
 _SIDES = (("in_features", "nx"), ("out_features", "nf"))  # attributes of linears, and of transformers' Conv1D
 
@@ -45,11 +45,21 @@ def trained_on(adapter: Path) -> tuple[str, str] | None:
 
     Raises ArtifactError for a damaged record.
     """
+    backbone = training_record(adapter)
+    return None if backbone is None else (backbone["model"], backbone["sha256"])
+
+
+def training_record(adapter: Path) -> dict[str, str] | None:
+    """What `training.json` says of the backbone of an adapter, or of a checkpoint of it; None if there is no record.
+
+    `model` is its name, `sha256` the hash of its weights, `relative` the way to it from `folder`, which holds the
+    record. Raises ArtifactError for a damaged record.
+    """
     folder = adapter.resolve()
     path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / TRAINING_RECORD
     refuse_links(path.parent, [TRAINING_RECORD], ArtifactError)
     backbone = read_json(path, TRAINING_SCHEMA).get("backbone") if path.is_file() else None
-    return None if backbone is None else (backbone["model"], backbone["sha256"])
+    return None if backbone is None else {**backbone, "folder": str(path.parent)}
 
 
 def foreign_adapter(folder: Path, name: str, checkpoint: Checkpoint, *, quantized: bool = False) -> Adapter:
@@ -110,6 +120,13 @@ def check_adapter(artifact: Artifact, folder: Path) -> Adapter:
             f"use {other}, or train an adapter on this backbone"
         )
     return adapter
+
+
+def is_exported_from(artifact: Artifact, folder: Path) -> bool:
+    """Whether a folder holds the plain LoRA that `loftq merge --to lora` made of a QA-LoRA of this backbone."""
+    if artifact.manifest["kind"] != "qalora" or not (folder / MANIFEST).is_file():
+        return False
+    return open_artifact(folder).backbone_hash == artifact.backbone_hash and open_adapter(folder).pool_size is None
 
 
 def other_backbone(artifact: Artifact, adapter: Adapter) -> str | None:

@@ -11,6 +11,7 @@ import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -42,6 +43,28 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({platform.processor() or platform.machine()})" if device.type == "cpu" else str(device)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """The free memory of a device in bytes; None if that is not known.
+
+    For a CPU it is what the system can give to a program, within the limit of a container.
+    """
+    if device.type == "cpu":
+        import psutil  # type: ignore[import-untyped]  # accelerate requires it
+
+        return min([int(psutil.virtual_memory().available), *_left_in_container()])
+    counter = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return None if counter is None else int(counter()[0])
+
+
+def _left_in_container() -> list[int]:
+    """The bytes that a control group leaves to its processes; empty without such a limit."""
+    try:
+        limit, used = (int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no control groups, or no limit
+        return []
+    return [max(limit - used, 0)]
 
 
 def compute_dtype(requested: str | None, device: torch.device) -> torch.dtype:

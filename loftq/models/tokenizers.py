@@ -18,19 +18,30 @@ def has_tokenizer(folder: Path) -> bool:
     return any(path.is_file() for pattern in _FILES for path in folder.glob(pattern))
 
 
+def gguf_file(folder: Path) -> str | None:
+    """The name of the GGUF file in a folder; None if it has none."""
+    return next((path.name for path in sorted(folder.glob("*.gguf"))), None)
+
+
 def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a model's folder, as transformers loads it. Raises SourceError where there is none.
 
-    Without a tokenizer's files transformers may make an empty one from the model's config alone, which is refused.
+    Without a tokenizer's files transformers may make an empty one from the model's config alone, which is refused. A
+    GGUF file has its tokenizer in it.
     """
     from transformers import AutoTokenizer
 
     missing = f"{folder} has no tokenizer that can be loaded: copy the tokenizer's files of the original model there"
+    options: dict[str, Any] = {}
     if not has_tokenizer(folder):
-        raise SourceError(missing)
-    check_beside(folder)
+        file = gguf_file(folder)
+        if file is None:
+            raise SourceError(missing)
+        options["gguf_file"] = file
+    else:
+        check_beside(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # a tokenizer's own class may raise anything for files that make no sense
         raise SourceError(f"{missing} ({one_line(error, 200)})") from error
 

@@ -19,11 +19,13 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from loftq.models.head_loss import LOGITS, HiddenStates
 from loftq.models.lockstep import find_blocks
 
 _GRADIENTS = 2  # gradients of the largest tensor that is kept, the logits: a finished one and one being computed
 _HEAP = 1.5  # growth of a process relative to its live tensors: glibc is late to return blocks of changing sizes
 _FLOAT32 = 4
+_CHUNK_BYTES = 4 * _FLOAT32  # per logit that exists at a time: itself, its float32 copy, its softmax, its gradient
 
 
 def trained_bytes(parameters: int, optimizer: str = "adamw_torch") -> int:
@@ -40,8 +42,9 @@ def kept_bytes(
 ) -> int:
     """Number of bytes that autograd keeps of one batch (examples, tokens), with the first gradients beside them.
 
-    `model` is a peft model on the meta device for one of `tasks`; it will run on `device`. Raises RuntimeError or
-    ValueError where a model's control flow depends on values, which meta tensors do not have.
+    Where a few logits exist at a time (`streams_logits`), these are counted too. `model` is a peft model on the meta
+    device for one of `tasks`; it will run on `device`. Raises RuntimeError or ValueError where a model's control flow
+    depends on values, which meta tensors do not have.
     """
     try:
         live = _live_bytes(model, batch, tasks, checkpointing)
@@ -51,6 +54,17 @@ def kept_bytes(
         # On the meta device, torch computes the grouped matrix products of experts only in bfloat16.
         live = 2 * _live_bytes(model.to(torch.bfloat16), batch, tasks, checkpointing)
     return int(live * (_HEAP if device.type == "cpu" else 1))
+
+
+def streams_logits(model: Any, tasks: Sequence[str]) -> bool:
+    """Whether the loss of a peft model on the meta device is computed without the logits of a whole batch."""
+    if tuple(tasks) != ("causal-lm",):
+        return False
+    inner = model.get_base_model()
+    ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    with Unpadded(), torch.no_grad():
+        output = HiddenStates(inner).of(lambda: inner(input_ids=ids, attention_mask=torch.ones_like(ids)))
+    return output is not None
 
 
 def _live_bytes(model: Any, batch: tuple[int, int], tasks: Sequence[str], checkpointing: bool) -> int:
@@ -68,17 +82,21 @@ def _live_bytes(model: Any, batch: tuple[int, int], tasks: Sequence[str], checkp
             sizes[inside[-1]] += tensor.untyped_storage().nbytes()
         return tensor
 
+    streamed = streams_logits(model, tasks)
     model.train()
     with _entering(blocks) as inside, _fused_attention(), torch.autograd.graph.saved_tensors_hooks(keep, _same):
-        _run(inner, torch.zeros(batch, dtype=torch.int64, device="meta"), tasks, keep)
+        _run(inner, torch.zeros(batch, dtype=torch.int64, device="meta"), tasks, keep, streamed=streamed)
     largest = max((tensor.untyped_storage().nbytes() for tensor in seen.values()), default=0)
     inputs = len(blocks) * batch[0] * batch[1] * embedding_width(inner) * inner.dtype.itemsize
     block = max((sizes[name] for name in blocks), default=0)
-    return int(sizes[""] + inputs + block + _GRADIENTS * largest)
+    logits = min(LOGITS, batch[0] * batch[1] * inner.get_output_embeddings().out_features) if streamed else 0
+    return int(sizes[""] + inputs + block + _GRADIENTS * largest + logits * _CHUNK_BYTES)
 
 
-def _run(model: Any, ids: torch.Tensor, tasks: Sequence[str], keep: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Run one forward pass.
+def _run(
+    model: Any, ids: torch.Tensor, tasks: Sequence[str], keep: Callable[[torch.Tensor], torch.Tensor], *, streamed: bool
+) -> None:
+    """Run one forward pass, up to the output head if its logits are `streamed`.
 
     The head of a classifier searches for the end of each text, which meta tensors do not have. It is therefore left
     out, and only the tensor that it reads is counted.
@@ -88,6 +106,8 @@ def _run(model: Any, ids: torch.Tensor, tasks: Sequence[str], keep: Callable[[to
         if tasks == ("sequence-classification",):
             decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
             keep(model.base_model(**inputs, **decoder)[0])
+        elif streamed:
+            HiddenStates(model).of(lambda: model(**inputs))
         else:
             model(**inputs, labels=ids)
 

@@ -19,6 +19,7 @@ from loftq.formats.adapter import scaling
 from loftq.models.devices import COMPUTE_DTYPES
 from loftq.planning.grid_settings import with_grid
 from loftq.planning.keywords import QuantizeKeywords
+from loftq.planning.method_names import honest_name, with_honest_name
 from loftq.planning.settings import (
     CALIBRATION_TOKENS,
     EXPERT_RANK,
@@ -110,8 +111,9 @@ def recipe_of(**settings: Unpack[QuantizeKeywords]) -> Recipe:
 
 def recipe_again(values: Mapping[str, Any]) -> Recipe:
     """Make the recipe that a `loftq.json` holds. Settings that this version does not have are ignored."""
+    known = with_honest_name(values)
     return resolve(
-        from_dict(QuantizeSettings, {name: values[name] for name in declared(QuantizeSettings) if name in values})
+        from_dict(QuantizeSettings, {name: known[name] for name in declared(QuantizeSettings) if name in known})
     )
 
 
@@ -211,6 +213,7 @@ def option_without_experts(settings: QuantizeSettings) -> str | None:
 def _with_method(settings: QuantizeSettings) -> QuantizeSettings:
     """Set the method, and take from it the scales, rounding, iterations and refinement that are left open."""
     name = settings.method or (WITHOUT_TEXT if settings.calibration is None else WITH_TEXT)
+    name = honest_name(name, settings.iters)
     preset = METHODS[name]
     turns = preset.iterations
     if TYPES[cast(str, settings.quant_type)].trellis:

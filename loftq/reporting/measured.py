@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from loftq.artifacts.rows import summed_errors
-from loftq.core.solvers.methods import METHODS
 from loftq.display import visible
 from loftq.errors import ArtifactError
 from loftq.formats.adapter import Adapter, open_adapter
 from loftq.formats.artifact import Artifact, open_artifact
+from loftq.planning.method_names import title_of
 from loftq.reporting.sweep_record import read_sweep
 
 Row = Mapping[str, Any]
@@ -238,10 +238,4 @@ def _label(manifest: Mapping[str, Any]) -> str:
     recipe = manifest["recipe"]
     kinds = {row["codebook"].upper() for row in manifest["layers"]}
     kind = kinds.pop() if len(kinds) == 1 else f"{recipe['bits']} bits"
-    name = str(recipe.get("method"))
-    method = METHODS[name].title if name in METHODS else name
-    if recipe["adapter"] == "qalora":
-        method = "QA-LoRA"
-    elif not recipe["iters"]:
-        method = "QLoRA"
-    return visible(f"{kind}, rank {recipe['rank']}, {method}")
+    return visible(f"{kind}, rank {recipe['rank']}, {title_of(recipe)}")

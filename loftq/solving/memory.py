@@ -20,7 +20,7 @@ from loftq.calibration.observer import TOP, VOCABULARY
 from loftq.calibration.windows import check_calibratable
 from loftq.models.lockstep import find_blocks
 from loftq.models.positions import longest_input
-from loftq.models.training_memory import embedding_width, kept_bytes, trained_bytes
+from loftq.models.training_memory import embedding_width, kept_bytes, streams_logits, trained_bytes
 from loftq.planning.plan import Layer, Plan, adapted_names
 
 _SOLVER_BYTES = 13  # per weight of a layer: float32 twice, its source, its codes, their packed form, a sketch
@@ -106,7 +106,8 @@ def _refining(plan: Plan, dtype: torch.dtype, device: torch.device) -> int | Non
         kept = kept_bytes(model, batch, (plan.task.name,), device, checkpointing=plan.weights > LARGE)
     except (RuntimeError, ValueError):  # its code depends on values, which meta tensors do not have
         return None
-    logits = batch[0] * batch[1] * _vocabulary(plan) if plan.task.name in VOCABULARY else 0
+    whole = plan.task.name in VOCABULARY and not streams_logits(model, (plan.task.name,))
+    logits = batch[0] * batch[1] * _vocabulary(plan) if whole else 0
     unquantized = sum(spec.nbytes // spec.dtype.itemsize for spec in plan.passed.values()) * dtype.itemsize
     quantized = int(plan.layer_bits * plan.weights / 8)
     largest = max(prod(layer.matrix) for layer in plan.layers) * dtype.itemsize

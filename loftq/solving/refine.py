@@ -32,6 +32,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from loftq.formats.adapter import Adapter, open_adapter
 from loftq.formats.artifact import Artifact
+from loftq.models.head_loss import HiddenStates, chunked
 from loftq.models.loading import load_base
 from loftq.models.peft_targets import load_adapter
 from loftq.models.tasks import part_before_head, recorded_task
@@ -100,10 +101,11 @@ def learn(
     windows = [{name: rows[at] for name, rows in teacher.items()} for at in range(len(teacher["input_ids"]))]
     held_out = windows[-max(len(windows) // _HELD_OUT, 1) :]
     learned = windows[: -len(held_out)]
-    before = after = _divergence(core, held_out, device)
+    states = HiddenStates(core)
+    before = after = _divergence(core, states, held_out, device)
     if learned:
-        _train(model, core, learned, steps, _rate(rank, scaling, before), device, seed, quiet)
-        after = _divergence(core, held_out, device)
+        _train(model, core, states, learned, steps, _rate(rank, scaling, before), device, seed, quiet)
+        after = _divergence(core, states, held_out, device)
     return Refinement(before, after, steps) if after < before else Refinement(before, before, 0)
 
 
@@ -117,12 +119,30 @@ def divergence(answer: Any, window: Window) -> torch.Tensor:
         expected = window["hidden"].float()
         error: torch.Tensor = (answer[0].float() - expected).square().sum() / expected.square().sum()
         return error
-    logits, log_p = answer.logits.float(), window["values"].float()
-    log_q = logits.gather(-1, window["indices"].long()) - logits.logsumexp(-1, keepdim=True)
+    return _divergences(answer.logits, window["values"], window["indices"]).mean()
+
+
+def _divergences(logits: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """KL(p ‖ q) of each token (…) from logits (…, classes) and the likeliest tokens under p (…, k)."""
+    logits, log_p = logits.float(), values.float()
+    log_q = logits.gather(-1, indices.long()) - logits.logsumexp(-1, keepdim=True)
     likeliest = (log_p.exp() * (log_p - log_q)).sum(-1)
     rest_p, rest_q = ((1 - log.exp().sum(-1)).clamp_min(_LEAST) for log in (log_p, log_q))
-    mean: torch.Tensor = (likeliest + rest_p * (rest_p / rest_q).log()).mean()
-    return mean
+    return likeliest + rest_p * (rest_p / rest_q).log()
+
+
+def _divergence_of(core: nn.Module, states: HiddenStates, window: Window) -> torch.Tensor:
+    """The divergence of a model's answers to a window, without the logits of all tokens at once if that is possible."""
+    inputs = _inputs_of(window)
+    output = states.of(lambda: core(**inputs)) if "values" in window else None
+    if output is None:
+        return divergence(core(**inputs), window)
+    hidden, values, indices = (part.flatten(0, -2) for part in (output.logits, window["values"], window["indices"]))
+
+    def loss(logits: torch.Tensor, rows: slice) -> torch.Tensor:
+        return _divergences(logits, values[rows], indices[rows]).sum()
+
+    return chunked(hidden, cast(nn.Module, states.head), loss) / len(hidden)
 
 
 def windows_a_step(length: int) -> int:
@@ -146,10 +166,11 @@ class _Distiller(Trainer):
     """A trainer whose loss is the divergence of `core`, the part of the model that answers."""
 
     core: nn.Module
+    states: HiddenStates
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:  # noqa: ARG002
         """The divergence of a batch."""
-        return divergence(self.core(**_inputs_of(inputs)), inputs)
+        return _divergence_of(self.core, self.states, inputs)
 
 
 class _Steps(TrainerCallback):
@@ -190,18 +211,19 @@ def _prepare(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _divergence(model: nn.Module, windows: Iterable[Window], device: torch.device) -> float:
-    model.eval()
+def _divergence(core: nn.Module, states: HiddenStates, windows: Iterable[Window], device: torch.device) -> float:
+    core.eval()
     divergences = []
     for window in windows:
         batch = {name: tensor.to(device) for name, tensor in _batched([window]).items()}
-        divergences.append(float(divergence(model(**_inputs_of(batch)), batch)))
+        divergences.append(float(_divergence_of(core, states, batch)))
     return sum(divergences) / len(divergences)
 
 
 def _train(
     model: nn.Module,
     core: nn.Module,
+    states: HiddenStates,
     windows: Sequence[Window],
     steps: int,
     rate: float,
@@ -230,7 +252,7 @@ def _train(
             seed=seed % 2**32,
         )
         trainer = _Distiller(model=model, args=arguments, train_dataset=windows, data_collator=_batched)
-        trainer.core = core
+        trainer.core, trainer.states = core, states
         for printing in (PrinterCallback, ProgressCallback):  # they print to stdout, which is the report's
             trainer.remove_callback(printing)
         with tqdm(total=steps, unit="step", disable=quiet, dynamic_ncols=True, desc="refine") as bar:

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.models.devices import compute_dtype, device_to_run
-from loftq.training.settings import MODES, TrainSettings
+from loftq.training.settings import BATCH, MODES, TrainSettings
 from loftq.training.tasks import TRAINING_TASKS
 
 _EVALUATION_INTERVAL = 0.1  # part of the run between two evaluations, and between two checkpoints
@@ -36,9 +36,9 @@ def arguments_of(settings: TrainSettings, mode: str) -> TrainingArguments:
         "lr_scheduler_type": settings.lr_scheduler,
         "warmup_steps": settings.warmup_ratio if settings.warmup_steps is None else settings.warmup_steps,
         "weight_decay": settings.weight_decay,
-        "per_device_train_batch_size": settings.batch_size,
+        "per_device_train_batch_size": settings.batch_size or BATCH,
         "per_device_eval_batch_size": settings.eval_batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "gradient_accumulation_steps": settings.gradient_accumulation or 1,
         "seed": settings.seed,
         "optim": settings.optim or default_optimizer(device),
         "bf16": cuda and dtype == torch.bfloat16,

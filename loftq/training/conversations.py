@@ -1,7 +1,8 @@
 """Reads a row into a conversation: messages, what is given to the chat template beside them, and which are learned.
 
-Rows hold messages as OpenAI writes them (`role` and `content`) or as ShareGPT does (`from` and `value`), or an
-instruction with its answer as Alpaca does, perhaps with a system message and a history. `datasets` gives every row
+Rows hold messages as OpenAI writes them (`role` and `content`), as ShareGPT does (`from` and `value`) or as XTuner does
+(`input` and `output` of a turn); or an instruction with its answer as Alpaca does, perhaps with a system message and a
+history; or a prompt and its completion, each of them messages, as trl does. `datasets` gives every row
 the keys of all rows, with None where a row has none, so None means that a key is not there.
 """
 
@@ -25,6 +26,8 @@ _VARIABLES = (  # columns with the names that templates give to what they read b
     *("enable_thinking", "reasoning_effort", "model_identity", "date_string"),
 )
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # names of a column, or a key, of an answer's reasoning
+BESIDE = (*_VARIABLES, "chat_template_kwargs", *_REASONING)  # columns that are read by their own names
+_TURNS = (("input", "output"), ("human", "assistant"), ("user", "assistant"))  # keys of a turn in one piece
 _OTHER_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
 
@@ -40,16 +43,7 @@ class Conversation:
 def conversation_of(row: Row, columns: Mapping[str, str]) -> Conversation:
     """Read a row with messages. `columns` are the columns of the roles in language_modelling.ROLES."""
     column = columns["messages"]
-    value = _json(row[column], column)
-    try:
-        given = [_renamed(without_none(message)) for message in value]
-        if not all(isinstance(message["role"], str) and _has_text(message) for message in given):
-            raise TypeError
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise OptionError(
-            f"column {column!r} of the data holds {value!r:.80}, but messages were expected, each with a role and a "
-            "content that is text"
-        ) from error
+    given = _messages(_json(row[column], column), column)
     system = _system(row, columns)
     if system and given and given[0]["role"] == "system":
         if given[0].get("content") != system[0]["content"]:
@@ -59,12 +53,16 @@ def conversation_of(row: Row, columns: Mapping[str, str]) -> Conversation:
             )
         system = []
     learned = [_is_learned(message, number) for number, message in enumerate(given, 1)]
-    messages = [{key: value for key, value in message.items() if key not in _WEIGHTS} for message in given]
-    return Conversation([*system, *messages], _variables(row, columns), [False] * len(system) + learned)
+    return Conversation([*system, *map(_unweighted, given)], _variables(row, columns), [False] * len(system) + learned)
 
 
 def instruction_of(row: Row, columns: Mapping[str, str]) -> Conversation:
-    """Read a row with a prompt and its response into a conversation, with the answers of its history before them."""
+    """Read a row with a prompt and its response into a conversation, with the answers of its history before them.
+
+    If the prompt and the response are lists of messages, only those of the response are learned.
+    """
+    if isinstance(row[columns["prompt"]], list):
+        return _prompt_of_messages(row, columns)
     extra = row.get(columns.get("input", ""))
     if extra is not None and not isinstance(extra, str):
         extra = text_of(row, columns["input"])
@@ -77,6 +75,52 @@ def instruction_of(row: Row, columns: Mapping[str, str]) -> Conversation:
         {"role": "assistant", "content": text_of(row, columns["response"]), **_reasoning(row, columns)},
     ]
     return Conversation(messages, _variables(row, columns), [True] * len(messages))
+
+
+def _prompt_of_messages(row: Row, columns: Mapping[str, str]) -> Conversation:
+    """Read a row whose prompt is messages; the response is messages too, or a text."""
+    asked = _messages(row[columns["prompt"]], columns["prompt"])
+    response = row[columns["response"]]
+    if isinstance(response, str):
+        response = [{"role": "assistant", "content": response}]
+    answered = _messages(response, columns["response"])
+    for role in ("input", "history"):
+        if row.get(columns.get(role, "")):
+            raise OptionError(
+                f"column {columns[role]!r} stands beside a prompt that is a list of messages: put its text into them"
+            )
+    system = [] if asked and asked[0]["role"] == "system" else _system(row, columns)
+    learned = [_is_learned(message, number) for number, message in enumerate(answered, 1)]
+    messages = [*system, *map(_unweighted, [*asked, *answered])]
+    return Conversation(messages, _variables(row, columns), [False] * (len(messages) - len(learned)) + learned)
+
+
+def _messages(value: Any, column: str) -> list[Message]:
+    """The messages of a column. Raises OptionError for anything else."""
+    try:
+        given = [_renamed(message) for part in value for message in _of_turn(without_none(part))]
+        if not all(isinstance(message["role"], str) and _has_text(message) for message in given):
+            raise TypeError
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise OptionError(
+            f"column {column!r} of the data holds {value!r:.80}, but messages were expected, each with a role and a "
+            "content that is text"
+        ) from error
+    return given
+
+
+def _of_turn(part: Any) -> list[Message]:
+    """The messages of a turn that has a prompt and its answer in one piece; a message alone stays as it is."""
+    keys = next((keys for keys in _TURNS if keys[1] in part and "role" not in part and "from" not in part), None)
+    if keys is None:
+        return [part]
+    turn = [("system", part.get("system")), ("user", part.get(keys[0])), ("assistant", part[keys[1]])]
+    return [{"role": role, "content": text} for role, text in turn if text]
+
+
+def _unweighted(message: Message) -> Message:
+    """A message without the keys that tell whether it is learned."""
+    return {key: value for key, value in message.items() if key not in _WEIGHTS}
 
 
 def without_none(value: Any) -> Any:
@@ -92,8 +136,9 @@ def _renamed(given: Any) -> Message:
     roles = _ROLES
     if "from" in message and "role" not in message:
         message["role"], roles = message.pop("from"), _ROLES | _ROLES_OF_SHARE_GPT
-    if "value" in message and "content" not in message:
-        message["content"] = message.pop("value")
+    for name in ("value", "text"):
+        if name in message and "content" not in message:
+            message["content"] = message.pop(name)
     role, content = message["role"], message.get("content")
     if role == "function_call" and role in roles:
         message["tool_calls"] = _calls(message.pop("content"))

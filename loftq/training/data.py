@@ -55,6 +55,11 @@ def read_rows(names: Sequence[str], option: str = "--data") -> Dataset:
     return rows
 
 
+def are_texts(names: Sequence[str]) -> bool:
+    """Whether all names are those of .txt files, each of which is a single row."""
+    return all(Path(name).suffix.lower() == ".txt" for name in names)
+
+
 def _check_files(paths: Sequence[Path], option: str) -> None:
     for path in paths:
         if path.is_dir():

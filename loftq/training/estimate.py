@@ -1,39 +1,55 @@
-"""Estimates the memory of a training before any weight is read, from a batch of the longest examples."""
+"""Estimates a training before any weight is read: its data, its steps, its memory and its time."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig
-
-from loftq.artifacts.backbone import backbone_of
-from loftq.display import one_line
-from loftq.errors import OptionError
-from loftq.formats.adapter import CONFIG, open_adapter
-from loftq.formats.artifact import Artifact
-from loftq.models.devices import compute_dtype, device_to_run
-from loftq.models.packed_experts import pack_stacks
-from loftq.models.peft_targets import adapt
-from loftq.models.positions import longest_input
-from loftq.models.refusals import explain_loading
-from loftq.models.tasks import build_meta
-from loftq.models.training_memory import kept_bytes, trained_bytes
-from loftq.planning.planner import make_plan
-from loftq.planning.recipe import recipe_of
-from loftq.training.arguments import default_optimizer
+from loftq.models.devices import compute_dtype, device_to_run, free_memory
+from loftq.models.training_memory import embedding_width
+from loftq.training.arguments import arguments_of
+from loftq.training.batches import Split, choose_split
+from loftq.training.data import explain_cache_errors, read_rows
+from loftq.training.lengths import Lengths, longest_of, measure_lengths, padded_tokens, shown_example, sizes
+from loftq.training.memory import on_meta
 from loftq.training.model import find_model
-from loftq.training.open_model import check_artifact, lora_config, quantizing_of
+from loftq.training.open_model import mode_of
+from loftq.training.pace import duration, operations, reached_rate
+from loftq.training.prepare import encoder_for, examples, prepare
 from loftq.training.settings import TrainSettings, settings_of
+from loftq.training.steps import shorten_warmup, steps_of
 from loftq.training.tasks import TRAINING_TASKS
 
 
 @dataclass(frozen=True)
+class DataSummary:
+    """The data as a training will use it: numbers of rows and examples, columns, lengths, and one example as text."""
+
+    rows: int
+    examples: int
+    held_out: int
+    used: Sequence[str]
+    unused: Sequence[str]
+    lengths: Lengths
+    example: str
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Names and values for a person."""
+        return [
+            ("data", f"{self.rows:,} rows: {self.examples:,} examples to train on, {self.held_out:,} to evaluate on"),
+            ("columns used", ", ".join(self.used)),
+            *([("columns not used", ", ".join(self.unused))] if self.unused else []),
+            ("lengths", str(self.lengths)),
+        ]
+
+
+@dataclass(frozen=True)
 class Estimate:
-    """An estimate of the memory on each device, in bytes, without that of the program itself."""
+    """An estimate of a training. Memory is in bytes on each device, without that of the program itself.
+
+    `rate` is in operations per second, and `seconds` are without loading, quantizing and evaluations.
+    """
 
     model: str
     trainable: int
@@ -42,6 +58,12 @@ class Estimate:
     weights: int
     adapter: int  # with its gradients and the optimizer's state
     activations: int
+    data: DataSummary
+    steps: int
+    split: Split
+    seconds: float
+    rate: float
+    notes: tuple[str, ...] = ()
 
     @property
     def memory(self) -> int:
@@ -50,88 +72,91 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        return {**asdict(self), "batch": list(self.batch), "memory": self.memory}
+        return {**asdict(self), "batch": list(self.batch), "memory": self.memory, "notes": list(self.notes)}
 
     def table(self) -> str:
         """Return the figures as text for a person."""
         share = 100 * self.trainable / self.total
         rows, tokens = self.batch
-        lines = [
+        kept = ", with gradient checkpointing" if self.split.gradient_checkpointing else ""
+        width = 18
+        lines = [f"{name:<{width}}{value}" for name, value in self.data.lines()]
+        lines += ["", "the first example, with what is learned between ⟦ and ⟧:", self.data.example, ""]
+        lines += [
             f"{self.trainable:,} of {self.total:,} parameters train ({share:.2f} %)",
             f"{self.weights / 1e9:8.2f} GB  weights",
             f"{self.adapter / 1e9:8.2f} GB  adapter, its gradients, the optimizer",
-            f"{self.activations / 1e9:8.2f} GB  activations of {rows} examples of {tokens} tokens",
+            f"{self.activations / 1e9:8.2f} GB  activations of {rows} examples of {tokens} tokens{kept}",
             f"{self.memory / 1e9:8.2f} GB  in all, on each device, without the program itself",
-            "To use less, lower --batch-size or --cutoff-len, or add --gradient-checkpointing.",
+            f"{self.steps:,} steps with {self.split}",
+            f"time: {duration(self.seconds)}, at {self.rate / 1e9:,.0f} billion operations a second: half of what a "
+            "matrix product reaches here now; loading, quantizing and evaluations come on top",
+            *self.notes,
+            "To use less memory, lower --batch-size or --cutoff-len, or add --gradient-checkpointing.",
         ]
         return "\n".join(lines)
 
 
 def estimate(model: str | None = None, **settings: Any) -> Estimate:
-    """Estimate the memory that `train` needs with these settings.
+    """Estimate what `train` needs with these settings.
 
-    Nothing is written, and only the headers of the weights are read. Raises LoftQError.
+    Nothing is written, the data are read, and only the headers of the weights. Raises LoftQError.
     """
-    train_settings = settings_of({"model": model, **settings})
-    device = device_to_run(train_settings.cpu)
-    dtype = compute_dtype(train_settings.dtype, device)
-    adapted, trainable, frozen, weights = _on_meta(train_settings, dtype)
-    total = trainable + frozen
-    batch = train_settings.batch_size, min(train_settings.cutoff_len, longest_input(adapted))
-    optimizer = train_settings.optim or default_optimizer(device)
-    try:
-        model_tasks = TRAINING_TASKS[train_settings.task].models
-        activations = kept_bytes(
-            adapted, batch, model_tasks, device, checkpointing=train_settings.gradient_checkpointing
-        )
-    except (RuntimeError, ValueError) as error:  # an operator without a meta kernel raises the former
-        reason = one_line(error, 200)
-        raise OptionError(
-            f"--dry-run: {type(adapted.get_base_model()).__name__} does not run in {dtype} without its weights "
-            f"({reason}): try another --dtype, or train with --max-steps 1"
-        ) from error
+    asked = settings_of({"model": model, **settings})
+    device = device_to_run(asked.cpu)
+    dtype = compute_dtype(asked.dtype, device)
+    backbone = find_model(asked.model, headers_only=True)
+    rows = read_rows(asked.data)
+    evaluation = read_rows(asked.eval_data, "--eval-data") if asked.eval_data else None
+    opened = prepare(asked, backbone)
+    encoder = encoder_for(asked, opened)
+    with explain_cache_errors():
+        train_examples, eval_examples = examples(asked, opened, rows, evaluation)
+        lengths = measure_lengths(rows, asked, encoder, train_examples)
+    tokens = longest_of(train_examples, encoder)
+    planned = on_meta(asked, backbone, dtype)
+    adapter = planned.adapter_bytes(asked, device)
+
+    def need(batch: int, checkpointing: bool) -> int:
+        kept = planned.activations(asked, (batch, tokens), device, checkpointing=checkpointing)
+        return planned.weights + adapter + kept
+
+    split, note = choose_split(asked, need, free_memory(device))
+    arguments = arguments_of(split.into(asked), mode_of(asked, backbone))
+    steps = steps_of(arguments, len(train_examples))
+    batch = min(split.batch_size, len(train_examples))
+    padded = padded_tokens(sizes(train_examples), batch, asked.seed)
+    per_step = operations(
+        opened.model, padded * split.gradient_accumulation, checkpointing=split.gradient_checkpointing
+    )
+    rate = reached_rate(embedding_width(opened.model), dtype, device)
+    used = used_columns(rows, asked)
     return Estimate(
-        train_settings.model, trainable, total, batch, weights, trained_bytes(trainable, optimizer), activations
+        model=asked.model,
+        trainable=planned.trainable,
+        total=planned.total,
+        batch=(split.batch_size, tokens),
+        weights=planned.weights,
+        adapter=adapter,
+        activations=need(split.batch_size, split.gradient_checkpointing) - planned.weights - adapter,
+        data=DataSummary(
+            len(rows),
+            len(train_examples),
+            0 if eval_examples is None else len(eval_examples),
+            used,
+            [name for name in rows.column_names if name not in used],
+            lengths,
+            shown_example(train_examples[0], encoder),
+        ),
+        steps=steps,
+        split=split,
+        seconds=steps * per_step / rate,
+        rate=rate,
+        notes=tuple(line for line in (note, shorten_warmup(arguments, steps)) if line is not None),
     )
 
 
-def _on_meta(settings: TrainSettings, dtype: torch.dtype) -> tuple[Any, int, int, int]:
-    """Return the model with its adapter on the meta device, the numbers of parameters that train and that do not, and
-    the bytes of the latter.
-    """
-    backbone = find_model(settings.model)
-    if isinstance(backbone, Path):
-        raise OptionError(
-            f"--dry-run: {backbone} is a GPTQ checkpoint that loftq did not write, which has no estimate: its "
-            "weights take as much memory as its files"
-        )
-    if isinstance(backbone, Artifact):
-        check_artifact(settings, backbone)
-        recipe, adapter = backbone.manifest["recipe"], open_adapter(backbone.adapter)
-        task = backbone.manifest["source"]["task"]
-        model, _ = build_meta(backbone.folder, task=task, num_labels=recipe["num_labels"], dtype=dtype)
-        with explain_loading(backbone.adapter, CONFIG):
-            config = LoraConfig.from_pretrained(backbone.adapter)
-        trainable = sum(math.prod(shape) for shape in adapter.shapes.values())
-        weights = int(backbone.manifest["totals"]["backbone_bytes"])
-        stored = backbone_of(backbone)
-        stacks = {name: (stored.grids[name], stored.shapes[name]) for name in stored.stacks}
-    else:
-        options = quantizing_of(settings, backbone)
-        plan = make_plan(backbone, recipe_of(**options), with_experts=settings.adapter != "lora")
-        model, _ = build_meta(backbone.folder, task=plan.task.name, num_labels=plan.recipe.num_labels, dtype=dtype)
-        config = lora_config(plan)
-        trainable = plan.trained_parameters
-        stacks = {layer.module: (plan.grid(layer), layer.shape) for layer in plan.stacks}
-        weights = plan.backbone_bytes
-        if settings.adapter == "lora":
-            weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    config.inference_mode = False
-    config.use_qalora = False  # QA-LoRA needs quantized linears; a plain LoRA keeps at least as much
-    origin = backbone.adapter if isinstance(backbone, Artifact) else backbone.folder
-    hidden = sum(model.get_parameter(name).numel() for name in stacks)
-    pack_stacks(model, stacks, "meta")
-    with explain_loading(origin, CONFIG), torch.device("meta"):
-        adapted: Any = adapt(model, config)
-    frozen = [p for p in adapted.parameters() if not p.requires_grad and p.is_floating_point()]
-    return adapted, trainable, hidden + sum(parameter.numel() for parameter in frozen), weights
+def used_columns(rows: Any, settings: TrainSettings) -> list[str]:
+    """The columns of the data that a training reads, in the order of the data."""
+    used = TRAINING_TASKS[settings.task].used_columns(rows, settings.columns)
+    return [name for name in rows.column_names if name in used]

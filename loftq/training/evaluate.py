@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Unpack
@@ -19,9 +19,11 @@ from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, open_artifact
 from loftq.formats.disk import write_whole
 from loftq.models.devices import compute_dtype, device_name, device_to_run
+from loftq.models.merged import WITH_ADAPTER
+from loftq.models.trained_folder import with_backbone
 from loftq.planning.recipe import recipe_again
 from loftq.settings import from_dict, option_name
-from loftq.training.data import read_rows
+from loftq.training.data import are_texts, read_rows
 from loftq.training.evaluate_settings import EvaluateKeywords, EvaluateSettings
 from loftq.training.model import find_model
 from loftq.training.open_model import load_source, open_to_use
@@ -78,7 +80,9 @@ def _shown(value: float) -> str:
 
 
 def evaluate(model: str, **settings: Unpack[EvaluateKeywords]) -> Evaluation:
-    """Measure a model on a task: an artifact with its own or a trained adapter, or a full-precision model.
+    """Measure a model on a task: an artifact with its own or a trained adapter, a full-precision or a merged model.
+
+    `model` may also be the folder of a trained adapter, which knows its backbone.
 
     The keywords are the options of `loftq evaluate --help`, with underscores; `data` is required. With `compare` the
     table begins with the full-precision model (`source`, by default the one that the artifact was made from), its
@@ -86,6 +90,8 @@ def evaluate(model: str, **settings: Unpack[EvaluateKeywords]) -> Evaluation:
     written into the artifact's card. Raises LoftQError.
     """
     chosen = from_dict(EvaluateSettings, settings)
+    model, adapter = with_backbone(str(model), chosen.adapter)
+    chosen = replace(chosen, adapter=adapter)
     _check_use(model, chosen)
     hush(chosen.quiet)
     rows = read_rows(chosen.data)
@@ -102,7 +108,7 @@ def evaluate(model: str, **settings: Unpack[EvaluateKeywords]) -> Evaluation:
             del opened
     about = {
         "model": model,
-        "adapter": chosen.adapter,
+        "adapter": adapter,
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in VERSIONS},
@@ -121,12 +127,17 @@ def _check_use(model: str, settings: EvaluateSettings) -> None:
     for name in settings.columns:
         if name not in TRAINING_TASKS[measure.like].roles:
             raise UnknownNameError("column", name, TRAINING_TASKS[measure.like].roles)
-    for name in ("window", "stride", "max_new_tokens", "chat_template"):
+    for name in ("window", "stride", "max_windows", "max_new_tokens", "chat_template"):
         if name not in measure.options and getattr(settings, name) is not None:
             readers = " or ".join(reader for reader, row in MEASURES.items() if name in row.options)
             raise OptionError(
                 f"{option_name(name)}: --task {settings.task} does not use it, leave it out (--task {readers} uses it)"
             )
+    if settings.max_examples is not None and measure.joins_rows and are_texts(settings.data):
+        raise OptionError(
+            f"--max-examples {settings.max_examples}: a .txt file is one row, so it does not limit anything: use "
+            "--max-windows"
+        )
     if settings.source is not None and not settings.compare:
         raise OptionError(
             f"--source {settings.source}: applies only with --compare: add --compare, or leave --source out"
@@ -159,7 +170,7 @@ def _candidates(
     backbone = find_model(model)
     artifact = backbone if isinstance(backbone, Artifact) else None
     if settings.compare:
-        if artifact is None:
+        if artifact is None or artifact.manifest["kind"] not in WITH_ADAPTER:
             raise OptionError(
                 f"--compare: {model} was not written by `loftq quantize`, so there is nothing to compare it with"
             )
@@ -173,7 +184,8 @@ def _candidates(
         yield "start", lambda: open_to_use(backbone, None, device, dtype)
         if adapter is None:
             return
-    name = "trained" if adapter is not None else "start" if artifact is not None else "model"
+    started = artifact is not None and artifact.manifest["kind"] in WITH_ADAPTER
+    name = "trained" if adapter is not None else "start" if started else "model"
     yield name, lambda: open_to_use(backbone, adapter, device, dtype)
 
 

@@ -30,7 +30,9 @@ class EvaluateSettings:
     columns: Mapping[str, str] = again(TrainSettings, "columns", dict)
     chat_template: bool | None = again(TrainSettings, "chat_template", usual="if the model has one")
     cutoff_len: int = again(TrainSettings, "cutoff_len", 1024)
-    max_examples: int | None = setting(None, "Number of examples; only the first ones are used.", "data", least=1)
+    max_examples: int | None = setting(
+        None, "Number of examples (rows); only the first ones are used. A .txt file is one row.", "data", least=1
+    )
     compare: bool = setting(
         False, "Also measure full precision, plain quantization and the initial adapter of the folder.", "evaluation"
     )
@@ -40,6 +42,9 @@ class EvaluateSettings:
         "evaluation",
         least=2,
         usual="1024, or the longest input of the model",
+    )
+    max_windows: int | None = setting(
+        None, "Number of windows of perplexity; only the first ones are measured.", "evaluation", least=1
     )
     stride: int | None = setting(
         None, "Number of tokens between the beginnings of two windows.", "evaluation", least=1, usual="--window"
@@ -70,6 +75,7 @@ class EvaluateKeywords(TypedDict, total=False):
     max_examples: int | None
     compare: bool
     window: int | None
+    max_windows: int | None
     stride: int | None
     max_new_tokens: int | None
     batch_size: int

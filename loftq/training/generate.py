@@ -30,9 +30,10 @@ def generate(
 ) -> str:
     """Return the answer of a model to a prompt, and write it to `stream` while it is generated.
 
-    `model` is an artifact's folder, with its own adapter unless `adapter` names a trained one, or a full-precision
-    model. The prompt is written with the chat template if there is one, unless `chat_template` is False. With a
-    temperature of 0 the model always takes the likeliest token. Raises LoftQError.
+    `model` is an artifact's folder, with its own adapter unless `adapter` names a trained one, the folder of a trained
+    adapter, which knows its backbone, or a full-precision or merged model. The prompt is written with the chat template
+    if there is one, unless `chat_template` is False. With a temperature of 0 the model always takes the likeliest
+    token. Raises LoftQError.
     """
     sampling = Sampling(
         max_new_tokens=max_new_tokens,

@@ -11,6 +11,7 @@ from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.models.devices import compute_dtype, device_to_run
 from loftq.models.tokenizers import check_ids, embedding_rows
+from loftq.models.trained_folder import with_backbone
 from loftq.training.ends import all_ends, turn_end
 from loftq.training.model import find_model
 from loftq.training.open_model import open_to_use
@@ -59,6 +60,7 @@ def run_harness(
     if unknown:
         raise OptionError(f"--harness {unknown[0]}: lm-eval has no such task: name one that `lm-eval ls tasks` lists")
     device = device_to_run(cpu)
+    model, adapter = with_backbone(model, adapter)
     with explain_memory():
         opened = open_to_use(find_model(model), adapter, device, compute_dtype(dtype, device))
         backend = "seq2seq" if opened.task.name == "seq2seq-lm" else "causal"

@@ -11,14 +11,15 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig
 
-from loftq.errors import OptionError
+from loftq.errors import ArtifactError, OptionError
 from loftq.formats.artifact import Artifact
 from loftq.formats.model_config import check_beside, read_config
 from loftq.formats.prequantized import READABLE
 from loftq.hub.source import Source, find_recorded
-from loftq.models.adapters import check_shapes, foreign_adapter
+from loftq.models.adapters import check_shapes, foreign_adapter, is_exported_from
 from loftq.models.devices import compute_dtype
 from loftq.models.loading import guard_cpu, load_base, load_qalora, load_qlora
+from loftq.models.merged import WITH_ADAPTER, load_merged
 from loftq.models.peft_targets import adapt, load_adapter
 from loftq.models.refusals import explain_loading
 from loftq.models.tasks import TASKS, Task, auto_class, build_meta, recorded_task
@@ -44,6 +45,7 @@ def mode_of(settings: TrainSettings, backbone: Model) -> str:
     if settings.adapter is not None:
         return settings.adapter
     if isinstance(backbone, Artifact):
+        check_artifact(settings, backbone)
         return str(backbone.manifest["kind"])
     return "qalora" if isinstance(backbone, Path) else "qlora"
 
@@ -76,8 +78,16 @@ def quantizing_of(settings: TrainSettings, source: Source) -> dict[str, Any]:
 
 
 def check_artifact(settings: TrainSettings, artifact: Artifact) -> None:
-    """Raise OptionError if the settings contradict the quantization, the adapter or the task of an artifact."""
+    """Raise OptionError if the settings contradict the quantization, the adapter or the task of an artifact.
+
+    Raises ArtifactError for a merged folder, which has no adapter to train.
+    """
     kind, recipe = artifact.manifest["kind"], artifact.manifest["recipe"]
+    if kind not in WITH_ADAPTER:
+        raise ArtifactError(
+            f"{artifact.folder} is a {kind} folder, which has no adapter to train: name the folder that it was made "
+            "from, or one that was merged with --to bf16, which is quantized like any model"
+        )
     tasks.require(settings.task, artifact.manifest["source"]["task"], str(artifact.folder))
     if settings.adapter not in (None, kind):
         raise OptionError(
@@ -92,8 +102,13 @@ def check_artifact(settings: TrainSettings, artifact: Artifact) -> None:
             )
 
 
-def _check_foreign(settings: TrainSettings, folder: Path) -> None:
-    """Raise OptionError for a quantization setting that a GPTQ checkpoint from another program fixes."""
+def check_foreign(settings: TrainSettings, folder: Path) -> None:
+    """Raise OptionError for an adapter or a quantization setting that a GPTQ checkpoint from another program fixes."""
+    if settings.adapter not in (None, "qalora"):
+        raise OptionError(
+            f"--adapter {settings.adapter}: {folder} is a GPTQ checkpoint: leave the option out, or use "
+            "--adapter qalora"
+        )
     for name in sorted(set(settings.quantizing) - {"rank", "alpha"}):
         raise OptionError(
             f"{option_name(name)}: {folder} is quantized already, and not by loftq: only --rank and --alpha can be set"
@@ -115,12 +130,7 @@ def open_to_train(settings: TrainSettings, backbone: Model, device: torch.device
         return Opened(model, load_tokenizer(backbone.folder, model), task, backbone.folder)
     if isinstance(backbone, Path):
         tasks.require(settings.task, "causal-lm", str(backbone))
-        if settings.adapter not in (None, "qalora"):
-            raise OptionError(
-                f"--adapter {settings.adapter}: {backbone} is a GPTQ checkpoint: leave the option out, or use "
-                "--adapter qalora"
-            )
-        _check_foreign(settings, backbone)
+        check_foreign(settings, backbone)
         rank = settings.rank or QuantizeSettings.rank
         model = load_qalora(backbone, device_map=place, dtype=dtype, rank=rank, alpha=settings.alpha)
         return Opened(model, load_tokenizer(backbone, model), TASKS["causal-lm"], backbone)
@@ -181,8 +191,17 @@ def open_to_use(backbone: Model, adapter: str | None, device: torch.device, dtyp
     Raises ArtifactError for an adapter that was trained on another backbone.
     """
     place = {"": device}
-    if isinstance(backbone, Artifact):
-        model: Any = loader_of(backbone)(backbone.folder, adapter, is_trainable=False, device_map=place, dtype=dtype)
+    model: Any
+    if isinstance(backbone, Artifact) and backbone.manifest["kind"] not in WITH_ADAPTER:
+        if adapter is not None:
+            raise ArtifactError(f"{backbone.folder} is a merged model, which takes no adapter: leave --adapter out")
+        model, task = load_merged(backbone, place, dtype)
+        folder = backbone.folder
+    elif isinstance(backbone, Artifact):
+        if adapter is not None and is_exported_from(backbone, Path(adapter)):
+            model = load_adapter(load_base(backbone, False, place, dtype), Path(adapter), is_trainable=False)
+        else:
+            model = loader_of(backbone)(backbone.folder, adapter, is_trainable=False, device_map=place, dtype=dtype)
         task, folder = recorded_task(backbone.manifest), backbone.folder
     elif isinstance(backbone, Path):
         if adapter is None:

@@ -1,7 +1,7 @@
 """Reads recipe files: TOML, YAML or JSON files with the settings of a single run, or of several runs by name.
 
 The keys are those of `TrainSettings`, with dashes or underscores. In a file of tables, each table holds a run. The keys
-of FinLoRA's `finetune_configs.json` are understood too.
+of FinLoRA's `finetune_configs.json` are understood too, with the defaults of that program.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from loftq.display import one_line
 from loftq.errors import OptionError, UnknownNameError
+from loftq.formats.artifact import MANIFEST
 from loftq.formats.schema import parse_json
 
 ALIASES = {
@@ -29,6 +30,8 @@ ALIASES = {
     "gradient_accumulation_steps": "gradient_accumulation",
 }
 _DORA = "peft_use_dora"  # a key of FinLoRA; false means a plain LoRA
+_FINLORA = ("base_model", "dataset_path", "lora_r", "quant_bits", "num_epochs", _DORA)  # keys by which it is known
+_FINLORA_ALPHA = 16.0  # its lora_alpha where an entry has none; ours would be the rank
 _TABLES = ("columns", "set")  # settings that are tables themselves
 _LARGEST = 1_000_000  # bytes of a file
 _MOST_VALUES = 100_000  # in a YAML file with all aliases written out
@@ -49,7 +52,7 @@ def read_recipe(path: str | Path, *words: str) -> dict[str, Any]:
     entries = {key: value for key, value in content.items() if isinstance(value, Mapping) and key not in _TABLES}
     shared = {key: value for key, value in content.items() if key not in entries}
     arguments = list(words)
-    name = None
+    name = ""
     if entries:
         if not arguments and len(entries) > 1:
             raise OptionError(f"--recipe {path} holds several runs: name one of {', '.join(sorted(entries))}")
@@ -61,9 +64,8 @@ def read_recipe(path: str | Path, *words: str) -> dict[str, Any]:
             f"--recipe {path}: expected at most {'a model and a run' if entries else 'a model'} as arguments"
         )
     settings: dict[str, Any] = {"output": name} if name else {}
-    for key, value in {**shared, **(entries[name] if name else {})}.items():
-        plain = str(key).replace("-", "_")
-        settings[ALIASES.get(plain, plain)] = value
+    values = {str(key).replace("-", "_"): value for key, value in {**shared, **entries.get(name, {})}.items()}
+    settings |= {ALIASES.get(key, key): value for key, value in values.items()}
     if settings.pop(_DORA, False):
         raise OptionError(
             f"--recipe {path}: {_DORA} is true: loftq trains LoRA and has no DoRA: choose a run without it"
@@ -71,7 +73,10 @@ def read_recipe(path: str | Path, *words: str) -> dict[str, Any]:
     for key in _PATHS:
         if key in settings:
             settings[key] = _located(settings[key], path.parent)
-    return settings | ({"model": arguments[0]} if arguments else {})
+    settings |= {"model": arguments[0]} if arguments else {}
+    if any(key in values for key in _FINLORA) and not (Path(str(settings.get("model"))) / MANIFEST).is_file():
+        settings.setdefault("alpha", _FINLORA_ALPHA)  # a folder that is quantized already has its own
+    return settings
 
 
 def laid_over(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

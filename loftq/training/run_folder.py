@@ -27,6 +27,8 @@ from loftq.formats.schema import finite, json_text, read_json, whole
 from loftq.models.adapters import TRAINING_RECORD, TRAINING_SCHEMA
 from loftq.training.settings import TrainSettings
 
+_SPLIT = {"batch_size": whole(1), "gradient_accumulation": whole(1), "gradient_checkpointing": bool}
+
 
 @contextmanager
 def sole_writer(output: Path) -> Iterator[None]:
@@ -118,6 +120,12 @@ def check_rows(output: Path, names: Mapping[str, str], hashes: Mapping[str, str]
             )
 
 
+def split_before(output: Path) -> dict[str, Any] | None:
+    """Batch, accumulation and checkpointing of an unfinished training; None if its record does not hold them."""
+    split: dict[str, Any] | None = (_read(output) or {}).get("split")
+    return split
+
+
 def begin(output: Path, record: dict[str, Any]) -> None:
     """Remove the files of an earlier training, and write the record of this one."""
     for path in output.glob("checkpoint-*"):
@@ -141,7 +149,7 @@ def _read(output: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     advice = f"remove {output}, or name another --output"
-    schema = TRAINING_SCHEMA | {"settings": dict, "rows?": dict}
+    schema = TRAINING_SCHEMA | {"settings": dict, "rows?": dict, "split?": _SPLIT}
     record: dict[str, Any] = read_json(path, schema, error=OutputError, advice=advice)
     return record
 

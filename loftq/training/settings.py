@@ -35,6 +35,8 @@ MODES = {
 QUANTIZING = ("bits", "rank", "alpha", "dropout", "target_modules", "method", "calibration", "group_size", "num_labels")
 _PROMPTED = ("sft", "gsm8k")  # tasks whose prompts can be written with a chat template
 _FREE = ("report_to", "save_steps", "output", "push_to_hub")  # they may change in a resumed run, the result does not
+BATCH = 8  # examples of a step on each device, where none are given
+_SPLIT = {"batch_size": BATCH, "gradient_accumulation": 1, "gradient_checkpointing": False}
 _SAME = "the value of DIR, or as in `loftq quantize`"
 
 
@@ -110,15 +112,29 @@ class TrainSettings:
     )
     warmup_ratio: float = setting(0.03, "Part of the steps in which the rate rises.", "training", least=0, below=1)
     weight_decay: float = setting(0.0, "Weight decay.", "training", least=0)
-    batch_size: int = setting(8, "Number of examples on each device in a step.", "training", least=1)
+    batch_size: int | None = setting(
+        None,
+        "Number of examples on each device at a time.",
+        "training",
+        least=1,
+        usual="8, or fewer with more accumulation if the memory is small",
+    )
     eval_batch_size: int = setting(
         8, "Number of examples on each device in a step of the evaluation.", "training", least=1
     )
-    gradient_accumulation: int = setting(
-        1, "Number of batches whose gradients are summed before a step.", "training", least=1
+    gradient_accumulation: int | None = setting(
+        None,
+        "Number of batches whose gradients are summed before a step.",
+        "training",
+        least=1,
+        usual="1, or what keeps the 8 examples of a step together",
     )
-    gradient_checkpointing: bool = setting(
-        False, "Compute activations again in the backward pass: less memory, a third slower.", "training"
+    gradient_checkpointing: bool | None = setting(
+        None,
+        "Compute activations again in the backward pass: less memory, a third slower.",
+        "training",
+        negative=True,
+        usual="if the memory is too small without",
     )
     optim: str | None = setting(
         None,
@@ -177,7 +193,8 @@ class TrainSettings:
 
     def differences(self, earlier: Mapping[str, Any]) -> list[str]:
         """Return the names of settings that differ from those of an earlier run and that change the result."""
-        mine = self.to_dict()
+        # Earlier versions wrote these defaults into the record.
+        mine, earlier = _SPLIT | self.to_dict(), {**_SPLIT, **earlier}
         return sorted(name for name in {*mine, *earlier} if name not in _FREE and mine.get(name) != earlier.get(name))
 
 
@@ -218,10 +235,10 @@ class TrainKeywords(TypedDict, total=False):
     warmup_steps: int | None
     warmup_ratio: float
     weight_decay: float
-    batch_size: int
+    batch_size: int | None
     eval_batch_size: int
-    gradient_accumulation: int
-    gradient_checkpointing: bool
+    gradient_accumulation: int | None
+    gradient_checkpointing: bool | None
     optim: str | None
     seed: int
     set: Mapping[str, Any]

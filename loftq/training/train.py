@@ -10,33 +10,38 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Unpack
 
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from accelerate.utils import broadcast_object_list
+from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from loftq.errors import OptionError
-from loftq.formats.artifact import Artifact
-from loftq.formats.disk import follow_umask
+from loftq.formats.artifact import CARD
+from loftq.formats.disk import follow_umask, write_whole
 from loftq.hub.destination import find_destination
+from loftq.hub.source import Source
 from loftq.models.adapters import TRAINING_RECORD
-from loftq.models.tokenizers import embedding_rows
 from loftq.planning.run import check_resume
 from loftq.settings import declared, from_dict
+from loftq.training.adapter_card import adapter_card
 from loftq.training.arguments import arguments_of, explain_settings
-from loftq.training.data import explain_cache_errors, hold_out, read_rows
-from loftq.training.encoding import Collator, Encoder
-from loftq.training.labels import labels_of
+from loftq.training.batches import Split
+from loftq.training.callbacks import Permissions, Progress, scores_of
+from loftq.training.data import explain_cache_errors, read_rows
+from loftq.training.encoding import Collator
+from loftq.training.lengths import sizes
+from loftq.training.memory import fitting_split
 from loftq.training.model import Model, find_model, identity_of
 from loftq.training.open_model import count_parameters, mode_of, open_to_train
 from loftq.training.opened import Opened
+from loftq.training.prepare import check_push, examples, prepare
 from loftq.training.process import explain_memory, hush
 from loftq.training.quantize_first import quantized
+from loftq.training.result import Result, next_steps
 from loftq.training.rows_hash import rows_hash
 from loftq.training.run_folder import (
     begin,
@@ -46,44 +51,15 @@ from loftq.training.run_folder import (
     give_up_after,
     last_checkpoint,
     sole_writer,
+    split_before,
     write_record,
 )
 from loftq.training.settings import TrainKeywords, TrainRun, TrainSettings, settings_of
+from loftq.training.steps import shorten_warmup, steps_of
 from loftq.training.tasks import TRAINING_TASKS
 from loftq.verbs.push import push
 
 _VERSIONS = ("loftq", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
-
-
-@dataclass(frozen=True)
-class Result:
-    """The result of a training. Losses are the model's own: for text, the mean of all tokens, in nats.
-
-    The loss of the evaluation is the mean over batches, as transformers computes it; if answers differ in length, it
-    depends on the batch size.
-    """
-
-    folder: Path
-    trainable: int
-    total: int
-    steps: int
-    examples: int
-    train_loss: float
-    evaluation: dict[str, float]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
-        return {**asdict(self), "folder": str(self.folder)}
-
-    def table(self) -> str:
-        """Return the figures as text for a person."""
-        lines = [
-            f"{self.steps} steps, {self.examples} examples, {self.seconds:.0f} s",
-            f"train loss {self.train_loss:.4f}",
-        ]
-        lines += [f"held-out {name} {value:.4f}" for name, value in self.evaluation.items()]
-        return "\n".join([*lines, f"adapter in {self.folder}"])
 
 
 def train(model: str | Path | None = None, **settings: Unpack[TrainKeywords]) -> Result:
@@ -113,23 +89,30 @@ def _train_in(output: Path, settings: TrainSettings, run: TrainRun) -> Result:
     rows = read_rows(settings.data)
     evaluation = read_rows(settings.eval_data, "--eval-data") if settings.eval_data else None
     hashes = _checked_rows(output, settings, run, rows, evaluation)
-    backbone = find_model(settings.model)
+    backbone = find_model(settings.model, headers_only=True)
     arguments = arguments_of(settings, mode_of(settings, backbone))
+    check_push(settings, backbone)
     if settings.push_to_hub is not None:
-        if not isinstance(backbone, Artifact) and (isinstance(backbone, Path) or settings.adapter == "lora"):
-            raise OptionError(
-                f"--push-to-hub applies only to an artifact of loftq: leave it out, and push {output} with `hf upload`"
-            )
         find_destination(settings.push_to_hub).refuse_other_models()
     with explain_memory(), explain_write_errors(output):
-        with arguments.main_process_first():
-            ready_settings, backbone = quantized(settings, backbone, quiet=quiet)
-        record = {"settings": settings.to_dict(), "backbone": identity_of(backbone), "rows": hashes}
-        opened = _opened(ready_settings, backbone, arguments, quiet=quiet)
+        prepared = prepare(settings, backbone)
         with explain_cache_errors():
-            train_examples, eval_examples = examples(settings, opened, rows, evaluation)
-        trainer = _trainer(settings, opened, arguments, train_examples, eval_examples, quiet=quiet)
+            train_examples, eval_examples = examples(settings, prepared, rows, evaluation)
         resume = run.resume and (output / TRAINING_RECORD).is_file()
+        split, note = _split(output if resume else None, settings, prepared, backbone, train_examples)
+        arguments = arguments_of(split.into(settings), mode_of(settings, backbone))
+        notes = [note, shorten_warmup(arguments, steps_of(arguments, len(train_examples)))]
+        _report(train_examples, eval_examples, notes, quiet=quiet)
+        with arguments.main_process_first():
+            ready_settings, backbone = quantized(settings, find_model(settings.model), quiet=quiet)
+        record = {
+            "settings": settings.to_dict(),
+            "split": split.to_dict(),
+            "backbone": identity_of(backbone, output),
+            "rows": hashes,
+        }
+        opened = _opened(ready_settings, backbone, arguments, quiet=quiet)
+        trainer = _trainer(settings, opened, arguments, train_examples, eval_examples, quiet=quiet)
         last = last_checkpoint(output) if resume else None
         if trainer.is_world_process_zero():
             if resume:
@@ -145,12 +128,42 @@ def _train_in(output: Path, settings: TrainSettings, run: TrainRun) -> Result:
             train_loss=_last_loss(trainer, trained.training_loss),
             evaluation={} if eval_examples is None else _measured(trainer),
             seconds=time.perf_counter() - started,
+            next_steps=next_steps(
+                output, settings.task, opened.task.name, backbone.name if isinstance(backbone, Source) else None
+            ),
         )
         if trainer.is_world_process_zero():
             if not Path(ready_settings.model).expanduser().is_dir():
                 opened.name_backbone(ready_settings.model)  # the name is an id on the Hub
-            _finish(opened, settings, record, result, trainer.state.log_history)
+            _finish(opened, settings, backbone, record, result, trainer.state.log_history)
     return result
+
+
+def _split(
+    resumed: Path | None, settings: TrainSettings, prepared: Opened, backbone: Model, train_examples: Any
+) -> tuple[Split, str | None]:
+    """How a step is computed: as the run that is resumed was begun, or else so that the training fits the device.
+
+    Of several processes, the first one decides. The second value is a line for the user.
+    """
+    earlier = None if resumed is None else split_before(resumed)
+    if earlier is not None:
+        return Split(**earlier), None
+    chosen = [fitting_split(settings, prepared, backbone, train_examples)]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        broadcast_object_list(chosen, from_process=0)
+    return chosen[0]
+
+
+def _report(train_examples: Any, eval_examples: Any, notes: list[str | None], *, quiet: bool) -> None:
+    """Say on stderr, before the long work, how much is learned from, and what was changed in the settings."""
+    if quiet:
+        return
+    held = "" if eval_examples is None else f", {len(eval_examples):,} to evaluate on"
+    lengths = sizes(train_examples)
+    tokens = f"{lengths.mean():,.0f} tokens on average, at most {lengths.max():,}"
+    lines = [f"{len(train_examples):,} examples to train on{held}: {tokens}", *notes]
+    print("\n".join(line for line in lines if line is not None), file=sys.stderr, flush=True)
 
 
 def _checked_rows(output: Path, settings: TrainSettings, run: TrainRun, rows: Any, evaluation: Any) -> dict[str, str]:
@@ -169,6 +182,7 @@ def _checked_rows(output: Path, settings: TrainSettings, run: TrainRun, rows: An
 
 def _opened(settings: TrainSettings, backbone: Model, arguments: TrainingArguments, *, quiet: bool) -> Opened:
     """Open the model with its adapter, and report on stderr how many parameters train."""
+    set_seed(settings.seed)  # a new adapter begins with random values
     opened = open_to_train(settings, backbone, arguments.device)
     opened.name_backbone(str(opened.folder.resolve()))  # peft reads this folder whenever it saves
     if not quiet:
@@ -179,42 +193,24 @@ def _opened(settings: TrainSettings, backbone: Model, arguments: TrainingArgumen
 
 
 def _finish(
-    opened: Opened, settings: TrainSettings, record: dict[str, Any], result: Result, history: list[dict[str, Any]]
+    opened: Opened,
+    settings: TrainSettings,
+    backbone: Model,
+    record: dict[str, Any],
+    result: Result,
+    history: list[dict[str, Any]],
 ) -> None:
-    """Save the adapter, the tokenizer and the record, and push the model if the settings name a repository."""
+    """Save the adapter, the tokenizer, the card and the record, and push the model if the settings say so."""
     opened.model.save_pretrained(result.folder, save_embedding_layers=False)  # they do not train
     opened.tokenizer.save_pretrained(result.folder)
     follow_umask(result.folder)
     versions = {name: version(name) for name in _VERSIONS}
-    finished = {"result": result.to_dict(), "history": history, "versions": versions}
-    write_record(result.folder, {**record, **finished})
+    figures = {name: value for name, value in result.to_dict().items() if name != "next_steps"}
+    finished = {**record, "result": figures, "history": history, "versions": versions}
+    write_whole(result.folder / CARD, adapter_card(settings, backbone, finished))  # peft's own is an empty template
+    write_record(result.folder, finished)
     if settings.push_to_hub is not None:
         push(opened.folder, settings.push_to_hub, adapter=result.folder.resolve())  # --output may be a link
-
-
-def examples(settings: TrainSettings, opened: Opened, rows: Any, evaluation: Any) -> tuple[Any, Any]:
-    """Encode the examples to train on, and those to evaluate on: from their own rows, or held out from the others.
-
-    The second is None if there are too few rows to hold any out.
-    """
-    encoder = Encoder(
-        opened.tokenizer,
-        opened.task.name,
-        min(settings.cutoff_len, opened.longest),
-        settings.max_source_length,
-        settings.max_target_length,
-        settings.chat_template,
-        labels_of(opened.model.config),
-        embedding_rows(opened.model),
-    )
-    task = TRAINING_TASKS[settings.task]
-    train_examples = task.encode(rows, settings.columns, encoder)
-    if evaluation is None:
-        return hold_out(train_examples, settings.seed, shuffle=task.shuffled)
-    eval_examples = task.encode(evaluation, settings.columns, encoder)
-    if task.check is not None:
-        task.check(train_examples, eval_examples)
-    return train_examples, eval_examples
 
 
 def _trainer(
@@ -244,9 +240,9 @@ def _trainer(
     trainer.optimizer = trainer.lr_scheduler = None  # training makes both again, with the actual number of steps
     for printing in (PrinterCallback, ProgressCallback):  # they print to stdout, which is only for the result
         trainer.remove_callback(printing)
-    trainer.add_callback(_Permissions())
+    trainer.add_callback(Permissions())
     if not quiet:
-        trainer.add_callback(_Progress())
+        trainer.add_callback(Progress())
     return trainer
 
 
@@ -258,26 +254,6 @@ def _classified(
     return scores(logits, output.label_ids, problem)
 
 
-class _Permissions(TrainerCallback):
-    """Lets the permissions of checkpoints follow the umask."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Correct the permissions of the weights that were saved now."""
-        if state.is_world_process_zero:
-            follow_umask(Path(args.output_dir))
-
-
-class _Progress(ProgressCallback):
-    """Shows a progress bar on stderr, and a line whenever figures are logged."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
-        """Write the figures that were logged now."""
-        shown = {name: logs[name] for name in ("loss", "learning_rate") if name in logs} | _scores(logs, "eval_")
-        if state.is_world_process_zero and self.training_bar is not None and shown:
-            line = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            self.training_bar.write(f"step {state.global_step}: {line}", file=sys.stderr)
-
-
 def _last_loss(trainer: Trainer, mean: float) -> float:
     """The loss that was logged last, or the mean of the run if none was logged."""
     return float([mean, *(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)][-1])
@@ -287,10 +263,4 @@ def _measured(trainer: Trainer) -> dict[str, float]:
     """The evaluation after the last step: the logged one if there is one, otherwise a new one."""
     last = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1:]
     is_current = last and last[0]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end
-    return _scores(last[0] if is_current else trainer.evaluate())
-
-
-def _scores(logs: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """The figures of an evaluation, without its times."""
-    figures = {name.removeprefix("eval_"): float(value) for name, value in logs.items() if name.startswith("eval_")}
-    return {f"{prefix}{name}": value for name, value in figures.items() if not name.endswith(("runtime", "second"))}
+    return scores_of(last[0] if is_current else trainer.evaluate())

@@ -11,6 +11,7 @@ from transformers import set_seed
 from loftq.errors import OptionError
 from loftq.models.devices import compute_dtype, device_to_run
 from loftq.models.tokenizers import embedding_rows
+from loftq.models.trained_folder import with_backbone
 from loftq.training.answering import room_for, write_answers
 from loftq.training.encoding import Encoder, uses_template
 from loftq.training.ends import Ends, turn_end
@@ -52,13 +53,14 @@ def open_writer(
     dtype: str | None = None,
     cpu: bool | None = None,
 ) -> Writer:
-    """Open an artifact with its own or a trained adapter, or a full-precision model, to write text.
+    """Open an artifact with its own or a trained adapter, a trained adapter's folder, or another model, to write text.
 
     Prompts are written with the chat template if there is one, unless `chat_template` is False. The random numbers of
     the process begin with the seed of `sampling`. Raises OptionError for a model that cannot write text.
     """
     hush(quiet=True)
     device = device_to_run(cpu)
+    model, adapter = with_backbone(model, adapter)
     opened = open_to_use(find_model(model), adapter, device, compute_dtype(dtype, device))
     if opened.task.name not in ("causal-lm", "seq2seq-lm"):
         raise OptionError(f"{model} is a {opened.task.name} model, which cannot write text: name a language model")

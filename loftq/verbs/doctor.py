@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -17,6 +16,7 @@ from packaging.requirements import Requirement
 from loftq.core.kernels import dispatch
 from loftq.display import columns, one_line, size
 from loftq.errors import OptionError
+from loftq.formats.space import free_bytes
 from loftq.hub.errors import checked_token
 from loftq.models.loading import guard_cpu
 from loftq.planning.settings import SAVE_DIR
@@ -155,7 +155,7 @@ def _disks() -> Iterator[Finding]:
 
     for name, folder in (("disk of results", Path(SAVE_DIR)), ("disk of downloads", Path(HF_HUB_CACHE))):
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-        free = shutil.disk_usage(existing).free
+        free = free_bytes(existing)
         if not os.access(existing, os.W_OK):
             yield Finding(WORSE, name, f"{folder}: {existing} is not writable")
         elif free < _LITTLE:

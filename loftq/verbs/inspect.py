@@ -21,9 +21,12 @@ from loftq.formats.artifact import MANIFEST, Artifact, read_artifact
 from loftq.formats.checkpoint import Checkpoint, TensorSpec, read_header
 from loftq.formats.layouts import LAYOUTS
 from loftq.formats.links import refuse_links
+from loftq.formats.schema import number, read_json, whole
 from loftq.hub.repository import open_repository
 from loftq.hub.source import find_folder
+from loftq.models.adapters import TRAINING_RECORD, TRAINING_SCHEMA
 
+_RESULT = {"steps": whole(), "examples": whole(), "train_loss": (number(0), None), "evaluation": dict}
 _SMALL = (MANIFEST, "config.json", adapters.CONFIG, f"{adapters.FOLDER}/{adapters.CONFIG}")
 
 
@@ -62,7 +65,17 @@ def inspect(folder: str | Path, *, revision: str | None = None, token: str | Non
         adapter = _adapter(place, "")
         base = {"model": adapter.config.get("base_model_name_or_path"), "task": adapter.config.get("task_type")}
         sizes = {"adapter": sum(spec.nbytes for spec in place.header(adapters.WEIGHTS))}
-        return Inspection(place.name, TRAINED, place.commit, base, sizes, adapter=_described(adapter))
+        record = _training(place)
+        return Inspection(
+            place.name,
+            TRAINED,
+            place.commit,
+            base,
+            sizes,
+            adapter=_described(adapter),
+            training=record,
+            versions=record.pop("versions", {}),
+        )
     raise ArtifactError(
         f"{place.name} has neither a {MANIFEST} nor an {adapters.CONFIG}: expected a folder or repository that "
         "`loftq quantize` wrote, or one of a peft adapter"
@@ -138,6 +151,25 @@ def _adapter(place: _Place, path: str) -> Adapter:
     adapter = Adapter(folder, read_config(folder), shapes)
     check_factors(adapter)
     return adapter
+
+
+def _training(place: _Place) -> dict[str, Any]:
+    """What `training.json` says of a training: its data, its settings and its results; empty without such a file."""
+    path = place.folder / TRAINING_RECORD
+    if TRAINING_RECORD not in place.files or not path.is_file():
+        return {}
+    refuse_links(place.folder, [TRAINING_RECORD], ArtifactError)
+    record = read_json(path, TRAINING_SCHEMA | {"versions?": {str: str}, "result?": _RESULT, "split?": dict})
+    result = {name: value for name, value in record.get("result", {}).items() if name != "folder"}
+    backbone = {name: value for name, value in record.get("backbone", {}).items() if name != "relative"}
+    settings = {**record.get("settings", {}), **record.get("split", {})}
+    return {
+        "settings": settings,
+        "rows": record.get("rows", {}),
+        "result": result,
+        "backbone": backbone,
+        "versions": record.get("versions", {}),
+    }
 
 
 def _described(adapter: Adapter) -> dict[str, Any]:

@@ -12,10 +12,13 @@ from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.artifact import read_artifact
 from loftq.formats.checkpoint import parse_size
 from loftq.formats.disk import explain_os_errors
+from loftq.formats.space import check_space
+from loftq.hub.source import fetch_all, find_source
 from loftq.merging.logits import checked_difference
 from loftq.merging.report import MergeReport
 from loftq.merging.settings import MergeKeywords, MergeRun, MergeSettings
 from loftq.merging.targets import TARGETS
+from loftq.models.trained_folder import with_backbone
 from loftq.planning.run import check_resume
 from loftq.settings import from_dict, option_name, said, split
 
@@ -30,7 +33,8 @@ def merge(
 ) -> MergeReport:
     """Merge an adapter (default: the initial one) into the backbone of `folder`, and write `output`.
 
-    `to` is one of `TARGETS`. `folder` is one of ours, or a GPTQ checkpoint. The other keywords are the options of
+    `to` is one of `TARGETS`. `folder` is one of ours, a GPTQ checkpoint, or that of a trained adapter, which knows its
+    backbone. The other keywords are the options of
     `loftq merge --help` with underscores. One linear is in memory at a time; `check` then compares the logits of a few
     tokens before and after, for which each model is loaded once. Raises LoftQError, and leaves no output where the
     check fails.
@@ -47,9 +51,11 @@ def merge(
     parse_size(run.max_shard_size)
     out = Path(output)
     check_output(out, resume=run.resume, overwrite=run.overwrite)
-    target = TARGETS[to](open_pair(Path(folder), adapter), chosen, run)
+    target = TARGETS[to](open_pair(*_found(folder, adapter)), chosen, run)
     notes = target.notes()
     lost = target.check()
+    with explain_os_errors(out):
+        check_space(out, target.planned_bytes)
     fingerprint = target.fingerprint()
     with open_staging(out, fingerprint, overwrite=run.overwrite) as staging:
         if not staging.ready:
@@ -63,6 +69,13 @@ def merge(
     nbytes = sum(entry["bytes"] for name, entry in files.items() if name.endswith(target.suffix))
     layers, seconds = len(target.pair.adapter.modules), time.perf_counter() - started
     return MergeReport(out, to, nbytes, layers, target.difference, lost, notes, seconds)
+
+
+def _found(folder: str | Path, adapter: str | Path | None) -> tuple[Path, str | None]:
+    """The folder of the backbone, which is downloaded if an adapter's folder names one on the Hub, and the adapter."""
+    name, chosen = with_backbone(str(folder), None if adapter is None else str(adapter))
+    is_named_by_adapter = name != str(folder) and not Path(name).is_dir()
+    return fetch_all(find_source(name)) if is_named_by_adapter else Path(name), chosen
 
 
 def _check_uses(to: str, settings: MergeSettings) -> MergeSettings:

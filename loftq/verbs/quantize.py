@@ -12,8 +12,10 @@ from loftq.artifacts.staging import Staging, check_output, is_begun, open_stagin
 from loftq.calibration.gather import calibrate
 from loftq.errors import HubError, OptionError
 from loftq.formats import artifact
+from loftq.formats.disk import explain_os_errors
+from loftq.formats.space import check_space
 from loftq.hub.destination import find_destination
-from loftq.hub.source import Source, find_source
+from loftq.hub.source import Source, find_source, side_files
 from loftq.hub.text import find_text
 from loftq.models.devices import explain_full_memory
 from loftq.planning.keywords import QuantizeKeywords
@@ -57,9 +59,9 @@ def quantize(model: str | None = None, **settings: Unpack[QuantizeKeywords]) -> 
     if run_options.push is not None:
         find_destination(run_options.push, private=run_options.private, token=run.token).refuse_other_models()
     source, folder = _find(model, recipe, run_options)
-    plan = make_plan(source, recipe, trust_remote_code=run.trust_remote_code)
     if run_options.dry_run:
-        return planned_report(plan, folder, needed(plan, run.workers, run.device))
+        return planned(source, recipe, run_options)
+    plan = make_plan(source, recipe, trust_remote_code=run.trust_remote_code)
     if run.resume and not is_begun(folder) and (folder / artifact.MANIFEST).is_file():
         result = _Result(plan, *finished_layers(folder, plan, run.trust_remote_code))
     else:
@@ -68,6 +70,14 @@ def quantize(model: str | None = None, **settings: Unpack[QuantizeKeywords]) -> 
     memory, seconds = peak_memory(run.device), time.perf_counter() - started
     report = report_of(result.plan, folder, result.rows, result.totals, memory, seconds)
     return report if run_options.push is None else replace(report, pushed=_push(folder, run_options))
+
+
+def planned(source: Source, recipe: Recipe, run_options: RunSettings) -> Report:
+    """The report of a plan, for which the headers of a source are enough. Nothing is written. Raises LoftQError."""
+    run = start(run_options)
+    _check_text(recipe, run)
+    plan = make_plan(source, recipe, trust_remote_code=run.trust_remote_code)
+    return planned_report(plan, _folder(source, recipe, run_options), needed(plan, run.workers, run.device))
 
 
 @dataclass(frozen=True)
@@ -105,15 +115,23 @@ def _find(model: str | None, recipe: Recipe, run_options: RunSettings) -> tuple[
         trust_remote_code=run_options.trust_remote_code,
         headers_only=run_options.dry_run,
     )
-    default = Path(run_options.save_dir) / f"{source.label}-{recipe.bits:g}bit-{recipe.rank}rank"
-    folder = default if run_options.output is None else Path(run_options.output)
+    folder = _folder(source, recipe, run_options)
     refuse(folder)
     return source, folder
+
+
+def _folder(source: Source, recipe: Recipe, run_options: RunSettings) -> Path:
+    if run_options.output is not None:
+        return Path(run_options.output)
+    return Path(run_options.save_dir) / f"{source.label}-{recipe.bits:g}bit-{recipe.rank}rank"
 
 
 def _make(plan: Plan, folder: Path, run: Run) -> _Result:
     """Write the folder, or the missing part of it."""
     recipe = plan.recipe
+    with explain_os_errors(folder):
+        copied = sum(path.stat().st_size for path in side_files(plan.source.folder, run.trust_remote_code))
+        check_space(folder, plan.backbone_bytes + plan.adapter.nbytes + copied)
     statistics = calibrate(plan, folder, run)
     if recipe.allocation == "auto":
         widths = allocate(plan, statistics, run)

@@ -26,10 +26,10 @@ from loftq.planning.footprint import TOKENS, Footprint, footprint
 from loftq.planning.plan import Plan
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import Recipe, recipe_of
-from loftq.planning.settings import QuantizeSettings
-from loftq.settings import declared
+from loftq.planning.settings import QuantizeSettings, RunSettings
+from loftq.settings import declared, from_dict, split
 from loftq.solving.report import Report
-from loftq.verbs.quantize import quantize
+from loftq.verbs.quantize import planned, quantize
 
 _README = """# The zoo
 
@@ -48,6 +48,8 @@ A recipe has `model`, and settings with the names that `loftq.quantize` uses. `c
 model's `config.json` that its sizes depend on. `default.toml` is the recipe of the model that `loftq quantize` uses by
 default. `make zoo` writes this page.
 """
+# The options of `loftq train` with which its dry run estimates the same step.
+TRAINED_WITH = f"--batch-size 1 --cutoff-len {TOKENS} --gradient-checkpointing --optim adamw_torch"
 _SETTINGS = declared(QuantizeSettings)
 _PACKAGE = "package"  # the table about the package that ships the default model; the hub's `source` reads it
 
@@ -96,8 +98,14 @@ def find_recipe(name: str) -> Entry:
 
 
 def build_recipe(name: str, **options: Any) -> Report:
-    """Build the artifact of a recipe. `options` are the keywords of `quantize` that say where and how to run."""
+    """Build the artifact of a recipe. `options` are the keywords of `quantize` that say where and how to run.
+
+    With `dry_run` the plan is made from the config that is shipped with the recipe, without the Hub.
+    """
     entry = find_recipe(name)
+    if options.get("dry_run"):
+        settings, run_settings = split({**entry.settings, **options}, QuantizeSettings, RunSettings)
+        return planned(_source(entry.model), recipe_of(**settings), from_dict(RunSettings, run_settings))
     return quantize(None if entry.shipped else entry.model, **{**entry.settings, **options})
 
 

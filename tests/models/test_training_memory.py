@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from picos import pico_config
 from transformers import AutoModelForCausalLM
 
-from loftq.models.training_memory import kept_bytes
+from loftq.models.head_loss import HiddenStates
+from loftq.models.training_memory import kept_bytes, streams_logits
 
 TOKENS = 48
 
@@ -32,14 +33,20 @@ def _kept(model: Any, batch: tuple[int, int]) -> tuple[int, int]:
             found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
-    ids = torch.zeros(batch, dtype=torch.int64)
+    ids, states = torch.zeros(batch, dtype=torch.int64), HiddenStates(model.get_base_model())
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    model.train()
+    streamed = states.of(lambda: model(**inputs)) is not None
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+        if streamed:
+            states.of(lambda: model(**inputs))
+        else:
+            model(**inputs, labels=ids)
     sizes = [tensor.untyped_storage().nbytes() for tensor in found.values()]
     return sum(sizes), max(sizes)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "phi3", "gemma2"])  # gemma2 has all logits at once
 def test_what_is_kept_is_what_a_run_keeps(name: str) -> None:
     config = pico_config(name, vocab_size=2000, attention_dropout=0.0, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0)
     model = AutoModelForCausalLM.from_config(config)
@@ -47,7 +54,8 @@ def test_what_is_kept_is_what_a_run_keeps(name: str) -> None:
         planned = _adapted(copy.deepcopy(model).to("meta"))
     expected, largest = _kept(_adapted(model), (3, TOKENS))
     found = kept_bytes(planned, (3, TOKENS), ("causal-lm",), torch.device("cuda"), checkpointing=False)
-    assert found - 2 * largest == pytest.approx(expected, rel=0.05)  # kernels lay some outputs out anew
+    logits = 3 * TOKENS * 2000 * 16 if streams_logits(planned, ("causal-lm",)) else 0
+    assert found - 2 * largest - logits == pytest.approx(expected, rel=0.08)  # kernels lay some outputs out anew
 
 
 def test_a_process_grows_by_more_than_lives_in_it() -> None:

@@ -6,6 +6,7 @@ Both are of one sequence of 1,024 tokens, in bfloat16, with gradient checkpointi
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
@@ -13,9 +14,13 @@ import torch
 from grids import thinned
 from peft import get_peft_model
 
+from loftq.display import size
 from loftq.models.training_memory import kept_bytes, trained_bytes
 from loftq.planning.footprint import TOKENS, footprint
+from loftq.training.memory import on_meta
 from loftq.training.open_model import lora_config
+from loftq.training.settings import TrainSettings
+from loftq.verbs import zoo
 from loftq.verbs.zoo import find_recipe
 
 ESTIMATED = ["gemma-3-1b", "mistral-7b-rank64", "phi-2", "qwen3-0.6b", "bart-large-4bit-rank16"]
@@ -34,6 +39,22 @@ def test_the_two_estimates_of_training_agree(name: str) -> None:
     formula = footprint(plan).train
     assert 0.9 < formula / (fixed + kept) < 1.25
     assert 2 / 3 < (formula - fixed) / kept < 3 / 2  # activations alone
+
+
+def test_the_zoo_names_the_step_that_it_counts(run: Callable[..., Any]) -> None:
+    """Oracle: the dry run's count with the options that `zoo show` prints, on a GPU."""
+    shown = run("zoo", "show", "qwen3-0.6b").stdout
+    line = next(line for line in shown.splitlines() if line.startswith("to train"))
+    words = line.partition("with ")[2].split()
+    entry, source = find_recipe("qwen3-0.6b"), zoo._source("Qwen/Qwen3-0.6B")
+    options = {"batch_size": int(words[1]), "cutoff_len": int(words[3]), "optim": words[6]}
+    assert words[4] == "--gradient-checkpointing"
+    settings = TrainSettings(model="m", data=("d",), output="o", rank=entry.recipe.rank, **options)
+    planned, gpu = on_meta(settings, source, torch.bfloat16), torch.device("cuda")
+    counted = planned.weights + planned.adapter_bytes(settings, gpu)
+    counted += planned.activations(settings, (1, settings.cutoff_len), gpu, checkpointing=True)
+    assert 0.9 < entry.footprint.train / counted < 1.25
+    assert size(entry.footprint.train) in line
 
 
 def test_what_is_trained_takes_its_optimizers_state() -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from grids import thinned
 from picos import CHANGES, dtype_of, save_pico
+from rows import write_rows
 
 from loftq.errors import OptionError
+from loftq.training import pace
 from loftq.training.estimate import Estimate, estimate
 
 _SEQ2SEQ = {"bart", "mbart", "pegasus", "marian", "t5", "t5/gated", "mt5"}
@@ -27,13 +29,27 @@ _WIDTH, _TOKENS = 64, 32
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 
 
+@pytest.fixture(autouse=True)
+def _no_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "_SECONDS", 0.0)
+
+
 def _save(name: str, folder: Path, **changes: Any) -> Path:
     kind = "seq2seq-lm" if name in _SEQ2SEQ else "masked-lm" if name in _ENCODERS else "causal-lm"
-    return save_pico(name, kind, folder, **changes)
+    return save_pico(name, kind, folder / "model", **changes)
+
+
+_LONG = "It rained all day and all night. " * 3
+_ROWS: dict[str, dict[str, Any]] = {
+    "sft": {"prompt": "Rain?", "response": _LONG},
+    "summarization": {"document": _LONG, "summary": _LONG},
+    "classification": {"text": _LONG, "label": 1},
+}
 
 
 def _estimate(folder: Path, task: str, **options: Any) -> Estimate:
-    fixed = {"rank": 4, "data": "unread.jsonl", "output": "unwritten", "cutoff_len": _TOKENS, "dtype": "bfloat16"}
+    data = write_rows(folder.parent / f"{task}.jsonl", [_ROWS[task]] * 9)
+    fixed = {"rank": 4, "data": str(data), "output": "unwritten", "cutoff_len": _TOKENS, "dtype": "bfloat16"}
     return estimate(str(folder), task=task, **{**fixed, **options})
 
 

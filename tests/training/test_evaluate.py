@@ -281,6 +281,18 @@ def test_the_harness_runs_a_task(
     assert "lm-eval has no such task" in unknown.stderr
 
 
+def test_only_the_first_windows(pico: Path, text: str, tmp_path: Path, run: Run) -> None:
+    """Oracle: the text that ends where they end. The bar knows how many there are."""
+    words = ("--data", text, "--window", 20, "--stride", 10, "--dtype", "float32")
+    result = run("evaluate", pico, *words, "--max-windows", 3, "--json")
+    (tmp_path / "begin.txt").write_text(TEXT[:40], encoding="utf-8")  # a token for each character
+    begin = run("evaluate", pico, "--data", tmp_path / "begin.txt", *words[2:], "--json")
+    found = json.loads(result.stdout)["models"]["model"]
+    assert found == json.loads(begin.stdout)["models"]["model"]
+    assert (found["windows"], found["tokens"]) == (3, 39)
+    assert "3/3" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
@@ -294,6 +306,8 @@ def test_the_harness_runs_a_task(
         (["--data", "TEXT", "--column", "question=text"], "unknown column 'question' (known: text)"),
         (["--data", "TEXT", "--max-new-tokens", "4"], "--max-new-tokens: --task perplexity does not use it"),
         (["--data", "TEXT", "--task", "gsm8k", "--stride", "4"], "leave it out (--task perplexity uses it)"),
+        (["--data", "TEXT", "--max-examples", "4"], "--max-examples 4: a .txt file is one row, so it does not limit"),
+        (["--data", "x", "--task", "gsm8k", "--max-windows", "4"], "leave it out (--task perplexity uses it)"),
         (["--data", "TEXT", "--source", "x"], "--source x: applies only with --compare"),
         (["--data", "TEXT", "--include", "x"], "--include goes with --harness"),
         (["--harness", "x", "--data", "TEXT"], "--harness takes no --data"),

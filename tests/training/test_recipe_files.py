@@ -68,12 +68,20 @@ def test_finlora_entries_run_as_they_are(tmp_path: Path) -> None:
         data=(str(folder / "../data/train/finlora_sentiment_train.jsonl"),),
         output="sentiment_llama_3_1_8b_8bits_r8",
         rank=8,
+        alpha=16.0,  # FinLoRA's default
         bits=8,
         learning_rate=1e-4,
         epochs=4,
         batch_size=8,
         gradient_accumulation=2,
     )
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    (ours / "loftq.json").write_text("{}", encoding="utf-8")  # a folder that has its own alpha
+    assert "alpha" not in read_recipe(folder / "finetune_configs.json", str(ours), "sentiment_llama_3_1_8b_8bits_r8")
+    own = {"lora_r": 8, "lora_alpha": 4, "base_model": "m", "dataset_path": "d"}
+    (tmp_path / "own.json").write_text(json.dumps(own), encoding="utf-8")
+    assert read_recipe(tmp_path / "own.json")["alpha"] == 4
     with pytest.raises(OptionError, match="peft_use_dora is true: loftq trains LoRA and has no DoRA"):
         read_recipe(folder / "finetune_configs.json", "sentiment_llama_3_1_8b_8bits_r8_dora")
 

@@ -1,7 +1,7 @@
 """Training. Oracles: a stock peft load, the same run without evaluations or in one piece, the bytes of the backbone.
 
-Covers: cli/train.py, loftq/training/arguments.py, loftq/training/open_model.py, loftq/training/process.py,
-loftq/training/run_folder.py.
+Covers: cli/train.py, loftq/training/arguments.py, loftq/training/callbacks.py, loftq/training/open_model.py,
+loftq/training/process.py, loftq/training/run_folder.py.
 """
 
 from __future__ import annotations
@@ -332,7 +332,9 @@ def test_an_entry_of_finlora_runs_as_it_is(
     found = json.loads(result.stdout)
     assert found["steps"] == 2  # 11 examples, 4 at a time, two to a step
     assert (tmp_path / "sums_pico_8bits_r4" / WEIGHTS).is_file()
-    assert (tmp_path / "model_zoo" / "loftq" / "pico-llama-8bit-4rank" / "loftq.json").is_file()
+    config = json.loads((tmp_path / "sums_pico_8bits_r4" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 16)  # FinLoRA's default, whatever the rank
+    assert Path(config["base_model_name_or_path"]).name.startswith("pico-llama-8bit-4rank")
 
 
 @pytest.mark.parametrize("family", ["bart", pytest.param("t5", marks=pytest.mark.slow)])

@@ -101,7 +101,7 @@ def test_disks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert finding("disk of results").state == "ok"
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(doctors.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+    monkeypatch.setattr(doctors, "free_bytes", lambda _: 10**9)
     assert finding("disk of results").text == "model_zoo/loftq: only 1.0 GB free"
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert finding("disk of results").text == f"model_zoo/loftq: {tmp_path} is not writable"

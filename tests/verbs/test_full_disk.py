@@ -1,5 +1,7 @@
 """A full or read-only disk: one line that says so and what to do; nothing else touched; --resume goes on.
 
+Covers: loftq/formats/space.py.
+
 Real disks where the system lets this user mount one: a tmpfs of a few pages in a mount namespace of another
 process. Elsewhere, and for what no tmpfs does, the system call is made to fail in this process. The oracle
 for a resumed run is an undisturbed one to the same path: every file's SHA-256.
@@ -27,6 +29,7 @@ from folders import Files, hashes, opens
 from processes import start_python
 
 from loftq.artifacts import staging
+from loftq.formats import space
 
 PARTIAL = ".loftq-partial"
 SETTINGS = ("--rank", 4, "--iter", 1, "--max-shard-size", "60KB", "--workers", 1, "--quiet")
@@ -106,8 +109,18 @@ def loftq(*arguments: str) -> tuple[int, str]:
     return code, stderr.getvalue()
 
 
+def unchecked_loftq(*arguments: str) -> tuple[int, str]:
+    """The same as if the check before the work had passed, and the space had gone during the work."""
+    free, space.free_bytes = space.free_bytes, lambda _: 1 << 60
+    try:
+        return loftq(*arguments)
+    finally:
+        space.free_bytes = free
+
+
 TASKS: dict[str, Callable[..., Any]] = {
-    "loftq": loftq,
+    "loftq": unchecked_loftq,
+    "checked": loftq,
     "system": lambda *command: subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode,
     "hashes": lambda folder: hashes(Path(folder)),
     "opens": lambda folder: opens(Path(folder)),
@@ -150,6 +163,21 @@ def test_a_disk_that_is_too_small(disk: Disk, whole: tuple[Files, int]) -> None:
         assert resumed.exit_code == 0, (pages, resumed)
         assert disk.files() == expected, pages
     assert ", then run again with --resume\n" in told
+
+
+def test_the_space_is_checked_before_the_work(disk: Disk, whole: tuple[Files, int], tmp_path: Path) -> None:
+    """Quantizing and merging are refused before they write anything; oracle: the space that a whole run takes."""
+    disk.mount(f"size={whole[1] // 2}")
+    small = Ended(*disk.ask("checked", *disk.command))
+    check_told(small, disk.out, "the disk is too full", "are needed and", "free some space, or name another --output")
+    assert disk.files() == {}
+    check_told(disk.run(), "the disk is full")  # some of it is there now, and counts as free
+    disk.change(f"size={whole[1] + 8 * PAGE}")
+    resumed = Ended(*disk.ask("checked", *disk.command, "--resume"))
+    assert resumed.exit_code == 0, resumed
+    assert Ended(*disk.ask("loftq", *disk.command[:2], "--output", tmp_path / "made", *SETTINGS)).exit_code == 0
+    merge = ("merge", tmp_path / "made", "--to", "bf16", "--output", disk.folder / "merged", "--no-check", "--quiet")
+    check_told(Ended(*disk.ask("checked", *merge)), disk.folder / "merged", "the disk is too full")
 
 
 def test_a_disk_too_small_for_statistics_or_a_training(disk: Disk, whole: tuple[Files, int], tmp_path: Path) -> None:

@@ -165,6 +165,8 @@ def test_no_iterations_is_qlora(pico: Path, tmp_path: Path) -> None:
     assert all((tensor == 0).all() == (".lora_B." in name) for name, tensor in adapter.items())
     manifest = open_artifact(folder).manifest
     assert manifest["totals"]["error"] == manifest["totals"]["plain_error"]
+    assert manifest["recipe"]["method"] == "qlora"
+    assert "QLoRA's start (B = 0)" in (folder / "README.md").read_text()
 
 
 def test_some_modules_only(pico: Path, tmp_path: Path) -> None:

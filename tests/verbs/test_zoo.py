@@ -203,14 +203,24 @@ def test_build_is_quantize_with_the_recipe(run: Run, tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(source)
     with serve(Hub()) as hub, client_of(hub.endpoint, tmp_path / "hf"):
         hub.add("meta-llama/Llama-2-7b-hf", source)
-        planned = run("zoo", "build", "llama-2-7b", "--dry-run", "--json", "--save_dir", tmp_path)
-        assert json.loads(planned.stdout)["folder"] == str(tmp_path / "Llama-2-7b-hf-4bit-64rank")
         assert run("zoo", "build", "llama-2-7b", "--save-dir", tmp_path, "--quiet").exit_code == 0
         words = ("--bits", 4, "--rank", 64, "--iter", 5, "--output", tmp_path / "same", "--quiet")
         assert run("quantize", "meta-llama/Llama-2-7b-hf", *words).exit_code == 0
     built = tmp_path / "Llama-2-7b-hf-4bit-64rank"
     for name in ("model.safetensors", "loftq_init/adapter_model.safetensors", "README.md"):
         assert (built / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
+
+
+def test_a_build_is_planned_offline(run: Run, tmp_path: Path) -> None:
+    """Oracle: the figures of `zoo list`, and of `zoo show`, which read the same config."""
+    with client_of("http://127.0.0.1:9", tmp_path / "away"):
+        ended = run("zoo", "build", "llama-2-7b", "--dry-run", "--json", "--save_dir", tmp_path)
+    assert ended.exit_code == 0, ended.stderr
+    planned = json.loads(ended.stdout)
+    assert planned["folder"] == str(tmp_path / "Llama-2-7b-hf-4bit-64rank")
+    totals = planned["totals"]
+    assert totals["backbone_bytes"] + totals["adapter_bytes"] == zoo()["llama-2-7b"].footprint.disk
+    assert not list(tmp_path.glob("Llama*"))
 
 
 def test_build_takes_the_options_that_no_recipe_has(run: Run) -> None:

@@ -107,5 +107,6 @@ METHODS = {
         "ours",
     ),
 }
+PLAIN_START = "qlora"  # the method whose adapter adds nothing
 WITHOUT_TEXT = "loftq"  # the method where nothing is known of the inputs and none is named
 WITH_TEXT = "calibrated"  # the method where there is text and none is named

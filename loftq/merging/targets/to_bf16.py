@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loftq.formats.artifact import DENSE
 from loftq.formats.checkpoint import Checkpoint, TensorSpec
 from loftq.formats.shard_writer import ShardWriter
 from loftq.merging.model_folder import ModelFolder
@@ -23,7 +24,7 @@ class Dense(ModelFolder):
 
     name = "bf16"
     text = "a dense model: any adapter, any backbone"
-    format = "dense"
+    format = DENSE
     any_backbone = True
     comparable = True
     tolerance = 5e-4  # the same weights, rounded to the same 16 bits

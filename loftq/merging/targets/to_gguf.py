@@ -10,8 +10,8 @@ import importlib.util
 import shutil
 from pathlib import Path
 
-from loftq.artifacts.card import merged_card_text
 from loftq.artifacts.manifest import write_export_manifest
+from loftq.artifacts.merged_card import merged_card_text
 from loftq.artifacts.staging import Staging, open_staging
 from loftq.errors import ArtifactError, OptionError, UnknownNameError
 from loftq.formats.artifact import CARD
@@ -44,6 +44,11 @@ class GgufFile(Target):
         if self._type not in CONVERTED:
             self._tools.check_quantizer()
 
+    @property
+    def planned_bytes(self) -> int:
+        """The bytes of the 16-bit model, which is on the disk while the file is made."""
+        return Dense(self.pair, self.settings, self.run).planned_bytes
+
     def write(self, staging: Staging) -> None:
         """Merge into 16 bits, compare the logits, convert, quantize, and write the small files."""
         name = f"{self.pair.backbone.folder.name}-{self._type}.gguf"
@@ -61,7 +66,7 @@ class GgufFile(Target):
         staging.write_text(MODELFILE, modelfile(folder, name))
         shutil.rmtree(folder)
         lines = f"# llama-server -m {name}\n# ollama create my-model -f {MODELFILE}"
-        text = merged_card_text(self.pair.backbone.folder.name, self.pair.adapter.kind, self.name, lines)
+        text = merged_card_text(self.pair.backbone, self.pair.adapter.kind, self.name, lines)
         staging.write_text(CARD, text)
         staging.hashes[name] = None
         write_export_manifest(staging, self.pair.backbone, "gguf")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from tqdm import tqdm
 
@@ -33,6 +35,11 @@ class Gguf(Target):
         backbone = self.pair.backbone
         model, _ = build_meta(backbone.folder, task=backbone.task)
         return (*super().notes(), *gguf_notes(model, self.pair.config))
+
+    @property
+    def planned_bytes(self) -> int:
+        """The bytes of the linears in Q4_1: 20 bytes for 32 weights."""
+        return sum(prod(shape) * 20 // 32 for shape in self.pair.backbone.shapes.values())
 
     def write(self, staging: Staging) -> None:
         """Write the file, with a progress bar on stderr."""

@@ -89,13 +89,22 @@ class PlainLora(Target):
         changes = self._changes(module)
         return [truncated(whole, rank)[0] for whole in changes] if rank < self._full_rank_of(module) else changes
 
+    @property
+    def planned_bytes(self) -> int:
+        """The bytes of all factors."""
+        return sum(spec.nbytes for group in self._groups for spec in group)
+
+    @property
+    def _groups(self) -> list[list[TensorSpec]]:
+        """The tensors of each module, then those that the adapter holds as a whole."""
+        adapter = self.pair.adapter
+        groups = [self.specs(module) for module in adapter.modules]
+        return groups + [[TensorSpec(key, torch.float32, adapter.shapes[key])] for key in adapter.saved.values()]
+
     def write(self, staging: Staging) -> None:
         """Write the weights and the configuration of the adapter."""
         adapter = self.pair.adapter
-        groups = [self.specs(module) for module in adapter.modules]
-        groups += [[TensorSpec(key, torch.float32, adapter.shapes[key])] for key in adapter.saved.values()]
-        size = sum(spec.nbytes for group in groups for spec in group)
-        with staging.writing(lay_out(groups, size + 1, self.file, self.metadata)) as writer:
+        with staging.writing(lay_out(self._groups, self.planned_bytes + 1, self.file, self.metadata)) as writer:
             for name in [*adapter.modules, *adapter.saved.values()]:
                 if name in staging.done:
                     continue

@@ -13,7 +13,7 @@ import numpy as np
 from loftq.errors import OptionError
 from loftq.models.long_texts import tokenized_pieces
 from loftq.training import encoding
-from loftq.training.conversations import Conversation, conversation_of, instruction_of
+from loftq.training.conversations import BESIDE, Conversation, conversation_of, instruction_of
 from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Encoder
 from loftq.training.tasks.task import GENERATORS, TrainingTask
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TEXT = {"text": ("text", "content")}  # the role for plain text
 ROLES = {
-    "messages": ("messages", "conversations"),
+    "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat"),
     "prompt": ("prompt", "instruction", "question", "context", "source"),
     "response": ("response", "completion", "output", "answer", "target"),
     "input": ("input",),
@@ -31,6 +31,7 @@ ROLES = {
     "history": ("history",),
     "tools": ("tools", "functions"),
 }
+_OF_MESSAGES = ("messages", "system", "tools")
 _OPTIONAL = ("input", "system", "history", "tools")
 
 
@@ -57,16 +58,28 @@ def pack_blocks(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> 
 
 
 def joined_ids(
-    texts: Iterable[str], encoder: Encoder, begin: Sequence[int] = (), end: Sequence[int] = ()
+    texts: Iterable[str],
+    encoder: Encoder,
+    begin: Sequence[int] = (),
+    end: Sequence[int] = (),
+    *,
+    enough: int | None = None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> np.ndarray:
-    """The token ids of texts of any length, each between the special tokens `begin` and `end`: int32 (tokens)."""
+    """The token ids of texts of any length, each between the special tokens `begin` and `end`: int32 (tokens).
+
+    With `enough`, only so many, the first ones. `progress` is called with the number of characters of each piece.
+    """
     ids = array("i")
     for text in texts:
         encoding.check_text(text)
         ids.extend(begin)
-        for _, piece in tokenized_pieces(encoder.tokenizer, text):
-            encoder.check(piece)
-            ids.extend(piece)
+        for piece, piece_ids in tokenized_pieces(encoder.tokenizer, text):
+            encoder.check(piece_ids)
+            ids.extend(piece_ids)
+            progress(len(piece))
+            if enough is not None and len(ids) >= enough:
+                return np.frombuffer(ids, dtype=np.int32)[:enough]
         ids.extend(end)
     return np.frombuffer(ids, dtype=np.int32) if ids else np.zeros(0, dtype=np.int32)
 
@@ -76,14 +89,24 @@ def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Datas
 
     Otherwise encode examples of a prompt and its answer.
     """
-    names = find_columns(rows, ROLES, columns, optional=tuple(ROLES))
-    read = conversation_of
-    if "messages" not in names or ("messages" not in columns and {"prompt", "response"} & set(columns)):
-        names = find_columns(rows, ROLES, columns, optional=("messages", *_OPTIONAL))
-        read = instruction_of
+    names = _chosen(rows, columns)
+    read = conversation_of if "messages" in names else instruction_of
     if encoding.uses_template(encoder, default=True):
         return conversations(rows, lambda row: read(row, names), encoder)
     return encoded(rows, lambda row: encoder.single_turn(read(row, names)))
+
+
+def _chosen(rows: Dataset, columns: Mapping[str, str]) -> dict[str, str]:
+    """The columns of the roles that are read: those of messages, or those of prompts and answers."""
+    names = find_columns(rows, ROLES, columns, optional=tuple(ROLES))
+    if "messages" in names and ("messages" in columns or not {"prompt", "response"} & set(columns)):
+        return {role: name for role, name in names.items() if role in _OF_MESSAGES}
+    names = find_columns(rows, ROLES, columns, optional=("messages", *_OPTIONAL))
+    return {role: name for role, name in names.items() if role != "messages"}
+
+
+def _used(rows: Dataset, columns: Mapping[str, str]) -> list[str]:
+    return [*_chosen(rows, columns).values(), *BESIDE]
 
 
 Record = Mapping[str, Any]
@@ -136,6 +159,6 @@ TASKS = {
         "plain text, packed into blocks of --cutoff-len tokens", ("causal-lm",), TEXT, pack_blocks, shuffled=False
     ),
     "sft": TrainingTask(
-        "answers to prompts, or conversations; only answers add to the loss", GENERATORS, ROLES, encode
+        "answers to prompts, or conversations; only answers add to the loss", GENERATORS, ROLES, encode, used=_used
     ),
 }

@@ -20,19 +20,26 @@ _WINDOW = 1024  # tokens; less if the model's longest input is shorter
 
 
 def perplexity(
-    model: Any, ids: Sequence[int] | np.ndarray, window: int, stride: int, *, quiet: bool = False
+    model: Any,
+    ids: Sequence[int] | np.ndarray,
+    window: int,
+    stride: int,
+    *,
+    most: int | None = None,
+    quiet: bool = False,
 ) -> dict[str, float]:
     """Measure perplexity over windows of `window` tokens that begin `stride` tokens apart.
 
     Each token is scored once: in the first window that holds it and a token before it, given all tokens before it in
     that window. If the stride equals the window, which is fastest, the first token of each window is not scored. A
-    smaller stride gives each token more context. The result includes both numbers, because the perplexity depends on
-    them. Raises OptionError for a text with fewer than two tokens.
+    smaller stride gives each token more context. With `most`, only so many windows are measured, the first ones. The
+    result includes these numbers, because the perplexity depends on them. Raises OptionError for a text with fewer than
+    two tokens.
     """
     if len(ids) < 2:
         raise OptionError("the text has fewer than two tokens, so there is nothing to score: use a longer text")
     total, scored, windows = 0.0, 0, 0
-    starts = range(0, max(len(ids) - window, 0) + stride, stride)
+    starts = range(0, max(len(ids) - window, 0) + stride, stride)[:most]
     scored_to = 1  # the first token has nothing before it
     with torch.no_grad():
         for start in tqdm(starts, disable=quiet, desc="perplexity", unit="window", dynamic_ncols=True):
@@ -54,9 +61,15 @@ def perplexity(
 def measure(opened: Opened, rows: Any, settings: MeasureSettings) -> dict[str, float]:
     column = find_columns(rows, language_modelling.TEXT, settings.columns)["text"]
     encoder = encoder_of(settings, opened)
-    ids = language_modelling.joined_ids((text_of(row, column) for row in rows), encoder)
     window = min(settings.window or _WINDOW, opened.longest)
-    return perplexity(opened.model, ids, window, min(settings.stride or window, window), quiet=settings.quiet)
+    stride, most = min(settings.stride or window, window), settings.max_windows
+    enough = None if most is None else window + (most - 1) * stride
+    texts = [text_of(row, column) for row in rows]
+    with tqdm(
+        total=sum(map(len, texts)), disable=settings.quiet, desc="tokenize", unit="char", unit_scale=True, leave=False
+    ) as bar:
+        ids = language_modelling.joined_ids(texts, encoder, enough=enough, progress=bar.update)
+    return perplexity(opened.model, ids, window, stride, most=most, quiet=settings.quiet)
 
 
 MEASURES = {
@@ -64,6 +77,7 @@ MEASURES = {
         "a causal model on text, in windows of --window tokens that begin --stride tokens apart",
         "clm",
         measure,
-        ("window", "stride"),
+        ("window", "stride", "max_windows"),
+        joins_rows=True,
     )
 }

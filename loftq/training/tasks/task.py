@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loftq.models.tokenizers import embedding_rows
+from loftq.training.data import find_columns
 from loftq.training.encoding import Encoder
 from loftq.training.labels import labels_of
 from loftq.training.opened import Opened
@@ -23,7 +24,8 @@ class TrainingTask:
     """A row: the models that can learn it, the columns that it reads, and how rows become examples.
 
     `scores` scores logits against labels under a problem type, for tasks whose evaluation has more than a loss. `check`
-    compares the examples to train on with those to evaluate on.
+    compares the examples to train on with those to evaluate on. `used` finds the columns that are read, where these
+    are not all columns with the names of `roles`.
     """
 
     text: str
@@ -33,6 +35,13 @@ class TrainingTask:
     shuffled: bool = True  # whether random examples are held out, or the last ones
     scores: Callable[[Any, Any, str | None], dict[str, float]] | None = None
     check: Callable[[Dataset, Dataset], None] | None = None
+    used: Callable[[Dataset, Mapping[str, str]], list[str]] | None = None
+
+    def used_columns(self, rows: Dataset, columns: Mapping[str, str]) -> list[str]:
+        """The columns of the data that are read."""
+        if self.used is not None:
+            return self.used(rows, columns)
+        return list(find_columns(rows, self.roles, columns, optional=tuple(self.roles)).values())
 
 
 class MeasureSettings(Protocol):
@@ -63,6 +72,10 @@ class MeasureSettings(Protocol):
         """Number of tokens between the beginnings of two windows."""
 
     @property
+    def max_windows(self) -> int | None:
+        """The most windows of perplexity; None for all of the text."""
+
+    @property
     def max_new_tokens(self) -> int | None:
         """The most tokens of an answer."""
 
@@ -75,7 +88,7 @@ class MeasureSettings(Protocol):
 class Measure:
     """A row: help text, the training task whose models can do it, the function that measures, and its own options.
 
-    `note` is for a table that compares several models.
+    `note` is for a table that compares several models. `joins_rows` means that all rows are measured as one text.
     """
 
     text: str
@@ -83,6 +96,7 @@ class Measure:
     measure: Callable[[Opened, Any, MeasureSettings], dict[str, float]]
     options: tuple[str, ...] = ()
     note: str | None = None
+    joins_rows: bool = False
 
 
 def encoder_of(settings: MeasureSettings, opened: Opened, most_tokens: int | None = None) -> Encoder:
