@@ -36,11 +36,14 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-zoo: install  ## the page of the zoo
+zoo: install  ## the page of the zoo, and the sizes that `loftq zoo list` reads
 	$(BIN)/loftq zoo list --markdown > model_zoo/README.md.new
 	mv model_zoo/README.md.new model_zoo/README.md
+	$(BIN)/loftq zoo list --sizes > model_zoo/sizes.json.new
+	mv model_zoo/sizes.json.new model_zoo/sizes.json
 
 bench: install  ## the figures of the README and of docs/benchmarks.md
+	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/model.py
 	$(BIN)/python benchmarks/memory.py

@@ -9,14 +9,10 @@ from typing import Any
 import click
 
 from loftq.display import visible
-from loftq.models.devices import device_to_run
-from loftq.settings import split
-from loftq.training.chat import Chat
+from loftq.settings import from_dict
 from loftq.training.chat_session import COMMANDS, Session
-from loftq.training.process import explain_memory
 from loftq.training.sampling import Sampling
 from loftq.training.settings import TrainSettings
-from loftq.training.writer import open_writer
 
 from .options import Command, debug, given, option, options_of
 from .output import echo, model_stream
@@ -37,7 +33,7 @@ _SHOWN = ("dtype", "cpu")
 
 
 @click.command(cls=Command, epilog=_EPILOG)
-@click.argument("model", metavar="DIR")
+@click.argument("model", metavar="DIR", type=click.Path())
 @option("--system", group="data", help="System message, for models with a chat template.")
 @option(
     "--chat-template/--no-chat-template",
@@ -57,15 +53,20 @@ def chat(model: str, system: str | None, **options: Any) -> None:
     answers each message by itself, because it was not trained on conversations.
     """
     others = {name: options.pop(name) for name in ("adapter", "chat_template", *_SHOWN)}
-    (sampling,) = split(given(options), Sampling)
+    sampling = from_dict(Sampling, given(options))
+    from loftq.chatter import silenced  # and with it transformers, which takes seconds
+    from loftq.training.chat import Chat
+    from loftq.training.process import explain_memory
+    from loftq.training.writer import open_writer
+
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    with explain_memory():
-        writer = open_writer(model, others.pop("adapter"), Sampling(**sampling), **others)
+    with silenced(), explain_memory():
+        writer = open_writer(model, others.pop("adapter"), sampling, **others)
     if terminal:
         with suppress(ImportError):
             import readline  # noqa: F401  # `input` then edits lines and recalls them
         how = "" if writer.templated else " It has no chat template, so each message is answered by itself."
-        echo(f"{model} on {device_to_run(others['cpu'])}.{how} /help shows the commands.")
+        echo(f"{model} on {writer.opened.model.device}.{how} /help shows the commands.")
     stream = Wrapped.over(model_stream()) if terminal else model_stream()
     say = echo if terminal else _on_stderr
     session = Session(Chat(writer, system), _reader(terminal), say, stream, patient=terminal)

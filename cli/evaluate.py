@@ -6,13 +6,12 @@ from typing import Any
 
 import click
 
+import loftq
 from loftq.settings import option_name
-from loftq.training.evaluate import evaluate as run
 from loftq.training.evaluate_settings import EvaluateSettings
-from loftq.training.harness import run_harness
 from loftq.training.tasks import MEASURES
 
-from .options import Command, as_json, comma_names, debug, given, option, options_of
+from .options import Command, as_json, check_options, comma_names, debug, given, option, options_of
 from .output import show
 
 _MEASURES = "\n".join(f"  {name:<15} {measure.text}" for name, measure in MEASURES.items())
@@ -30,7 +29,7 @@ _OF_BOTH = ("adapter", "max_examples", "batch_size", "dtype", "cpu", "quiet")  #
 
 
 @click.command(cls=Command, epilog=_EPILOG)
-@click.argument("model", metavar="DIR")
+@click.argument("model", metavar="DIR", type=click.Path())
 @options_of(EvaluateSettings)
 @option(
     "--harness",
@@ -54,9 +53,12 @@ def evaluate(model: str, harness: tuple[str, ...] | None, include: str | None, a
         for name in settings:
             if name not in _OF_BOTH:
                 raise click.UsageError(f"--harness takes no {option_name(name)}: its tasks say that themselves")
+        from loftq.training.harness import run_harness  # imports transformers, which takes seconds
+
         show(run_harness(model, harness, include=include, **settings), as_json)
         return
     if not settings.get("data"):
         raise click.UsageError("name what to measure on with --data, or tasks of lm-eval with --harness")
     settings |= {"columns": dict(settings["columns"])} if "columns" in settings else {}
-    show(run(model, **settings), as_json)
+    check_options(settings, EvaluateSettings)
+    show(loftq.evaluate(model, **settings), as_json)

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import click
 
-from loftq.display import columns
 from loftq.models.families import FAMILIES, Family, family_of
 
-from .options import Command, as_json
-from .output import echo, echo_json
+from .options import Command, as_json, names_of, wide
+from .output import echo_json, echo_table
 
 _EPILOG = """\b
 Examples:
   loftq families
   loftq families bert
+  loftq families --wide | less -S
   loftq families --json | jq '.[] | select(.loader == "loftq")'
 """
+_TITLES = {"loader": "loads with"}
+_FITTING = ("model type", "loads with", "targets", "tasks")
 
 
 @click.command(cls=Command, epilog=_EPILOG)
-@click.argument("model_type", required=False)
+@click.argument("model_type", required=False, shell_complete=names_of(FAMILIES))
+@wide
 @as_json
-def families(model_type: str | None, as_json: bool) -> None:
+def families(model_type: str | None, wide: bool, as_json: bool) -> None:
     """Show the known model types, and the modules that are quantized in them.
 
     "Loads with" is "stock" if transformers and peft alone load the folder, and "loftq" if they need `import loftq`
@@ -33,17 +36,17 @@ def families(model_type: str | None, as_json: bool) -> None:
     if as_json:
         echo_json(rows)
     else:
-        echo(_table(rows))
+        echo_table([{_TITLES.get(name, name): _cell(row[name]) for name in row} for row in rows], _FITTING, wide)
 
 
 def _row(family: Family) -> dict[str, object]:
     return {
         "model type": family.model_type,
-        "tasks": list(family.tasks or ("the checkpoint's own",)),
-        "targets": list(family.targets or ("every linear",)),
-        "stays": list(family.stays),
-        "loader": ("stock" if family.stock else "loftq") if family.tested else "as its modules need",
         "tested": family.tested,
+        "loader": ("stock" if family.stock else "loftq") if family.tested else "as its modules need",
+        "stays": list(family.stays),
+        "targets": list(family.targets or ("every linear",)),
+        "tasks": list(family.tasks or ("the checkpoint's own",)),
     }
 
 
@@ -51,9 +54,3 @@ def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "tested" if value else "generic"
     return ", ".join(value) if isinstance(value, list) else str(value)
-
-
-def _table(rows: list[dict[str, object]]) -> str:
-    titles = {"model type": "model type", "tested": "tested", "loader": "loads with"}
-    titles |= {name: name for name in ("stays", "targets", "tasks")}
-    return columns([list(titles.values()), *([_cell(row[name]) for name in titles] for row in rows)])

@@ -6,8 +6,7 @@ from typing import Any
 
 import click
 
-from loftq.training.generate import generate as run
-from loftq.training.generate import read_prompt
+import loftq
 from loftq.training.sampling import Sampling
 from loftq.training.settings import TrainSettings
 
@@ -23,7 +22,7 @@ Examples:
 
 
 @click.command(cls=Command, epilog=_EPILOG)
-@click.argument("model", metavar="DIR")
+@click.argument("model", metavar="DIR", type=click.Path())
 @option("--prompt", group="data", required=True, help="Text to begin with; `-` reads it from the standard input.")
 @option("--system", group="data", help="System message, for models with a chat template.")
 @option(
@@ -43,9 +42,11 @@ def generate(model: str, prompt: str, as_json: bool, **options: Any) -> None:
     DIR is a folder that `loftq quantize` wrote, or any model. With --json the prompt, the answer and the given options
     are printed when the answer is complete.
     """
+    from loftq.training.generate import read_prompt  # imports transformers, which takes seconds
+
     text, settings = read_prompt(prompt), given(options)
     if not as_json:
-        run(model, text, stream=model_stream(), **settings)
+        loftq.generate(model, text, stream=model_stream(), **settings)
         return
-    answer = run(model, text, **settings)
+    answer = loftq.generate(model, text, **settings)
     echo_json({"model": model, "prompt": text, "answer": answer, "options": settings})

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from loftq.verbs.inspect import inspect as run
+import loftq
 
 from .options import Command, as_json, debug, option, token
-from .output import show
+from .output import quiet_hub, show
 
 _EPILOG = """\b
 Examples:
@@ -35,5 +34,5 @@ def inspect(folder: str, as_json: bool, **options: Any) -> None:
     It shows the type, bits per weight, rank, targets, sizes, errors, worst layers and settings. Only headers are read;
     no weights of a repository are downloaded.
     """
-    disable_progress_bars()  # the Hub client's own: what is fetched is small
-    show(run(folder, **options), as_json)
+    quiet_hub()  # what is fetched is small
+    show(loftq.inspect(folder, **options), as_json)

@@ -18,6 +18,9 @@ from loftq.display import visible
 from loftq.errors import LoftQError
 from loftq.secrets import redacted
 
+from .notices import shown_notices
+from .output import Context, fitting_lines, styled
+
 _COMMANDS = {
     "quantize": "Quantize a model and initialize its LoRA adapter.",
     "train": "Train the adapter of a quantized model, or a new one.",
@@ -57,6 +60,8 @@ def _print_versions(context: click.Context, _: click.Parameter, wanted: bool) ->
 
 class _Commands(click.Group):
     """Each command is imported when it is run: torch takes seconds, in which Ctrl-C may come."""
+
+    context_class = Context
 
     def list_commands(self, _context: click.Context) -> list[str]:
         """The commands in the order in which they are used."""
@@ -99,7 +104,8 @@ def main(args: list[str] | None = None) -> Any:
     gc.set_threshold(100_000)  # torch and transformers make a million objects that stay
     arguments = sys.argv[1:] if args is None else args
     try:
-        return cli.main(args=arguments, prog_name="loftq", standalone_mode=False)
+        with fitting_lines(), shown_notices("--quiet" in arguments):
+            return cli.main(args=arguments, prog_name="loftq", standalone_mode=False)
     except click.exceptions.Abort:
         way = _CONTINUE.get(next(iter(arguments), ""))
         click.echo("interrupted" + (f": finished work is kept, {way} to continue" if way else ""), err=True)
@@ -138,7 +144,7 @@ def _out_of_files(error: BaseException) -> str | None:
 def _show_error(message: str) -> None:
     """Print an error on stderr, over the line that a progress bar may have left."""
     bar = "\r\x1b[K" if sys.stderr.isatty() else ""
-    click.echo(f"{bar}Error: {visible(message)}", err=True)
+    click.echo(f"{bar}{styled('Error:', err=True, fg='red', bold=True)} {visible(message)}", err=True)
 
 
 def _silence_libraries() -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from transformers.utils.logging import disable_progress_bar
 
+import loftq
+from loftq.errors import UnknownNameError
 from loftq.merging.settings import MergeRun, MergeSettings
-from loftq.merging.targets import TARGETS
-from loftq.verbs.merge import merge as run
+from loftq.merging.targets import ROWS
 
-from .options import Command, as_json, debug, given, option, options_of
+from .options import Command, as_json, check_options, debug, given, names_of, option, options_of
 from .output import show
 
-_TARGETS = "\n".join(f"  {name:<18} {target.text}" for name, target in TARGETS.items())
+_OWN = ("adapter", "to")  # options that no settings class declares
+_TARGETS = "\n".join(f"  {name:<18} {target.text}" for name, target in ROWS.items())
 _EPILOG = f"""\b
 Targets:
 {_TARGETS}
@@ -34,7 +35,13 @@ Examples:
     type=click.Path(),
     help="Folder of a trained adapter.  [default: the initial adapter of DIR]",
 )
-@option("--to", group="output", required=True, help=f"Kind of the merged model: {', '.join(TARGETS)}; see below.")
+@option(
+    "--to",
+    group="output",
+    required=True,
+    shell_complete=names_of(ROWS),
+    help=f"Kind of the merged model: {', '.join(ROWS)}; see below.",
+)
 @option("--output", group="output", required=True, type=click.Path(), help="Folder to write.")
 @options_of(MergeRun, MergeSettings, without=("output",))
 @as_json
@@ -45,6 +52,8 @@ def merge(folder: str, as_json: bool, **options: Any) -> None:
     DIR is a folder that `loftq quantize` wrote, or a GPTQ checkpoint. A trained adapter belongs to its backbone: on
     the original weights it would count the rounding error twice.
     """
-    if options["quiet"]:
-        disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own, when it loads the models to compare
-    show(run(folder, **given(options)), as_json)
+    settings = given(options)
+    check_options({name: value for name, value in settings.items() if name not in _OWN}, MergeRun, MergeSettings)
+    if settings["to"] not in ROWS:
+        raise UnknownNameError("target", settings["to"], ROWS)
+    show(loftq.merge(folder, **settings), as_json)

@@ -7,17 +7,18 @@ from dataclasses import asdict
 import click
 
 from loftq.core.solvers.methods import METHODS
-from loftq.display import columns
 
-from .options import Command, as_json
-from .output import echo, echo_json
+from .options import Command, as_json, wide
+from .output import echo_json, echo_table
 
 _NEEDS = {False: "the weights", True: "text"}
+_FITTING = ("method", "minimizes", "needs", "cost", "source")  # the columns that fit a terminal of 80
 
 
 @click.command(cls=Command)
+@wide
 @as_json
-def methods(as_json: bool) -> None:
+def methods(wide: bool, as_json: bool) -> None:
     """List the methods of `loftq quantize --method`, with what they minimize, need and cost.
 
     \b
@@ -33,20 +34,19 @@ def methods(as_json: bool) -> None:
     if as_json:
         echo_json({name: {**asdict(row), "calibrated": row.calibrated} for name, row in METHODS.items()})
         return
-    header = ("method", "scales", "rounding", "metric", "turns", "refine", "minimizes", "needs", "cost", "source")
     rows = [
-        (
-            name,
-            row.scales,
-            row.rounding,
-            row.metric,
-            str(row.iterations),
-            str(row.refine or "-"),
-            row.minimizes,
-            _NEEDS[row.calibrated],
-            row.cost,
-            row.source,
-        )
+        {
+            "method": name,
+            "scales": row.scales,
+            "rounding": row.rounding,
+            "metric": row.metric,
+            "turns": str(row.iterations),
+            "refine": str(row.refine or "-"),
+            "minimizes": row.minimizes,
+            "needs": _NEEDS[row.calibrated],
+            "cost": row.cost,
+            "source": row.source,
+        }
         for name, row in METHODS.items()
     ]
-    echo(columns([header, *rows]))
+    echo_table(rows, _FITTING, wide)

@@ -9,8 +9,11 @@ import click
 
 from loftq.errors import LoftQError
 from loftq.formats.schema import parse_json
-from loftq.settings import GROUPS, Declared, declared
+from loftq.settings import GROUPS, Declared, declared, from_dict, split
 
+from .output import Context
+
+_PATHS = ("DIR", "FILE", "TEXT", "MODEL")  # metavars of what may be a file or a folder
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 Decorator = Callable[[_Command], _Command]
 
@@ -25,6 +28,8 @@ class Option(click.Option):
 
 class Command(click.Command):
     """A command whose `--help` shows its options in groups."""
+
+    context_class = Context
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """One section for each group that has options."""
@@ -56,7 +61,19 @@ def options_of(*classes: type, only: Collection[str] = (), without: Collection[s
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
     """The options that stand on the command line."""
-    return {name: value for name, value in options.items() if value not in (None, ())}
+    chosen = {name: value for name, value in options.items() if value not in (None, ())}
+    return {**chosen, "quiet": bool(options["quiet"])} if "quiet" in options else chosen  # Python is quiet unless told
+
+
+def check_options(options: dict[str, Any], *classes: type) -> None:
+    """Raise OptionError for a value that settings refuse, before anything that takes seconds is imported."""
+    for settings, values in zip(classes, split(options, *classes), strict=True):
+        from_dict(settings, values)
+
+
+def names_of(table: Collection[str]) -> Any:
+    """What completes an option or an argument to the names of a table."""
+    return lambda _context, _option, typed: [name for name in table if name.startswith(typed)]
 
 
 def _option(entry: Declared) -> Decorator[Any]:
@@ -73,10 +90,9 @@ def _option(entry: Declared) -> Decorator[Any]:
     else:
         keywords["type"] = comma_names if entry.type is tuple else entry.type
     if declaration.choices:
-        choices = list(declaration.choices)
-        keywords["shell_complete"] = lambda _context, _option, typed: [
-            name for name in choices if name.startswith(typed)
-        ]
+        keywords["shell_complete"] = names_of(declaration.choices)
+    elif entry.type is str and declaration.metavar in _PATHS:
+        keywords["type"] = click.Path()  # a shell completes it to files
     return option(*names, group=declaration.group, **keywords)
 
 
@@ -113,6 +129,7 @@ def _value(value: str | tuple[str, Any]) -> tuple[str, Any]:
 
 as_json = option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 debug = option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")  # read by `main`
+wide = option("--wide", is_flag=True, help="Show all columns, and each row on one line.")
 quiet = option("--quiet", is_flag=True, help="Show no progress bar.")
 token = option("--token", group="hub", help="Hub token; better: `hf auth login`.")
 trust_remote_code = option(

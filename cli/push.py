@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from loftq.verbs.push import push as run
+import loftq
 
 from .options import Command, as_json, debug, option, quiet, token
-from .output import echo, show
+from .output import echo, quiet_hub, show
 
 _EPILOG = """\b
 Examples:
@@ -21,7 +20,7 @@ Examples:
 
 
 @click.command(cls=Command, epilog=_EPILOG)
-@click.argument("folder", metavar="DIR")
+@click.argument("folder", metavar="DIR", type=click.Path())
 @click.argument("repo_id", metavar="REPO_ID")
 @option("--private", group="hub", is_flag=True, help="Make a new repository private.")
 @option("--revision", group="hub", help="Branch to push to; it is made if it does not exist.  [default: main]")
@@ -30,7 +29,11 @@ Examples:
 @option("--overwrite", group="hub", is_flag=True, help="Replace another loftq model in the repository.")
 @token
 @option(
-    "--adapter", group="adapter", metavar="TRAINED", help="Folder of an adapter trained on DIR, to be pushed with it."
+    "--adapter",
+    group="adapter",
+    metavar="TRAINED",
+    type=click.Path(),
+    help="Folder of an adapter trained on DIR, to be pushed with it.",
 )
 @option(
     "--subfolder",
@@ -49,8 +52,8 @@ def push(folder: str, repo_id: str, as_json: bool, quiet: bool, **options: Any) 
     command again to continue. The commit appears when everything has arrived, so nobody loads a part of a model.
     """
     if quiet:
-        disable_progress_bars()
-    report = run(folder, repo_id, **options)
+        quiet_hub()
+    report = loftq.push(folder, repo_id, **options)
     show(report, as_json)
     if not as_json:
         echo(f"\n{report.lines}", nl=False)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from huggingface_hub.utils.tqdm import disable_progress_bars
 
+import loftq
 from loftq.planning.settings import QuantizeSettings, RunSettings
-from loftq.verbs.quantize import quantize as run
 
-from .options import Command, as_json, debug, given, option, options_of
-from .output import show_report
+from .options import Command, as_json, check_options, debug, given, option, options_of
+from .output import quiet_hub, show_report
 
 _EPILOG = """\b
 Examples:
@@ -38,6 +37,8 @@ def quantize(model: str | None, model_name_or_path: str | None, as_json: bool, *
     """
     if model and model_name_or_path and model != model_name_or_path:
         raise click.UsageError(f"MODEL is given twice: {model} and {model_name_or_path}")
+    settings = given(options)
+    check_options(settings, QuantizeSettings, RunSettings)
     if options["quiet"]:
-        disable_progress_bars()  # the Hub client's own
-    show_report(run(model or model_name_or_path, **given(options)), as_json)
+        quiet_hub()
+    show_report(loftq.quantize(model or model_name_or_path, **settings), as_json)

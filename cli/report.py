@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import click
 
+import loftq
 from loftq.display import visible
-from loftq.verbs.report import report as run
-from loftq.verbs.report import report_figures
 
 from .options import Command, as_json, debug, option
 from .output import echo, echo_json
@@ -40,9 +39,13 @@ def report(
         raise click.UsageError("--csv and --json exclude each other: name one of them")
     printed = as_csv or as_json
     if not printed or html is not None or png is not None:
-        for path in run(folders, html=html, png=png, overwrite=overwrite):
+        for path in loftq.report(folders, html=html, png=png, overwrite=overwrite):
             click.echo(visible(str(path)), err=printed)
+    if not printed:
+        return
+    from loftq.verbs.report import report_figures  # imports torch, which takes seconds
+
     if as_csv:
         echo(report_figures(folders).csv(), nl=False)
-    elif as_json:
+    else:
         echo_json(report_figures(folders).to_dict())

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
+import loftq
 from loftq.planning.settings import QuantizeSettings, RunSettings
 from loftq.training.recipe_files import read_recipe
-from loftq.training.sweep import sweep as run
 from loftq.training.sweep_settings import SweepSettings
 
-from .options import Command, as_json, debug, given, option, options_of
+from .options import Command, as_json, check_options, debug, given, option, options_of
 from .output import show
 
 _EPILOG = """\b
@@ -44,10 +44,11 @@ def sweep(model: str | None, recipe: str | None, as_json: bool, **options: Any) 
     values add cells.
     """
     settings: dict[str, Any] = given(options)
+    check_options(settings, QuantizeSettings, RunSettings, SweepSettings)
     if recipe is not None:
         settings = {**read_recipe(recipe, *([] if model is None else [model])), **settings}
         model = settings.pop("model", None)
-    result = run(model, **settings)
+    result = loftq.sweep(model, **settings)
     show(result, as_json)
     if result.failed:
         sys.exit(1)

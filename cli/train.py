@@ -10,7 +10,7 @@ import click
 import loftq
 from loftq.settings import declared
 from loftq.training.recipe_files import laid_over, read_recipe
-from loftq.training.settings import MODES, TrainRun, TrainSettings
+from loftq.training.settings import MODES, TrainRun, TrainSettings, settings_of
 from loftq.training.tasks import TRAINING_TASKS
 
 from .options import Command, as_json, debug, given, option, options_of
@@ -37,9 +37,15 @@ Examples:
 
 
 @click.command(cls=Command, epilog=_EPILOG)
-@click.argument("model", metavar="DIR", required=False)
+@click.argument("model", metavar="DIR", required=False, type=click.Path())
 @click.argument("name", required=False)
-@option("--recipe", group="model", metavar="FILE", help="File of settings (.toml, .yaml, .json); options override it.")
+@option(
+    "--recipe",
+    group="model",
+    metavar="FILE",
+    type=click.Path(),
+    help="File of settings (.toml, .yaml, .json); options override it.",
+)
 @options_of(TrainSettings, TrainRun)
 @option("--dry-run", is_flag=True, help="Show the number of parameters and the memory; nothing is trained or written.")
 @as_json
@@ -61,11 +67,13 @@ def train(
         raise click.UsageError(f"{name}: one DIR is trained; a second name is that of a run in a --recipe")
     else:
         settings["model"] = model
+    run_names = declared(TrainRun)  # which an estimate has no use for
+    of_training = {key: value for key, value in settings.items() if key not in run_names}
+    settings_of({**of_training, **({"output": "-"} if dry_run else {})})  # refuses before seconds of imports
     if dry_run:
         from loftq.training.estimate import estimate  # imports peft, which takes seconds
 
-        run_names = declared(TrainRun)  # which an estimate has no use for
-        result: Shown = estimate(**{key: value for key, value in settings.items() if key not in run_names})
+        result: Shown = estimate(**of_training)
     else:
         result = loftq.train(**settings)
     if os.environ.get("RANK", "0") == "0":  # of several processes, the first one speaks

@@ -6,12 +6,11 @@ import sys
 from typing import Any
 
 import click
-from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from loftq.verbs.verify import verify as run
+import loftq
 
 from .options import Command, as_json, debug, option, quiet, token, trust_remote_code
-from .output import show
+from .output import quiet_hub, show
 
 _EPILOG = """\b
 Examples:
@@ -43,8 +42,8 @@ def verify(folder: str, as_json: bool, **options: Any) -> None:
     README.md, may be edited.
     """
     if options["quiet"]:
-        disable_progress_bars()  # the Hub client's own
-    result = run(folder, **options)
+        quiet_hub()
+    result = loftq.verify(folder, **options)
     show(result, as_json)
     if not result.sound:
         sys.exit(1)

@@ -5,21 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from loftq.display import size, visible
-from loftq.planning.command_line import command_line
 from loftq.planning.settings import QuantizeSettings, RunSettings
 from loftq.settings import declared
 from loftq.verbs import zoo as recipes
 
-from .options import Command, as_json, debug, given, options_of
-from .output import echo, echo_json, show_report
+from .options import Command, as_json, check_options, debug, given, names_of, option, options_of, wide
+from .output import Context, echo, echo_json, echo_table, quiet_hub, show_report
 
 _COLUMNS = {"name": "recipe", "model": "model", "bits": "bits", "rank": "rank"}
 _SIZES = {"disk": "on disk", "load": "to load", "train": "to train"}
 _CALIBRATION = ("calibration", "calibration_tokens", "sequence_length", "refine")  # settings that go with any recipe
 _RUN = tuple(name for name in declared(RunSettings) if name != "revision")
+_completed = names_of(recipes.recipe_names())
 _EPILOG = """\b
 Examples:
   loftq zoo list
@@ -28,33 +27,45 @@ Examples:
 """
 
 
-@click.group(epilog=_EPILOG)
+class _Group(click.Group):
+    """The group of these commands."""
+
+    context_class = Context
+
+
+@click.group(cls=_Group, epilog=_EPILOG)
 def zoo() -> None:
     """Recipes for known models, to be built by name."""
 
 
-@zoo.command("list")
-@click.option("--markdown", is_flag=True, help="Print model_zoo/README.md.")
-@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON, sizes in bytes.")
-def list_(markdown: bool, as_json: bool) -> None:
-    """List the recipes with what they take on disk, loaded, and in training."""
-    if markdown:
-        echo(recipes.markdown(), nl=False)
+@zoo.command("list", cls=Command)
+@option("--markdown", is_flag=True, help="Print model_zoo/README.md, computed again.")
+@option("--sizes", is_flag=True, help="Print model_zoo/sizes.json, computed again.")
+@wide
+@as_json
+def list_(markdown: bool, sizes: bool, wide: bool, as_json: bool) -> None:
+    """List the recipes with what they take on disk, loaded, and in training. As JSON, sizes are in bytes."""
+    if markdown or sizes:
+        echo(recipes.sizes() if sizes else recipes.markdown(), nl=False)
         return
-    rows = recipes.table()
+    rows = recipes.listed()
     if as_json:
         echo_json(rows)
         return
-    lines = [{**_COLUMNS, **_SIZES}]
-    lines += [{**{key: str(row[key]) for key in _COLUMNS}, **{key: size(row[key]) for key in _SIZES}} for row in rows]
-    widths = {key: max(len(line[key]) for line in lines) for key in lines[0]}
-    echo("\n".join("  ".join(line[key].ljust(widths[key]) for key in line).rstrip() for line in lines))
+    cells = [
+        {title: str(row[key]) for key, title in _COLUMNS.items()}
+        | {title: size(row[key]) for key, title in _SIZES.items()}
+        for row in rows
+    ]
+    echo_table(cells, ("recipe", "bits", "rank", *_SIZES.values()), wide)
 
 
-@zoo.command()
-@click.argument("name")
+@zoo.command(cls=Command)
+@click.argument("name", shell_complete=_completed)
 def show(name: str) -> None:
     """Show a recipe: its file, the command it stands for, and what it will take."""
+    from loftq.planning.command_line import command_line  # torch takes a second
+
     entry = recipes.find_recipe(name)
     rows = [
         ("command", command_line(entry.recipe, entry.plan.source).replace(" \\\n ", "")),
@@ -70,12 +81,14 @@ def show(name: str) -> None:
 
 
 @zoo.command(cls=Command, epilog=_EPILOG)
-@click.argument("name")
+@click.argument("name", shell_complete=_completed)
 @options_of(QuantizeSettings, RunSettings, only=(*_CALIBRATION, *_RUN))
 @as_json
 @debug
 def build(name: str, as_json: bool, **options: Any) -> None:
     """Quantize the model of a recipe with its settings."""
+    settings = given(options)
+    check_options(settings, QuantizeSettings, RunSettings)
     if options["quiet"]:
-        disable_progress_bars()  # the Hub client's own
-    show_report(recipes.build_recipe(name, **given(options)), as_json)
+        quiet_hub()
+    show_report(recipes.build_recipe(name, **settings), as_json)

@@ -8,8 +8,14 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
+if sys.platform == "win32":  # it has neither locks of folders nor reads at an offset
+    raise ImportError("loftq runs on Linux and macOS: on Windows, install it in WSL (`wsl --install`)")
+
+from loftq.chatter import silent_loggers
 from loftq.models import register
 
 if TYPE_CHECKING:
@@ -63,6 +69,7 @@ _HOMES = {
 }
 
 
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # nothing is printed unless a program asks for it
 register.install()  # folders of ours that stock transformers cannot load, it can from here on
 
 
@@ -74,7 +81,8 @@ def __getattr__(name: str) -> Any:
         return version("loftq")
     if name not in _HOMES:
         raise AttributeError(f"module 'loftq' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    with silent_loggers("bitsandbytes"):  # it names kernels that are optional when it is imported
+        return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
 
+line_width: ContextVar[int | None] = ContextVar("line_width", default=None)  # of tables; None: no limit
+_LEAST = 8  # characters: no cell is made narrower
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats (direction, zero width), half surrogates, separators
 _MARKS = re.compile(r"[\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w)|^[#+=-](?=\s|$)|://")
 
@@ -97,12 +100,42 @@ def key_values(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
-    """Rows of cells in columns two spaces apart. With `numbers`, all columns but the first are aligned on the right."""
+    """Rows of cells in columns two spaces apart. With `numbers`, all columns but the first are aligned on the right.
+
+    Cells are wrapped between words, or within long ones, where a row would be longer than `line_width`.
+    """
     rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    most = line_width.get()
+    if most is not None:
+        widths = _narrowed(rows, widths, most - 2 * (len(widths) - 1))
+        rows = [line for row in rows for line in _wrapped(row, widths)]
     right = range(1, len(widths)) if numbers else range(0)
     lines = (
         "  ".join(cell.rjust(widths[i]) if i in right else cell.ljust(widths[i]) for i, cell in enumerate(row))
         for row in rows
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _narrowed(rows: Sequence[Sequence[str]], widths: Sequence[int], room: int) -> list[int]:
+    """The widths of columns that share `room`: the widest become equally narrow, but whole words fit if they can."""
+    words = [
+        max((len(word) for cell in cells for word in cell.split()), default=0) for cells in zip(*rows, strict=True)
+    ]
+    least = words if sum(words) <= room else [min(width, _LEAST) for width in widths]
+    limit = max(widths, default=0)
+    while sum(map(max, least, (min(width, limit) for width in widths))) > room and limit > _LEAST:
+        limit -= 1
+    return [max(word, min(width, limit)) for word, width in zip(least, widths, strict=True)]
+
+
+def _wrapped(row: Sequence[str], widths: Sequence[int]) -> list[list[str]]:
+    """The lines of a row whose cells are wrapped to the widths of their columns."""
+    from textwrap import wrap  # imported here, because most tables need none of it
+
+    cells = [
+        [cell] if len(cell) <= width else wrap(cell, width, break_on_hyphens=False)
+        for cell, width in zip(row, widths, strict=True)
+    ]
+    return [[cell[i] if i < len(cell) else "" for cell in cells] for i in range(max(map(len, cells)))]

@@ -28,19 +28,13 @@ from typing import Self
 
 import torch
 
-from loftq.core.codebooks import INTEGERS, codebook
+from loftq.core.codebooks import INTEGERS, ZERO_POINTS, codebook
 from loftq.core.kernels import affine as kernels
 from loftq.core.kernels import dispatch
 from loftq.core.packing import paired, single
 from loftq.core.scales import Scales, stored_scales
 from loftq.errors import OptionError, UnknownNameError
 
-ZERO_POINTS = {
-    "symmetric": "no zero-point: levels lie around zero",
-    "integer": "a whole number of steps",
-    "float": "any number, stored in 16 bits",
-    "float32": "any number, stored in 32 bits: the result of a merge",
-}
 FLOATING = {"float": torch.float16, "float32": torch.float32}  # zero-points that float, and the dtypes of their shifts
 
 

@@ -21,18 +21,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
-
-import torch
-from scipy.special import ndtri  # the quantile of the standard normal: scipy.stats.norm.ppf, without its import
+from typing import TYPE_CHECKING, Any
 
 from loftq.errors import UnknownNameError
 
+if TYPE_CHECKING:  # tables of names are read for every help text, and torch takes a second
+    import torch
+
+ROW = -1  # as a block size: all inputs of an output
+ZERO_POINTS = {
+    "symmetric": "no zero-point: levels lie around zero",
+    "integer": "a whole number of steps",
+    "float": "any number, stored in 16 bits",
+    "float32": "any number, stored in 32 bits: the result of a merge",
+}
 _OFFSET = 0.9677083
 
 
 def normal_float(bits: int) -> torch.Tensor:
     """NormalFloat levels of a width: float32 `(2**bits,)`, ascending, from -1 to 1, zero included."""
+    import torch
+    from scipy.special import ndtri  # the quantile of the standard normal, without scipy.stats
+
     half = 2 ** (bits - 1)
     positive = ndtri(torch.linspace(_OFFSET, 0.5, half + 1)[:-1].double().numpy())
     negative = -ndtri(torch.linspace(_OFFSET, 0.5, half)[:-1].double().numpy())
@@ -43,6 +53,8 @@ def normal_float(bits: int) -> torch.Tensor:
 @cache
 def dynamic_map() -> torch.Tensor:
     """The signed 8-bit dynamic map: float32 `(256,)`, ascending."""
+    import torch
+
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
@@ -54,6 +66,8 @@ def dynamic_map() -> torch.Tensor:
 
 def integers(bits: int) -> torch.Tensor:
     """The whole numbers of a width: float32 `(2**bits,)`, from -2**(bits-1) to 2**(bits-1) - 1."""
+    import torch
+
     half = 2 ** (bits - 1)
     return torch.arange(-half, half, dtype=torch.float32)
 

@@ -10,10 +10,9 @@ import torch
 from loftq.core.affine import AffineQuantizer
 from loftq.core.blockwise import BlockQuantizer
 from loftq.core.codebooks import CODEBOOKS, type_of
+from loftq.core.codebooks import ROW as ROW
 from loftq.core.scales import Scales
 from loftq.core.trellis import TrellisQuantizer
-
-ROW = -1  # as a block size: all inputs of an output
 
 
 class Decoder(Protocol):
@@ -63,7 +62,7 @@ class Grid:
     """A type of quantized weight: levels, how many weights share a scale, and where zero lies.
 
     `codebook` is a name of `codebooks.CODEBOOKS`; `block_size` counts consecutive inputs, or is ROW; `zero_point`, of
-    `affine.ZERO_POINTS`, is for integers alone.
+    `codebooks.ZERO_POINTS`, is for integers alone.
     """
 
     codebook: str = "nf4"

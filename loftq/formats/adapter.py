@@ -13,9 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from loftq.errors import ArtifactError
 from loftq.formats import expert_factors
@@ -24,6 +22,9 @@ from loftq.formats.links import refuse_links
 from loftq.formats.model_files import model_file_names
 from loftq.formats.schema import check_value, json_text, number, read_json, whole
 from loftq.formats.tensor_files import TensorFiles
+
+if TYPE_CHECKING:
+    import torch
 
 FOLDER = "loftq_init"
 CONFIG = "adapter_config.json"
@@ -76,6 +77,8 @@ def specs(module: str, shape: Sequence[int], rank: int, pool_size: int | None = 
     a, b = factor_keys(module, shape)
     if len(shape) == 3:
         return expert_factors.specs(a, b, shape, rank)
+    import torch
+
     inputs = shape[1] // (pool_size or 1)
     return [TensorSpec(a, torch.float32, (rank, inputs)), TensorSpec(b, torch.float32, (shape[0], rank))]
 

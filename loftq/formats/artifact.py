@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq.core.affine import ZERO_POINTS
-from loftq.core.codebooks import CODEBOOKS, TYPES
-from loftq.core.grid import ROW
+from loftq.core.codebooks import CODEBOOKS, ROW, TYPES, ZERO_POINTS
 from loftq.errors import ArtifactError
 from loftq.formats import adapter
 from loftq.formats.disk import is_inside

@@ -11,38 +11,44 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from loftq.errors import CheckpointError, OptionError
 from loftq.formats.links import refuse_outside
 from loftq.formats.model_files import check_model_folder
 from loftq.formats.schema import check_value, file_name, json_text, read_json, shown, whole
 from loftq.formats.tensor_files import TensorFiles
+from loftq.tables import LazyTable
+
+if TYPE_CHECKING:
+    import torch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _REMEDY = "download it again"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+DTYPES: Mapping[str, torch.dtype] = LazyTable(
+    {
+        "F64": "torch:float64",
+        "F32": "torch:float32",
+        "F16": "torch:float16",
+        "BF16": "torch:bfloat16",
+        "F8_E4M3": "torch:float8_e4m3fn",
+        "F8_E5M2": "torch:float8_e5m2",
+        "I64": "torch:int64",
+        "I32": "torch:int32",
+        "U32": "torch:uint32",
+        "I16": "torch:int16",
+        "I8": "torch:int8",
+        "U8": "torch:uint8",
+        "BOOL": "torch:bool",
+    }
+)
 
 
 def dtype_of(config: Mapping[str, object]) -> torch.dtype:
     """The dtype in which a model computes, from its `config.json`; float16 if that has no dtype."""
+    import torch
+
     name = config.get("dtype") or config.get("torch_dtype") or "float16"
     dtype = getattr(torch, name, None) if isinstance(name, str) else None
     if not isinstance(dtype, torch.dtype):
@@ -231,13 +237,14 @@ def lay_out(
 
 
 def _lay_out_one(file: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> Shard:
+    codes = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offsets: dict[str, tuple[int, TensorSpec]] = {}
     at = 0
     # Wide dtypes come first, as in files that safetensors writes, so that every tensor is aligned to its item size.
     for spec in sorted(specs, key=lambda s: (-s.dtype.itemsize, s.name)):
         end = at + spec.nbytes
-        header[spec.name] = {"dtype": _CODES[spec.dtype], "shape": spec.shape, "data_offsets": [at, end]}
+        header[spec.name] = {"dtype": codes[spec.dtype], "shape": spec.shape, "data_offsets": [at, end]}
         offsets[spec.name] = (at, spec)
         at = end
     text = json_text(header, separators=(",", ":")).encode()

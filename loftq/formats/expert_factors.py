@@ -12,10 +12,12 @@ are named after the module, and those of `gate_up_proj` or `up_proj` after the `
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from loftq.formats.checkpoint import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
 
 _INNER = ".base_layer"
 _LAST = "down_proj"
@@ -48,6 +50,8 @@ def _owns(owner: str, target: str) -> bool:
 
 def specs(a: str, b: str, shape: Sequence[int], rank: int) -> list[TensorSpec]:
     """The two tensors of a parameter of `shape` (experts, out, in), with these names."""
+    import torch
+
     experts, rows, columns = shape
     return [
         TensorSpec(a, torch.float32, (rank * experts, columns)),
@@ -57,6 +61,8 @@ def specs(a: str, b: str, shape: Sequence[int], rank: int) -> list[TensorSpec]:
 
 def joined(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """The two tensors from A (r, in) and B (out, r) of each expert."""
+    import torch
+
     b = torch.stack([b for _, b in factors], dim=-1)  # (out, r, experts)
     return torch.cat([a for a, _ in factors]), b.flatten(1)
 

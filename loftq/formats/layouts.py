@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
-from loftq.core.grid import ROW, Grid
-from loftq.core.scales import Scales, Solved
+from loftq.core.codebooks import ROW
 from loftq.errors import OptionError, UnknownNameError
-from loftq.formats import bitsandbytes, gptq, native, trellis_streams
-from loftq.formats.checkpoint import TensorSpec
+from loftq.tables import LazyTable
+
+if TYPE_CHECKING:
+    import torch
+
+    from loftq.core.grid import Grid
+    from loftq.core.scales import Scales, Solved
+    from loftq.formats.checkpoint import TensorSpec
 
 
 class Layout(Protocol):
@@ -87,9 +90,19 @@ class Layout(Protocol):
         """The entry of `config.json`. `target_parameters` are the ends of names of the stacks that are quantized."""
 
 
-_ALL: tuple[Layout, ...] = (bitsandbytes, gptq, native, trellis_streams)  # the first that holds a type is its default
-LAYOUTS: Mapping[str, Layout] = {layout.METHOD: layout for layout in _ALL}
-OURS = native.METHOD  # it can hold every type and every linear
+OURS = "loftq"  # it can hold every type and every linear
+LAYOUTS: Mapping[str, Layout] = LazyTable(  # the first that holds a type is its default
+    {
+        "bitsandbytes": "loftq.formats.bitsandbytes",
+        "gptq": "loftq.formats.gptq",
+        OURS: "loftq.formats.native",
+        "loftq-trellis": "loftq.formats.trellis_streams",
+    }
+)
+if TYPE_CHECKING:
+    from loftq.formats import bitsandbytes, gptq, native, trellis_streams
+
+    _COMPLETE: tuple[Layout, ...] = (bitsandbytes, gptq, native, trellis_streams)  # the type checker compares them
 
 
 def choose(

@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
-from loftq.core.affine import FLOATING, ZERO_POINTS, shifts_of
-from loftq.core.codebooks import INTEGERS, TABLES
+from loftq.core.affine import FLOATING, shifts_of
+from loftq.core.codebooks import INTEGERS, TABLES, ZERO_POINTS
 from loftq.core.grid import ROW, Grid
 from loftq.core.packing import pack, packed_size, paired, single, unpack
 from loftq.core.scales import SCALE_BLOCK, NestedScales, Scales, Solved

@@ -18,11 +18,14 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from loftq.errors import LoftQError
+
+if TYPE_CHECKING:
+    import torch
 
 OPEN_FILES = 16
 _LENGTH_BYTES = 8
@@ -82,6 +85,8 @@ class TensorFiles:
         Raises the error of this folder if the file has no such tensor, cannot be read, or has changed since its header
         was read.
         """
+        import torch
+
         header = self._header(file)
         if name not in header.places:
             raise self._refusal(file, name, "it has none of this name")

@@ -28,7 +28,7 @@ class MergeRun:
         negative=True,
         usual="they are compared",
     )
-    quiet: bool = again(RunSettings, "quiet", False)
+    quiet: bool = again(RunSettings, "quiet", True)
 
     def __post_init__(self) -> None:
         check(self)

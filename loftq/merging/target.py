@@ -26,7 +26,6 @@ class Target(ABC):
     """A merge of one pair."""
 
     name: ClassVar[str]  # the value of --to
-    text: ClassVar[str]  # a line of --help
     suffix: ClassVar[str] = ".safetensors"  # of the files with the weights
     any_backbone: ClassVar[bool] = False  # whether the adapter may have been trained on another backbone
     comparable: ClassVar[bool] = False  # whether transformers can load the result, to compare its logits

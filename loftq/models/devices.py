@@ -79,7 +79,8 @@ def compute_dtype(requested: str | None, device: torch.device) -> torch.dtype:
     if requested == "bfloat16" and device.type == "cuda" and not _cuda_has_bfloat16():
         raise OptionError("--dtype bfloat16 is not supported by this GPU: use float16 or float32")
     if requested is not None:
-        return COMPUTE_DTYPES[requested]
+        named: torch.dtype = getattr(torch, requested)
+        return named
     if device.type == "cuda":
         return torch.bfloat16 if _cuda_has_bfloat16() else torch.float16
     return torch.bfloat16 if device.type == "cpu" and has_avx512bf16() else torch.float32
@@ -87,9 +88,6 @@ def compute_dtype(requested: str | None, device: torch.device) -> torch.dtype:
 
 def _cuda_has_bfloat16() -> bool:
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-
-
-COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 _FULL = r"can't allocate memory|not enough memory|Cannot allocate memory"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from loftq.chatter import silenced
 from loftq.core.grid import ROW
 from loftq.errors import ArtifactError, OptionError, UnknownNameError
 from loftq.formats import gptq
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 BACKENDS = {"loftq": "our own packed linear", "gptqmodel": "gptqmodel's kernels"}
 
 
+@silenced()
 def load_qlora(
     folder: str | Path,
     adapter: str | Path | None = None,
@@ -55,6 +57,7 @@ def load_qlora(
     return load_adapter(base, chosen, is_trainable=is_trainable)
 
 
+@silenced()
 def load_qalora(
     folder: str | Path,
     adapter: str | Path | None = None,

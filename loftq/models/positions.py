@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 _MOST = 1_000_000  # tokens, where neither the model nor its tokenizer has a limit
 
 
@@ -15,6 +13,8 @@ def longest_input(model: Any, tokenizer_limit: int | None = None) -> int:
     The model may be on the meta device, quantized, or peft's. RoBERTa and its relatives give the first token the
     position behind the padding token's id, so their embeddings hold fewer tokens than `max_position_embeddings`.
     """
+    from torch import nn
+
     limits = [_MOST, tokenizer_limit, getattr(model.config.get_text_config(), "max_position_embeddings", None)]
     for name, module in model.named_modules():
         counts_positions = isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]

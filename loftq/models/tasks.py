@@ -10,15 +10,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, cast
 
 from loftq.display import one_line
 from loftq.errors import ArtifactError, LoftQError, OptionError, SourceError, UnknownNameError
 from loftq.formats.artifact import MANIFEST
 from loftq.formats.model_config import read_config
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def build_meta(
     `trust_remote_code` is false, and for an architecture that belongs to no task. Raises OptionError for a task for
     which the model type has no class, and for `num_labels` if the task is not a classification.
     """
+    import torch
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
@@ -124,7 +126,7 @@ def build_meta(
             model = auto_class(chosen).from_config(config, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # and so may the class of a model
         raise SourceError(_config_problem(folder, error)) from error
-    return cast(nn.Module, model), chosen
+    return cast("nn.Module", model), chosen
 
 
 def _choose(folder: Path, config: Any, architectures: list[str], wanted: str | None) -> Task:

@@ -29,8 +29,8 @@ from typing import Any
 
 from loftq.models.training_memory import trained_bytes
 from loftq.planning.plan import Plan
+from loftq.planning.settings import TOKENS
 
-TOKENS = 1024
 _LOGIT_BYTES = 12
 
 

@@ -16,7 +16,6 @@ from loftq.core.solvers.methods import METHODS, WITH_TEXT, WITHOUT_TEXT, Method
 from loftq.errors import OptionError
 from loftq.formats import layouts
 from loftq.formats.adapter import scaling
-from loftq.models.devices import COMPUTE_DTYPES
 from loftq.planning.grid_settings import with_grid
 from loftq.planning.keywords import QuantizeKeywords
 from loftq.planning.method_names import honest_name, with_honest_name
@@ -96,7 +95,8 @@ class Recipe(QuantizeSettings):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the model computes, and in which tensors that are not quantized are stored."""
-        return COMPUTE_DTYPES[self.compute_dtype]
+        dtype: torch.dtype = getattr(torch, self.compute_dtype)
+        return dtype
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as in `loftq.json`. Settings of experts are left out if there are no experts."""

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loftq.core.affine import ZERO_POINTS
-from loftq.core.codebooks import TYPES
-from loftq.core.solvers.loftq import SVD
-from loftq.core.solvers.methods import METHODS, ROUNDINGS, SCALES
+from loftq.core.codebooks import TYPES, ZERO_POINTS
+from loftq.core.solvers.methods import METHODS, ROUNDINGS, SCALES, SVD
 from loftq.formats.layouts import LAYOUTS
-from loftq.models.devices import COMPUTE_DTYPES
 from loftq.models.tasks import TASKS
 from loftq.settings import check, setting
 
@@ -22,6 +19,8 @@ BLOCK_SIZE = 64  # default number of weights that share one scale
 EXPERT_RANK = 4  # default: there is a pair of factors for each expert
 FIRST_WIDTHS = (2, 4)  # widths of the allocation `first`, as in the paper
 CALIBRATION_TOKENS, SEQUENCE_LENGTH = 65536, 2048  # defaults
+TOKENS = 1024  # of the training step whose memory the zoo names
+COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 ADAPTERS = {
     "lora": "LoftQ: a plain LoRA that corrects the errors of the backbone",
     "qalora": "QA-LoRA: a LoRA on pooled inputs, which can be merged into the zero-points",
@@ -246,7 +245,7 @@ class RunSettings:
         usual="the number of cores, at most 8; 1 on a GPU",
     )
     dry_run: bool = setting(False, "Show the plan; only headers are read, and nothing is written.", "run")
-    quiet: bool = setting(False, "Show no progress bar.", "run")
+    quiet: bool = setting(True, "Show no progress bar.", "run")
 
     def __post_init__(self) -> None:
         check(self)

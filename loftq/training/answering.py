@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from tqdm import tqdm
-from transformers import GenerationConfig
-
 from loftq.errors import OptionError
 from loftq.training.ends import Ends, all_ends
 from loftq.training.opened import Opened
@@ -29,6 +25,8 @@ def answers(
     If the longest prompt leaves less than `max_new_tokens` of the model's positions, all answers have this lower limit,
     so that an answer does not depend on the batch that it is in.
     """
+    from tqdm import tqdm
+
     for number, ids in enumerate(prompts, 1):
         if not ids:
             raise OptionError(f"row {number}: the prompt has no tokens: remove the row, or give it a text")
@@ -63,6 +61,9 @@ def write_answers(
     **sampling: Any,
 ) -> list[str]:
     """Return the answers to a batch of prompts, of at most `max_new_tokens` each, without their ends."""
+    import torch
+    from transformers import GenerationConfig
+
     tokenizer, model = opened.tokenizer, opened.model
     longest = max(map(len, prompts))
     pad = tokenizer.pad_token_id

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from loftq.chatter import silenced
 from loftq.errors import OptionError, OutputError
 from loftq.training.chat_templates import write_messages
 from loftq.training.process import explain_memory
@@ -50,7 +51,7 @@ class Chat:
             raise
         streamer = self.writer.streamer(stream)
         try:
-            with explain_memory():
+            with silenced(), explain_memory():
                 answer = self.writer.answer(ids, streamer)
         except KeyboardInterrupt:
             self.turns.append({"role": "assistant", "content": streamer.shown.strip()})

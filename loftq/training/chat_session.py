@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from loftq.errors import LoftQError
-from loftq.training.chat import Chat
+
+if TYPE_CHECKING:
+    from loftq.training.chat import Chat  # imports transformers, which takes seconds
 
 COMMANDS = {
     "/reset": "forget the conversation, but not the system message",

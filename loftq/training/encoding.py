@@ -7,10 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from loftq.errors import OptionError
 from loftq.models.tokenizers import check_ids, embedding_rows, has_tokenizer, read_tokenizer, special_tokens
@@ -20,6 +17,10 @@ from loftq.training.labels import Labels
 from loftq.training.spans import tokenize
 from loftq.training.turns import Piece, check_roles, turns
 from loftq.training.written import check_written
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 IGNORED = -100  # torch's label for a token that adds no loss
 _NEEDED = "a conversation of several turns, or with more than texts"
@@ -243,6 +244,8 @@ class Collator:
         """Return token ids and types, attention mask and labels: int64 (batch, longest). Labels of a classifier
         are (batch,), or (batch, labels) if they are lists of floats.
         """
+        import torch
+
         ids = _padded([example["input_ids"] for example in examples], self.pad_token_id)
         mask = _padded([[1] * len(example["input_ids"]) for example in examples], 0)
         labels = [example["labels"] for example in examples]
@@ -257,5 +260,7 @@ class Collator:
 
 
 def _padded(rows: Sequence[list[int]], value: int) -> torch.Tensor:
+    import torch
+
     tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)

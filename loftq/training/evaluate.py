@@ -14,6 +14,7 @@ import torch
 
 from loftq.artifacts.card_section import read_card
 from loftq.artifacts.manifest import VERSIONS
+from loftq.chatter import silenced_with_data
 from loftq.display import columns, markdown
 from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, open_artifact
@@ -28,7 +29,7 @@ from loftq.training.evaluate_settings import EvaluateKeywords, EvaluateSettings
 from loftq.training.model import find_model
 from loftq.training.open_model import load_source, open_to_use
 from loftq.training.opened import Opened
-from loftq.training.process import explain_memory, hush
+from loftq.training.process import explain_memory
 from loftq.training.tasks import MEASURES, TRAINING_TASKS, require
 from loftq.verbs.quantize import quantize
 
@@ -93,14 +94,13 @@ def evaluate(model: str, **settings: Unpack[EvaluateKeywords]) -> Evaluation:
     model, adapter = with_backbone(str(model), chosen.adapter)
     chosen = replace(chosen, adapter=adapter)
     _check_use(model, chosen)
-    hush(chosen.quiet)
-    rows = read_rows(chosen.data)
-    if chosen.max_examples is not None:
-        rows = rows.select(range(min(chosen.max_examples, len(rows))))
     device = device_to_run(chosen.cpu)
     dtype = compute_dtype(chosen.dtype, device)
     figures: dict[str, dict[str, float]] = {}
-    with explain_memory():
+    with silenced_with_data(chosen.quiet), explain_memory():
+        rows = read_rows(chosen.data)
+        if chosen.max_examples is not None:
+            rows = rows.select(range(min(chosen.max_examples, len(rows))))
         for name, open_model in _candidates(model, chosen, device, dtype):
             opened = open_model()
             require(MEASURES[chosen.task].like, opened.task.name, name, chosen.task)

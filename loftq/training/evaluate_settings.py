@@ -9,6 +9,7 @@ from typing import TypedDict
 
 from loftq.settings import again, check, setting
 from loftq.training.settings import TrainSettings
+from loftq.training.tasks import MEASURES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class EvaluateSettings:
         metavar="MODEL",
         usual="the model that the folder was made from",
     )
-    task: str = setting("perplexity", "Task to measure; see below.", "data")
+    task: str = setting("perplexity", "Task to measure; see below.", "data", choices=MEASURES)
     data: tuple[str, ...] = again(TrainSettings, "data", ())
     columns: Mapping[str, str] = again(TrainSettings, "columns", dict)
     chat_template: bool | None = again(TrainSettings, "chat_template", usual="if the model has one")
@@ -56,7 +57,7 @@ class EvaluateSettings:
     card: bool = setting(False, "Write the table into the model card of the folder.", "output")
     dtype: str | None = again(TrainSettings, "dtype")
     cpu: bool | None = again(TrainSettings, "cpu")
-    quiet: bool = setting(False, "Show no progress bar.", "run")
+    quiet: bool = setting(True, "Show no progress bar.", "run")
 
     def __post_init__(self) -> None:
         check(self)

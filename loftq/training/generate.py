@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TextIO
 
+from loftq.chatter import silenced
 from loftq.errors import OptionError
 from loftq.training.process import explain_memory
 from loftq.training.sampling import Sampling
@@ -43,7 +44,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    with explain_memory():
+    with silenced(), explain_memory():
         writer = open_writer(model, adapter, sampling, chat_template=chat_template, dtype=dtype, cpu=cpu)
         if writer.templated:
             messages = [{"role": "system", "content": system}] if system else []

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loftq.chatter import silenced_with_data
 from loftq.display import one_line
 from loftq.errors import OptionError
 from loftq.models.devices import compute_dtype, device_to_run
@@ -15,7 +16,7 @@ from loftq.models.trained_folder import with_backbone
 from loftq.training.ends import all_ends, turn_end
 from loftq.training.model import find_model
 from loftq.training.open_model import open_to_use
-from loftq.training.process import explain_memory, hush
+from loftq.training.process import explain_memory
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,13 @@ def run_harness(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise OptionError("--harness needs the lm-eval package: pip install 'loftq[harness]'") from error
-    hush(quiet)
     manager = TaskManager(include_path=None if include is None else str(include))
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise OptionError(f"--harness {unknown[0]}: lm-eval has no such task: name one that `lm-eval ls tasks` lists")
     device = device_to_run(cpu)
     model, adapter = with_backbone(model, adapter)
-    with explain_memory():
+    with silenced_with_data(quiet), explain_memory():
         opened = open_to_use(find_model(model), adapter, device, compute_dtype(dtype, device))
         backend = "seq2seq" if opened.task.name == "seq2seq-lm" else "causal"
         wrapped = _checked(HFLM)(opened.model, backend=backend, tokenizer=opened.tokenizer, batch_size=batch_size)

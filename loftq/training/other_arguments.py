@@ -35,6 +35,7 @@ OWN = {
     "hub_model_id": "--push-to-hub",
     "resume_from_checkpoint": "--resume",
 }
+SCHEDULER = "cosine"  # the default, which is not looked up: transformers takes seconds to import
 _FIXED = {"remove_unused_columns": "the examples have no unused columns"}
 
 
@@ -50,6 +51,8 @@ def check_set(values: Mapping[str, Any]) -> None:
             f"--set {secret}: holds a secret, which would be written into checkpoints: leave it out, and log in with "
             "`hf auth login` or set HF_TOKEN; other services read their own environment variable"
         )
+    if not values:
+        return
     from transformers import TrainingArguments
 
     argument_names = {entry.name for entry in fields(TrainingArguments)}
@@ -64,10 +67,13 @@ def check_set(values: Mapping[str, Any]) -> None:
 
 def check_choices(lr_scheduler: str, optim: str | None) -> None:
     """Raise UnknownNameError for a schedule or an optimizer that transformers does not have."""
-    from transformers import SchedulerType
-    from transformers.training_args import OptimizerNames
+    if lr_scheduler != SCHEDULER:
+        from transformers import SchedulerType
 
-    if lr_scheduler not in {*SchedulerType}:
-        raise UnknownNameError("lr scheduler", lr_scheduler, [kind.value for kind in SchedulerType])
-    if optim is not None and optim not in {*OptimizerNames}:
-        raise UnknownNameError("optim", optim, [kind.value for kind in OptimizerNames])
+        if lr_scheduler not in {*SchedulerType}:
+            raise UnknownNameError("lr scheduler", lr_scheduler, [kind.value for kind in SchedulerType])
+    if optim is not None:
+        from transformers.training_args import OptimizerNames
+
+        if optim not in {*OptimizerNames}:
+            raise UnknownNameError("optim", optim, [kind.value for kind in OptimizerNames])

@@ -1,24 +1,10 @@
-"""Hides progress bars while a model runs, and explains errors from full memory."""
+"""Explains errors from full memory, in training and in what runs a model."""
 
 from __future__ import annotations
 
 from functools import partial
 
-from transformers.utils import logging
-
 from loftq.models.devices import explain_full_memory
-
-
-def hush(quiet: bool) -> None:
-    """With `quiet`, hide the progress bars of transformers and datasets."""
-    if quiet:
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        try:
-            import datasets
-        except ImportError:
-            return
-        datasets.disable_progress_bars()
-
 
 explain_memory = partial(
     explain_full_memory,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import re
 import resource
 import shutil
-import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,6 +28,8 @@ from loftq.models.adapters import TRAINING_RECORD, TRAINING_SCHEMA
 from loftq.training.settings import TrainSettings
 
 _SPLIT = {"batch_size": whole(1), "gradient_accumulation": whole(1), "gradient_checkpointing": bool}
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -170,14 +172,14 @@ def last_checkpoint(output: Path) -> Path | None:
 
 
 def give_up_after(last: Path | None, output: Path) -> None:
-    """Remove the checkpoints that are newer than the one that a run continues from, and report it on stderr."""
+    """Remove the checkpoints that are newer than the one that a run continues from, and report it."""
     newer = [path for path in checkpoints(output) if last is None or _step(path) > _step(last)]
     for path in newer:
         shutil.rmtree(path)
     if newer:
         names = ", ".join(path.name for path in reversed(newer))
         where = "starts again" if last is None else f"continues from {last.name}"
-        print(f"{output}: {names} is incomplete: training {where}", file=sys.stderr, flush=True)
+        _log.warning(f"{output}: {names} is incomplete: training {where}")
 
 
 def _step(checkpoint: Path) -> int:

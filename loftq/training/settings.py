@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from loftq.errors import OptionError, UnknownNameError
-from loftq.models.devices import COMPUTE_DTYPES
-from loftq.planning.settings import QuantizeSettings
+from loftq.planning.settings import COMPUTE_DTYPES, QuantizeSettings
 from loftq.settings import again, check, check_names, from_dict, plain, setting, to_dict
-from loftq.training.other_arguments import OWN, check_choices, check_set
+from loftq.training.other_arguments import OWN, SCHEDULER, check_choices, check_set
 from loftq.training.recipe_files import ALIASES
 from loftq.training.tasks import TRAINING_TASKS
 
@@ -106,7 +105,7 @@ class TrainSettings:
     learning_rate: float | None = setting(
         None, "Peak learning rate.", "training", above=0, below=10, hint="such as 2e-4", usual="see Adapters below"
     )
-    lr_scheduler: str = setting("cosine", "Schedule of the learning rate, by its name in transformers.", "training")
+    lr_scheduler: str = setting(SCHEDULER, "Schedule of the learning rate, by its name in transformers.", "training")
     warmup_steps: int | None = setting(
         None, "Number of steps in which the rate rises.", "training", least=0, usual="--warmup-ratio"
     )
@@ -204,7 +203,7 @@ class TrainRun:
 
     resume: bool = setting(False, "Continue from the last checkpoint.", "output")
     overwrite: bool = setting(False, "Replace an earlier training.", "output")
-    quiet: bool = setting(False, "Show no progress bar.", "run")
+    quiet: bool = setting(True, "Show no progress bar.", "run")
 
 
 class TrainKeywords(TypedDict, total=False):

@@ -6,8 +6,8 @@ step, so an interrupted sweep continues from the step that was interrupted, and 
 
 from __future__ import annotations
 
+import logging
 import platform
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -34,6 +34,8 @@ from loftq.training.sweep_settings import Cell
 from loftq.training.train import train
 from loftq.verbs.quantize import quantize
 from loftq.verbs.report import report
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class _Sweep:
 
     def __init__(self, model: str | None, folder: Path, plan: SweepPlan, record: dict[str, Any]) -> None:
         self._model, self._folder, self._plan, self._record = model, folder, plan, record
-        self._quiet = bool(plan.run.get("quiet"))
+        self._quiet = bool(plan.run.get("quiet", True))
         wanted = {cell.name for cell in plan.cells}
         kept = [row for row in record["cells"] if row["cell"] in wanted or row["status"] == COMPLETE]
         self._rows: dict[str, dict[str, Any]] = {row["cell"]: row for row in kept}
@@ -273,9 +275,9 @@ class _Sweep:
         write_sweep(self._folder, self._record)
 
     def _say(self, text: str, row: Mapping[str, Any] | None = None, step: str = "") -> None:
-        """Show a line on stderr, but not for a step that is done already."""
-        if not self._quiet and (row is None or step not in row.get("steps", ())):
-            print(text, file=sys.stderr, flush=True)
+        """Log a line, but not for a step that is done already."""
+        if row is None or step not in row.get("steps", ()):
+            _log.info(text)
 
 
 def _problem(error: Exception) -> str:

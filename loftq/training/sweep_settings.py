@@ -9,7 +9,6 @@ from typing import Any
 
 from loftq.core.solvers.methods import METHODS
 from loftq.errors import OptionError, UnknownNameError
-from loftq.hub.text import DEFAULT
 from loftq.planning.settings import QuantizeSettings
 from loftq.settings import again, check, setting
 from loftq.training.evaluate_settings import EvaluateSettings
@@ -118,6 +117,8 @@ def quantizing(cell: Cell, shared: Mapping[str, Any], needs_text: bool) -> dict[
     All cells get the calibration text, so that the error of outputs is measured in each; the methods that need none
     are not changed by it. `iters` goes to methods that alternate, and `refine` to those that refine.
     """
+    from loftq.hub.text import DEFAULT  # imports what reads data sets
+
     preset, options = METHODS[cell.method], dict(shared)
     if needs_text:
         options.setdefault("calibration", DEFAULT)

@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from textwrap import shorten
@@ -32,6 +31,8 @@ def read_tables(paths: Sequence[Path], delimiter: str, option: str) -> Dataset:
 
     The rows are kept in the cache of `datasets`, until a file changes.
     """
+    from importlib.metadata import version
+
     import datasets
 
     prefix = f"{option} {paths[0]}: cannot be read"

@@ -6,8 +6,8 @@ checkpoints, from which an interrupted run continues.
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +20,7 @@ from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from loftq.chatter import silenced_with_data
 from loftq.formats.artifact import CARD
 from loftq.formats.disk import follow_umask, write_whole
 from loftq.hub.destination import find_destination
@@ -39,7 +40,7 @@ from loftq.training.model import Model, find_model, identity_of
 from loftq.training.open_model import count_parameters, mode_of, open_to_train
 from loftq.training.opened import Opened
 from loftq.training.prepare import check_push, examples, prepare
-from loftq.training.process import explain_memory, hush
+from loftq.training.process import explain_memory
 from loftq.training.quantize_first import quantized
 from loftq.training.result import Result, next_steps
 from loftq.training.rows_hash import rows_hash
@@ -59,6 +60,7 @@ from loftq.training.steps import shorten_warmup, steps_of
 from loftq.training.tasks import TRAINING_TASKS
 from loftq.verbs.push import push
 
+_log = logging.getLogger(__name__)
 _VERSIONS = ("loftq", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
 
 
@@ -76,16 +78,24 @@ def train(model: str | Path | None = None, **settings: Unpack[TrainKeywords]) ->
 def _train(settings: TrainSettings, run: TrainRun) -> Result:
     check_resume(run.resume, run.overwrite)
     output = Path(settings.output)
-    with sole_writer(output):
+    with silenced_with_data(_is_quiet(run)), sole_writer(output):
         check_run_folder(output, settings, resume=run.resume, overwrite=run.overwrite)
         return _train_in(output, settings, run)
+
+
+def _is_quiet(run: TrainRun) -> bool:
+    return run.quiet or not _reports()
+
+
+def _reports() -> bool:
+    """Whether this is the first of several processes, which alone reports."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _train_in(output: Path, settings: TrainSettings, run: TrainRun) -> Result:
     """Train in a folder that no other run writes into."""
     started = time.perf_counter()
-    quiet = run.quiet or os.environ.get("LOCAL_RANK", "0") != "0"  # only the first of several processes reports
-    hush(quiet)
+    quiet = _is_quiet(run)
     rows = read_rows(settings.data)
     evaluation = read_rows(settings.eval_data, "--eval-data") if settings.eval_data else None
     hashes = _checked_rows(output, settings, run, rows, evaluation)
@@ -102,7 +112,8 @@ def _train_in(output: Path, settings: TrainSettings, run: TrainRun) -> Result:
         split, note = _split(output if resume else None, settings, prepared, backbone, train_examples)
         arguments = arguments_of(split.into(settings), mode_of(settings, backbone))
         notes = [note, shorten_warmup(arguments, steps_of(arguments, len(train_examples)))]
-        _report(train_examples, eval_examples, notes, quiet=quiet)
+        if _reports():
+            _report(train_examples, eval_examples, notes)
         with arguments.main_process_first():
             ready_settings, backbone = quantized(settings, find_model(settings.model), quiet=quiet)
         record = {
@@ -111,7 +122,7 @@ def _train_in(output: Path, settings: TrainSettings, run: TrainRun) -> Result:
             "backbone": identity_of(backbone, output),
             "rows": hashes,
         }
-        opened = _opened(ready_settings, backbone, arguments, quiet=quiet)
+        opened = _opened(ready_settings, backbone, arguments)
         trainer = _trainer(settings, opened, arguments, train_examples, eval_examples, quiet=quiet)
         last = last_checkpoint(output) if resume else None
         if trainer.is_world_process_zero():
@@ -155,15 +166,14 @@ def _split(
     return chosen[0]
 
 
-def _report(train_examples: Any, eval_examples: Any, notes: list[str | None], *, quiet: bool) -> None:
-    """Say on stderr, before the long work, how much is learned from, and what was changed in the settings."""
-    if quiet:
-        return
+def _report(train_examples: Any, eval_examples: Any, notes: list[str | None]) -> None:
+    """Say, before the long work, how much is learned from, and what was changed in the settings."""
     held = "" if eval_examples is None else f", {len(eval_examples):,} to evaluate on"
     lengths = sizes(train_examples)
     tokens = f"{lengths.mean():,.0f} tokens on average, at most {lengths.max():,}"
     lines = [f"{len(train_examples):,} examples to train on{held}: {tokens}", *notes]
-    print("\n".join(line for line in lines if line is not None), file=sys.stderr, flush=True)
+    for line in filter(None, lines):
+        _log.info(line)
 
 
 def _checked_rows(output: Path, settings: TrainSettings, run: TrainRun, rows: Any, evaluation: Any) -> dict[str, str]:
@@ -180,15 +190,15 @@ def _checked_rows(output: Path, settings: TrainSettings, run: TrainRun, rows: An
     return hashes
 
 
-def _opened(settings: TrainSettings, backbone: Model, arguments: TrainingArguments, *, quiet: bool) -> Opened:
-    """Open the model with its adapter, and report on stderr how many parameters train."""
+def _opened(settings: TrainSettings, backbone: Model, arguments: TrainingArguments) -> Opened:
+    """Open the model with its adapter, and report how many parameters train."""
     set_seed(settings.seed)  # a new adapter begins with random values
     opened = open_to_train(settings, backbone, arguments.device)
     opened.name_backbone(str(opened.folder.resolve()))  # peft reads this folder whenever it saves
-    if not quiet:
+    if _reports():
         trainable, total = count_parameters(opened.model)
         share = 100 * trainable / total
-        print(f"{trainable:,} of {total:,} parameters train ({share:.2f} %)", file=sys.stderr, flush=True)
+        _log.info(f"{trainable:,} of {total:,} parameters train ({share:.2f} %)")
     return opened
 
 

@@ -18,7 +18,6 @@ from loftq.training.ends import Ends, turn_end
 from loftq.training.model import find_model
 from loftq.training.open_model import open_to_use
 from loftq.training.opened import Opened
-from loftq.training.process import hush
 from loftq.training.sampling import Sampling
 from loftq.training.streaming import Streamer
 
@@ -58,7 +57,6 @@ def open_writer(
     Prompts are written with the chat template if there is one, unless `chat_template` is False. The random numbers of
     the process begin with the seed of `sampling`. Raises OptionError for a model that cannot write text.
     """
-    hush(quiet=True)
     device = device_to_run(cpu)
     model, adapter = with_backbone(model, adapter)
     opened = open_to_use(find_model(model), adapter, device, compute_dtype(dtype, device))

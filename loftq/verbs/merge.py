@@ -8,6 +8,7 @@ from typing import Unpack
 
 from loftq.artifacts.pair import open_pair
 from loftq.artifacts.staging import check_output, open_staging
+from loftq.chatter import silenced
 from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.artifact import read_artifact
 from loftq.formats.checkpoint import parse_size
@@ -23,6 +24,7 @@ from loftq.planning.run import check_resume
 from loftq.settings import from_dict, option_name, said, split
 
 
+@silenced()
 def merge(
     folder: str | Path,
     adapter: str | Path | None = None,

@@ -10,6 +10,7 @@ from typing import Any, Unpack
 from loftq.artifacts.manifest import write_configs, write_manifest
 from loftq.artifacts.staging import Staging, check_output, is_begun, open_staging
 from loftq.calibration.gather import calibrate
+from loftq.chatter import silenced
 from loftq.errors import HubError, OptionError
 from loftq.formats import artifact
 from loftq.formats.disk import explain_os_errors
@@ -39,6 +40,7 @@ _LESS = (
 )
 
 
+@silenced()
 def quantize(model: str | None = None, **settings: Unpack[QuantizeKeywords]) -> Report:
     """Quantize a model and initialize its LoRA adapter with LoftQ. Calibration on text reduces the error further.
 

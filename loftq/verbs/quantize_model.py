@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from loftq.chatter import silenced
 from loftq.core import allocation as budgets
 from loftq.core.grid import Grid
 from loftq.core.solvers.solution import Solution, check_solution, unsolvable
@@ -23,6 +24,7 @@ from loftq.planning.recipe import Recipe, layer_seed, recipe_of
 from loftq.solving.layers import solve_by
 
 
+@silenced()
 def quantize_model(
     model: nn.Module,
     target_modules: Sequence[str] | None = None,

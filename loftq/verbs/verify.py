@@ -94,7 +94,7 @@ def verify(
     revision: str | None = None,
     token: str | None = None,
     trust_remote_code: bool = False,
-    quiet: bool = False,
+    quiet: bool = True,
 ) -> Verification:
     """Compare a loftq folder with its `loftq.json`: hashes, names, dtypes, shapes, completeness.
 

@@ -8,28 +8,30 @@ without the Hub.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loftq.display import size
 from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.checkpoint import SINGLE, Checkpoint, TensorSpec, dtype_of
 from loftq.formats.model_config import read_config
-from loftq.hub.source import Source
 from loftq.models.tasks import build_meta
-from loftq.planning.footprint import TOKENS, Footprint, footprint
-from loftq.planning.plan import Plan
-from loftq.planning.planner import make_plan
-from loftq.planning.recipe import Recipe, recipe_of
-from loftq.planning.settings import QuantizeSettings, RunSettings
+from loftq.planning.settings import TOKENS, QuantizeSettings, RunSettings
 from loftq.settings import declared, from_dict, split
-from loftq.solving.report import Report
-from loftq.verbs.quantize import planned, quantize
+
+if TYPE_CHECKING:  # the list of recipes needs none of it, and torch takes a second
+    from loftq.hub.source import Source
+    from loftq.planning.footprint import Footprint
+    from loftq.planning.plan import Plan
+    from loftq.planning.recipe import Recipe
+    from loftq.solving.report import Report
 
 _README = """# The zoo
 
@@ -51,6 +53,7 @@ default. `make zoo` writes this page.
 # The options of `loftq train` with which its dry run estimates the same step.
 TRAINED_WITH = f"--batch-size 1 --cutoff-len {TOKENS} --gradient-checkpointing --optim adamw_torch"
 _SETTINGS = declared(QuantizeSettings)
+SIZES = "sizes.json"  # the rows of `table`, so that a list of them needs no plans
 _PACKAGE = "package"  # the table about the package that ships the default model; the hub's `source` reads it
 
 
@@ -70,16 +73,22 @@ class Entry:
     @property
     def recipe(self) -> Recipe:
         """The recipe with all settings, including defaults."""
+        from loftq.planning.recipe import recipe_of
+
         return recipe_of(**self.settings)
 
     @cached_property
     def plan(self) -> Plan:
         """The plan of building it, made from the config alone, without the Hub and without weights."""
+        from loftq.planning.planner import make_plan
+
         return make_plan(_source(self.model), self.recipe)
 
     @property
     def footprint(self) -> Footprint:
         """The size of its artifact on disk and in memory."""
+        from loftq.planning.footprint import footprint
+
         return footprint(self.plan)
 
 
@@ -103,6 +112,9 @@ def build_recipe(name: str, **options: Any) -> Report:
     With `dry_run` the plan is made from the config that is shipped with the recipe, without the Hub.
     """
     entry = find_recipe(name)
+    from loftq.planning.recipe import recipe_of
+    from loftq.verbs.quantize import planned, quantize  # takes seconds: a wrong name is refused first
+
     if options.get("dry_run"):
         settings, run_settings = split({**entry.settings, **options}, QuantizeSettings, RunSettings)
         return planned(_source(entry.model), recipe_of(**settings), from_dict(RunSettings, run_settings))
@@ -126,18 +138,46 @@ def read_entry(name: str, text: str) -> Entry:
     return Entry(name, text, model, settings, shipped)
 
 
+def recipe_names() -> list[str]:
+    """The names of all recipes. No file is read."""
+    return sorted(path.stem for path in _folder().iterdir() if path.suffix == ".toml")
+
+
 def table() -> list[dict[str, Any]]:
-    """A row for each recipe: sizes in bytes."""
-    return [
-        {
-            "name": entry.name,
-            "model": entry.model,
-            "bits": entry.recipe.bits,
-            "rank": entry.recipe.rank,
-            **dataclasses.asdict(entry.footprint),
-        }
-        for entry in zoo().values()
-    ]
+    """A row for each recipe: sizes in bytes. Each recipe is planned."""
+    return [_row(entry) for entry in zoo().values()]
+
+
+def listed() -> list[dict[str, Any]]:
+    """The rows of `table` as they were shipped. A recipe or config that has changed since is planned."""
+    path = _folder() / SIZES
+    shipped = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    rows = []
+    for entry in zoo().values():
+        known = shipped.get(entry.name, {})
+        rows.append(known["row"] if known.get("of") == _hash(entry) else _row(entry))
+    return rows
+
+
+def sizes() -> str:
+    """The text of `model_zoo/sizes.json`: each row with the hash of the files that it was computed from."""
+    known = {entry.name: {"of": _hash(entry), "row": _row(entry)} for entry in zoo().values()}
+    return json.dumps(known, indent=1) + "\n"
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "model": entry.model,
+        "bits": entry.recipe.bits,
+        "rank": entry.recipe.rank,
+        **dataclasses.asdict(entry.footprint),
+    }
+
+
+def _hash(entry: Entry) -> str:
+    config = _config_folder(entry.model) / "config.json"
+    return hashlib.sha256(entry.text.encode() + (config.read_bytes() if config.is_file() else b"")).hexdigest()
 
 
 def markdown() -> str:
@@ -157,9 +197,13 @@ def _folder() -> Path:
     return Path(str(resources.files("loftq.model_zoo")))
 
 
+def _config_folder(model: str) -> Path:
+    return _folder() / "configs" / model.rpartition("/")[2]
+
+
 @cache
 def _source(model: str) -> Source:
-    folder = _folder() / "configs" / model.rpartition("/")[2]
+    folder = _config_folder(model)
     if not (folder / "config.json").is_file():
         raise OptionError(f"{folder} has no config.json, without which {model} cannot be planned: add one")
     return config_source(model, folder)
@@ -167,6 +211,8 @@ def _source(model: str) -> Source:
 
 def config_source(model: str, folder: Path) -> Source:
     """A source that has only a `config.json`. Its tensors are those of the model that transformers builds from it."""
+    from loftq.hub.source import Source
+
     built: Any = build_meta(folder)[0]
     dtype = dtype_of(read_config(folder))
     tied = built.all_tied_weights_keys

@@ -10,8 +10,8 @@ import pytest
 import torch
 from grids import pairwise
 
-from loftq.core.affine import ZERO_POINTS, AffineQuantizer
-from loftq.core.codebooks import INTEGERS
+from loftq.core.affine import AffineQuantizer
+from loftq.core.codebooks import INTEGERS, ZERO_POINTS
 from loftq.core.grid import ROW, Grid
 from loftq.core.packing import single
 from loftq.core.scales import Scales

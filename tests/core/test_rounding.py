@@ -11,8 +11,7 @@ import torch
 from grids import pairwise, thinned
 
 from loftq.core import rounding
-from loftq.core.affine import ZERO_POINTS
-from loftq.core.codebooks import INTEGERS, TABLES
+from loftq.core.codebooks import INTEGERS, TABLES, ZERO_POINTS
 from loftq.core.grid import Grid, Quantizer
 from loftq.core.kernels import dispatch
 from loftq.core.packing import single

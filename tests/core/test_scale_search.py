@@ -9,8 +9,7 @@ import pytest
 import torch
 from grids import pairwise
 
-from loftq.core.affine import ZERO_POINTS
-from loftq.core.codebooks import INTEGERS, TABLES
+from loftq.core.codebooks import INTEGERS, TABLES, ZERO_POINTS
 from loftq.core.grid import Grid, Quantizer
 from loftq.core.kernels import dispatch
 from loftq.core.scale_search import FACTORS, search

@@ -19,7 +19,7 @@ from loftq.errors import ArtifactError
 from loftq.formats.layouts import LAYOUTS
 from loftq.merging.model_folder import ModelFolder
 from loftq.merging.settings import MergeRun, MergeSettings
-from loftq.merging.targets import TARGETS
+from loftq.merging.targets import ROWS, TARGETS
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -28,7 +28,7 @@ def test_a_target_is_complete(name: str, run: Callable[..., Any]) -> None:
     target = TARGETS[name]
     assert not inspect.isabstract(target)
     assert target.name == name
-    assert target.text in run("merge", "--help").stdout
+    assert ROWS[name].text in run("merge", "--help").stdout
     assert target.tolerance is None or target.comparable
     if issubclass(target, ModelFolder) and target.format in LAYOUTS:
         assert target.import_line == LAYOUTS[target.format].IMPORT_LINE

@@ -356,8 +356,8 @@ def test_bad_input(made: dict[str, Path], pico: Path, tmp_path: Path, monkeypatc
     html = tmp_path / "page.html"
     with pytest.raises(OptionError, match="nothing to write: name a page with --html"):
         loftq.report([made["loftq"]])
-    with pytest.raises(OptionError, match="9 folders: a report compares 1 to 8"):
-        loftq.report([made["loftq"]] * 9, html=html)
+    with pytest.raises(OptionError, match="61 folders: a report compares 1 to 60"):
+        loftq.report([made["loftq"]] * 61, html=html)
     with pytest.raises(ArtifactError, match=r"has no loftq\.json"):
         loftq.report([made["loftq"], pico], html=html)
     merged = loftq.merge(made["loftq"], to="bf16", output=tmp_path / "merged", check=False, quiet=True).folder

@@ -26,7 +26,7 @@ from loftq.hub.source import find_source
 from loftq.planning.footprint import footprint
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import recipe_of
-from loftq.verbs.zoo import config_source, markdown, read_entry, zoo
+from loftq.verbs.zoo import config_source, markdown, read_entry, table, zoo
 
 Run = Callable[..., Result]
 PAGE = Path(__file__).parents[2] / "model_zoo" / "README.md"
@@ -175,13 +175,14 @@ def peak_of(work: Callable[[], None]) -> int:
 
 
 def test_list_and_show(run: Run) -> None:
-    lines = run("zoo", "list").stdout.splitlines()
+    lines = run("zoo", "list", "--wide").stdout.splitlines()
     assert len(lines) == 1 + len(zoo())
     assert lines[0].split() == ["recipe", "model", "bits", "rank", "on", "disk", "to", "load", "to", "train"]
     rows = {row["name"]: row for row in json.loads(run("zoo", "list", "--json").stdout)}
     row = rows["mistral-7b-rank32"]
     assert (row["model"], row["bits"], row["rank"]) == ("mistralai/Mistral-7B-v0.1", 4, 32)
     assert row["disk"] < row["load"] < row["train"] < rows["mistral-7b-rank64"]["train"]
+    assert rows == {row["name"]: row for row in table()}, "run `make zoo` and commit it"
     assert run("zoo", "list", "--markdown").stdout == PAGE.read_text(encoding="utf-8")
     shown = run("zoo", "show", "mistral-7b-rank32").stdout
     assert "loftq quantize mistralai/Mistral-7B-v0.1 --bits 4 --rank 32" in shown

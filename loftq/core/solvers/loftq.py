@@ -21,13 +21,10 @@ import torch
 from loftq.core import lowrank
 from loftq.core.grid import Quantizer
 from loftq.core.kernels import blocks
+from loftq.core.solvers.methods import SVD
 from loftq.core.solvers.solution import Solution, Trace, settled, times, unit_of
 from loftq.errors import OptionError, UnknownNameError
 
-SVD = {
-    "krylov": "block Krylov iteration that starts from the factors before: within 0.2 % of exact",
-    "exact": "a full SVD at every iteration, as published",
-}
 _DEPTH_COLD = 10  # Krylov steps of the first factorization, which starts from noise
 _DEPTH_WARM = 3  # Krylov steps of the others, which start from the one before; a single step loses up to 1.6 %
 

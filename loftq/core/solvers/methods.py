@@ -14,6 +14,11 @@ ROUNDINGS = {
     "intrinsic": "feedback into the adapter's directions too",
 }
 
+SVD = {
+    "krylov": "block Krylov iteration that starts from the factors before: within 0.2 % of exact",
+    "exact": "a full SVD at every iteration, as published",
+}
+
 
 @dataclass(frozen=True)
 class Method:

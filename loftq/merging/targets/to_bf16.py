@@ -23,7 +23,6 @@ class Dense(ModelFolder):
     """A dense model in 16 bits: backbone plus adapter, for every kind of adapter."""
 
     name = "bf16"
-    text = "a dense model: any adapter, any backbone"
     format = DENSE
     any_backbone = True
     comparable = True

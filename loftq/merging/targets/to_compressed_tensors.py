@@ -31,7 +31,6 @@ class CompressedTensors(ModelFolder):
     """A folder in the layout pack-quantized, whose weights are backbone plus adapter, rounded anew."""
 
     name = "compressed-tensors"
-    text = "integers of 4 or 8 bits in groups: any adapter, any backbone; for vLLM and SGLang"
     format = compressed_tensors.METHOD
     any_backbone = True
     comparable = True

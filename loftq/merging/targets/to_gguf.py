@@ -29,7 +29,6 @@ class GgufFile(Target):
     """A GGUF file of any type, for every model that llama.cpp reads."""
 
     name = "gguf"
-    text = "one GGUF file by llama.cpp's own quantizer: any adapter, any backbone; for llama.cpp, Ollama, LM Studio"
     suffix = ".gguf"
     any_backbone = True
     uses = ("gguf_type", "llama_cpp")

@@ -20,7 +20,6 @@ class GgufLora(PlainLora):
     """The adapter of `--to lora`, converted by llama.cpp's own script."""
 
     name = "gguf-lora"
-    text = "the adapter of --to lora in one GGUF file, for llama.cpp (`--lora`) and Ollama (`ADAPTER`)"
     suffix = ".gguf"
     uses = (*PlainLora.uses, "llama_cpp")
     holds_experts = False

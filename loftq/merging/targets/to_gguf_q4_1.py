@@ -20,7 +20,6 @@ class Gguf(Target):
     """A GGUF file whose Q4_1 minima contain the adapter."""
 
     name = "gguf-q4_1"
-    text = "QA-LoRA of 4 bits in the minima of one GGUF file, to their 16 bits: for llama.cpp"
     suffix = ".gguf"
 
     def check(self) -> None:

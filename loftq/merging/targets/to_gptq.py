@@ -24,7 +24,6 @@ class Rounded(ModelFolder):
     """A folder in GPTQ's layout, with the codes and scales of the backbone."""
 
     name = "gptq"
-    text = "QA-LoRA in whole zero-points, which lose most of it (--allow-rounding)"
     format = gptq.METHOD
     import_line = gptq.IMPORT_LINE
     uses = ("allow_rounding",)

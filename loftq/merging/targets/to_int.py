@@ -20,7 +20,6 @@ class Integers(ModelFolder):
     """A folder in our own layout, with exactly the codes and scales of the backbone."""
 
     name = "int"
-    text = "QA-LoRA in the zero-points, exactly: the same codes, in our own format"
     format = native.METHOD
     import_line = native.IMPORT_LINE
     comparable = True

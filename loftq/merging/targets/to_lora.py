@@ -30,7 +30,6 @@ class PlainLora(Target):
     """Only the adapter, in peft's format."""
 
     name = "lora"
-    text = "the adapter alone: LoftQ's for the full-precision model, QA-LoRA as a plain LoRA; for any LoRA server"
     uses: ClassVar[tuple[str, ...]] = ("rank", "source")
     file: ClassVar[str] = adapters.WEIGHTS
     metadata: ClassVar[dict[str, str]] = {}

@@ -18,7 +18,6 @@ class Mlx(ModelFolder):
     """A folder for mlx-lm. Its logits are not compared, because only mlx-lm can run it."""
 
     name = "mlx"
-    text = "QA-LoRA in the biases of MLX's affine layout, exactly: for mlx-lm"
     format = "mlx"
     metadata = mlx.METADATA
 

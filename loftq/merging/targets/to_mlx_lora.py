@@ -22,7 +22,6 @@ class MlxLora(PlainLora):
     """The adapter of `--to lora` for mlx-lm's `adapter_path`."""
 
     name = "mlx-lora"
-    text = "the adapter of --to lora for mlx-lm (`--adapter-path`)"
     file = "adapters.safetensors"
     metadata: ClassVar[dict[str, str]] = {"format": "mlx"}
     holds_experts = False

@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from loftq.errors import OptionError
 from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Collator, Encoder
@@ -92,6 +90,8 @@ def scores(logits: np.ndarray, labels: np.ndarray, problem: str | None = None) -
 
 
 def measure(opened: Opened, rows: Any, settings: MeasureSettings) -> dict[str, float]:
+    import torch
+
     encoded = encode(rows, settings.columns, encoder_of(settings, opened))
     collator, examples = Collator(opened.tokenizer.pad_token_id), list(encoded)
     logits = []

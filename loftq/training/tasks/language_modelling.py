@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import sys
+import logging
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from loftq.errors import OptionError
 from loftq.models.long_texts import tokenized_pieces
@@ -19,8 +17,10 @@ from loftq.training.encoding import Encoder
 from loftq.training.tasks.task import GENERATORS, TrainingTask
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
 
+_log = logging.getLogger(__name__)
 TEXT = {"text": ("text", "content")}  # the role for plain text
 ROLES = {
     "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat"),
@@ -41,6 +41,7 @@ def pack_blocks(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> 
     The tokens after the last whole block are dropped, unless there is no whole block. Raises OptionError for fewer than
     two tokens, from which nothing can be learned.
     """
+    import numpy as np
     import pyarrow as pa  # type: ignore[import-untyped]  # datasets requires it
     from datasets import Dataset
 
@@ -70,6 +71,8 @@ def joined_ids(
 
     With `enough`, only so many, the first ones. `progress` is called with the number of characters of each piece.
     """
+    import numpy as np
+
     ids = array("i")
     for text in texts:
         encoding.check_text(text)
@@ -150,7 +153,7 @@ def encoded(rows: Dataset, example: Callable[[Record], dict[str, list[int]]]) ->
     if len(kept) == len(examples):
         return examples
     left_out = f"{len(examples) - len(kept)} of {len(examples)} examples"
-    print(f"{left_out} are left out, because they have nothing to learn within the limits", file=sys.stderr, flush=True)
+    _log.warning(f"{left_out} are left out, because they have nothing to learn within the limits")
     return examples.select(kept)
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
-import torch
-from torch import nn
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from loftq.errors import OptionError
 from loftq.training.data import find_columns, text_of
 from loftq.training.opened import Opened
 from loftq.training.tasks import language_modelling
 from loftq.training.tasks.task import Measure, MeasureSettings, encoder_of
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _WINDOW = 1024  # tokens; less if the model's longest input is shorter
 
@@ -36,6 +34,10 @@ def perplexity(
     result includes these numbers, because the perplexity depends on them. Raises OptionError for a text with fewer than
     two tokens.
     """
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
     if len(ids) < 2:
         raise OptionError("the text has fewer than two tokens, so there is nothing to score: use a longer text")
     total, scored, windows = 0.0, 0, 0
@@ -49,7 +51,7 @@ def perplexity(
             tokens = torch.tensor(np.array(ids[start:end], dtype=np.int64), device=model.device)[None]
             first = max(scored_to, start + 1)  # the first token of a window has no context
             logits = model(input_ids=tokens).logits[0, first - start - 1 : -1].float()
-            total += float(nn.functional.cross_entropy(logits, tokens[0, first - start :], reduction="sum"))
+            total += float(torch.nn.functional.cross_entropy(logits, tokens[0, first - start :], reduction="sum"))
             scored += end - first
             windows += 1
             scored_to = end
@@ -59,6 +61,8 @@ def perplexity(
 
 
 def measure(opened: Opened, rows: Any, settings: MeasureSettings) -> dict[str, float]:
+    from tqdm import tqdm
+
     column = find_columns(rows, language_modelling.TEXT, settings.columns)["text"]
     encoder = encoder_of(settings, opened)
     window = min(settings.window or _WINDOW, opened.longest)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from loftq.core.blockwise import BlockQuantizer
-from loftq.core.solvers.loftq import SVD, solve_loftq
+from loftq.core.solvers.loftq import solve_loftq
+from loftq.core.solvers.methods import SVD
 from loftq.core.solvers.solution import Solution
 from loftq.errors import OptionError, UnknownNameError
 
