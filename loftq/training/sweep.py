@@ -251,6 +251,7 @@ class _Sweep:
             data=list(chosen.evaluate),
             window=chosen.window,
             stride=chosen.stride,
+            max_windows=chosen.max_windows,
             dtype=chosen.dtype,
             cpu=self._plan.cpu,
             quiet=self._quiet,

@@ -21,6 +21,7 @@ class SweepKeywords(TypedDict, total=False):
     evaluate: str | Path | Sequence[str]
     window: int | None
     stride: int | None
+    max_windows: int | None
     dtype: str | None
     output: str | Path | None
     dry_run: bool

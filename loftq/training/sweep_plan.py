@@ -54,7 +54,8 @@ class SweepPlan:
     def identity(self) -> dict[str, Any]:
         """All that the results depend on, apart from the axes, which a later run may extend."""
         chosen = self.settings
-        measured = {"data": list(chosen.evaluate), "window": chosen.window, "stride": chosen.stride}
+        windows = {name: getattr(chosen, name) for name in ("window", "stride", "max_windows")}
+        measured = {"data": list(chosen.evaluate), **windows}
         texts = [str(self.shared.get("calibration", "")), *chosen.evaluate, *_texts_of(self.training)]
         return dict(
             plain(

@@ -10,7 +10,7 @@ from typing import Any
 from loftq.core.solvers.methods import METHODS
 from loftq.errors import OptionError, UnknownNameError
 from loftq.planning.settings import QuantizeSettings
-from loftq.settings import again, check, setting
+from loftq.settings import again, check, option_name, setting
 from loftq.training.evaluate_settings import EvaluateSettings
 from loftq.training.settings import TrainSettings
 
@@ -69,6 +69,7 @@ class SweepSettings:
     )
     window: int | None = again(EvaluateSettings, "window")
     stride: int | None = again(EvaluateSettings, "stride")
+    max_windows: int | None = again(EvaluateSettings, "max_windows")
     dtype: str | None = again(TrainSettings, "dtype", help="Dtype in which models are trained and measured.")
     output: str | None = setting(
         None,
@@ -90,8 +91,9 @@ class SweepSettings:
         for name in self.method:
             if name not in METHODS:
                 raise UnknownNameError("method", name, METHODS)
-        if not self.evaluate and (self.window or self.stride):
-            raise OptionError("--window and --stride apply only to --evaluate: name a text, or leave them out")
+        for name in ("window", "stride", "max_windows"):
+            if getattr(self, name) is not None and not self.evaluate:
+                raise OptionError(f"{option_name(name)}: applies only to --evaluate: name a text, or leave it out")
         list(self.cells())
 
     def cells(self) -> Iterator[Cell]:

@@ -147,7 +147,7 @@ def test_other_settings_and_other_folders_are_refused(swept: Path, pico: Path, t
         (["--rank", "8,8"], "a value is given twice"),
         (["--method", "lofq"], "did you mean loftq?"),
         (["--seeds", "-1"], "--seed -1"),
-        (["--window", "64"], "apply only to --evaluate"),
+        (["--window", "64"], "--window: applies only to --evaluate"),
         (["--train", "no.toml"], "no.toml: cannot be read"),
     ],
 )
