@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loftq.core.solvers.methods import METHODS
 from loftq.errors import ArtifactError
 from loftq.formats.disk import write_whole
 from loftq.formats.links import refuse_links
@@ -22,7 +23,7 @@ _ROW = {
     "cell": file_name,
     "bits": number(above=0, most=32),
     "rank": whole(1),
-    "method": str,
+    "method": one_of(METHODS),
     "seed": whole(0, 2**63),
     "status": one_of((COMPLETE, FAILED, BEGUN)),
     "problem?": str,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "/reset": "forget the conversation, but not the system message",
     "/system TEXT": "set the system message; without TEXT, remove it",
-    "/save FILE": "write the conversation to FILE (.jsonl), which `loftq train --data` reads",
+    "/save FILE": "save the conversation as a row that `loftq train` reads",
     "/help": "show these commands",
     "/exit": "leave; so does Ctrl-D, or Ctrl-C twice",
 }

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from loftq.artifacts.manifest import VERSIONS
+from loftq.core.solvers.methods import METHODS
 from loftq.display import columns, one_line
 from loftq.errors import LoftQError, OutputError
 from loftq.formats.artifact import MANIFEST, open_artifact
@@ -36,6 +37,7 @@ from loftq.verbs.quantize import quantize
 from loftq.verbs.report import report
 
 _log = logging.getLogger(__name__)
+_OF_SOURCES = ("revision", "token", "trust_remote_code")
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,8 @@ def sweep(model: str | None = None, **settings: Unpack[SweepKeywords]) -> Swept 
     interrupted sweep, makes failed cells again, and adds new cells to those that are there. Raises LoftQError.
     """
     plan = plan_sweep(settings)
-    options = plan.run
-    source = find_source(
-        model,
-        revision=options.get("revision"),
-        token=options.get("token"),
-        trust_remote_code=options.get("trust_remote_code", False),
-        headers_only=True,
-    )
+    options = {name: value for name, value in plan.run.items() if name in _OF_SOURCES}
+    source = find_source(model, **options, headers_only=True)
     folder = Path(plan.settings.output or f"{source.label}-sweep").expanduser()
     record = _begin(folder, source.name, plan)
     if plan.settings.dry_run:
@@ -158,8 +154,9 @@ class _Sweep:
         """Make all cells. An error of one cell is recorded in its row."""
         if self._plan.settings.evaluate and "perplexity" not in self._record["full_precision"]:
             self._say("full precision: evaluate")
-            name = str(self._record["model"])
-            self._record["full_precision"] = {"perplexity": self._perplexity(name if self._model else None, None)}
+            options = {name: value for name, value in self._plan.run.items() if name in _OF_SOURCES}
+            source = find_source(self._model, **options)
+            self._record["full_precision"] = {"perplexity": self._perplexity(str(source.folder), None)}
         cells = self._plan.cells
         for number, cell in enumerate(cells, 1):
             self._make(cell, f"{number}/{len(cells)} {cell.name}")
@@ -183,6 +180,7 @@ class _Sweep:
                 self._save()
             row["status"] = COMPLETE
         except Exception as error:  # whatever it is: the night's other cells go on
+            _log.debug(place, exc_info=error)
             row |= {"status": FAILED, "problem": _problem(error)}
             self._say(f"{place}: failed: {row['problem']}")
         self._save()
@@ -242,11 +240,10 @@ class _Sweep:
             adapter = str(self._folder / cell.trained)
             row["trained_perplexity"] = self._perplexity(str(self._folder / cell.name), adapter)
 
-    def _perplexity(self, model: str | None, adapter: str | None) -> float:
+    def _perplexity(self, model: str, adapter: str | None) -> float:
         chosen = self._plan.settings
-        name = str(find_source(None).folder) if model is None else model
         result = evaluate(
-            name,
+            model,
             adapter=adapter,
             data=list(chosen.evaluate),
             window=chosen.window,
@@ -270,9 +267,10 @@ class _Sweep:
 
     def _save(self) -> None:
         """Write the record, the cells in the order of their axes."""
-        order = {"qlora": 0, "loftq": 1}
-        key = lambda row: (row["bits"], row["rank"], order.get(row["method"], 2), row["method"], row["seed"])  # noqa: E731
-        self._record["cells"] = sorted(self._rows.values(), key=key)
+        names = list(METHODS)
+        self._record["cells"] = sorted(
+            self._rows.values(), key=lambda row: (row["bits"], row["rank"], names.index(row["method"]), row["seed"])
+        )
         write_sweep(self._folder, self._record)
 
     def _say(self, text: str, row: Mapping[str, Any] | None = None, step: str = "") -> None:

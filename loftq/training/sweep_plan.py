@@ -72,12 +72,14 @@ class SweepPlan:
 
 def plan_sweep(values: Mapping[str, Any]) -> SweepPlan:
     """Make a plan from settings by name. Raises OptionError, also for the settings of the training recipe."""
-    mixed = split(listed(values), QuantizeSettings, RunSettings, SweepSettings)
-    shared, run, own = mixed
-    for name in (*run, *(name for name in ("seed",) if name in shared)):
+    shared, run, own = split(listed(values), QuantizeSettings, RunSettings, SweepSettings)
+    for name in run:
         if name not in _OF_RUNS:
-            advice = "use --seeds" if name == "seed" else "leave it out"
-            raise OptionError(f"{option_name(name)}: a sweep has no such option: {advice}")
+            raise OptionError(f"{option_name(name)}: a sweep has no such option: leave it out")
+    if "seed" in shared:
+        raise OptionError("--seed: a sweep has several: use --seeds")
+    if run.get("device") is not None:
+        run["device"] = str(run["device"])
     settings = from_dict(SweepSettings, own)
     training = None if settings.train is None else _training(settings.train)
     if training is not None:
