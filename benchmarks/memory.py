@@ -1,11 +1,13 @@
 """Peak memory on a checkpoint of Llama-2-7B's shapes, and whether it grows with the number of layers.
 
-    python benchmarks/memory.py [--layers 2] [--all] [--workers N] [--device cuda]
+    python benchmarks/memory.py [--layers 1 2] [--mixture] [--workers N] [--device cuda]
 
-Writes a synthetic checkpoint in bfloat16 (random values in Llama-2-7B's shapes, `--all` makes the full
-13.5 GB), quantizes it in a process of its own, and prints that process's peak resident memory beside the
-same process's after its imports; on a GPU the peak of its memory too. The default run does 1 layer and 2 layers, and
-prints both.
+Writes a synthetic checkpoint in bfloat16 (random values in Llama-2-7B's shapes; 32 layers make the full 13.5 GB),
+quantizes it in a process of its own, and prints that process's peak resident memory beside the same process's after its
+imports; on a GPU the peak of its memory too. The default run does 1 layer and 2 layers, and prints both.
+
+With `--mixture` the shapes are Qwen3-30B-A3B's, whose layers have 128 experts of 2048 x 768, stored expert by expert,
+and there is one iteration instead of five.
 """
 
 from __future__ import annotations
@@ -16,15 +18,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from llama_files import write_small_files
 from machine import SEED, describe, table
+from small_files import write_small_files
+from transformers import LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from loftq.formats.checkpoint import TensorSpec, index_text, lay_out
 from loftq.formats.shard_writer import ShardWriter
 
-_HIDDEN, _INNER, _VOCABULARY = 4096, 11008, 32000
 _RUN = """
 import json, sys
 import loftq, torch, transformers.models.llama.modeling_llama, loftq.core.kernels.blocks
@@ -33,33 +36,73 @@ from loftq.solving.report import peak_memory
 before = peak_memory(torch.device("cpu"))
 workers = int(sys.argv[3]) or None
 device = torch.device(sys.argv[4])
-report = quantize(sys.argv[1], output=sys.argv[2], workers=workers, device=device, quiet=True)
+report = quantize(sys.argv[1], output=sys.argv[2], workers=workers, device=device, iters=int(sys.argv[5]), quiet=True)
 peak = peak_memory(torch.device("cpu"))
 print(json.dumps([before, peak, peak_memory(device), report.seconds, report.totals["weights"]]))
 """
 
 
-def specs(layers: int) -> list[list[TensorSpec]]:
-    """The tensors of a Llama-2-7B with so many layers."""
+def config_of(layers: int, *, mixture: bool) -> PreTrainedConfig:
+    """The configuration of Llama-2-7B or Qwen3-30B-A3B with so many layers."""
+    if mixture:
+        return Qwen3MoeConfig(
+            architectures=["Qwen3MoeForCausalLM"],
+            vocab_size=151936,
+            hidden_size=2048,
+            moe_intermediate_size=768,
+            num_experts=128,
+            num_experts_per_tok=8,
+            num_hidden_layers=layers,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            head_dim=128,
+        )
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+    )
 
-    def spec(name: str, *shape: int) -> TensorSpec:
-        return TensorSpec(name, torch.bfloat16, shape)
 
-    groups = [[spec("model.embed_tokens.weight", _VOCABULARY, _HIDDEN)]]
-    for i in range(layers):
+def specs(config: Any) -> list[list[TensorSpec]]:
+    """The tensors of a model, in groups that lie in one file."""
+    width, head = config.hidden_size, config.head_dim
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    experts = getattr(config, "num_experts", 0)
+
+    def spec(name: str, *shape: int) -> list[TensorSpec]:
+        return [TensorSpec(f"{name}.weight", torch.bfloat16, shape)]
+
+    groups = [spec("model.embed_tokens", config.vocab_size, width), spec("model.norm", width)]
+    for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
-        groups += [[spec(f"{layer}.self_attn.{name}_proj.weight", _HIDDEN, _HIDDEN)] for name in "qkvo"]
-        groups += [[spec(f"{layer}.mlp.{name}_proj.weight", _INNER, _HIDDEN)] for name in ("gate", "up")]
-        groups += [[spec(f"{layer}.mlp.down_proj.weight", _HIDDEN, _INNER)]]
-        groups += [[spec(f"{layer}.{name}_layernorm.weight", _HIDDEN)] for name in ("input", "post_attention")]
-    return [*groups, [spec("model.norm.weight", _HIDDEN)], [spec("lm_head.weight", _VOCABULARY, _HIDDEN)]]
+        shapes = {
+            "q_proj": (queries, width),
+            "k_proj": (keys, width),
+            "v_proj": (keys, width),
+            "o_proj": (width, queries),
+        }
+        groups += [spec(f"{layer}.self_attn.{name}", *shape) for name, shape in shapes.items()]
+        groups += [spec(f"{layer}.{name}_layernorm", width) for name in ("input", "post_attention")]
+        inner, owners = config.intermediate_size, [f"{layer}.mlp"]
+        if experts:
+            inner, owners = config.moe_intermediate_size, [f"{layer}.mlp.experts.{e}" for e in range(experts)]
+            groups += [spec(f"{layer}.mlp.gate", experts, width)]
+            groups += [spec(f"{layer}.self_attn.{name}_norm", head) for name in "qk"]
+        for owner in owners:
+            groups += [spec(f"{owner}.{name}_proj", inner, width) for name in ("gate", "up")]
+            groups += [spec(f"{owner}.down_proj", width, inner)]
+    return [*groups, spec("lm_head", config.vocab_size, width)]
 
 
-def make_checkpoint(folder: Path, layers: int, device: str) -> Path:
+def make_checkpoint(folder: Path, config: PreTrainedConfig, device: str) -> Path:
     """Write the synthetic checkpoint, a tensor at a time, drawn on a device, and a tokenizer that reads bytes."""
     folder.mkdir()
     generator = torch.Generator(device).manual_seed(SEED)
-    shards = lay_out(specs(layers), 5 * 10**9)
+    shards = lay_out(specs(config), 5 * 10**9)
     with ShardWriter(folder, shards) as writer:
         for shard in shards:
             for name, (_, spec) in shard.offsets.items():
@@ -67,34 +110,30 @@ def make_checkpoint(folder: Path, layers: int, device: str) -> Path:
                 writer.write(name, values.to("cpu", spec.dtype))
     if len(shards) > 1:
         (folder / "model.safetensors.index.json").write_text(index_text(shards))
-    write_small_files(
-        folder,
-        hidden_size=_HIDDEN,
-        intermediate_size=_INNER,
-        vocab_size=_VOCABULARY,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-    )
+    write_small_files(folder, config)
     return folder
 
 
 def main() -> None:
     """Print the peaks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--all", action="store_true", help="32 layers: 13.5 GB of checkpoint")
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 2], help="numbers of layers, one after the other")
+    parser.add_argument("--mixture", action="store_true", help="Qwen3-30B-A3B's shapes; 1.2 GB of checkpoint a layer")
     parser.add_argument("--workers", type=int, default=0, help="0: as `loftq quantize` chooses")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    counts = [1, 32 if options.all else options.layers]
+    name, iters = ("Qwen3-30B-A3B", 1) if options.mixture else ("Llama-2-7B", 5)
     print(describe(options.device), end="\n\n", flush=True)
     heads = ("weights", "imports", "peak", "above imports", "GPU", "time")
-    rows: list[tuple[str, ...]] = [("layers of Llama-2-7B", *heads)]
-    for layers in counts:
+    rows: list[tuple[str, ...]] = [(f"layers of {name}", *heads)]
+    for layers in options.layers:
         with tempfile.TemporaryDirectory() as scratch:
-            source = make_checkpoint(Path(scratch) / "llama-2-7b-shapes", layers, options.device)
-            command = [sys.executable, "-c", _RUN, str(source), f"{scratch}/out", str(options.workers), options.device]
-            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            config = config_of(layers, mixture=options.mixture)
+            source = make_checkpoint(Path(scratch) / f"{name.lower()}-shapes", config, options.device)
+            given = [str(source), f"{scratch}/out", str(options.workers), options.device, str(iters)]
+            printed = subprocess.run(
+                [sys.executable, "-c", _RUN, *given], check=True, stdout=subprocess.PIPE, text=True
+            ).stdout
         before, peak, gpu, taken, weights = json.loads(printed.splitlines()[-1])
         rows.append(
             (

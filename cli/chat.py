@@ -29,7 +29,7 @@ Examples:
   loftq chat MODEL_DIR --adapter trained --system "You answer in one sentence." --temperature 0.7
   loftq chat MODEL_DIR < questions.txt > answers.txt
 """
-_SHOWN = ("dtype", "cpu")
+_SHOWN = ("dtype", "cpu", "offload")
 
 
 @click.command(cls=Command, epilog=_EPILOG)

@@ -33,7 +33,7 @@ Examples:
 )
 @option("--adapter", group="adapter", help="Folder of a trained adapter.  [default: the initial adapter of DIR]")
 @options_of(Sampling)
-@options_of(TrainSettings, only=("dtype", "cpu"))
+@options_of(TrainSettings, only=("dtype", "cpu", "offload"))
 @as_json
 @debug
 def generate(model: str, prompt: str, as_json: bool, **options: Any) -> None:

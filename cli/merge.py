@@ -49,8 +49,8 @@ Examples:
 def merge(folder: str, as_json: bool, **options: Any) -> None:
     """Merge an adapter into the backbone that it was trained on.
 
-    DIR is a folder that `loftq quantize` wrote, or a GPTQ checkpoint. A trained adapter belongs to its backbone: on
-    the original weights it would count the rounding error twice.
+    DIR is a folder that `loftq quantize` wrote, or a GPTQ checkpoint; for --to gguf it may also be a dense model. A
+    trained adapter belongs to its backbone: on the original weights it would count the rounding error twice.
     """
     settings = given(options)
     check_options({name: value for name, value in settings.items() if name not in _OWN}, MergeRun, MergeSettings)

@@ -46,7 +46,8 @@ Examples:
 @as_json
 @debug
 def push(folder: str, repo_id: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Upload DIR, which `loftq quantize` wrote, to REPO_ID (USER/NAME) on the Hub, and print the lines that load it.
+    """Upload DIR, which `loftq quantize` or `loftq merge` wrote, to REPO_ID (USER/NAME) on the Hub, and print the
+    lines that load or serve it.
 
     Only the files that loftq.json lists are sent, and DIR stays as it is. If a push is interrupted, run the same
     command again to continue. The commit appears when everything has arrived, so nobody loads a part of a model.

@@ -7,6 +7,7 @@ A program that uses loftq chooses itself what it shows: `logging.getLogger("loft
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -16,10 +17,14 @@ _LIBRARIES = ("transformers", "bitsandbytes")
 
 @contextmanager
 def silenced(quiet: bool = True) -> Iterator[None]:
-    """Hide messages of transformers and bitsandbytes below errors, and with `quiet` transformers' progress bars."""
+    """Hide messages of transformers and bitsandbytes below errors, and with `quiet` transformers' progress bars.
+
+    Their announcements of future changes are hidden too: a program that calls loftq cannot act on them.
+    """
     from transformers.utils import logging as transformers  # sets the level of its logger when it is imported
 
-    with silent_loggers(*_LIBRARIES):
+    with silent_loggers(*_LIBRARIES), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
         shown = transformers.is_progress_bar_enabled()
         try:
             if quiet:

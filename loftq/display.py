@@ -125,7 +125,7 @@ def _narrowed(rows: Sequence[Sequence[str]], widths: Sequence[int], room: int) -
     ]
     least = words if sum(words) <= room else [min(width, _LEAST) for width in widths]
     limit = max(widths, default=0)
-    while sum(map(max, least, (min(width, limit) for width in widths))) > room and limit > _LEAST:
+    while sum(map(max, least, (min(width, limit) for width in widths))) > room and limit > 1:
         limit -= 1
     return [max(word, min(width, limit)) for word, width in zip(least, widths, strict=True)]
 

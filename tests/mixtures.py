@@ -48,10 +48,10 @@ MIXTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def pico_mixture(name: str) -> Any:
+def pico_mixture(name: str, **changes: Any) -> Any:
     """The pico model of a mixture in bfloat16, with reproducible weights that are large enough to matter."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **{**SIZES, "pad_token_id": 0, **_ROUTED, **MIXTURES[name]})
+    config = AutoConfig.for_model(name, **{**SIZES, "pad_token_id": 0, **_ROUTED, **MIXTURES[name], **changes})
     model = AutoModelForCausalLM.from_config(config)
     for key, parameter in model.named_parameters():
         if parameter.ndim > 1 and not key.endswith(("embed_tokens.weight", "lm_head.weight")):
@@ -59,6 +59,6 @@ def pico_mixture(name: str) -> Any:
     return model.bfloat16().eval()
 
 
-def save_mixture(name: str, folder: Path) -> Path:
+def save_mixture(name: str, folder: Path, **changes: Any) -> Path:
     """Save it as a checkpoint."""
-    return save_model(pico_mixture(name), folder)
+    return save_model(pico_mixture(name, **changes), folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loftq.display import code, code_block, columns, few_of, key_values, markdown, one_line, size, visible
+from loftq.display import code, code_block, columns, few_of, key_values, line_width, markdown, one_line, size, visible
 
 
 def test_values_begin_in_one_column() -> None:
@@ -18,6 +18,25 @@ def test_columns_are_as_wide_as_their_widest_cell() -> None:
     assert columns(rows) == "type  bits   note\nnf4   4.127\nint   4      stock"
     assert columns(rows[:2], numbers=True) == "type   bits  note\nnf4   4.127"
     assert columns([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (40, "name  text\na     one two three\nb     four"),
+        (14, "name  text\na     one two\n      three\nb     four"),
+        (11, "name  text\na     one\n      two\n      three\nb     four"),
+    ],
+)
+def test_columns_are_wrapped_between_words(width: int, shown: str) -> None:
+    token = line_width.set(width)
+    try:
+        assert columns([("name", "text"), ("a", "one two three"), ("b", "four")]) == shown
+        long = columns([("a" * 30, "b" * 30)])
+        assert "".join(long.split()).count("a") == 30
+        assert max(map(len, long.splitlines())) <= max(width, 2 * 8 + 2)
+    finally:
+        line_width.reset(token)
 
 
 def test_an_error_is_one_line() -> None:

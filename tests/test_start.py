@@ -2,7 +2,7 @@
 
 Oracles: the interpreter's own list of modules; the lengths of lines; a pseudo-terminal.
 
-Covers: loftq/__main__.py, loftq/tables.py.
+Covers: loftq/__main__.py, loftq/tables.py, loftq/models/choices.py.
 """
 
 from __future__ import annotations

@@ -30,11 +30,6 @@ def metadata(plan: Plan) -> str:
     return str(data.to_yaml())
 
 
-def _terms(source: Source) -> dict[str, Any]:
-    """The licence of a source, from its own card if it has one."""
-    return terms_of(source.folder) or ({"license": source.license} if source.license else {})
-
-
 def terms_of(folder: Path) -> dict[str, Any]:
     """The licence that the card in a folder names; empty if it names none."""
     fields = _fields(folder)
@@ -45,6 +40,11 @@ def base_of(folder: Path) -> str | None:
     """The base model that the card in a folder names, an id on the Hub; None if it names none."""
     base = _fields(folder).get("base_model")
     return base if isinstance(base, str) and base.count("/") == 1 else None
+
+
+def _terms(source: Source) -> dict[str, Any]:
+    """The licence of a source, from its own card if it has one."""
+    return terms_of(source.folder) or ({"license": source.license} if source.license else {})
 
 
 def _fields(folder: Path) -> dict[str, Any]:

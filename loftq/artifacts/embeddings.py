@@ -20,15 +20,24 @@ class Embeddings:
     """What merging an adapter changes about them.
 
     `untied` has the weight that must be written because it no longer is the same as another one, and the name of this
-    other in the backbone. `vocabulary` is the new number of tokens, None if it stays. `unties` says whether the input
-    and the output have different weights from now on.
+    other in the backbone. `vocabulary` is the new number of tokens, None if it stays; `before` is the old one. `unties`
+    says whether the input and the output have different weights from now on.
     """
 
     inputs: str | None = None
     untied: Mapping[str, str] | None = None
     unties: bool = False
     vocabulary: int | None = None
+    before: int = 0
     names: tuple[str, ...] = ()
+
+    def resizes(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of the backbone is a bias of the tokens, (tokens) or (1, tokens), and their number changes.
+
+        transformers resizes it with the embeddings: new tokens have a bias of 0.
+        """
+        is_bias = name.rpartition(".")[2] in ("bias", "final_logits_bias")
+        return self.vocabulary is not None and is_bias and shape in ((self.before,), (1, self.before))
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration of the merged model, from that of the backbone."""
@@ -57,7 +66,11 @@ def embeddings_of(model: Any, backbone: Backbone, adapter: Adapter) -> Embedding
         untied = {
             a: b for a, b in ((own, head), (head, own)) if a not in replaced and a not in tensors and b in tensors
         }
-    return Embeddings(own, untied, unties, _new_vocabulary(model, adapter, names, replaced, unties), names)
+    vocabulary = _new_vocabulary(model, adapter, names, replaced, unties)
+    before = int(model.config.get_text_config().vocab_size) if names else 0
+    tied_names: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    copies = tuple(name for name, source in tied_names.items() if source == own and name != head)  # BART has two
+    return Embeddings(own, untied, unties, vocabulary, before, (*names, *copies))
 
 
 def _new_vocabulary(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from loftq.artifacts.serving import serving_section
 from loftq.formats.adapter import FOLDER
 from loftq.formats.layouts import LAYOUTS
 from loftq.models.tasks import recorded_task
@@ -42,12 +43,14 @@ model = PeftModel.from_pretrained(base_model, MODEL_DIR, {", ".join(ends)})
 
 
 def loading_section(manifest: Mapping[str, Any], repo_id: str | None = None, revision: str | None = None) -> str:
-    """The part of a card about loading: the lines for stock libraries, and the one line for loftq."""
+    """The part of a card about loading: the lines for stock libraries, the one for loftq, and those for servers."""
     folder = "MODEL_DIR"
     if repo_id is not None:
         at = "" if revision is None else f', revision="{revision}"'
         folder = f"huggingface_hub.snapshot_download(MODEL_DIR{at})"
+    serving = serving_section(manifest, repo_id, revision)
+    more = f"\n\n{serving}" if serving else ""
     return f"""```python
 {loading_lines(manifest, repo_id, revision)}```
 
-or, with loftq installed, `model = loftq.load_{manifest["kind"]}({folder})`."""
+or, with loftq installed, `model = loftq.load_{manifest["kind"]}({folder})`.{more}"""

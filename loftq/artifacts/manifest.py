@@ -9,6 +9,8 @@ from typing import Any
 
 from loftq.artifacts.backbone import Backbone
 from loftq.artifacts.card import card_text
+from loftq.artifacts.card_metadata import base_of
+from loftq.artifacts.merged_card import merged_card_text
 from loftq.artifacts.rows import totals_of
 from loftq.artifacts.staging import Staging
 from loftq.core.grid import Grid
@@ -98,23 +100,39 @@ def heading(plan: Plan) -> dict[str, Any]:
     }
 
 
+def origin_of(folder: Path, manifest: Mapping[str, Any] | None) -> dict[str, str | None]:
+    """The full-precision model that a folder was made from, for the manifest of what is made of the folder.
+
+    `original` is its name without the folder that it lies in, `base` its id on the Hub; None if they are not known.
+    """
+    source = {} if manifest is None else manifest.get("source", {})
+    name = source.get("original") if "target" in source else source.get("model")
+    is_id = name is not None and name.count("/") == 1 and not Path(name).is_absolute()
+    base = base_of(folder) or source.get("base") or (name if is_id else None)
+    return {
+        "original": Path(name).name if name is not None and Path(name).is_absolute() else name or base,
+        "base": base,
+    }
+
+
 def write_merged_manifest(
     staging: Staging,
     backbone: Backbone,
-    target: str,
+    source: Mapping[str, Any],
     format: str,
     grids: Mapping[str, Grid],
     shards: Sequence[Shard],
 ) -> None:
-    """`loftq.json` of a backbone with its adapter merged in. `grids` are the types of linears that stay quantized."""
-    files, zero_blocks = staging.describe()
+    """The card and `loftq.json` of a backbone with its adapter merged in.
+
+    `source` says what was merged; `grids` are the types of linears that stay quantized.
+    """
     shared = next(iter(grids.values()), None)
     manifest = {
-        "format_version": artifact.VERSION,
         "kind": "merged",
         "format": format,
         "versions": {"loftq": version("loftq"), "torch": version("torch")},
-        "source": {"model": backbone.folder.name, "task": backbone.task, "target": target},
+        "source": source,
         "recipe": {
             "compute_dtype": str(backbone.dtype).removeprefix("torch."),
             "block_size": None,
@@ -122,30 +140,35 @@ def write_merged_manifest(
             "zero_point": shared.zero_point if shared else None,
             "double_quant": shared.double_quant if shared else False,
         },
-        "backbone_sha256": artifact.combine_hashes({shard.file: files[shard.file]["sha256"] for shard in shards}),
         "layers": [
             {"name": module, "shape": list(backbone.shapes[module]), "codebook": grid.codebook}
             for module, grid in grids.items()
         ],
-        "files": files,
-        "zero_blocks": zero_blocks,
     }
-    _write(staging, manifest)
+    _write_with_card(staging, manifest, backbone.folder, shards)
 
 
-def write_export_manifest(staging: Staging, backbone: Backbone, kind: str) -> None:
-    """`loftq.json` of what is no folder of a model: an adapter alone, or a file of another format."""
+def write_export_manifest(
+    staging: Staging, folder: Path, source: Mapping[str, Any], kind: str, backbone_hash: str = ""
+) -> None:
+    """The card and `loftq.json` of what is no folder of a model: an adapter alone, or a file of another format.
+
+    It was made from the model in `folder`, whose card names the licence.
+    """
+    manifest = {"kind": kind, "source": source, "recipe": {}, "layers": []}
+    _write_with_card(staging, manifest, folder, (), backbone_hash)
+
+
+def _write_with_card(
+    staging: Staging, manifest: Mapping[str, Any], folder: Path, shards: Sequence[Shard], backbone_hash: str = ""
+) -> None:
+    staging.write_text(artifact.CARD, merged_card_text({**manifest, "files": dict.fromkeys(staging.hashes)}, folder))
     files, zero_blocks = staging.describe()
-    manifest = {
-        "format_version": artifact.VERSION,
-        "kind": kind,
-        "recipe": {},
-        "backbone_sha256": backbone.artifact.backbone_hash if backbone.artifact else "",
-        "layers": [],
-        "files": files,
-        "zero_blocks": zero_blocks,
-    }
-    _write(staging, manifest)
+    hashes = {shard.file: files[shard.file]["sha256"] for shard in shards}
+    more = {"format_version": artifact.VERSION, "files": files, "zero_blocks": zero_blocks}
+    _write(
+        staging, {**manifest, **more, "backbone_sha256": artifact.combine_hashes(hashes) if shards else backbone_hash}
+    )
 
 
 def _write(staging: Staging, manifest: Mapping[str, Any]) -> None:

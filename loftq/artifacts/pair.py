@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from loftq.artifacts.backbone import Backbone, open_backbone
 from loftq.artifacts.checks import backbone_problems, collected
@@ -20,6 +21,8 @@ from loftq.core.scales import Scales
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats.adapter import Adapter, open_adapter
 from loftq.formats.artifact import MANIFEST
+from loftq.formats.model_files import TOKENIZER, is_tokenizer_file
+from loftq.hub.source import side_files
 from loftq.models.adapter_settings import check_mergeable
 from loftq.models.adapters import fitting_adapter, other_backbone, trained_on_original
 from loftq.models.tasks import build_meta
@@ -48,7 +51,27 @@ class BackboneAndAdapter:
         saved = self.adapter.saved.get(name)
         if saved is not None:
             return self.adapter.read(saved)
-        return self.backbone.checkpoint.read((self.embeddings.untied or {}).get(name, name))
+        tensor = self.backbone.checkpoint.read((self.embeddings.untied or {}).get(name, name))
+        if not self.embeddings.resizes(name, tuple(tensor.shape)):
+            return tensor
+        return nn.functional.pad(tensor, (0, cast(int, self.embeddings.vocabulary) - tensor.shape[-1]))
+
+    @cached_property
+    def side_files(self) -> dict[str, Path]:
+        """The files to copy beside the weights, by name. The tokenizer is that of the adapter if it has one of its own.
+
+        If the adapter changes the number of tokens, nothing is left of the tokenizer of the backbone.
+        """
+        files, own = ({path.relative_to(at).as_posix(): path for path in side_files(at)} for at in self._folders)
+        own = {name: path for name, path in own.items() if is_tokenizer_file(name)}
+        if TOKENIZER not in own:
+            return files
+        resized = self.embeddings.vocabulary is not None
+        return {name: path for name, path in files.items() if not (resized and is_tokenizer_file(name))} | own
+
+    @property
+    def _folders(self) -> tuple[Path, Path]:
+        return self.backbone.folder, self.adapter.folder
 
     def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The factors A and B of a module; None if the adapter has none for it."""

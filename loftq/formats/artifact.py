@@ -79,6 +79,7 @@ _TOTALS = {
     ),
 }
 _SOURCE = {"model": str, "model_type?": str, "task": str, "revision?": (str, None), "sha256?": str, "target?": str}
+_MADE_OF = {**_SOURCE, "base?": (str, None), "original?": (str, None), "adapter?": (str, None), "rank?": whole(1)}
 _COMMON = {
     "kind": str,
     "format?": str,
@@ -96,9 +97,15 @@ _QUANTIZED = {
     "totals": _TOTALS,
     "calibration?": (dict, None),
 }
-_MERGED = {**_COMMON, "format": str, "source": _SOURCE, "recipe": _SHARING, "layers": [_PLAIN_ROW]}
+_MERGED = {**_COMMON, "format": str, "source": _MADE_OF, "recipe": _SHARING, "layers": [_PLAIN_ROW]}
 _SCHEMAS = {"qlora": _QUANTIZED, "qalora": _QUANTIZED, "merged": _MERGED}  # other kinds have no layers
-_OTHER = {**_COMMON, "source?": dict, "recipe": dict, "layers?": [dict], "totals?": dict}
+_OTHER = {
+    **_COMMON,
+    "source?": {key.rstrip("?") + "?": kind for key, kind in _MADE_OF.items()},
+    "recipe": dict,
+    "layers?": [dict],
+    "totals?": dict,
+}
 
 
 @dataclass(frozen=True)

@@ -89,11 +89,13 @@ def write(
     dense: Mapping[str, TensorSpec],
     read_linear: Callable[[str], AffineWeight],
     read_dense: Callable[[str], torch.Tensor],
+    name: str | None = None,
 ) -> None:
     """Write a model as one file, which appears under its name when it is complete.
 
     `folder` has the tokenizer, `linears` the shape of each quantized linear by its module's name, `dense` all other
-    tensors by their names in the checkpoint. The two readers are called once for each, in order.
+    tensors by their names in the checkpoint. The two readers are called once for each, in order. `name` is that of the
+    model, by default that of the folder.
 
     Raises OptionError for what has no place in the format, CheckpointError for a tensor that is not as announced.
     """
@@ -109,7 +111,7 @@ def write(
     entries = _lay_out(config, linears, dense)
     with replacing(path) as partial:
         writer = gguf.GGUFWriter(partial, architecture(config).name)
-        add_metadata(writer, config, folder.name)
+        add_metadata(writer, config, name or folder.name)
         add_tokenizer(writer, folder, int(config["vocab_size"]))
         for entry in entries:
             kind = gguf.GGMLQuantizationType[entry.kind]

@@ -17,6 +17,7 @@ from loftq.formats.disk import is_inside
 from loftq.formats.links import refuse_outside
 from loftq.formats.schema import read_json
 
+TOKENIZER = "tokenizer_config.json"  # every tokenizer of transformers has it
 TEMPLATES = "additional_chat_templates"  # a folder of .jinja files
 _CONFIGURATION = (
     "generation_config.json",
@@ -86,6 +87,12 @@ def is_side_file(name: str, code: bool = False) -> bool:
         return not folder and _LICENCE_NAME.fullmatch(file) is not None
     patterns = (f"{TEMPLATES}/*.jinja",) if folder else (*SIDE_FILES, *(["*.py"] if code else []))
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a name, relative to a model's folder, is that of a file of its tokenizer or of its chat template."""
+    patterns = (*_TOKENIZER, *_TEMPLATE)
+    return is_side_file(name) and any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def is_model_file(name: str, code: bool = False) -> bool:

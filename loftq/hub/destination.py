@@ -90,7 +90,7 @@ class Destination:
             if not self.exists:
                 self.api.create_repo(self.repo_id, private=self.private or None)
             for name, addition in additions.items():
-                if name.endswith(".safetensors"):
+                if name.endswith((".safetensors", ".gguf")):
                     self.api.preupload_lfs_files(
                         self.repo_id,
                         [addition],

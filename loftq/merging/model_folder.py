@@ -11,16 +11,12 @@ import torch
 from tqdm import tqdm
 
 from loftq.artifacts.manifest import write_merged_manifest
-from loftq.artifacts.merged_card import merged_card_text
 from loftq.artifacts.staging import Staging
 from loftq.core.grid import Grid
-from loftq.formats.artifact import CARD
 from loftq.formats.checkpoint import INDEX, Shard, TensorSpec, index_text, lay_out, parse_size
 from loftq.formats.model_config import config_text
 from loftq.formats.shard_writer import ShardWriter
-from loftq.hub.source import side_files
 from loftq.merging.target import Target
-from loftq.models.tasks import TASKS
 
 
 class ModelFolder(Target):
@@ -28,7 +24,6 @@ class ModelFolder(Target):
 
     format: ClassVar[str]  # for the manifest: a name of LAYOUTS, or of a format that loftq does not read
     metadata: ClassVar[dict[str, str]] = {}  # additional metadata in the header of each shard
-    import_line: ClassVar[str] = ""  # the line of Python that stock loading needs first
 
     @abstractmethod
     def specs(self, module: str) -> list[TensorSpec]:
@@ -49,12 +44,6 @@ class ModelFolder(Target):
     def name_of(self, name: str) -> str:
         """The name under which a tensor that is not quantized is written."""
         return name
-
-    def loading_lines(self) -> str:
-        """Python code that loads the folder, for the card."""
-        name = TASKS[self.pair.backbone.task].auto_class
-        place = '"..."'
-        return f"{self.import_line}from transformers import {name}\n\nmodel = {name}.from_pretrained({place})"
 
     @cached_property
     def shards(self) -> list[Shard]:
@@ -80,14 +69,13 @@ class ModelFolder(Target):
         """Write the weights, with a progress bar on stderr, then configuration, tokenizer, card and manifest."""
         self._write_weights(staging)
         pair = self.pair
-        for path in side_files(pair.backbone.folder):
-            staging.copy(path, path.relative_to(pair.backbone.folder).as_posix())
+        for name, path in pair.side_files.items():
+            staging.copy(path, name)
         staging.write_text("config.json", config_text(self.config()))
         if len(self.shards) > 1:
             staging.write_text(INDEX, index_text(self.shards))
-        staging.write_text(CARD, merged_card_text(pair.backbone, pair.adapter.kind, self.name, self.loading_lines()))
         grids = {module: grid for module in pair.backbone.grids if (grid := self.grid(module)) is not None}
-        write_merged_manifest(staging, pair.backbone, self.name, self.format, grids, self.shards)
+        write_merged_manifest(staging, pair.backbone, self.source, self.format, grids, self.shards)
 
     def _write_weights(self, staging: Staging) -> None:
         kept = self.kept

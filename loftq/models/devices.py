@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from loftq.errors import LoftQError, OptionError
+from loftq.models.choices import COMPUTE_DTYPES
 
 
 def find_gpu() -> torch.device | None:
@@ -84,6 +85,15 @@ def compute_dtype(requested: str | None, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if _cuda_has_bfloat16() else torch.float16
     return torch.bfloat16 if device.type == "cpu" and has_avx512bf16() else torch.float32
+
+
+def has_grouped_products(tensor: torch.Tensor) -> bool:
+    """Whether torch's grouped matrix product computes with a tensor's device and dtype: since torch 2.10."""
+    if not hasattr(torch.nn.functional, "grouped_mm") or str(tensor.dtype).removeprefix("torch.") not in COMPUTE_DTYPES:
+        return False
+    if tensor.device.type == "cuda":
+        return torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+    return tensor.device.type == "cpu"
 
 
 def _cuda_has_bfloat16() -> bool:

@@ -1,8 +1,8 @@
 """The pass through packed experts: what takes the place of an experts module's own `forward`.
 
-It sorts the tokens by expert, so that each expert gets one slice of them. It unpacks one expert at a time, and
-discards it before the next one. Autograd keeps only the tokens: the backward pass unpacks each expert once more, and
-computes it again, to differentiate it.
+It sorts the tokens by expert, so that each expert gets one slice of them. It unpacks one group of experts at a time
+(`expert_groups`), and discards it before the next one. Autograd keeps only the tokens: the backward pass unpacks each
+group once more, and computes it again, to differentiate it.
 
 An adapter on the experts is a product of low rank that is added to the tokens,
 
@@ -13,16 +13,15 @@ and never to the weights, which would need a dense copy of all experts. It is co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from loftq.core.grid import Grid
 from loftq.formats.expert_factors import by_expert
+from loftq.models.expert_groups import Group, Stored, grouped_product, groups_of, low_rank_product, unpack_group
+from loftq.models.expert_moves import groups_at_hand
 from loftq.models.expert_stacks import stack_names
-from loftq.models.packed_linear import stored_native
 
 
 class ActiveFactors(NamedTuple):
@@ -31,44 +30,6 @@ class ActiveFactors(NamedTuple):
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
-
-
-@dataclass(frozen=True)
-class PackedStack:
-    """The type of the packed weights of a parameter, and their shape (experts, out, in)."""
-
-    grid: Grid
-    shape: tuple[int, int, int]
-    compute_dtype: torch.dtype
-
-
-def unpack_expert(
-    stack: PackedStack, stored: Sequence[torch.Tensor | None], expert: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """The weight (out, in) of one expert."""
-    _, rows, columns = stack.shape
-    parts = stored_native(stack.grid, rows, columns).parts(
-        dtype, *[None if tensor is None else tensor[expert] for tensor in stored]
-    )
-    weights = [part for _, part in parts]
-    return weights[0] if len(weights) == 1 else torch.cat(weights)
-
-
-class _Slices(NamedTuple):
-    """The tokens of each expert that has any: the expert, and the places of its pairs (token, choice)."""
-
-    experts: list[int]
-    pairs: list[torch.Tensor]
-
-
-def _slices(top_k_index: torch.Tensor, experts: int) -> _Slices:
-    """Sort the pairs of tokens and experts by expert. Numbers that are no expert's mean that a choice is left out."""
-    flat = top_k_index.flatten()
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat.clamp(0, experts), minlength=experts + 1)[:experts].tolist()
-    pieces = torch.split(order[: sum(counts)], counts)
-    chosen = [expert for expert, count in enumerate(counts) if count]
-    return _Slices(chosen, [pieces[expert] for expert in chosen])
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the number of tokens of each expert decides which code runs
@@ -98,7 +59,7 @@ def _scalings(module: Any) -> list[list[float]]:
 
 
 class _Experts(torch.autograd.Function):
-    """The pass of a module's experts. Its backward pass differentiates one expert at a time."""
+    """The pass of a module's experts. Its backward pass differentiates one group of experts at a time."""
 
     @staticmethod
     def forward(
@@ -110,20 +71,20 @@ class _Experts(torch.autograd.Function):
         scalings: list[list[float]],
         *factors: torch.Tensor,
     ) -> torch.Tensor:
-        compute = _expert_computer(module, scalings, tokens.dtype)
-        ctx.compute, ctx.experts = compute, next(iter(module.packed_stacks.values())).shape[0]
+        ctx.compute, ctx.module = _group_computer(module, scalings, tokens.dtype), module
         ctx.save_for_backward(tokens, weights, *factors)
         if tokens.is_meta:  # only the tensors that are kept matter
             return torch.empty_like(tokens)
-        ctx.slices = _slices(index, ctx.experts)
+        ctx.groups = groups_of(index, module.packed_stacks)
         total = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
         choices, flat = weights.shape[-1], weights.reshape(-1)
-        pairs_by_expert = _all_by_expert(factors, ctx.experts)
+        pairs_by_expert = _all_by_expert(factors, module)
         with torch.autocast(tokens.device.type, enabled=False):
-            for expert, pairs in zip(*ctx.slices, strict=True):
-                rows = pairs // choices
-                out = compute(expert, tokens[rows], [(a[expert], b[expert]) for a, b in pairs_by_expert])
-                total.index_add_(0, rows, out.float() * flat[pairs].unsqueeze(1).float())
+            for group, stored in groups_at_hand(module, ctx.groups, tokens.device):
+                rows = group.pairs // choices
+                own = [(group.take(a), group.take(b)) for a, b in pairs_by_expert]
+                out = ctx.compute(group, stored, tokens[rows], own)
+                total.index_add_(0, rows, out.float() * flat[group.pairs].unsqueeze(1).float())
         return total.to(tokens.dtype)
 
     @staticmethod
@@ -132,24 +93,24 @@ class _Experts(torch.autograd.Function):
         tokens, weights, *factors = ctx.saved_tensors
         choices, flat = weights.shape[-1], weights.reshape(-1)
         needs_tokens, needs_weights = ctx.needs_input_grad[:2]
-        pairs_by_expert = _all_by_expert(factors, ctx.experts)
+        pairs_by_expert = _all_by_expert(factors, ctx.module)
         token_grad = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device) if needs_tokens else None
         weight_grad = torch.zeros(flat.shape, dtype=torch.float32, device=flat.device) if needs_weights else None
         factor_grads = [torch.zeros_like(factor) for factor in factors]
-        grads_by_expert = _all_by_expert(factor_grads, ctx.experts)
-        for expert, pairs in zip(*ctx.slices, strict=True):
-            rows = pairs // choices
-            share = flat[pairs].unsqueeze(1).float()
+        grads_by_expert = _all_by_expert(factor_grads, ctx.module)
+        for group, stored in groups_at_hand(ctx.module, ctx.groups, tokens.device):
+            rows = group.pairs // choices
+            share = flat[group.pairs].unsqueeze(1).float()
             upstream = grad[rows].float()
             with torch.enable_grad(), torch.autocast(tokens.device.type, enabled=False):
                 inputs = tokens.detach()[rows].requires_grad_(needs_tokens)
                 own = [
-                    (a[expert].detach().requires_grad_(), b[expert].detach().requires_grad_())
+                    (group.take(a.detach()).requires_grad_(), group.take(b.detach()).requires_grad_())
                     for a, b in pairs_by_expert
                 ]
-                out = ctx.compute(expert, inputs, own)
+                out = ctx.compute(group, stored, inputs, own)
             if weight_grad is not None:
-                weight_grad[pairs] = (out.detach().float() * upstream).sum(1)
+                weight_grad[group.pairs] = (out.detach().float() * upstream).sum(1)
             leaves = [*([inputs] if needs_tokens else []), *(factor for pair in own for factor in pair)]
             if not leaves:
                 continue
@@ -157,7 +118,7 @@ class _Experts(torch.autograd.Function):
             if token_grad is not None:
                 token_grad.index_add_(0, rows, found.pop(0).float())
             for (a, b), ga, gb in zip(grads_by_expert, found[::2], found[1::2], strict=True):
-                a[expert], b[expert] = ga, gb
+                a[group.experts], b[group.experts] = ga, gb
         return (
             None if token_grad is None else token_grad.to(tokens.dtype),
             None if weight_grad is None else weight_grad.view(weights.shape).to(weights.dtype),
@@ -168,34 +129,37 @@ class _Experts(torch.autograd.Function):
         )
 
 
-def _all_by_expert(factors: Sequence[torch.Tensor], experts: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _all_by_expert(factors: Sequence[torch.Tensor], module: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For each adapter, all A (experts, rank, in) and all B (experts, out, rank), as views of the factors."""
+    experts = next(iter(module.packed_stacks.values())).shape[0]
     return [by_expert(a, b, experts) for a, b in zip(factors[::2], factors[1::2], strict=True)]
 
 
 Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
+Computer = Callable[[Group, Mapping[str, Stored], torch.Tensor, Pairs], torch.Tensor]
 
 
-def _expert_computer(
-    module: Any, scalings: list[list[float]], dtype: torch.dtype
-) -> Callable[[int, torch.Tensor, Pairs], torch.Tensor]:
-    """The function that computes one expert for its tokens, with the factors of its adapters."""
+def _group_computer(module: Any, scalings: list[list[float]], dtype: torch.dtype) -> Computer:
+    """The function that computes a group of experts for its tokens, with the factors of its adapters."""
     first, last = stack_names(module)
-    stored = {name: module.stored(name) for name in (first, last)}
     split_at = len(scalings[0])
 
-    def project(name: str, expert: int, x: torch.Tensor, pairs: Pairs, scales: list[float]) -> torch.Tensor:
-        out = x @ unpack_expert(module.packed_stacks[name], stored[name], expert, dtype).T
-        bias = getattr(module, f"{name}_bias")[expert].to(dtype) if module.has_bias else None
-        out = out if bias is None else out + bias
+    def project(
+        name: str, group: Group, stored: Stored, x: torch.Tensor, pairs: Pairs, scales: list[float]
+    ) -> torch.Tensor:
+        out = grouped_product(x, unpack_group(module.packed_stacks[name], stored, dtype), group)
+        if module.has_bias:
+            bias = group.take(getattr(module, f"{name}_bias")).to(dtype)
+            counts = torch.tensor(group.counts, device=bias.device)
+            out = out + bias.repeat_interleave(counts, 0, output_size=len(x))
         for (a, b), scale in zip(pairs, scales, strict=True):
-            out = (out + (x.to(a.dtype) @ a.T @ b.T) * scale).to(dtype)
+            out = (out + low_rank_product(x, a, b, group) * scale).to(dtype)
         return out
 
-    def compute(expert: int, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        hidden = project(first, expert, x, pairs[:split_at], scalings[0])
+    def compute(group: Group, stored: Mapping[str, Stored], x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        hidden = project(first, group, stored[first], x, pairs[:split_at], scalings[0])
         hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-        out = project(last, expert, hidden, pairs[split_at:], scalings[1])
+        out = project(last, group, stored[last], hidden, pairs[split_at:], scalings[1])
         return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
 
     return compute

@@ -22,6 +22,8 @@ from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.formats.checkpoint import dtype_of, read_checkpoint
 from loftq.formats.model_config import FILE, check_beside, read_config
 from loftq.models.adapters import check_adapter, check_shapes, foreign_adapter
+from loftq.models.choices import OFFLOADS
+from loftq.models.input_gradients import require_input_gradients
 from loftq.models.peft_targets import adapt, load_adapter
 from loftq.models.refusals import explain_loading
 from loftq.models.tasks import TASKS, auto_class, recorded_task
@@ -41,20 +43,42 @@ def load_qlora(
     is_trainable: bool = True,
     device_map: Any = None,
     dtype: torch.dtype | None = None,
+    offload: str | None = None,
 ) -> PeftModel:
     """Load a folder that `loftq quantize` wrote, with its initial adapter or a trained one.
 
     In addition to `from_pretrained`, it sets the compute dtype of the folder (or `dtype`), turns off bitsandbytes'
     repacking of weights on CPUs, runs norms and the head of a task in float32 without changing the embeddings, makes
     inputs require gradients so that gradient checkpointing works, and checks that the adapter belongs to the backbone.
-    Raises ArtifactError.
+    With `offload="experts"`, the quantized experts of a mixture stay in main memory, and are copied to the device a few
+    at a time; `device_map` is then a single device. Raises ArtifactError, and OptionError for an `offload` that the
+    model cannot have.
     """
 
     artifact = _open(folder, "qlora")
     chosen = artifact.adapter if adapter is None else Path(adapter)
     check_adapter(artifact, chosen)
-    base = load_base(artifact, is_trainable, device_map, dtype)
-    return load_adapter(base, chosen, is_trainable=is_trainable)
+    if offload is None:
+        return load_adapter(load_base(artifact, is_trainable, device_map, dtype), chosen, is_trainable=is_trainable)
+    return _load_offloaded(artifact, chosen, is_trainable, device_map, dtype, offload)
+
+
+def _load_offloaded(
+    artifact: Artifact, adapter: Path, is_trainable: bool, device_map: Any, dtype: torch.dtype | None, offload: str
+) -> PeftModel:
+    """Load into main memory, and move everything but the experts to the device."""
+    from loftq.models.expert_offload import MAIN_MEMORY, offload_experts, one_device, refusal
+
+    if offload not in OFFLOADS:
+        raise UnknownNameError("offload", offload, OFFLOADS)
+    device = one_device(device_map)
+    if not any(len(row["shape"]) == 3 for row in artifact.manifest["layers"]):
+        raise OptionError(refusal(str(artifact.folder)))
+    base = load_base(artifact, is_trainable, {"": MAIN_MEMORY}, dtype)
+    offload_experts(base, device)
+    model = load_adapter(base, adapter, is_trainable=is_trainable)
+    nn.Module.to(model, device)  # peft has put the factors of experts where the experts are
+    return model
 
 
 @silenced()
@@ -159,7 +183,7 @@ def load_base(
             _change_dtype(base, dtype)
         _norms_in_float32(base, dtype or stored)
         if is_trainable:
-            base.enable_input_require_grads()
+            require_input_gradients(base)
         _heads_in_float32(base, heads)
     return base
 

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from loftq.core.grid import Grid
+from loftq.errors import OptionError
 from loftq.formats import native
-from loftq.models.expert_pass import ActiveFactors, PackedStack, experts_forward, unpack_expert
+from loftq.models.expert_groups import PackedStack, unpack_group
+from loftq.models.expert_pass import ActiveFactors, experts_forward
 
 
 class Packed(NamedTuple):
@@ -69,6 +71,7 @@ class PackedExperts(nn.Module):
     packed_stacks: dict[str, PackedStack]
     active_factors: dict[str, list[ActiveFactors]]  # by parameter, while a wrapper of peft calls the module
     dense_class: type[nn.Module]
+    offloaded: bool = False  # whether the packed tensors stay in main memory wherever the module goes
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -78,14 +81,22 @@ class PackedExperts(nn.Module):
         return out
 
     def stored(self, name: str) -> list[torch.Tensor | None]:
-        """The tensors of a parameter's experts, in the order in which `stored_native` reads them."""
+        """The tensors of a parameter's experts, in the order in which `unpack_group` reads them."""
         return [getattr(self, f"{name}{suffix}", None) for suffix in _SUFFIXES]
+
+    def packed_tensors(self) -> dict[str, torch.Tensor]:
+        """The codes and scales of all parameters, by name."""
+        names = [f"{name}{suffix}" for name in self.packed_stacks for suffix in _SUFFIXES]
+        own = {**self._parameters, **self._buffers}
+        return {name: cast(torch.Tensor, own[name]) for name in names if own.get(name) is not None}
 
     def dequantize(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The dense weights of a parameter's experts, as the module's own class keeps them."""
         stack, stored = self.packed_stacks[name], self.stored(name)
-        experts = [unpack_expert(stack, stored, expert, dtype) for expert in range(stack.shape[0])]
-        dense = torch.stack(experts)
+        dense = torch.empty(stack.shape, dtype=dtype, device=self._parameters[name].device)  # type: ignore[union-attr]
+        for expert in range(len(dense)):
+            one = [None if tensor is None else tensor[expert : expert + 1] for tensor in stored]
+            dense[expert] = unpack_group(stack, one, dtype)[0]
         return dense.transpose(1, 2).contiguous() if cast(Any, self).is_transposed else dense
 
     def change_dtype(self, dtype: torch.dtype) -> None:
@@ -95,8 +106,10 @@ class PackedExperts(nn.Module):
     def to_dense(self, dtype: torch.dtype | None = None) -> Packed:
         """Put dense weights in the place of the packed ones, and the module's own code in the place of ours.
 
-        The packed weights are returned, for `to_packed`.
+        The packed weights are returned, for `to_packed`. Raises OptionError for experts in main memory.
         """
+        if self.offloaded:
+            raise OptionError("experts in main memory cannot be made dense or merged: load the model without offload")
         packed = Packed(self.packed_stacks, {}, {})
         for name, stack in self.packed_stacks.items():
             dense = self.dequantize(name, dtype or stack.compute_dtype)
@@ -110,12 +123,19 @@ class PackedExperts(nn.Module):
         return packed
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # Codes and scales move to another device, but never change their dtype.
-        before = dict(self._buffers)
+        # Codes and scales move to another device unless they are offloaded, but never change their dtype.
+        packed = self.packed_tensors()
+        tables: tuple[dict[str, Any], ...] = (self._parameters, self._buffers)
+        if self.offloaded:
+            kept = [{name: table.pop(name) for name in packed if name in table} for table in tables]
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            for table, own in zip(tables, kept, strict=True):
+                table.update(own)
+            return self
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in before.items():
-            moved = self._buffers[name]
-            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
+        for name, tensor in packed.items():
+            moved = self._buffers.get(name)
+            if moved is not None and moved.dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(moved.device)
         return self
 

@@ -118,6 +118,21 @@ def _(zeros: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:  # 
     return torch.empty_like(scales)
 
 
+def read_shifted_scales(
+    bits: int,
+    scales: torch.Tensor | None,
+    absmax: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    shifts: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The scales of a weight's blocks and what is added to its levels, if anything, from the stored tensors."""
+    values = cast(torch.Tensor, scales)
+    if absmax is not None:
+        values = _decode_scales(values, absmax, cast(torch.Tensor, offset))
+    return values, shifts if zeros is None else _decode_zeros(zeros, values.float(), bits)
+
+
 class StoredWeight(Protocol):
     """The layout of a weight (rows, columns) in the tensors of its module."""
 
@@ -136,12 +151,9 @@ class _Native:
 
     def parts(self, dtype: torch.dtype, *stored: torch.Tensor | None) -> Iterator[Part]:
         """Unpack the weight in parts of whole rows, each with the slice of its rows."""
-        packed, scales = (cast(torch.Tensor, tensor) for tensor in stored[:2])
-        absmax, offset, zeros, shifts = stored[2:]
         bits, per_row = CODEBOOKS[self.name], self.columns // self.block
-        values = scales if absmax is None else _decode_scales(scales, absmax, cast(torch.Tensor, offset))
-        if zeros is not None:
-            shifts = _decode_zeros(zeros, values.float(), bits)
+        packed = cast(torch.Tensor, stored[0])
+        values, shifts = read_shifted_scales(bits, *stored[1:])
         step = max(PART // self.columns // 8 * 8, 8)  # so that parts begin at whole bytes
         if step >= self.rows:
             whole = dequantize(packed, values, shifts, self.name, self.block, self.columns, dtype)

@@ -58,9 +58,9 @@ def kept_bytes(
 
 def streams_logits(model: Any, tasks: Sequence[str]) -> bool:
     """Whether the loss of a peft model on the meta device is computed without the logits of a whole batch."""
-    if tuple(tasks) != ("causal-lm",):
-        return False
     inner = model.get_base_model()
+    if "causal-lm" not in tasks or inner.config.is_encoder_decoder:
+        return False
     ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
     with Unpadded(), torch.no_grad():
         output = HiddenStates(inner).of(lambda: inner(input_ids=ids, attention_mask=torch.ones_like(ids)))

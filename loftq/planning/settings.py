@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from loftq.core.codebooks import TYPES, ZERO_POINTS
 from loftq.core.solvers.methods import METHODS, ROUNDINGS, SCALES, SVD
 from loftq.formats.layouts import LAYOUTS
+from loftq.models.choices import COMPUTE_DTYPES
 from loftq.models.tasks import TASKS
 from loftq.settings import check, setting
 
@@ -20,7 +21,6 @@ EXPERT_RANK = 4  # default: there is a pair of factors for each expert
 FIRST_WIDTHS = (2, 4)  # widths of the allocation `first`, as in the paper
 CALIBRATION_TOKENS, SEQUENCE_LENGTH = 65536, 2048  # defaults
 TOKENS = 1024  # of the training step whose memory the zoo names
-COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 ADAPTERS = {
     "lora": "LoftQ: a plain LoRA that corrects the errors of the backbone",
     "qalora": "QA-LoRA: a LoRA on pooled inputs, which can be merged into the zero-points",

@@ -58,6 +58,8 @@ class Estimate:
     weights: int
     adapter: int  # with its gradients and the optimizer's state
     activations: int
+    experts: int  # the group that is unpacked, and with `--offload` the codes of the groups that are on the device
+    offloaded: int  # the codes and scales of all experts, in main memory instead of on the device
     data: DataSummary
     steps: int
     split: Split
@@ -68,7 +70,7 @@ class Estimate:
     @property
     def memory(self) -> int:
         """The sum of all parts, in bytes."""
-        return self.weights + self.adapter + self.activations
+        return self.weights + self.adapter + self.activations + self.experts
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -87,7 +89,9 @@ class Estimate:
             f"{self.weights / 1e9:8.2f} GB  weights",
             f"{self.adapter / 1e9:8.2f} GB  adapter, its gradients, the optimizer",
             f"{self.activations / 1e9:8.2f} GB  activations of {rows} examples of {tokens} tokens{kept}",
+            *([f"{self.experts / 1e9:8.2f} GB  experts that are unpacked at a time"] if self.experts else []),
             f"{self.memory / 1e9:8.2f} GB  in all, on each device, without the program itself",
+            *([f"{self.offloaded / 1e9:8.2f} GB  in main memory besides: the experts"] if self.offloaded else []),
             f"{self.steps:,} steps with {self.split}",
             f"time: {duration(self.seconds)}, at {self.rate / 1e9:,.0f} billion operations a second: half of what a "
             "matrix product reaches here now; loading, quantizing and evaluations come on top",
@@ -115,11 +119,10 @@ def estimate(model: str | None = None, **settings: Any) -> Estimate:
         lengths = measure_lengths(rows, asked, encoder, train_examples)
     tokens = longest_of(train_examples, encoder)
     planned = on_meta(asked, backbone, dtype)
-    adapter = planned.adapter_bytes(asked, device)
 
     def need(batch: int, checkpointing: bool) -> int:
         kept = planned.activations(asked, (batch, tokens), device, checkpointing=checkpointing)
-        return planned.weights + adapter + kept
+        return planned.fixed_bytes(asked, device) + kept
 
     split, note = choose_split(asked, need, free_memory(device))
     arguments = arguments_of(split.into(asked), mode_of(asked, backbone))
@@ -137,8 +140,10 @@ def estimate(model: str | None = None, **settings: Any) -> Estimate:
         total=planned.total,
         batch=(split.batch_size, tokens),
         weights=planned.weights,
-        adapter=adapter,
-        activations=need(split.batch_size, split.gradient_checkpointing) - planned.weights - adapter,
+        adapter=planned.adapter_bytes(asked, device),
+        activations=need(split.batch_size, split.gradient_checkpointing) - planned.fixed_bytes(asked, device),
+        experts=planned.experts,
+        offloaded=planned.offloaded,
         data=DataSummary(
             len(rows),
             len(train_examples),

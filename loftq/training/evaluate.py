@@ -166,7 +166,7 @@ def _candidates(
     model: str, settings: EvaluateSettings, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Candidate]:
     """Yield the name of each model to measure, and a function that opens it."""
-    adapter, quiet = settings.adapter, settings.quiet
+    adapter, quiet, offload = settings.adapter, settings.quiet, settings.offload
     backbone = find_model(model)
     artifact = backbone if isinstance(backbone, Artifact) else None
     if settings.compare:
@@ -179,23 +179,30 @@ def _candidates(
         with tempfile.TemporaryDirectory() as folder:
             yield (
                 "plain quantization",
-                lambda: _plain(artifact, origin, Path(folder) / "plain", device, dtype, quiet=quiet),
+                lambda: _plain(artifact, origin, Path(folder) / "plain", device, dtype, offload, quiet=quiet),
             )
-        yield "start", lambda: open_to_use(backbone, None, device, dtype)
+        yield "start", lambda: open_to_use(backbone, None, device, dtype, offload)
         if adapter is None:
             return
     started = artifact is not None and artifact.manifest["kind"] in WITH_ADAPTER
     name = "trained" if adapter is not None else "start" if started else "model"
-    yield name, lambda: open_to_use(backbone, adapter, device, dtype)
+    yield name, lambda: open_to_use(backbone, adapter, device, dtype, offload)
 
 
 def _plain(
-    artifact: Artifact, source: str, folder: Path, device: torch.device, dtype: torch.dtype, *, quiet: bool
+    artifact: Artifact,
+    source: str,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    offload: str | None,
+    *,
+    quiet: bool,
 ) -> Opened:
     """Quantize with the same recipe, but to the nearest codes and with an adapter that adds nothing, as QLoRA does."""
     recipe: Any = recipe_again(artifact.manifest["recipe"]).to_dict() | _PLAIN | dict.fromkeys(_TEXT)
     quantize(source, output=folder, quiet=quiet, **recipe)
-    return open_to_use(open_artifact(folder), None, device, dtype)
+    return open_to_use(open_artifact(folder), None, device, dtype, offload)
 
 
 def _notes(task: str, figures: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -57,6 +57,7 @@ class EvaluateSettings:
     card: bool = setting(False, "Write the table into the model card of the folder.", "output")
     dtype: str | None = again(TrainSettings, "dtype")
     cpu: bool | None = again(TrainSettings, "cpu")
+    offload: str | None = again(TrainSettings, "offload")
     quiet: bool = setting(True, "Show no progress bar.", "run")
 
     def __post_init__(self) -> None:
@@ -83,4 +84,5 @@ class EvaluateKeywords(TypedDict, total=False):
     card: bool
     dtype: str | None
     cpu: bool | None
+    offload: str | None
     quiet: bool

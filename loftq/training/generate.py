@@ -27,6 +27,7 @@ def generate(
     seed: int = 0,
     dtype: str | None = None,
     cpu: bool | None = None,
+    offload: str | None = None,
     stream: TextIO | None = None,
 ) -> str:
     """Return the answer of a model to a prompt, and write it to `stream` while it is generated.
@@ -34,7 +35,7 @@ def generate(
     `model` is an artifact's folder, with its own adapter unless `adapter` names a trained one, the folder of a trained
     adapter, which knows its backbone, or a full-precision or merged model. The prompt is written with the chat template
     if there is one, unless `chat_template` is False. With a temperature of 0 the model always takes the likeliest
-    token. Raises LoftQError.
+    token. `offload` is that of `load_qlora`. Raises LoftQError.
     """
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
@@ -45,7 +46,9 @@ def generate(
         seed=seed,
     )
     with silenced(), explain_memory():
-        writer = open_writer(model, adapter, sampling, chat_template=chat_template, dtype=dtype, cpu=cpu)
+        writer = open_writer(
+            model, adapter, sampling, chat_template=chat_template, dtype=dtype, cpu=cpu, offload=offload
+        )
         if writer.templated:
             messages = [{"role": "system", "content": system}] if system else []
             messages.append({"role": "user", "content": prompt})

@@ -16,7 +16,9 @@ from loftq.errors import OptionError
 from loftq.formats.adapter import CONFIG, open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.models.devices import compute_dtype, device_to_run, free_memory
-from loftq.models.packed_experts import pack_stacks
+from loftq.models.expert_moves import bytes_at_hand
+from loftq.models.expert_offload import refusal
+from loftq.models.packed_experts import PackedExperts, pack_stacks
 from loftq.models.peft_targets import adapt
 from loftq.models.refusals import explain_loading
 from loftq.models.tasks import build_meta
@@ -36,12 +38,18 @@ from loftq.training.tasks import TRAINING_TASKS
 
 @dataclass(frozen=True)
 class OnMeta:
-    """A model with its adapter on the meta device, its numbers of parameters, and the bytes of what does not train."""
+    """A model with its adapter on the meta device, its numbers of parameters, and the bytes of what does not train.
+
+    `experts` are the bytes of those that are unpacked at a time, and `offloaded` of those in main memory, which are not
+    among the `weights`.
+    """
 
     model: Any
     trainable: int
     total: int
     weights: int
+    experts: int
+    offloaded: int
 
     def activations(
         self, settings: TrainSettings, batch: tuple[int, int], device: torch.device, *, checkpointing: bool
@@ -60,6 +68,11 @@ class OnMeta:
         """The bytes of what trains, with its gradients and the state of the optimizer."""
         return trained_bytes(self.trainable, settings.optim or default_optimizer(device))
 
+    def fixed_bytes(self, settings: TrainSettings, device: torch.device) -> int:
+        """The bytes on the device that do not depend on the batch; those of main memory too if that is the device."""
+        held = self.offloaded if device.type == "cpu" else 0
+        return self.weights + self.adapter_bytes(settings, device) + self.experts + held
+
 
 def most_bytes(model: Any, batch: tuple[int, int]) -> int:
     """More bytes than a training of a model without adapter on a batch (examples, tokens) can need, found at once.
@@ -77,7 +90,10 @@ def most_bytes(model: Any, batch: tuple[int, int]) -> int:
 
 
 def on_meta(settings: TrainSettings, backbone: Model, dtype: torch.dtype) -> OnMeta:
-    """Build a model with its adapter on the meta device. Raises OptionError for a GPTQ checkpoint of others."""
+    """Build a model with its adapter on the meta device.
+
+    Raises OptionError for a GPTQ checkpoint of others, and for `--offload` without quantized experts.
+    """
     if isinstance(backbone, Path):
         raise OptionError(
             f"--dry-run: {backbone} is a GPTQ checkpoint that loftq did not write, which has no estimate: its "
@@ -114,7 +130,23 @@ def on_meta(settings: TrainSettings, backbone: Model, dtype: torch.dtype) -> OnM
     with explain_loading(origin, CONFIG), torch.device("meta"):
         adapted: Any = adapt(model, config)
     frozen = [p for p in adapted.parameters() if not p.requires_grad and p.is_floating_point()]
-    return OnMeta(adapted, trainable, trainable + hidden + sum(parameter.numel() for parameter in frozen), weights)
+    total = trainable + hidden + sum(parameter.numel() for parameter in frozen)
+    experts, offloaded = _experts(adapted, settings)
+    return OnMeta(adapted, trainable, total, weights - offloaded, experts, offloaded)
+
+
+def _experts(model: Any, settings: TrainSettings) -> tuple[int, int]:
+    """Bytes of the packed experts that are at hand at a time, of one module after the other, and of the offloaded ones.
+
+    Raises OptionError if there are none to offload.
+    """
+    modules: list[Any] = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    offloads, device = settings.offload is not None, device_to_run(settings.cpu)
+    if offloads and not modules:
+        raise OptionError(refusal(settings.model))
+    at_hand = max((bytes_at_hand(module, device, offloaded=offloads) for module in modules), default=0)
+    packed = [tensor.nbytes for module in modules for tensor in module.packed_tensors().values()]
+    return at_hand, sum(packed) if offloads else 0
 
 
 def fitting_split(
@@ -132,7 +164,7 @@ def fitting_split(
         return asked, None
     try:
         planned = on_meta(settings, backbone, compute_dtype(settings.dtype, device))
-        fixed = planned.weights + planned.adapter_bytes(settings, device)
+        fixed = planned.fixed_bytes(settings, device)
 
         def need(batch: int, checkpointing: bool) -> int:
             return fixed + planned.activations(settings, (batch, tokens), device, checkpointing=checkpointing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,8 @@ from loftq.formats.prequantized import READABLE
 from loftq.hub.source import Source, find_recorded
 from loftq.models.adapters import check_shapes, foreign_adapter, is_exported_from
 from loftq.models.devices import compute_dtype
+from loftq.models.expert_offload import refusal
+from loftq.models.input_gradients import require_input_gradients
 from loftq.models.loading import guard_cpu, load_base, load_qalora, load_qlora
 from loftq.models.merged import WITH_ADAPTER, load_merged
 from loftq.models.peft_targets import adapt, load_adapter
@@ -120,12 +123,27 @@ def loader_of(artifact: Artifact) -> Callable[..., PeftModel]:
     return load_qalora if artifact.manifest["kind"] == "qalora" else load_qlora
 
 
+def offloading(offload: str | None, backbone: Model) -> dict[str, Any]:
+    """The arguments with which an artifact is loaded for `--offload`.
+
+    Raises OptionError for a model whose experts are not quantized, and for one of several processes.
+    """
+    if offload is None:
+        return {}
+    if not isinstance(backbone, Artifact) or backbone.manifest["kind"] != "qlora":
+        raise OptionError(refusal(str(getattr(backbone, "folder", backbone))))
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise OptionError(f"--offload {offload}: works in one process: run it without torchrun, or leave it out")
+    return {"offload": offload}
+
+
 def open_to_train(settings: TrainSettings, backbone: Model, device: torch.device) -> Opened:
     """Open a backbone, as `quantized` returns it, with an adapter to train. Raises OptionError."""
     dtype = compute_dtype(settings.dtype, device)
     place = {"": device}
+    options = offloading(settings.offload, backbone)
     if isinstance(backbone, Artifact):
-        model: Any = loader_of(backbone)(backbone.folder, device_map=place, dtype=dtype)
+        model: Any = loader_of(backbone)(backbone.folder, device_map=place, dtype=dtype, **options)
         task = recorded_task(backbone.manifest)
         return Opened(model, load_tokenizer(backbone.folder, model), task, backbone.folder)
     if isinstance(backbone, Path):
@@ -136,7 +154,7 @@ def open_to_train(settings: TrainSettings, backbone: Model, device: torch.device
         return Opened(model, load_tokenizer(backbone, model), TASKS["causal-lm"], backbone)
     plan = make_plan(backbone, recipe_of(**quantizing_of(settings, backbone)), with_experts=False)
     base = load_dense(backbone, plan.task, dtype, device, num_labels=plan.recipe.num_labels)
-    base.enable_input_require_grads()
+    require_input_gradients(base)
     model = adapt(base, lora_config(plan))
     return Opened(model, load_tokenizer(backbone.folder, model), plan.task, backbone.folder)
 
@@ -185,12 +203,17 @@ def _resized(folder: Path, num_labels: int) -> dict[str, Any]:
     return {"config": config, "ignore_mismatched_sizes": True}
 
 
-def open_to_use(backbone: Model, adapter: str | None, device: torch.device, dtype: torch.dtype) -> Opened:
+def open_to_use(
+    backbone: Model, adapter: str | None, device: torch.device, dtype: torch.dtype, offload: str | None = None
+) -> Opened:
     """Open a model with a trained adapter or, without one, with the initial adapter that only an artifact has.
 
-    Raises ArtifactError for an adapter that was trained on another backbone.
+    Raises ArtifactError for an adapter that was trained on another backbone, and OptionError for an `offload` that the
+    model cannot have.
     """
     place = {"": device}
+    options: dict[str, Any] = {"is_trainable": False, "device_map": place, "dtype": dtype}
+    options |= offloading(offload, backbone)
     model: Any
     if isinstance(backbone, Artifact) and backbone.manifest["kind"] not in WITH_ADAPTER:
         if adapter is not None:
@@ -201,7 +224,7 @@ def open_to_use(backbone: Model, adapter: str | None, device: torch.device, dtyp
         if adapter is not None and is_exported_from(backbone, Path(adapter)):
             model = load_adapter(load_base(backbone, False, place, dtype), Path(adapter), is_trainable=False)
         else:
-            model = loader_of(backbone)(backbone.folder, adapter, is_trainable=False, device_map=place, dtype=dtype)
+            model = loader_of(backbone)(backbone.folder, adapter, **options)
         task, folder = recorded_task(backbone.manifest), backbone.folder
     elif isinstance(backbone, Path):
         if adapter is None:

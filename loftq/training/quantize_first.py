@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from loftq.artifacts.staging import is_begun
-from loftq.errors import OutputError
+from loftq.errors import OptionError, OutputError
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact, read_artifact
 from loftq.formats.schema import json_text
 from loftq.hub.source import Source
+from loftq.models.expert_offload import refusal
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import recipe_of
 from loftq.planning.settings import SAVE_DIR, QuantizeSettings
@@ -29,14 +30,16 @@ def quantized(settings: TrainSettings, backbone: Model, *, quiet: bool) -> tuple
     """Quantize a full-precision model, unless an earlier run did, and return the settings and the model to train on.
 
     A quantization that an earlier run began is finished. An artifact, and a model for a plain LoRA, stay as they are.
-    Raises OptionError if the quantization settings contradict an artifact, and OutputError if the model has changed
-    since it was quantized.
+    Raises OptionError if the settings contradict an artifact, or need quantized experts that the model will not have,
+    and OutputError if the model has changed since it was quantized.
     """
     if isinstance(backbone, Artifact):
         check_artifact(settings, backbone)
     if not isinstance(backbone, Source) or settings.adapter == "lora":
         return settings, backbone
     options = quantizing_of(settings, backbone)
+    if settings.offload is not None and not make_plan(backbone, recipe_of(**options)).stacks:
+        raise OptionError(refusal(settings.model))
     folder = _folder(backbone, options)
     try:
         quantize(settings.model, output=folder, resume=True, quiet=quiet, **options)

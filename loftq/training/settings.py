@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from loftq.errors import OptionError, UnknownNameError
-from loftq.planning.settings import COMPUTE_DTYPES, QuantizeSettings
+from loftq.models.choices import COMPUTE_DTYPES, OFFLOADS
+from loftq.planning.settings import QuantizeSettings
 from loftq.settings import again, check, check_names, from_dict, plain, setting, to_dict
 from loftq.training.other_arguments import OWN, SCHEDULER, check_choices, check_set
 from loftq.training.recipe_files import ALIASES
@@ -33,7 +34,8 @@ MODES = {
 # Settings for a model that must be quantized before it is trained; `loftq quantize` has more of them.
 QUANTIZING = ("bits", "rank", "alpha", "dropout", "target_modules", "method", "calibration", "group_size", "num_labels")
 _PROMPTED = ("sft", "gsm8k")  # tasks whose prompts can be written with a chat template
-_FREE = ("report_to", "save_steps", "output", "push_to_hub")  # they may change in a resumed run, the result does not
+# They may change in a resumed run, the result does not.
+_FREE = ("report_to", "save_steps", "output", "push_to_hub", "offload")
 BATCH = 8  # examples of a step on each device, where none are given
 _SPLIT = {"batch_size": BATCH, "gradient_accumulation": 1, "gradient_checkpointing": False}
 _SAME = "the value of DIR, or as in `loftq quantize`"
@@ -167,6 +169,12 @@ class TrainSettings:
         usual="bfloat16 where the device computes in it",
     )
     cpu: bool = setting(False, "Run on the CPU even if there is a GPU.", "run")
+    offload: str | None = setting(
+        None,
+        "Part of the model that stays in main memory and is copied to the GPU a few at a time: experts.",
+        "run",
+        choices=OFFLOADS,
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -177,6 +185,11 @@ class TrainSettings:
         if self.chat_template and self.task not in _PROMPTED:
             tasks = " or ".join(_PROMPTED)
             raise OptionError(f"--chat-template: {self.task} has no prompts: leave it out, or use --task {tasks}")
+        if self.offload and self.adapter in ("lora", "qalora"):
+            raise OptionError(
+                f"--offload {self.offload}: --adapter {self.adapter} does not quantize experts: use qlora, or "
+                "leave --offload out"
+            )
         check_set(self.set)
         check_choices(self.lr_scheduler, self.optim)
 
@@ -248,6 +261,7 @@ class TrainKeywords(TypedDict, total=False):
     push_to_hub: str | None
     dtype: str | None
     cpu: bool
+    offload: str | None
     resume: bool
     overwrite: bool
     quiet: bool

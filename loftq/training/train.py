@@ -58,6 +58,7 @@ from loftq.training.run_folder import (
 from loftq.training.settings import TrainKeywords, TrainRun, TrainSettings, settings_of
 from loftq.training.steps import shorten_warmup, steps_of
 from loftq.training.tasks import TRAINING_TASKS
+from loftq.training.trainer import LeanTrainer
 from loftq.verbs.push import push
 
 _log = logging.getLogger(__name__)
@@ -237,7 +238,7 @@ def _trainer(
     scores = TRAINING_TASKS[settings.task].scores
     classified = None if scores is None else partial(_classified, scores, opened.model.config.problem_type)
     with explain_settings():
-        trainer = Trainer(
+        trainer = LeanTrainer(
             model=opened.model,
             args=arguments,
             train_dataset=train_examples,

@@ -51,6 +51,7 @@ def open_writer(
     chat_template: bool | None = None,
     dtype: str | None = None,
     cpu: bool | None = None,
+    offload: str | None = None,
 ) -> Writer:
     """Open an artifact with its own or a trained adapter, a trained adapter's folder, or another model, to write text.
 
@@ -59,7 +60,7 @@ def open_writer(
     """
     device = device_to_run(cpu)
     model, adapter = with_backbone(model, adapter)
-    opened = open_to_use(find_model(model), adapter, device, compute_dtype(dtype, device))
+    opened = open_to_use(find_model(model), adapter, device, compute_dtype(dtype, device), offload)
     if opened.task.name not in ("causal-lm", "seq2seq-lm"):
         raise OptionError(f"{model} is a {opened.task.name} model, which cannot write text: name a language model")
     encoder = Encoder(

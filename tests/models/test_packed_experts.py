@@ -1,4 +1,4 @@
-"""Fused experts of many types of mixtures, from the checkpoint to a merged model.
+"""Fused experts of many types of mixtures, from the checkpoint through a step of training to a merged model.
 
 Covers: loftq/models/packed_experts.py, loftq/models/expert_pass.py, loftq/models/peft_experts.py,
 loftq/models/expert_stacks.py, loftq/formats/expert_factors.py, loftq/planning/experts.py.
@@ -92,6 +92,11 @@ def test_mixture(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     assert set(found) == set(expected)
     for key, gradient in expected.items():
         torch.testing.assert_close(found[key], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()), msg=key)
+    for m in (model, stock):
+        torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1).step()
+    after = model(input_ids=TOKENS, labels=TOKENS)
+    assert after.loss < outputs[0].loss
+    torch.testing.assert_close(after.logits, stock(input_ids=TOKENS).logits, rtol=1e-3, atol=1e-3)
 
     full = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     for key in plain:  # the start, whose error the report tells, is near the original weights
@@ -102,7 +107,7 @@ def test_mixture(name: str, options: dict[str, Any], tmp_path: Path) -> None:
 
     model.save_pretrained(tmp_path / "trained")
     again = loftq.load_qlora(report.folder, tmp_path / "trained", dtype=torch.float32).eval()
-    torch.testing.assert_close(again(input_ids=TOKENS).logits, outputs[0].logits, rtol=0, atol=0)
+    torch.testing.assert_close(again(input_ids=TOKENS).logits, after.logits, rtol=0, atol=0)
     prompt = TOKENS[:1, :4]
     tokens = [m.generate(input_ids=prompt, max_new_tokens=4, do_sample=False) for m in (again, stock)]
     assert torch.equal(*tokens)

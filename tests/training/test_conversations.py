@@ -278,7 +278,7 @@ def test_the_name_of_a_tool_may_be_repeated() -> None:
         encode(rows)
 
 
-def test_a_single_turn_needs_no_template(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_turn_needs_no_template(caplog: pytest.LogCaptureFixture) -> None:
     """Without one, it is a prompt and its answer; several turns and calls are refused for what they are."""
     pair = encode([{"prompt": "s\nRain?", "response": "No."}], None)[0]
     row = {"messages": [{"role": "system", "content": "s"}, {**ASKED, "id": "4"}, ANSWERED]}
@@ -304,4 +304,4 @@ def test_a_single_turn_needs_no_template(capsys: pytest.CaptureFixture[str]) -> 
                 encode([{"messages": [ASKED, ANSWERED]}, {"messages": lost}], template)
     weighted = [{"messages": [ASKED, {**ANSWERED, "weight": weight}]} for weight in (0, 1)]
     assert len(encode(weighted, None)) == 1
-    assert "1 of 2 examples are left out" in capsys.readouterr().err
+    assert "1 of 2 examples are left out" in caplog.text

@@ -122,13 +122,13 @@ def test_a_long_document_leaves_its_cue(length: int, tokenizer: Any) -> None:
     assert 500 < len(example["input_ids"]) <= 512
 
 
-def test_examples_beyond_the_limit_are_left_out(tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_beyond_the_limit_are_left_out(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     talk = [[{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "y"}] for n in (1, 99, 2)]
     found = TRAINING_TASKS["sft"].encode(
         Dataset.from_list([{"messages": m} for m in talk]), {}, Encoder(tokenizer, "causal-lm", 48)
     )
     assert len(found) == 2
-    assert "1 of 3 examples are left out" in capsys.readouterr().err
+    assert "1 of 3 examples are left out" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A mixture of experts through every command. Oracles: the loss of the dense merged model, an undisturbed run's bytes.
 
-Covers: loftq/planning/experts.py, loftq/planning/keywords.py, loftq/planning/weights.py, loftq/solving/layers.py.
+Covers: loftq/planning/experts.py, loftq/planning/keywords.py, loftq/planning/weights.py, loftq/solving/layers.py,
+loftq/models/expert_offload.py.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import loftq
-from loftq.errors import OptionError
+from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.adapter import open_adapter
 from loftq.hub.source import find_source
+from loftq.models import expert_groups, expert_moves
 from loftq.models.packed_experts import PackedExperts
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import recipe_of
@@ -166,6 +168,92 @@ def test_moving_and_casting_keep_the_scales(artifact: Path) -> None:
     torch.testing.assert_close(model(input_ids=tokens).logits, expected, rtol=0.05, atol=0.05)
     model.unmerge_adapter()
     assert torch.equal(model(input_ids=tokens).logits, expected)
+
+
+def _packed(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, PackedExperts)]
+
+
+def test_offloaded_experts_are_copied_once_a_pass(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracles: the model without offload, to the last bit, and the number of experts. A CPU runs the same code."""
+    monkeypatch.setattr(expert_groups, "WEIGHTS_ON_CPU", 1)  # groups of one expert
+    copied: list[list[int]] = []
+    places: set[int] = set()
+    copy = expert_moves._copy
+
+    def noted(held: Any, group: Any, buffer: Any, streams: Any) -> Any:
+        copied.append(group.experts)
+        places.add(buffer["down_proj"][0].data_ptr())
+        return copy(held, group, buffer, streams)
+
+    monkeypatch.setattr(expert_moves, "_copy", noted)
+    held, offloaded = (loftq.load_qlora(artifact, dtype=torch.float32, offload=o) for o in (None, "experts"))
+    losses = []
+    for model in (held, offloaded):
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        losses.append(loss.item())
+        if model is held:
+            assert not copied
+    assert losses[0] == losses[1]
+    for (name, one), (_, other) in zip(held.named_parameters(), offloaded.named_parameters(), strict=True):
+        assert one.grad is None or torch.equal(one.grad, other.grad), name
+    passes = 2 * len(_packed(offloaded))  # forward and backward
+    assert sorted(copied) == sorted([[expert] for expert in range(4)] * passes)
+    assert len(places) <= expert_moves.BUFFERS * passes
+
+
+def test_offloaded_experts_stay_in_main_memory(artifact: Path) -> None:
+    """Oracle: the device of each tensor. The meta device stands for an accelerator."""
+    model = loftq.load_qlora(artifact, device_map={"": "cpu"}, dtype=torch.float32, offload="experts")
+    with pytest.raises(OptionError, match="load the model without offload"):
+        model.merge_adapter()
+    model.to("meta")
+    kept = {id(tensor) for module in _packed(model) for tensor in module.packed_tensors().values()}
+    tensors = [*model.parameters(), *model.buffers()]
+    assert len(kept) == sum(tensor.device.type == "cpu" for tensor in tensors) > 0
+    assert all(tensor.is_meta != (id(tensor) in kept) for tensor in tensors)
+    assert {tensor.dtype for tensor in tensors if id(tensor) in kept} == {torch.uint8, torch.float16}
+
+
+def test_training_and_answers_are_the_same_with_offloaded_experts(artifact: Path, tmp_path: Path, run: Run) -> None:
+    """Oracle: the bytes of an adapter that was trained without, and its answer and perplexity."""
+    data = tmp_path / "rows.txt"
+    data.write_text("one two three four five six seven " * 40)
+    options = {"task": "clm", "data": str(data), "max_steps": 2, "batch_size": 2, "cutoff_len": 32, "dtype": "float32"}
+    folders = [
+        loftq.train(str(artifact), output=tmp_path / name, offload=offload, quiet=True, **options).folder
+        for name, offload in (("held", None), ("offloaded", "experts"))
+    ]
+    adapters = [(folder / "adapter_model.safetensors").read_bytes() for folder in folders]
+    assert adapters[0] == adapters[1]
+    shown = []
+    for offload in ((), ("--offload", "experts")):
+        common = (artifact, "--adapter", folders[0], "--dtype", "float32", *offload)
+        written = run("generate", *common, "--prompt", "one two", "--max-new-tokens", 3)
+        measured = run("evaluate", *common, "--data", data, "--window", 32, "--quiet")
+        assert written.exit_code == measured.exit_code == 0, written.stderr + measured.stderr
+        shown.append((written.stdout, measured.stdout))
+    assert shown[0] == shown[1]
+
+
+def test_what_cannot_be_offloaded(artifact: Path, mixture: Path, pico: Path, tmp_path: Path, run: Run) -> None:
+    data = tmp_path / "rows.txt"
+    data.write_text("one two three four five six seven " * 9)
+    train = ("--data", data, "--task", "clm", "--output", tmp_path / "out", "--offload", "experts")
+    for options, message in (
+        ((mixture, "--adapter", "lora"), "--adapter lora does not quantize experts"),
+        ((pico,), "has no quantized experts: leave the option out"),
+        ((pico, "--dry-run"), "has no quantized experts: leave the option out"),
+    ):
+        result = run("train", *options, *train)
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(UnknownNameError, match="offload"):
+        loftq.load_qlora(artifact, offload="attention")
+    with pytest.raises(OptionError, match="expected one device"):
+        loftq.load_qlora(artifact, device_map="auto", offload="experts")
 
 
 @pytest.mark.slow

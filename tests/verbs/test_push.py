@@ -228,7 +228,8 @@ def test_a_card_of_an_older_version_names_the_repository(
     assert 'MODEL_DIR = "alice/pico"\n' in section
     assert section.count('revision="new"') == 3  # the backbone's, the adapter's, and of loftq's own line
     assert "trial" not in section  # the branch to which one of these cards had gone before
-    assert section.count("```") == 2
+    assert section.count("```") == 4  # Python, and the commands of servers
+    assert "hf download alice/pico --revision new --local-dir pico\nvllm serve pico --enable-lora" in section
     assert '"..."' not in pushed
 
 
@@ -268,6 +269,39 @@ def test_an_adapter_of_another_backbone_is_refused(
     result = run("push", other, "alice/pico", "--token", TOKEN, "--adapter", trained)
     assert f"was trained on {made}" in error_of(result)
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("target", ["bf16", "lora"])
+def test_what_was_merged_is_pushed_with_the_lines_that_serve_it(
+    target: str, made: Path, trained: Path, pico: Path, hub: WritableHub, run: Run, tmp_path: Path
+) -> None:
+    """Oracles: the metadata as the Hub's client reads them, `verify` of what is downloaded, the paths of this test."""
+    card = made / "README.md"
+    text = card.read_text()
+    try:
+        card.write_text(text.replace("---\n", "---\nlicense: mit\n", 1))
+        loftq.merge(made, trained, to=target, output=tmp_path / "out", quiet=True, check=False)
+    finally:
+        card.write_text(text)
+    result = run("push", tmp_path / "out", "alice/merged", "--token", TOKEN)
+    assert result.exit_code == 0, result.stderr
+    serves = "vllm serve alice/merged\n" if target == "bf16" else "vllm serve BASE --enable-lora --max-lora-rank 8 "
+    assert serves in result.stdout
+    pushed = hub.files("alice/merged")
+    found = ModelCard(pushed["README.md"].decode())
+    assert (found.data.license, found.data.tags) == ("mit", ["loftq", target])
+    assert serves in found.text
+    assert "MODEL_DIR" not in found.text
+    for name, content in pushed.items():
+        for place in (made, made.parent, pico.parent, tmp_path):
+            assert str(place).encode() not in content, name
+        (tmp_path / "downloaded" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "downloaded" / name).write_bytes(content)
+    assert run("verify", tmp_path / "downloaded").exit_code == 0
+    more = ("--adapter", trained)
+    assert "is merged, so adapters do not belong to it" in error_of(
+        run("push", tmp_path / "out", "alice/merged", "--token", TOKEN, *more), 2
+    )
 
 
 # Branches, tags, pull requests
@@ -523,7 +557,7 @@ def test_an_incomplete_folder_is_not_pushed(made: Path, pico: Path, hub: Writabl
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"kind": "merged"}, "is a merged folder, which has no adapter: upload it unchanged with `hf upload REPO_ID"),
+        ({"kind": "merged"}, "was merged by an older loftq, without a card: merge it again"),
         ({"files": {}}, "is damaged: it does not list loftq_init/adapter_config.json"),
         ({"more": "../secret"}, "lists '../secret', which lies outside its folder"),
         ({"more": "/etc/hostname"}, "lists '/etc/hostname', which lies outside its folder"),

@@ -26,7 +26,7 @@ ROWS = {
     ),
     "gguf": Row(
         "to_gguf:GgufFile",
-        "one GGUF file by llama.cpp's own quantizer: any adapter, any backbone; for llama.cpp, Ollama, LM Studio",
+        "one GGUF file by llama.cpp's own quantizer: any adapter and backbone, or a dense model without an adapter",
     ),
     "int": Row("to_int:Integers", "QA-LoRA in the zero-points, exactly: the same codes, in our own format"),
     "mlx": Row("to_mlx:Mlx", "QA-LoRA in the biases of MLX's affine layout, exactly: for mlx-lm"),

@@ -122,10 +122,6 @@ class CompressedTensors(ModelFolder):
                 folder, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
             )
 
-    def loading_lines(self) -> str:
-        """Python code that loads the folder, for the card."""
-        return 'from vllm import LLM\n\nmodel = LLM("...")'
-
     def config(self) -> dict[str, Any]:
         """The contents of `config.json`."""
         ignored = [

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
-from loftq.artifacts.manifest import write_export_manifest
 from loftq.artifacts.staging import Staging, open_staging
 from loftq.errors import OptionError
 from loftq.formats.model_config import config_text
@@ -45,9 +43,8 @@ class GgufLora(PlainLora):
         self._tools.convert(CONVERTER, folder, staging.folder / file, "F32", "--base", str(base))
         shutil.rmtree(folder)
         staging.hashes[file] = None
-        write_export_manifest(staging, self.pair.backbone, "adapter")
+        self.write_manifest(staging, "adapter")
 
     @property
     def _tools(self) -> LlamaCpp:
-        checkout = self.settings.llama_cpp
-        return LlamaCpp(None if checkout is None else Path(checkout).expanduser())
+        return LlamaCpp.of(self.settings.llama_cpp)

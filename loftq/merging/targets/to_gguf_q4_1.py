@@ -7,10 +7,10 @@ from math import prod
 import torch
 from tqdm import tqdm
 
-from loftq.artifacts.manifest import write_export_manifest
 from loftq.artifacts.staging import Staging
 from loftq.core.affine import AffineWeight
 from loftq.formats import gguf_q4_1
+from loftq.formats.model_files import TOKENIZER
 from loftq.merging.readers import gguf_notes
 from loftq.merging.target import Target
 from loftq.models.tasks import build_meta
@@ -56,6 +56,8 @@ class Gguf(Target):
 
         path = staging.folder / f"{backbone.folder.name}-q4_1.gguf"
         with bar:
-            gguf_q4_1.write(path, pair.config, backbone.folder, backbone.shapes, kept, linear, dense)
+            tokenizer = pair.side_files.get(TOKENIZER, backbone.folder / TOKENIZER).parent
+            name = backbone.folder.name
+            gguf_q4_1.write(path, pair.config, tokenizer, backbone.shapes, kept, linear, dense, name)
         staging.hashes[path.name] = None
-        write_export_manifest(staging, backbone, "gguf")
+        self.write_manifest(staging, "gguf")

@@ -25,7 +25,6 @@ class Rounded(ModelFolder):
 
     name = "gptq"
     format = gptq.METHOD
-    import_line = gptq.IMPORT_LINE
     uses = ("allow_rounding",)
     comparable = True
 

@@ -21,7 +21,6 @@ class Integers(ModelFolder):
 
     name = "int"
     format = native.METHOD
-    import_line = native.IMPORT_LINE
     comparable = True
     tolerance = 3e-4
 

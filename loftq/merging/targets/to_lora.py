@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import re
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from loftq.artifacts.manifest import write_export_manifest
+from loftq.artifacts.serving import VLLM_RANKS
 from loftq.artifacts.staging import Staging
 from loftq.core import pooled
 from loftq.core.adapter_change import Factors, change, truncated
@@ -55,6 +56,10 @@ class PlainLora(Target):
     def notes(self) -> tuple[str, ...]:
         """Notes for the user: the model that the adapter belongs to, and what a lower rank leaves of it."""
         notes = [*super().notes(), f"load it on {self.base_model}"]
+        if self.rank > VLLM_RANKS[-1]:
+            notes.append(
+                f"its rank is {self.rank}, and vLLM takes up to {VLLM_RANKS[-1]}: give a lower one with --rank"
+            )
         if self.settings.rank is not None and self.settings.rank < self._full_rank:
             left, whole = (sum(part) for part in zip(*self._norms(), strict=True))
             part = math.sqrt(left / whole) if whole else 0.0
@@ -69,6 +74,13 @@ class PlainLora(Target):
         if self.pair.adapter.pool_size is not None or artifact is None:
             return str(self.settings.source or config.get("base_model_name_or_path") or self.pair.backbone.folder)
         return str(self.settings.source or artifact.manifest["source"]["model"])
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What the adapter was made from, and its rank."""
+        base = self.settings.source
+        named = {"base": base} if base is not None and base.count("/") == 1 and not Path(base).exists() else {}
+        return {**super().source, **named, "rank": self.rank}
 
     @property
     def rank(self) -> int:
@@ -111,7 +123,7 @@ class PlainLora(Target):
                 tensors = {name: adapter.read(name).float()} if whole else self.tensors(name)
                 staging.note(name, {"written": {key: writer.write(key, tensor) for key, tensor in tensors.items()}})
         staging.write_text(adapters.CONFIG, json_text(self.config(), indent=2, sort_keys=True) + "\n")
-        write_export_manifest(staging, self.pair.backbone, "adapter")
+        self.write_manifest(staging, "adapter")
 
     def specs(self, module: str) -> list[TensorSpec]:
         """The tensors of one module."""

@@ -33,10 +33,6 @@ class Mlx(ModelFolder):
         model, _ = build_meta(backbone.folder, task=backbone.task)
         return (*super().notes(), *mlx_notes(model, self.pair.config))
 
-    def loading_lines(self) -> str:
-        """Python code that loads the folder, for the card."""
-        return 'from mlx_lm import load\n\nmodel, tokenizer = load("...")'
-
     def specs(self, module: str) -> list[TensorSpec]:
         """The tensors of one linear."""
         grid, shape = self.pair.backbone.grids[module], self.pair.backbone.shapes[module]

@@ -1,0 +1,114 @@
+"""The readers of exports: the perplexity of what `loftq merge` wrote, by the libraries that it was written for.
+
+Each takes what was written, the folder of the full-precision model, and windows (n, length) of token ids.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from perplexity import perplexity
+
+_LLAMA_CPP = """
+import math, os, sys
+import numpy as np
+from cyllama.llama import llama_cpp
+file, windows = sys.argv[1:]
+class Model(llama_cpp.LlamaModel):  # with the size of its vocabulary, which the context of cyllama 0.2 asks for
+    n_vocab = property(lambda self: self.get_vocab().n_vocab)
+llama_cpp.disable_logging()
+windows = np.load(windows)
+length = windows.shape[1]
+settings = llama_cpp.LlamaContextParams()
+settings.n_ctx = settings.n_batch = settings.n_ubatch = length
+settings.n_threads = settings.n_threads_batch = 1
+context = llama_cpp.LlamaContext(Model(file, llama_cpp.LlamaModelParams()), settings)
+loss = 0.0
+for window in windows.tolist():
+    context.kv_cache_clear()
+    batch = llama_cpp.LlamaBatch(n_tokens=length, embd=0, n_seq_max=1)
+    batch.set_batch(window, 0, True)
+    context.decode(batch)
+    for at, following in enumerate(window[1:]):
+        row = np.array(context.get_logits_ith(at), dtype=np.float64)
+        loss += row.max() + math.log(np.exp(row - row.max()).sum()) - row[following]
+print(math.exp(loss / (len(windows) * (length - 1))), flush=True)
+os._exit(0)
+"""
+_MLX = """
+import math, sys
+import mlx.core as mx
+import numpy as np
+from mlx_lm import load
+folder, windows, adapter = sys.argv[1:]
+model, _ = load(folder, adapter_path=adapter or None)
+loss, windows = 0.0, np.load(windows)
+for window in windows:
+    logits = model(mx.array(window[None]))[0, :-1].astype(mx.float32)
+    log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    loss -= float(mx.take_along_axis(log_p, mx.array(window[1:, None]), axis=-1).sum())
+print(math.exp(loss / (len(windows) * (windows.shape[1] - 1))))
+"""
+
+
+def by_transformers(output: Any, source: Path, windows: torch.Tensor) -> float:
+    """By transformers in float32, with peft for an adapter; `output` may also be a model."""
+    model = _loaded(output, source) if isinstance(output, Path) else output
+    return perplexity(model, windows.reshape(1, -1), *windows.shape)
+
+
+def by_llama_cpp(output: Path, _: Path, windows: torch.Tensor) -> float:
+    """By the library of llama.cpp in the package cyllama."""
+    return _in_a_process(_LLAMA_CPP, windows, next(output.glob("*.gguf")))
+
+
+def by_mlx(output: Path, source: Path, windows: torch.Tensor) -> float:
+    """By mlx-lm, in the dtype of the folder; an adapter on the full-precision model."""
+    adapter = (output / "adapters.safetensors").is_file()
+    return _in_a_process(_MLX, windows, *((source, output) if adapter else (output, "")))
+
+
+def with_lora(output: Path, source: Path, windows: torch.Tensor) -> float:
+    """By llama.cpp, after its llama-export-lora has added the adapter to a GGUF file of the full-precision model."""
+    from loftq.merging.llama_cpp import LlamaCpp
+
+    program = shutil.which("llama-export-lora")
+    if program is None:
+        raise FileNotFoundError("llama-export-lora is not on the PATH")
+    with tempfile.TemporaryDirectory() as scratch:
+        base, whole = Path(scratch) / "base.gguf", Path(scratch) / "whole.gguf"
+        LlamaCpp().convert("convert_hf_to_gguf.py", source, base, "BF16")
+        lora = next(output.glob("*.gguf"))
+        subprocess.run([program, "-m", base, "--lora", lora, "-o", whole], check=True, capture_output=True)
+        return _in_a_process(_LLAMA_CPP, windows, whole)
+
+
+def _in_a_process(code: str, windows: torch.Tensor, first: Path, *more: object) -> float:
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "windows.npy"
+        np.save(file, windows.numpy().astype(np.int32))
+        command: list[object] = [sys.executable, "-c", code, first, file, *more]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return float(done.stdout.split()[-1])
+
+
+def _loaded(output: Path, source: Path) -> Any:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    if (output / "adapter_config.json").is_file():
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), output)
+    entry = json.loads((output / "config.json").read_text()).get("quantization_config", {})
+    packed = entry.get("quant_method") == "compressed-tensors"
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if packed else {}
+    return AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32, **options)

