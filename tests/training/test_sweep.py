@@ -73,7 +73,10 @@ def test_impossible_cells_are_recorded_and_the_others_made(swept: Path) -> None:
     assert float(table["4bit-4rank-qlora"]["start_perplexity"]) == rows["4bit-4rank-qlora"]["start_perplexity"]
     assert table["4bit-4rank-qlora"]["run_device"]
     assert table["4bit-4rank-qlora"]["torch_version"]
-    assert "4bit-4rank-qlora" in (swept / "report.html").read_text(encoding="utf-8")
+    page = (swept / "report.html").read_text(encoding="utf-8")
+    assert "4bit-4rank-qlora" in page
+    assert f"{rows['4bit-4rank-qlora']['start_perplexity']:.4g}" in page
+    assert "full precision has" in page
 
 
 def test_the_same_command_makes_nothing_again_and_adds_cells(
