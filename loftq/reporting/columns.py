@@ -84,8 +84,8 @@ def _bars(artifacts: Sequence[Measured], key: str, plain_key: str) -> list[Cell]
             cells.append(Cell(""))
             continue
         plain, whole = one.totals[plain_key], longest[one.width] or 1.0
-        shares = [round(100 * part / whole, 1) for part in (value, plain)]
-        cells.append(Cell(_ERROR(value), at in best, *shares, _ERROR(plain)))
+        share, plain_share = (round(100 * part / whole, 1) for part in (value, plain))
+        cells.append(Cell(_ERROR(value), at in best, share, plain_share, _ERROR(plain)))
     return cells
 
 
