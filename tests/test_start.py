@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 
+from loftq.display import line_width
 from loftq.formats.layouts import LAYOUTS
 from loftq.merging.targets import TARGETS
 from loftq.tables import LazyTable
+from loftq_cli.output import fitting_lines
 
 Run = Callable[..., Any]
 HEAVY = ("torch", "transformers", "peft", "numba", "scipy", "numpy", "bitsandbytes", "datasets", "accelerate")
@@ -125,14 +127,17 @@ def test_tables_fit_a_terminal_or_are_wide(words: list[str], run: Run, monkeypat
     assert "".join(lines).split()[0] == "".join(wide).split()[0]
 
 
-def test_what_is_not_a_terminal_gets_whole_rows_of_results(
-    run: Run, pico: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = ["quantize", pico, "--dry-run", "--rank", 4, "--exclude-modules", "q_proj,k_proj,v_proj,o_proj,gate_proj"]
-    plain = run(*words).stdout
+def test_results_are_whole_rows_outside_of_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes elsewhere has a width only if COLUMNS names one."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    with fitting_lines():
+        assert line_width.get() is None
     monkeypatch.setenv("COLUMNS", "60")
-    assert max(map(len, run(*words).stdout.splitlines())) <= max(60, len(str(pico)) + 20)
-    assert max(map(len, plain.splitlines())) > 60
+    with fitting_lines():
+        assert line_width.get() == 60
+        with fitting_lines(wide=True):
+            assert line_width.get() is None
+    assert line_width.get() is None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
@@ -142,8 +147,8 @@ def test_colour_is_for_terminals(variables: dict[str, str], coloured: bool) -> N
     import pty
 
     command = [sys.executable, "-m", "loftq", "methods"]
-    environment = {**os.environ, "TERM": "xterm", **variables}
-    environment.pop("NO_COLOR", None) if coloured else None
+    inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    environment = {**inherited, "TERM": "xterm", **variables}
     leader, follower = pty.openpty()
     subprocess.run(command, stdout=follower, env=environment, check=True)
     os.close(follower)

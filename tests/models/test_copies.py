@@ -39,7 +39,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 
 def outcome(model: Any) -> list[torch.Tensor]:
     """The logits, then the gradients of a loss, with activations computed again in the backward pass."""
-    model.eval().gradient_checkpointing_enable()
+    model.train().gradient_checkpointing_enable()
     result = model(input_ids=TOKENS, labels=TOKENS)
     result.loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
