@@ -7,10 +7,11 @@ from typing import Any
 import click
 
 import loftq
+from loftq.training.sampling import Sampling
 from loftq.training.settings import TrainSettings
 
-from .options import Command, debug, option, options_of
-from .output import model_stream
+from .options import Command, as_json, debug, given, option, options_of
+from .output import echo_json, model_stream
 
 _EPILOG = """\b
 Examples:
@@ -31,19 +32,21 @@ Examples:
     help="Write the prompt with the model's chat template.  [default: if the model has one]",
 )
 @option("--adapter", group="adapter", help="Folder of a trained adapter.  [default: the initial adapter of DIR]")
-@option("--max-new-tokens", type=int, default=256, show_default=True, help="Largest number of tokens to write.")
-@option(
-    "--temperature", type=float, default=0.0, show_default=True, help="Temperature of sampling; 0 takes the likeliest."
-)
-@option("--top-p", type=float, default=1.0, show_default=True, help="Part of the probability that sampling draws from.")
-@option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
+@options_of(Sampling)
 @options_of(TrainSettings, only=("dtype", "cpu", "offload"))
+@as_json
 @debug
-def generate(model: str, prompt: str, **options: Any) -> None:
+def generate(model: str, prompt: str, as_json: bool, **options: Any) -> None:
     """Write text with a model and show it as it comes.
 
-    DIR is a folder that `loftq quantize` wrote, or any model.
+    DIR is a folder that `loftq quantize` wrote, or any model. With --json the prompt, the answer and the given options
+    are printed when the answer is complete.
     """
     from loftq.training.generate import read_prompt  # imports transformers, which takes seconds
 
-    loftq.generate(model, read_prompt(prompt), stream=model_stream(), **options)
+    text, settings = read_prompt(prompt), given(options)
+    if not as_json:
+        loftq.generate(model, text, stream=model_stream(), **settings)
+        return
+    answer = loftq.generate(model, text, **settings)
+    echo_json({"model": model, "prompt": text, "answer": answer, "options": settings})

@@ -26,11 +26,13 @@ _COMMANDS = {
     "train": "Train the adapter of a quantized model, or a new one.",
     "evaluate": "Measure perplexity, answers, classes, or tasks of lm-eval.",
     "generate": "Write text with a model and its adapter.",
+    "chat": "Talk with a model and its adapter.",
     "merge": "Merge an adapter into the backbone that it was trained on.",
     "push": "Upload a folder to the Hub.",
     "inspect": "Show what is in a folder, a repository or an adapter.",
     "verify": "Compare a folder with its loftq.json, and with its source.",
-    "report": "Compare folders side by side, as a page or a picture.",
+    "report": "Compare folders side by side, as a page, a picture or a table.",
+    "sweep": "Quantize and measure a model in many ways, and compare them.",
     "zoo": "List, show and build recipes for known models.",
     "methods": "Show what each method minimizes, needs and costs.",
     "families": "Show which model types are known, and what is quantized in them.",
@@ -42,6 +44,7 @@ _CONTINUE = {
     "train": "add --resume",
     "merge": "add --resume",
     "push": "run the same command again",
+    "sweep": "run the same command again",
 }
 _VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub", "numba")
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from loftq.models.loading import load_qlora as load_qlora
     from loftq.training.evaluate import evaluate as evaluate
     from loftq.training.generate import generate as generate
+    from loftq.training.sweep import sweep as sweep
     from loftq.training.train import train as train
     from loftq.verbs.inspect import inspect as inspect
     from loftq.verbs.merge import merge as merge
@@ -45,6 +46,7 @@ __all__ = [
     "quantize",
     "quantize_model",
     "report",
+    "sweep",
     "train",
     "verify",
 ]
@@ -61,6 +63,7 @@ _HOMES = {
     "quantize": "loftq.verbs.quantize",
     "quantize_model": "loftq.verbs.quantize_model",
     "report": "loftq.verbs.report",
+    "sweep": "loftq.training.sweep",
     "train": "loftq.training.train",
     "verify": "loftq.verbs.verify",
 }

@@ -3,11 +3,12 @@
 Nothing is substituted but the places that a reader fills in (MODEL, MODEL_DIR): the model and the data are put where
 the commands look for them. Oracle: each command succeeds, and leaves what the page says.
 
-Covers: docs/quickstart.md, docs/training.md, docs/moving-from-scripts.md.
+Covers: docs/quickstart.md, docs/training.md, docs/moving-from-scripts.md, docs/comparing.md, docs/laptop.md.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -101,3 +102,43 @@ def test_moving_from_older_scripts(here: Path, run: Run) -> None:
     refused = run("quantize", "meta-llama/Llama-2-7b-hf", "--method", "qlora", "--iter", 1)
     assert refused.exit_code == 2
     assert "use --method loftq --iter 1" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_researcher_compares_starts(here: Path, run: Run) -> None:
+    """The blocks of the page about comparing: a dry run, a sweep, its recipe, its report."""
+    pico_llama().save_pretrained("my-model")
+    byte_tokenizer().save_pretrained("my-model")
+    sweeps, recipe, reports = blocks("comparing.md")
+    planned, _ = walk(run, sweeps)
+    assert "18 cells in my-model-sweep" in planned
+    folder = here / "my-model-sweep"
+    rows = json.loads((folder / "sweep.json").read_text())["cells"]
+    assert [row["status"] for row in rows] == ["complete"] * 18
+    assert len({row["cell"] for row in rows if row["output_error"] and row["start_perplexity"]}) == 18
+    assert len(list(folder.glob("*-calibration-*"))) == 1
+    (here / "sweep.toml").write_text(recipe, encoding="utf-8")
+    walk(run, "loftq sweep --recipe sweep.toml")
+    assert json.loads((folder / "sweep.json").read_text())["cells"] == rows, "nothing was made again"
+    page, table, two = (walk(run, line.partition(" >")[0])[0] for line in reports.splitlines())
+    assert page == "report.html\n"
+    assert table.count("\n") == 19
+    assert [row["method"] for row in json.loads(two)["artifacts"]] == ["loftq", "calibrated"]
+
+
+@pytest.mark.slow
+def test_a_laptop_without_a_gpu(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of the page: quantize, generate and chat; a chat with a trained adapter's and a merged folder too."""
+    (here / "HuggingFaceTB").mkdir()
+    (here / "meta-llama/Llama-2-7b-hf").rename(here / "HuggingFaceTB/SmolLM2-135M-Instruct")
+    first, lines = blocks("laptop.md")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Why?\n/save talk.jsonl\n/exit\n"))
+    _, written, talked = walk(run, first)
+    assert written
+    assert talked
+    assert json.loads((here / "talk.jsonl").read_text())["messages"][0] == {"role": "user", "content": "Why?"}
+    walk(run, "loftq train my-model --data chats.jsonl --output trained --max-steps 2")
+    walk(run, "loftq merge trained --to bf16 --output merged")
+    for name in ("my-model", "trained", "merged"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("Why?\nAnd then?\n"))
+        assert walk(run, lines.partition(" <")[0], **{"my-model": name})[0]

@@ -67,6 +67,8 @@ WRONG = {  # lines of usage that are refused, and a part of the message
     "merge folder --to bf61 --output out": "did you mean bf16",
     "merge folder --to gptq --output out --rank 0": "expected 1 or more",
     "generate": "Missing argument",
+    "chat": "Missing argument",
+    "sweep model --method lotfq": "did you mean loftq",
     "push folder": "Missing argument",
     "zoo build nothing": "unknown recipe",
 }

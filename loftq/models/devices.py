@@ -7,6 +7,7 @@ weights are loaded to the same GPU.
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,13 @@ def device_to_run(cpu: bool | None) -> torch.device:
 
 def _accelerator() -> torch.device | None:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def device_name(device: torch.device) -> str:
+    """A device in words, with the model of its processor where that is known."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({platform.processor() or platform.machine()})" if device.type == "cpu" else str(device)
 
 
 def free_memory(device: torch.device) -> int | None:

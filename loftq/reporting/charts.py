@@ -17,6 +17,9 @@ from loftq.reporting.drawing import Palette
 from loftq.reporting.measured import OUTPUTS, WEIGHTS, Measured, Place
 
 NAMES = {WEIGHTS: "weights", OUTPUTS: "outputs"}
+# Series are told apart by color, and where colors come again or are not seen, by marks and dashes.
+MARKS = ("o", "s", "D", "^", "v")
+LINES: Sequence[Any] = ("-", (0, (5, 1.4)), (0, (1.6, 1.1)), (0, (6, 1.2, 1.4, 1.2)))
 _WIDE = 2.5  # ratio of the largest to the smallest error from which an axis is logarithmic
 
 
@@ -27,8 +30,8 @@ def bars_of_totals(axes: Axes, palette: Palette, artifacts: Sequence[Measured], 
             axes.annotate(" not measured: made without text", (0, at), va="center", fontsize=8.5, alpha=0.6)
             continue
         plain, final = measured.totals[f"{prefix}plain_error"], measured.totals[f"{prefix}error"]
-        axes.barh(at, plain, height=0.62, color=palette.of(at), alpha=0.25)
-        axes.barh(at, final, height=0.34, color=palette.of(at))
+        axes.barh(at, plain, height=0.62, color=palette.of(measured.series), alpha=0.25)
+        axes.barh(at, final, height=0.62, color=palette.of(measured.series))
         axes.annotate(f" {final:.3f}", (max(final, plain), at), va="center", fontsize=9)
     _list_artifacts(axes, artifacts)
     axes.set_title(f"Error of {NAMES[prefix]}")
@@ -38,8 +41,8 @@ def sizes(axes: Axes, palette: Palette, artifacts: Sequence[Measured]) -> None:
     """A bar for each artifact: the bytes of the backbone, followed by those of the adapter."""
     for at, measured in enumerate(artifacts):
         backbone, adapter = measured.totals["backbone_bytes"] / 1e6, measured.totals["adapter_bytes"] / 1e6
-        axes.barh(at, backbone, height=0.5, color=palette.of(at))
-        axes.barh(at, adapter, left=backbone, height=0.5, color=palette.of(at), alpha=0.35)
+        axes.barh(at, backbone, height=0.5, color=palette.of(measured.series))
+        axes.barh(at, adapter, left=backbone, height=0.5, color=palette.of(measured.series), alpha=0.35)
         axes.annotate(f" {backbone:,.1f} + {adapter:,.1f}", (backbone + adapter, at), va="center", fontsize=9)
     _list_artifacts(axes, artifacts, room=0.3)
     axes.set_title("Backbone and adapter, MB")
@@ -56,20 +59,21 @@ def _list_artifacts(axes: Axes, artifacts: Sequence[Measured], room: float = 0.1
 
 
 def by_kind(axes: Axes, palette: Palette, artifacts: Sequence[Measured], prefix: str) -> None:
-    """For each kind of module, a line from the error of plain rounding (a ring) to that with the adapter (a dot)."""
+    """For each kind of module, the error with the adapter of each artifact, and a line where plain rounding has it."""
     kinds = _kinds(artifacts)
-    shown = [(i, measured) for i, measured in enumerate(artifacts) if measured.has(prefix)]
+    shown = [measured for measured in artifacts if measured.has(prefix)]
     errors: list[float] = []
-    for place, (i, measured) in enumerate(shown):
+    for place, measured in enumerate(shown):
         for at, kind in enumerate(kinds):
             plain, final = measured.of_kind(kind, f"{prefix}plain_error"), measured.of_kind(kind, f"{prefix}error")
             if plain is None or final is None:
                 continue
-            y = at + 0.7 * ((place + 0.5) / len(shown) - 0.5)
+            y = at + 0.72 * ((place + 0.5) / len(shown) - 0.5)
             errors += [plain, final]
-            axes.plot([plain, final], [y, y], color=palette.of(i), linewidth=1.4, alpha=0.55)
-            axes.plot(plain, y, "o", color=palette.of(i), markersize=5, markerfacecolor="none", markeredgewidth=1.2)
-            axes.plot(final, y, "o", color=palette.of(i), markersize=5)
+            half = 0.36 / len(shown)
+            axes.plot([plain, plain], [y - half, y + half], color=palette.ink, linewidth=1.6, alpha=0.45)
+            axes.plot([plain, final], [y, y], color=palette.of(measured.series), linewidth=1.2, alpha=0.45)
+            _mark(axes, final, y, palette, measured.series)
     _list_kinds(axes, kinds)
     _scale(axes, errors, "x")
     axes.set_title(f"Error of {NAMES[prefix]} by kind")
@@ -78,52 +82,58 @@ def by_kind(axes: Axes, palette: Palette, artifacts: Sequence[Measured], prefix:
 def by_depth(
     axes: Axes, palette: Palette, artifacts: Sequence[Measured], prefix: str, kind: str | None = None
 ) -> list[float]:
-    """The error of each block: a dotted line for plain rounding, a full line with the adapter. Returns all errors."""
+    """The error of each block with the adapter, relative to that of plain rounding. Returns all of them."""
     shown: list[float] = []
-    for i, measured in enumerate(artifacts):
-        for key, line, width in (("plain_error", ":", 1.1), ("error", "-", 1.7)):
-            errors = measured.by_depth(f"{prefix}{key}", kind)
-            axes.plot(list(errors), list(errors.values()), line, color=palette.of(i), linewidth=width)
-            shown += errors.values()
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    for measured in artifacts:
+        plain, final = (measured.by_depth(f"{prefix}{key}", kind) for key in ("plain_error", "error"))
+        shares = {depth: error / plain[depth] for depth, error in final.items() if plain.get(depth)}
+        style = LINES[measured.series % len(LINES)]
+        marks = {"marker": MARKS[measured.series % len(MARKS)], "markersize": 3.5} if len(shares) < 3 else {}
+        axes.plot(list(shares), list(shares.values()), linestyle=style, color=palette.of(measured.series), **marks)
+        shown += shares.values()
+    axes.axhline(1, color=palette.ink, linewidth=1, alpha=0.45)
+    axes.set_ylim(0, max(1.05, *(1.05 * share for share in shown)) if shown else 1.05)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     return shown
 
 
 def depth(axes: Axes, palette: Palette, artifacts: Sequence[Measured], prefix: str) -> None:
-    """The error of each block, for all of its layers together."""
-    _scale(axes, by_depth(axes, palette, artifacts, prefix), "y")
+    """The error of each block, for all of its layers together, relative to plain rounding."""
+    by_depth(axes, palette, artifacts, prefix)
     axes.set_xlabel("block")
-    axes.set_title(f"Error of {NAMES[prefix]} by block")
+    axes.set_title(f"Error of {NAMES[prefix]} / plain rounding")
 
 
 def depths(figure: Figure, palette: Palette, artifacts: Sequence[Measured], prefix: str) -> None:
-    """The error of each block in a panel for each kind of module. All panels have the same scale."""
+    """The same in a panel for each kind of module, as many in a row as there is room for. All have the same scale."""
     kinds = _kinds(artifacts)
-    columns = min(len(kinds), 4)
+    columns = min(len(kinds), 4 if figure.get_figwidth() > 5 else 2)
     panels = figure.subplots(-(-len(kinds) // columns), columns, sharex=True, sharey=True, squeeze=False).flat
     shown: list[float] = []
     for axes, kind in zip(panels, kinds, strict=False):
         shown += by_depth(axes, palette, artifacts, prefix, kind)
-        axes.set_title(kind)
+        axes.set_title(kind, fontweight="normal")
     for axes in list(figure.axes)[len(kinds) :]:
         axes.set_visible(False)
-    _scale(figure.axes[0], shown, "y")
+    figure.axes[0].set_ylim(0, max([1.05, *(1.05 * share for share in shown)]))
 
 
 def trace(axes: Axes, palette: Palette, artifacts: Sequence[Measured], prefix: str) -> None:
     """The error after each iteration, relative to plain rounding: the median layer and the middle half of layers."""
-    for i, measured in enumerate(artifacts):
+    for measured in artifacts:
         if measured.has(prefix):
-            _band(axes, measured.trace(prefix), palette.of(i), "o-")
+            _band(axes, measured.trace(prefix), palette, measured.series, MARKS[measured.series % len(MARKS)])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("iteration")
-    axes.set_title(f"Error of {NAMES[prefix]} / plain error")
+    axes.set_title(f"Error of {NAMES[prefix]} / plain rounding")
 
 
 def captured(axes: Axes, palette: Palette, artifacts: Sequence[Measured]) -> None:
     """The share of the rounding error in the first singular values of the adapter: median and middle half of layers."""
-    for i, measured in enumerate(artifacts):
-        _band(axes, measured.captured(), palette.of(i), "-")
+    for measured in artifacts:
+        _band(axes, measured.captured(), palette, measured.series)
     axes.set_xlabel("singular values")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylim(bottom=0)
@@ -137,8 +147,8 @@ def captured_by_kind(axes: Axes, palette: Palette, artifacts: Sequence[Measured]
         for kind in measured.kinds:
             low, middle, high = _quartiles(measured.captured(kind)[:, -1:])
             y = kinds.index(kind) + 0.7 * ((i + 0.5) / len(artifacts) - 0.5)
-            axes.plot([low[0], high[0]], [y, y], color=palette.of(i), linewidth=3.5, alpha=0.3)
-            axes.plot(middle[0], y, "o", color=palette.of(i), markersize=5)
+            axes.plot([low[0], high[0]], [y, y], color=palette.of(measured.series), linewidth=3.5, alpha=0.3)
+            _mark(axes, float(middle[0]), y, palette, measured.series)
     _list_kinds(axes, kinds)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlim(left=0)
@@ -168,9 +178,7 @@ def overview(figure: Figure, palette: Palette, artifacts: Sequence[Measured]) ->
     models = ", ".join(
         dict.fromkeys(Path(measured.artifact.manifest["source"]["model"]).name for measured in artifacts)
     )
-    figure.suptitle(
-        f"{visible(models)}    (pale, ring, dotted: plain rounding; full color: with the adapter)", x=0.01, ha="left"
-    )
+    figure.suptitle(f"{visible(models)}    (pale bars, grey lines: plain rounding)", x=0.01, ha="left")
     panels = figure.subplots(2, 3)
     sizes(panels[0][0], palette, artifacts)
     bars_of_totals(panels[0][1], palette, artifacts, WEIGHTS)
@@ -183,7 +191,7 @@ def overview(figure: Figure, palette: Palette, artifacts: Sequence[Measured]) ->
     by_kind(panels[1][0], palette, artifacts, prefix)
     depth(panels[1][1], palette, artifacts, prefix)
     trace(panels[1][2], palette, artifacts, prefix)
-    lines = [Line2D([], [], color=palette.of(i), linewidth=5) for i in range(len(artifacts))]
+    lines = [Line2D([], [], color=palette.of(measured.series), linewidth=5) for measured in artifacts]
     columns = len(artifacts) if len(artifacts) < 5 else -(-len(artifacts) // 2)
     figure.legend(lines, [measured.label for measured in artifacts], loc="outside lower center", ncols=columns)
 
@@ -204,12 +212,16 @@ def _quartiles(values: torch.Tensor) -> torch.Tensor:
     return torch.quantile(values, torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype), dim=0)
 
 
-def _band(axes: Axes, values: torch.Tensor, color: str, line: str) -> None:
+def _mark(axes: Axes, x: float, y: float, palette: Palette, series: int) -> None:
+    axes.plot(x, y, MARKS[series % len(MARKS)], color=palette.of(series), markersize=5.5, markeredgewidth=0)
+
+
+def _band(axes: Axes, values: torch.Tensor, palette: Palette, series: int, mark: str | None = None) -> None:
     if values.numel():
         low, middle, high = _quartiles(values)
-        steps = range(values.shape[1])
-        axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.plot(steps, middle, line, color=color, markersize=3.5)
+        steps, color = range(values.shape[1]), palette.of(series)
+        axes.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
+        axes.plot(steps, middle, linestyle=LINES[series % len(LINES)], marker=mark, color=color, markersize=4)
 
 
 def _scale(axes: Axes, errors: Iterable[float], axis: str) -> None:

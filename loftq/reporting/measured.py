@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from loftq.errors import ArtifactError
 from loftq.formats.adapter import Adapter, open_adapter
 from loftq.formats.artifact import Artifact, open_artifact
 from loftq.planning.method_names import title_of
+from loftq.reporting.sweep_record import read_sweep
 
 Row = Mapping[str, Any]
 WEIGHTS, OUTPUTS = "", "output_"  # prefixes of the errors in a row
@@ -33,12 +34,33 @@ class Place:
 
 @dataclass(frozen=True)
 class Measured:
-    """An artifact with its label, and the place and the singular values of s·B·A of each layer."""
+    """An artifact with its label, and the place and the singular values of s·B·A of each layer.
+
+    `series` is the number of its color: artifacts of several widths that are alike apart from the width share it.
+    `perplexity` are those that a sweep has measured: full precision, start, trained.
+    """
 
     label: str
     artifact: Artifact
     places: Mapping[str, Place]
     spectra: Mapping[str, torch.Tensor]
+    series: int = 0
+    perplexity: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def width(self) -> str:
+        """The width of its codes, such as NF4: the first part of its label."""
+        return self.label.partition(", ")[0]
+
+    @property
+    def name(self) -> str:
+        """Its label without the width."""
+        return self.label.partition(", ")[2]
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder, without the folders above it."""
+        return visible(self.artifact.folder.resolve().name)
 
     @property
     def rows(self) -> Sequence[Row]:
@@ -128,8 +150,23 @@ def measure(folders: Iterable[str | Path]) -> list[Measured]:
     for artifact, label in zip(artifacts, labels, strict=True):
         adapter, names = open_adapter(artifact.adapter), [row["name"] for row in artifact.manifest["layers"]]
         spectra = {name: _spectrum(adapter, name) for name in names}
-        measured.append(Measured(label, artifact, places(names), spectra))
-    return measured
+        perplexity = _perplexity(artifact.folder)
+        measured.append(Measured(label, artifact, places(names), spectra, perplexity=perplexity))
+    series = list(dict.fromkeys(one.name for one in measured))
+    return [replace(one, series=series.index(one.name)) for one in measured]
+
+
+def _perplexity(folder: Path) -> dict[str, float]:
+    """The perplexities of a cell, as the sweep in the folder above it has recorded them."""
+    record = read_sweep(folder.absolute().parent)
+    if record is None:
+        return {}
+    row = next((row for row in record["cells"] if row["cell"] == folder.name), None)
+    if row is None:
+        return {}
+    names = {"start": "start_perplexity", "trained": "trained_perplexity"}
+    found = {"full": record["full_precision"].get("perplexity"), **{name: row.get(key) for name, key in names.items()}}
+    return {name: float(value) for name, value in found.items() if value is not None}
 
 
 def places(names: Sequence[str]) -> dict[str, Place]:

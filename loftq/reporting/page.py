@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import base64
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from loftq.display import size, visible
+from loftq.display import visible
+from loftq.reporting.columns import columns, conclusion, groups
+from loftq.reporting.figures import figures, without_folders
 from loftq.reporting.measured import OUTPUTS, Measured
 
 _TEMPLATE = "data/report.html"
+_MARKS = (  # the marks of the plots, in the order of `charts.MARKS`
+    "M5.5 1a4.5 4.5 0 1 0 0 9a4.5 4.5 0 1 0 0-9z",
+    "M1.5 1.5h8v8h-8z",
+    "M5.5 0L11 5.5L5.5 11L0 5.5z",
+    "M5.5 0.5L10.5 10H0.5z",
+    "M5.5 10.5L10.5 1H0.5z",
+)
 
 
-class _Column(NamedTuple):
-    """A column of the totals: a cell for each artifact, and the index of the best one."""
-
-    name: str
-    cells: Sequence[str]
-    best: int | None
-
-
-def write_page(artifacts: list[Measured], path: Path) -> None:
-    """Write the page that compares artifacts to a file."""
+def write_page(artifacts: list[Measured], path: Path, command: str = "loftq report") -> None:
+    """Write the page that compares artifacts to a file. `command` is shown as what has made it."""
     import jinja2
 
     from loftq.reporting.drawing import DARK, Palette
     from loftq.reporting.sections import sections
 
-    settings = {
-        key: [measured.artifact.manifest["recipe"].get(key) for measured in artifacts]
-        for key in _recipe_keys(artifacts)
-    }
-    texts = {key.replace("_", " "): list(map(_cell, values)) for key, values in settings.items() if any(values)}
+    differing, shared = _settings(artifacts)
     models = list(dict.fromkeys(measured.artifact.manifest["source"]["model"] for measured in artifacts))
+    notes = (note for measured in artifacts for note in measured.artifact.manifest.get("notes", ()))
+    data = figures(artifacts)
     text = resources.files("loftq.reporting").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     page = jinja2.Environment(
         autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, finalize=_shown
@@ -43,19 +44,39 @@ def write_page(artifacts: list[Measured], path: Path) -> None:
         title=", ".join(Path(model).name for model in models),
         outputs=OUTPUTS,
         subtitle=_subtitle(artifacts),
+        conclusion=conclusion(artifacts),
         version=version("loftq"),
+        date=datetime.now(UTC).date().isoformat(),
+        command=command,
         light=Palette(),
         dark=DARK,
+        marks=_MARKS,
         artifacts=artifacts,
-        columns=list(_columns(artifacts)),
+        legend=list({measured.series: measured.name for measured in artifacts}.items()),
+        groups=groups(artifacts),
+        columns=list(columns(artifacts)),
         sections=list(sections(artifacts)),
-        differing={key: values for key, values in texts.items() if any(value != values[0] for value in values)},
-        shared={key: values[0] for key, values in texts.items() if all(value == values[0] for value in values)},
-        notes=list(
-            dict.fromkeys(note for measured in artifacts for note in measured.artifact.manifest.get("notes", ()))
-        ),
+        differing=differing,
+        shared=shared,
+        notes=list(dict.fromkeys(map(without_folders, notes))),
+        csv=_download("text/csv", data.csv()),
+        json=_download("application/json", data.json()),
     )
     path.write_text(rendered, encoding="utf-8")
+
+
+def _download(kind: str, text: str) -> str:
+    """The address of a file that the page itself holds."""
+    return f"data:{kind};base64,{base64.b64encode(text.encode()).decode()}"
+
+
+def _settings(artifacts: Sequence[Measured]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The settings by name: those that differ between artifacts, with a text for each, and those that do not."""
+    recipes = [measured.artifact.manifest["recipe"] for measured in artifacts]
+    texts = {name: [_cell(recipe.get(name)) for recipe in recipes] for recipe in recipes for name in recipe}
+    named = {name.replace("_", " "): values for name, values in texts.items() if any(values)}
+    differing = {name: values for name, values in named.items() if any(value != values[0] for value in values)}
+    return differing, {name: values[0] for name, values in named.items() if name not in differing}
 
 
 def _shown(value: Any) -> Any:
@@ -63,14 +84,10 @@ def _shown(value: Any) -> Any:
     return visible(value) if type(value) is str else value
 
 
-def _recipe_keys(artifacts: Sequence[Measured]) -> list[str]:
-    return list(dict.fromkeys(key for measured in artifacts for key in measured.artifact.manifest["recipe"]))
-
-
 def _cell(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else without_folders(str(value))
 
 
 def _subtitle(artifacts: Sequence[Measured]) -> str:
@@ -80,26 +97,6 @@ def _subtitle(artifacts: Sequence[Measured]) -> str:
         f"{count} that loftq made: quantized backbones, and the adapters that correct their errors. "
         f"{first['layers']} linears with {first['weights'] / 1e6:,.1f} M weights are quantized."
     )
-
-
-def _columns(artifacts: Sequence[Measured]) -> Iterator[_Column]:
-    """The totals that at least one artifact has."""
-    for name, key, form in (
-        ("bits per weight", "bits_per_weight", "{:.2f}".format),
-        ("backbone", "backbone_bytes", size),
-        ("adapter", "adapter_bytes", size),
-        ("error, plain", "plain_error", "{:.4f}".format),
-        ("error, with adapter", "error", "{:.4f}".format),
-        ("outputs, plain", "output_plain_error", "{:.4f}".format),
-        ("outputs, with adapter", "output_error", "{:.4f}".format),
-        ("divergence, nats per token", "divergence", "{:.4f}".format),
-    ):
-        values = [measured.totals.get(key) for measured in artifacts]
-        present = [value for value in values if value is not None]
-        if present:
-            ranked = key in ("error", "output_error", "divergence") and len(present) > 1
-            best = values.index(min(present)) if ranked else None
-            yield _Column(name, ["" if value is None else form(value) for value in values], best)
 
 
 def write_picture(artifacts: list[Measured], path: Path) -> None:

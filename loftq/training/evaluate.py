@@ -5,19 +5,21 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 
 from loftq.artifacts.card_section import read_card
+from loftq.artifacts.manifest import VERSIONS
 from loftq.chatter import silenced_with_data
 from loftq.display import columns, markdown
 from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.artifact import CARD, MANIFEST, Artifact, open_artifact
 from loftq.formats.disk import write_whole
-from loftq.models.devices import compute_dtype, device_to_run
+from loftq.models.devices import compute_dtype, device_name, device_to_run
 from loftq.models.merged import WITH_ADAPTER
 from loftq.models.trained_folder import with_backbone
 from loftq.planning.recipe import recipe_again
@@ -37,16 +39,21 @@ _TEXT = ("calibration", "calibration_tokens", "sequence_length")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of each measured model, by its name in the table (`rows`), and how they were measured."""
+    """The figures of each measured model, by its name in the table (`rows`), and how they were measured.
+
+    `about` names the model, the adapter, the device, the dtype and the versions.
+    """
 
     task: str
     data: str
     rows: Mapping[str, Mapping[str, float]]
     notes: Sequence[str] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        return {"task": self.task, "data": self.data, "models": self.rows, "notes": list(self.notes)}
+        figures = {"task": self.task, "data": self.data, "models": self.rows, "notes": list(self.notes)}
+        return {**self.about, **figures}
 
     def table(self) -> str:
         """Return the figures as text for a person, with a line for each model."""
@@ -88,17 +95,25 @@ def evaluate(model: str, **settings: Unpack[EvaluateKeywords]) -> Evaluation:
     chosen = replace(chosen, adapter=adapter)
     _check_use(model, chosen)
     device = device_to_run(chosen.cpu)
+    dtype = compute_dtype(chosen.dtype, device)
     figures: dict[str, dict[str, float]] = {}
     with silenced_with_data(chosen.quiet), explain_memory():
         rows = read_rows(chosen.data)
         if chosen.max_examples is not None:
             rows = rows.select(range(min(chosen.max_examples, len(rows))))
-        for name, open_model in _candidates(model, chosen, device, compute_dtype(chosen.dtype, device)):
+        for name, open_model in _candidates(model, chosen, device, dtype):
             opened = open_model()
             require(MEASURES[chosen.task].like, opened.task.name, name, chosen.task)
             figures[name] = MEASURES[chosen.task].measure(opened, rows, chosen)
             del opened
-    evaluation = Evaluation(chosen.task, ", ".join(chosen.data), figures, _notes(chosen.task, figures))
+    about = {
+        "model": model,
+        "adapter": adapter,
+        "device": device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "versions": {name: version(name) for name in VERSIONS},
+    }
+    evaluation = Evaluation(chosen.task, ", ".join(chosen.data), figures, _notes(chosen.task, figures), about)
     if chosen.card:
         _into_card(Path(model) / CARD, evaluation)
     return evaluation

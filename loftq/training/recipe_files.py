@@ -36,7 +36,7 @@ _TABLES = ("columns", "set")  # settings that are tables themselves
 _LARGEST = 1_000_000  # bytes of a file
 _MOST_VALUES = 100_000  # in a YAML file with all aliases written out
 _MOST_BRACKETS = 1_000
-_PATHS = ("data", "eval_data", "model")
+_PATHS = ("data", "eval_data", "model", "calibration", "train", "evaluate")
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 
 

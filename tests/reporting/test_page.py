@@ -1,11 +1,15 @@
 """The report: what it measures, by other means, and that its page stands alone.
 
-Covers: cli/report.py, loftq/reporting/charts.py, loftq/reporting/drawing.py, loftq/reporting/measured.py,
+Covers: cli/report.py, loftq/reporting/charts.py, loftq/reporting/columns.py, loftq/reporting/drawing.py,
+loftq/reporting/figures.py, loftq/reporting/measured.py,
 loftq/reporting/sections.py, loftq/verbs/report.py.
 """
 
 from __future__ import annotations
 
+import base64
+import csv
+import io
 import json
 import re
 import shutil
@@ -27,6 +31,7 @@ from loftq.calibration import windows
 from loftq.errors import ArtifactError, LoftQError, OptionError, OutputError
 from loftq.hub.text import read_text
 from loftq.reporting import page
+from loftq.reporting.figures import without_folders
 from loftq.reporting.measured import OUTPUTS, WEIGHTS, Place, measure, places
 
 Run = Callable[..., Result]
@@ -191,12 +196,19 @@ def test_labels_tell_artifacts_apart(made: dict[str, Path], tmp_path: Path) -> N
 def test_the_page_stands_alone(made: dict[str, Path], text: str) -> None:
     """Oracle: the standard library's parsers."""
     parsed = Parsed(text)
-    assert [reference for reference in parsed.references if not reference.startswith("#")] == []
+    others = [reference for reference in parsed.references if not reference.startswith("#")]
+    assert [reference.partition(",")[0] for reference in others] == [
+        "data:text/csv;base64",
+        "data:application/json;base64",
+    ]
     assert not {"script", "link", "iframe", "img", "object"} & set(parsed.tags)
     assert not re.search(r"@import|url\((?!#)", text)
     assert "prefers-color-scheme: dark" in text
-    plots = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(plots) == 11
+    plots = re.findall(r"<svg xmlns.*?</svg>", text, re.DOTALL)
+    assert plots
+    names = [name for plot in plots for name in re.findall(r' id="([^"]+)"', plot)]
+    drawn_once = len(set(plots)) == len(plots)
+    assert not drawn_once or len(set(names)) == len(names), "a part would be that of another plot"
     for plot in plots:
         ElementTree.fromstring(plot)
         assert not re.search(r"#0708\w\w|#010203|#040506", plot), "a color that stands for another was left"
@@ -213,9 +225,67 @@ def test_the_page_says_what_the_manifests_say(made: dict[str, Path], text: str) 
         for row in rows_of(folder):
             assert row["name"] in text
             assert f"{row['error']:.5f}" in text
-        assert str(folder) in text
+        assert folder.name in text
+        assert str(folder.parent) not in text
     for word in ("By block: outputs", "Bits and rank by layer", "Singular values", "divergence", "group size"):
         assert word in text
+
+
+def test_text_has_one_size_at_every_width(text: str) -> None:
+    """Plots are not scaled. Oracle: their sizes are those of their view boxes, on wide screens and on narrow ones.
+
+    12 to 13 pixels are 9 to 9.75 points. No plot is wider than 720 pixels, and those of phones are below 358.
+    """
+    for css, widest in (("wide", 720), ("narrow", 358)):
+        plots = re.findall(rf'<div class="{css}">(<svg xmlns.*?</svg>)</div>', text, re.DOTALL)
+        assert plots
+        for plot in plots:
+            width, box = re.search(r'width="(\d+)" height="\d+" viewBox="0 0 ([\d.]+)', plot).groups()  # type: ignore[union-attr]
+            assert int(width) <= widest
+            assert float(box) * 96 / 72 == pytest.approx(int(width), abs=1)
+            sizes = {float(size) for size in re.findall(r"font(?:-size)?: [^;\"]*?([\d.]+)px", plot)}
+            assert sizes
+            assert all(9 <= size <= 9.75 for size in sizes)
+
+
+def test_the_best_of_each_width_is_marked_and_named(made: dict[str, Path], tmp_path: Path) -> None:
+    """Oracle: the totals of the manifests. Artifacts of other widths are not compared with each other."""
+    chosen = [made[name] for name in ("qlora", "loftq", "budget")]
+    loftq.report(chosen, html=tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    errors = {folder: json.loads((folder / "loftq.json").read_text())["totals"]["error"] for folder in chosen}
+    best = re.findall(r'data-name="error of weights" class="best"><span class="value">([\d.]+)', text)
+    assert best == [f"{min(errors[made['qlora']], errors[made['loftq']]):.4f}"]
+    conclusion = re.search(r'class="conclusion">(.*?)</p>', text, re.DOTALL)
+    assert conclusion is not None
+    assert re.fullmatch(
+        r"Nearest to full precision: rank 4, LoftQ, with an error of weights of [\d.]+, \d+% of that of plain "
+        r"rounding at NF4 and an error of weights of [\d.]+, \d+% of that of plain rounding at 2.5 bits\.",
+        conclusion[1],
+    )
+    assert "<code>loftq report qlora loftq budget --html page.html</code>" in text
+
+
+def test_the_data_are_those_of_the_manifests(made: dict[str, Path], text: str, run: Run) -> None:
+    """The page's own downloads, and what the command prints. Oracle: the manifests."""
+    held = {kind: base64.b64decode(code) for kind, code in re.findall(r'href="data:[a-z]+/(\w+);base64,([^"]+)"', text)}
+    table = run("report", *made.values(), "--csv")
+    assert table.exit_code == 0, table.stderr
+    assert held["csv"].decode() == table.stdout
+    assert json.loads(held["json"]) == json.loads(run("report", *made.values(), "--json").stdout)
+    rows = list(csv.DictReader(io.StringIO(table.stdout)))
+    for row, (name, folder) in zip(rows, made.items(), strict=True):
+        manifest = json.loads((folder / "loftq.json").read_text())
+        assert (row["folder"], float(row["error"])) == (name, manifest["totals"]["error"])
+        assert row["torch_version"] == manifest["versions"]["torch"]
+    layers = json.loads(held["json"])["artifacts"][1]["layers"]
+    assert [layer["error"] for layer in layers] == [row["error"] for row in rows_of(made["loftq"])]
+
+
+def test_paths_of_this_machine_are_not_shown() -> None:
+    assert (
+        without_folders("text /home/me/text.txt, x/y and https://a.b/c/d") == "text text.txt, x/y and https://a.b/c/d"
+    )
 
 
 def test_what_is_not_there_is_not_shown(made: dict[str, Path], tmp_path: Path) -> None:
@@ -244,7 +314,7 @@ def test_names_are_escaped(made: dict[str, Path], tmp_path: Path) -> None:
     loftq.report(folders, html=tmp_path / "page.html", png=tmp_path / "page.png")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "script" not in Parsed(text).tags
-    for plot in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+    for plot in re.findall(r"<svg xmlns.*?</svg>", text, re.DOTALL):
         ElementTree.fromstring(plot)
     assert "LoftQ (<b>&)" in Parsed(text).text
 
@@ -286,8 +356,8 @@ def test_bad_input(made: dict[str, Path], pico: Path, tmp_path: Path, monkeypatc
     html = tmp_path / "page.html"
     with pytest.raises(OptionError, match="nothing to write: name a page with --html"):
         loftq.report([made["loftq"]])
-    with pytest.raises(OptionError, match="9 folders: a report compares 1 to 8"):
-        loftq.report([made["loftq"]] * 9, html=html)
+    with pytest.raises(OptionError, match="61 folders: a report compares 1 to 60"):
+        loftq.report([made["loftq"]] * 61, html=html)
     with pytest.raises(ArtifactError, match=r"has no loftq\.json"):
         loftq.report([made["loftq"], pico], html=html)
     merged = loftq.merge(made["loftq"], to="bf16", output=tmp_path / "merged", check=False, quiet=True).folder

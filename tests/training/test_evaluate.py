@@ -119,7 +119,10 @@ def test_the_table_compares_with_what_it_was_made_from(
         "evaluate", artifact, "--adapter", trained, "--data", text, "--compare", "--dtype", "float32", "--json"
     )
     assert result.exit_code == 0, result.stderr
-    found = {name: row["perplexity"] for name, row in json.loads(result.stdout)["models"].items()}
+    printed = json.loads(result.stdout)
+    assert (printed["model"], printed["adapter"], printed["dtype"]) == (str(artifact), str(trained), "float32")
+    assert (printed["device"].split()[0], printed["versions"]["torch"]) == ("cpu", torch.__version__)
+    found = {name: row["perplexity"] for name, row in printed["models"].items()}
     assert list(found) == ["full precision", "plain quantization", "start", "trained"]
     ids = AutoTokenizer.from_pretrained(pico)(TEXT, add_special_tokens=False).input_ids
     full = AutoModelForCausalLM.from_pretrained(pico, dtype=torch.float32).eval()

@@ -6,6 +6,7 @@ Covers: cli/generate.py, loftq/training/opened.py.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,18 @@ def test_a_seed_decides_a_sample(artifact: Path) -> None:
     assert first == again != other
 
 
+def test_choices_of_tokens_are_those_of_transformers(artifact: Path, run: Run) -> None:
+    """Oracle: of the single likeliest token, sampling has no choice; a penalty changes what is likeliest."""
+    options: dict[str, Any] = {"max_new_tokens": 12, "dtype": "float32", "chat_template": False}
+    likeliest = greedy(artifact, "hello", 12)
+    assert loftq.generate(str(artifact), "hello", temperature=1.5, top_k=1, **options) == likeliest
+    assert loftq.generate(str(artifact), "hello", repetition_penalty=5.0, **options) != likeliest
+    words = ("--prompt", "hello", "--no-chat-template", "--max-new-tokens", 12, "--dtype", "float32", "--json")
+    printed = json.loads(run("generate", artifact, *words).stdout)
+    assert (printed["prompt"], printed["answer"]) == ("hello", likeliest)
+    assert printed["options"] == {"chat_template": False, "max_new_tokens": 12, "dtype": "float32"}
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
@@ -62,6 +75,8 @@ def test_a_seed_decides_a_sample(artifact: Path) -> None:
         (["--prompt", "x", "--temperature", "-1"], "--temperature -1.0"),
         (["--prompt", "x", "--temperature", "nan"], "--temperature nan"),
         (["--prompt", "x", "--top-p", "2"], "--top-p 2.0"),
+        (["--prompt", "x", "--top-k", "0"], "--top-k 0: expected 1 or more"),
+        (["--prompt", "x", "--repetition-penalty", "0"], "--repetition-penalty 0.0"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens 0"),
     ],
 )

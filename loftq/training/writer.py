@@ -1,0 +1,75 @@
+"""A model that is open to write text, with all that its answers depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from transformers import set_seed
+
+from loftq.errors import OptionError
+from loftq.models.devices import compute_dtype, device_to_run
+from loftq.models.tokenizers import embedding_rows
+from loftq.models.trained_folder import with_backbone
+from loftq.training.answering import room_for, write_answers
+from loftq.training.encoding import Encoder, uses_template
+from loftq.training.ends import Ends, turn_end
+from loftq.training.model import find_model
+from loftq.training.open_model import open_to_use
+from loftq.training.opened import Opened
+from loftq.training.sampling import Sampling
+from loftq.training.streaming import Streamer
+
+
+@dataclass(frozen=True)
+class Writer:
+    """An open language model. `templated` says whether its prompts are written with the chat template."""
+
+    opened: Opened
+    encoder: Encoder
+    templated: bool
+    ends: Ends
+    sampling: Sampling
+
+    def answer(self, ids: Sequence[int], stream: Streamer | None = None) -> str:
+        """The answer to the token ids of a prompt, without its end."""
+        room = room_for(self.opened, [ids], self.sampling.max_new_tokens)
+        options: dict[str, Any] = self.sampling.arguments()
+        return write_answers(self.opened, [ids], room, self.ends, streamer=stream, **options)[0]
+
+    def streamer(self, stream: TextIO) -> Streamer:
+        """What shows the next answer on a stream."""
+        return Streamer(self.opened, stream, self.ends)
+
+
+def open_writer(
+    model: str,
+    adapter: str | None,
+    sampling: Sampling,
+    *,
+    chat_template: bool | None = None,
+    dtype: str | None = None,
+    cpu: bool | None = None,
+    offload: str | None = None,
+) -> Writer:
+    """Open an artifact with its own or a trained adapter, a trained adapter's folder, or another model, to write text.
+
+    Prompts are written with the chat template if there is one, unless `chat_template` is False. The random numbers of
+    the process begin with the seed of `sampling`. Raises OptionError for a model that cannot write text.
+    """
+    device = device_to_run(cpu)
+    model, adapter = with_backbone(model, adapter)
+    opened = open_to_use(find_model(model), adapter, device, compute_dtype(dtype, device), offload)
+    if opened.task.name not in ("causal-lm", "seq2seq-lm"):
+        raise OptionError(f"{model} is a {opened.task.name} model, which cannot write text: name a language model")
+    encoder = Encoder(
+        opened.tokenizer,
+        opened.task.name,
+        opened.longest,
+        chat_template=chat_template,
+        embeddings=embedding_rows(opened.model),
+    )
+    templated = uses_template(encoder, default=True)
+    set_seed(sampling.seed)
+    return Writer(opened, encoder, templated, turn_end(opened.tokenizer) if templated else Ends(), sampling)
