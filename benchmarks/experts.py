@@ -6,9 +6,8 @@ The block has the shape of Qwen3-30B-A3B's: 128 experts, 2048 x 768, 8 for each 
 Prints the bytes that the weights take, the bytes that autograd keeps for the backward pass, and the time of a forward
 and a backward pass, the median of 3 (on a CPU, the processor's time), each with its ratio to the dense block. Packed
 experts are computed in groups, with one grouped product for a group; with "one by one" a group is a single expert, and
-with "offloaded" the codes and scales are copied from main memory. The dense block runs transformers' `grouped_mm`; its
-`eager` loop over the experts takes many times as long, because peft adds the factors to all weights again for each
-expert. `--quick` has 16 experts of 512 x 192.
+with "offloaded" the codes and scales are copied from main memory. The dense block runs transformers' `grouped_mm`: its
+`eager` loop over the experts did not end in time at this size. `--quick` has 16 experts of 512 x 192.
 """
 
 from __future__ import annotations

@@ -48,8 +48,11 @@ import math, sys
 import mlx.core as mx
 import numpy as np
 from mlx_lm import load
+from mlx_lm.utils import dequantize_model
 folder, windows, adapter = sys.argv[1:]
 model, _ = load(folder, adapter_path=adapter or None)
+model = dequantize_model(model)  # by MLX itself: its quantized kernels for CPUs take minutes for a window
+model.set_dtype(mx.float32)
 loss, windows = 0.0, np.load(windows)
 for window in windows:
     logits = model(mx.array(window[None]))[0, :-1].astype(mx.float32)
@@ -71,7 +74,7 @@ def by_llama_cpp(output: Path, _: Path, windows: torch.Tensor) -> float:
 
 
 def by_mlx(output: Path, source: Path, windows: torch.Tensor) -> float:
-    """By mlx-lm, in the dtype of the folder; an adapter on the full-precision model."""
+    """By mlx-lm in float32, dequantized by MLX; an adapter on the full-precision model."""
     adapter = (output / "adapters.safetensors").is_file()
     return _in_a_process(_MLX, windows, *((source, output) if adapter else (output, "")))
 

@@ -120,6 +120,11 @@ EXPORTS: dict[str, Export] = {
     "QA-LoRA to gguf-q4_1": Export("qalora", {"to": "gguf-q4_1"}, by_llama_cpp),
     "QA-LoRA to gptq, whole zero-points": Export("qalora", {"to": "gptq", "allow_rounding": True}, by_transformers),
 }
+BEFORE = {  # what the exports are compared with
+    "full precision, before training": None,
+    "NF4 and its adapter": "qlora",
+    "QA-LoRA and its backbone": "qalora",
+}
 
 
 class Bench:
@@ -140,10 +145,16 @@ class Bench:
             train(folder, name, trained, self.options.steps, 256, self.windows.numel())
         return folder, trained
 
-    def adapted(self, name: str) -> float:
-        """The perplexity of a start with its trained adapter."""
-        load = loftq.load_qalora if name == "qalora" else loftq.load_qlora
-        return by_transformers(load(*self.start(name), dtype=torch.float32), self.source, self.windows)
+    def before(self, name: str) -> None:
+        """Measure the model before training, or a start with its trained adapter, and add its row."""
+        start = BEFORE[name]
+        model: Any = self.source
+        if start is not None:
+            model = (loftq.load_qalora if start == "qalora" else loftq.load_qlora)(
+                *self.start(start), dtype=torch.float32
+            )
+        self.rows.append((name, f"{by_transformers(model, self.source, self.windows):.2f}", "", "", ""))
+        print(*self.rows[-1], flush=True)
 
     def export(self, name: str) -> None:
         """Write one export, read it, and add its row."""
@@ -192,7 +203,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--windows", type=int, default=12)
-    parser.add_argument("--only", nargs="*", default=list(EXPORTS), choices=list(EXPORTS), metavar="NAME")
+    parser.add_argument("--only", nargs="*", default=[*BEFORE, *EXPORTS], choices=[*BEFORE, *EXPORTS], metavar="NAME")
     parser.add_argument("--calibration", default="default")
     parser.add_argument("--llama-cpp", type=Path)
     parser.add_argument("--llm-compressor")
@@ -205,15 +216,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(options, (options.work or Path(scratch)).resolve())
         bench.work.mkdir(parents=True, exist_ok=True)
-        plain = by_transformers(bench.source, bench.source, bench.windows)
-        adapted = {name: bench.adapted(name) for name in _STARTS}
         for name in options.only:
-            bench.export(name)
+            (bench.before if name in BEFORE else bench.export)(name)
         if options.llm_compressor:
             bench.llm_compressor()
-    begun = [("the model before training", f"{plain:.2f}", "", "", "")]
-    begun += [(f"{name}, trained, not merged", f"{value:.2f}", "", "", "") for name, value in adapted.items()]
-    print(table([("", "perplexity", "size", "time", "peak memory"), *begun, *bench.rows]))
+    print(table([("", "perplexity", "size", "time", "peak memory"), *bench.rows]))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ Examples:
     help="File of settings (.toml, .yaml, .json); options override it.",
 )
 @options_of(TrainSettings, TrainRun)
-@option("--dry-run", is_flag=True, help="Show the number of parameters and the memory; nothing is trained or written.")
+@option("--dry-run", is_flag=True, help="Show the data, the steps, the memory and the time; nothing is written.")
 @as_json
 @debug
 def train(

@@ -88,7 +88,7 @@ def by_depth(
         plain, final = (measured.by_depth(f"{prefix}{key}", kind) for key in ("plain_error", "error"))
         shares = {depth: error / plain[depth] for depth, error in final.items() if plain.get(depth)}
         style = LINES[measured.series % len(LINES)]
-        marks = {"marker": MARKS[measured.series % len(MARKS)], "markersize": 3.5} if len(shares) < 3 else {}
+        marks: dict[str, Any] = {"marker": MARKS[measured.series % len(MARKS)], "markersize": 3.5} if len(shares) < 3 else {}
         axes.plot(list(shares), list(shares.values()), linestyle=style, color=palette.of(measured.series), **marks)
         shown += shares.values()
     axes.axhline(1, color=palette.ink, linewidth=1, alpha=0.45)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from loftq.models.devices import compute_dtype, device_to_run, free_memory
 from loftq.models.training_memory import embedding_width
 from loftq.training.arguments import arguments_of
@@ -15,6 +17,7 @@ from loftq.training.lengths import Lengths, longest_of, measure_lengths, padded_
 from loftq.training.memory import on_meta
 from loftq.training.model import find_model
 from loftq.training.open_model import mode_of
+from loftq.training.opened import Opened
 from loftq.training.pace import duration, operations, reached_rate
 from loftq.training.prepare import encoder_for, examples, prepare
 from loftq.training.settings import TrainSettings, settings_of
@@ -93,7 +96,7 @@ class Estimate:
             f"{self.memory / 1e9:8.2f} GB  in all, on each device, without the program itself",
             *([f"{self.offloaded / 1e9:8.2f} GB  in main memory besides: the experts"] if self.offloaded else []),
             f"{self.steps:,} steps with {self.split}",
-            f"time: {duration(self.seconds)}, at {self.rate / 1e9:,.0f} billion operations a second: half of what a "
+            f"time: {duration(self.seconds)}, at {self.rate / 1e9:,.0f} billion operations a second: a third of what a "
             "matrix product reaches here now; loading, quantizing and evaluations come on top",
             *self.notes,
             "To use less memory, lower --batch-size or --cutoff-len, or add --gradient-checkpointing.",
@@ -110,14 +113,8 @@ def estimate(model: str | None = None, **settings: Any) -> Estimate:
     device = device_to_run(asked.cpu)
     dtype = compute_dtype(asked.dtype, device)
     backbone = find_model(asked.model, headers_only=True)
-    rows = read_rows(asked.data)
-    evaluation = read_rows(asked.eval_data, "--eval-data") if asked.eval_data else None
     opened = prepare(asked, backbone)
-    encoder = encoder_for(asked, opened)
-    with explain_cache_errors():
-        train_examples, eval_examples = examples(asked, opened, rows, evaluation)
-        lengths = measure_lengths(rows, asked, encoder, train_examples)
-    tokens = longest_of(train_examples, encoder)
+    data, found, tokens = _read_data(asked, opened)
     planned = on_meta(asked, backbone, dtype)
 
     def need(batch: int, checkpointing: bool) -> int:
@@ -126,14 +123,10 @@ def estimate(model: str | None = None, **settings: Any) -> Estimate:
 
     split, note = choose_split(asked, need, free_memory(device))
     arguments = arguments_of(split.into(asked), mode_of(asked, backbone))
-    steps = steps_of(arguments, len(train_examples))
-    batch = min(split.batch_size, len(train_examples))
-    padded = padded_tokens(sizes(train_examples), batch, asked.seed)
-    per_step = operations(
-        opened.model, padded * split.gradient_accumulation, checkpointing=split.gradient_checkpointing
-    )
+    steps = steps_of(arguments, data.examples)
+    in_a_step = split.gradient_accumulation * padded_tokens(found, min(split.batch_size, data.examples), asked.seed)
+    counted = operations(opened.model, steps * in_a_step, checkpointing=split.gradient_checkpointing)
     rate = reached_rate(embedding_width(opened.model), dtype, device)
-    used = used_columns(rows, asked)
     return Estimate(
         model=asked.model,
         trainable=planned.trainable,
@@ -144,24 +137,31 @@ def estimate(model: str | None = None, **settings: Any) -> Estimate:
         activations=need(split.batch_size, split.gradient_checkpointing) - planned.fixed_bytes(asked, device),
         experts=planned.experts,
         offloaded=planned.offloaded,
-        data=DataSummary(
-            len(rows),
-            len(train_examples),
-            0 if eval_examples is None else len(eval_examples),
-            used,
-            [name for name in rows.column_names if name not in used],
-            lengths,
-            shown_example(train_examples[0], encoder),
-        ),
+        data=data,
         steps=steps,
         split=split,
-        seconds=steps * per_step / rate,
+        seconds=counted / rate,
         rate=rate,
         notes=tuple(line for line in (note, shorten_warmup(arguments, steps)) if line is not None),
     )
 
 
-def used_columns(rows: Any, settings: TrainSettings) -> list[str]:
-    """The columns of the data that a training reads, in the order of the data."""
-    used = TRAINING_TASKS[settings.task].used_columns(rows, settings.columns)
-    return [name for name in rows.column_names if name in used]
+def _read_data(settings: TrainSettings, opened: Opened) -> tuple[DataSummary, np.ndarray, int]:
+    """The summary of the data, the lengths of the examples to train on, and the tokens of the longest."""
+    rows = read_rows(settings.data)
+    evaluation = read_rows(settings.eval_data, "--eval-data") if settings.eval_data else None
+    encoder = encoder_for(settings, opened)
+    with explain_cache_errors():
+        train_examples, eval_examples = examples(settings, opened, rows, evaluation)
+        lengths = measure_lengths(rows, settings, encoder, train_examples)
+    used = set(TRAINING_TASKS[settings.task].used_columns(rows, settings.columns))
+    summary = DataSummary(
+        len(rows),
+        len(train_examples),
+        0 if eval_examples is None else len(eval_examples),
+        [name for name in rows.column_names if name in used],
+        [name for name in rows.column_names if name not in used],
+        lengths,
+        shown_example(train_examples[0], encoder),
+    )
+    return summary, sizes(train_examples), longest_of(train_examples, encoder)

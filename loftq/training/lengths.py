@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -67,7 +69,8 @@ def measure_lengths(rows: Dataset, settings: TrainSettings, encoder: Encoder, en
     step = max(len(rows) // _SAMPLE, 1)
     some = rows.select(range(0, len(rows), step)) if step > 1 else rows
     whole = replace(encoder, cutoff_len=_WHOLE, max_source_length=None, max_target_length=None)
-    found = TRAINING_TASKS[settings.task].encode(some, settings.columns, whole)
+    with redirect_stderr(io.StringIO()):  # its lines and bars are those of the examples that are encoded already
+        found = TRAINING_TASKS[settings.task].encode(some, settings.columns, whole)
     inputs = sizes(found)
     if encoder.seq2seq:
         targets = sizes(found, "labels")

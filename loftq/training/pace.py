@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-_SHARE = 0.5  # the part of a matrix product's rate that a training reaches; `benchmarks/pace.py` compares the two
+_SHARE = 1 / 3  # the part of a matrix product's rate that a training reaches; `benchmarks/pace.py` compares the two
 _ROWS = 512
 _SECONDS = 0.2  # in which products are measured
 

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -93,38 +94,35 @@ def _reports() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """What is known of a training before any weight is loaded."""
+
+    arguments: TrainingArguments
+    split: Split
+    train_examples: Any
+    eval_examples: Any
+    hashes: dict[str, str]  # of the rows
+
+
 def _train_in(output: Path, settings: TrainSettings, run: TrainRun) -> Result:
     """Train in a folder that no other run writes into."""
     started = time.perf_counter()
     quiet = _is_quiet(run)
-    rows = read_rows(settings.data)
-    evaluation = read_rows(settings.eval_data, "--eval-data") if settings.eval_data else None
-    hashes = _checked_rows(output, settings, run, rows, evaluation)
-    backbone = find_model(settings.model, headers_only=True)
-    arguments = arguments_of(settings, mode_of(settings, backbone))
-    check_push(settings, backbone)
-    if settings.push_to_hub is not None:
-        find_destination(settings.push_to_hub).refuse_other_models()
+    resume = run.resume and (output / TRAINING_RECORD).is_file()
+    with explain_memory():
+        ready = _ready(output, settings, resume=resume)
     with explain_memory(), explain_write_errors(output):
-        prepared = prepare(settings, backbone)
-        with explain_cache_errors():
-            train_examples, eval_examples = examples(settings, prepared, rows, evaluation)
-        resume = run.resume and (output / TRAINING_RECORD).is_file()
-        split, note = _split(output if resume else None, settings, prepared, backbone, train_examples)
-        arguments = arguments_of(split.into(settings), mode_of(settings, backbone))
-        notes = [note, shorten_warmup(arguments, steps_of(arguments, len(train_examples)))]
-        if _reports():
-            _report(train_examples, eval_examples, notes)
-        with arguments.main_process_first():
+        with ready.arguments.main_process_first():
             ready_settings, backbone = quantized(settings, find_model(settings.model), quiet=quiet)
         record = {
             "settings": settings.to_dict(),
-            "split": split.to_dict(),
+            "split": ready.split.to_dict(),
             "backbone": identity_of(backbone, output),
-            "rows": hashes,
+            "rows": ready.hashes,
         }
-        opened = _opened(ready_settings, backbone, arguments)
-        trainer = _trainer(settings, opened, arguments, train_examples, eval_examples, quiet=quiet)
+        opened = _opened(ready_settings, backbone, ready.arguments)
+        trainer = _trainer(settings, opened, ready, quiet=quiet)
         last = last_checkpoint(output) if resume else None
         if trainer.is_world_process_zero():
             if resume:
@@ -132,23 +130,47 @@ def _train_in(output: Path, settings: TrainSettings, run: TrainRun) -> Result:
             else:
                 begin(output, record)
         trained = trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        base = backbone.name if isinstance(backbone, Source) else None
         result = Result(
             output,
             *count_parameters(opened.model),
             steps=trainer.state.global_step,
-            examples=len(train_examples),
+            examples=len(ready.train_examples),
             train_loss=_last_loss(trainer, trained.training_loss),
-            evaluation={} if eval_examples is None else _measured(trainer),
+            evaluation={} if ready.eval_examples is None else _measured(trainer),
             seconds=time.perf_counter() - started,
-            next_steps=next_steps(
-                output, settings.task, opened.task.name, backbone.name if isinstance(backbone, Source) else None
-            ),
+            next_steps=next_steps(output, settings.task, opened.task.name, base),
         )
         if trainer.is_world_process_zero():
             if not Path(ready_settings.model).expanduser().is_dir():
                 opened.name_backbone(ready_settings.model)  # the name is an id on the Hub
             _finish(opened, settings, backbone, record, result, trainer.state.log_history)
     return result
+
+
+def _ready(output: Path, settings: TrainSettings, *, resume: bool) -> _Ready:
+    """Check the settings, encode the data, choose how a step is computed, and report it.
+
+    Raises LoftQError for settings or data that cannot be used, before anything is quantized, loaded or written.
+    """
+    rows = read_rows(settings.data)
+    evaluation = read_rows(settings.eval_data, "--eval-data") if settings.eval_data else None
+    hashes = _checked_rows(output, settings, rows, evaluation, resume=resume)
+    backbone = find_model(settings.model, headers_only=True)
+    mode = mode_of(settings, backbone)
+    arguments_of(settings, mode)  # which refuses some settings, before the data are encoded
+    check_push(settings, backbone)
+    if settings.push_to_hub is not None:
+        find_destination(settings.push_to_hub).refuse_other_models()
+    prepared = prepare(settings, backbone)
+    with explain_cache_errors():
+        train_examples, eval_examples = examples(settings, prepared, rows, evaluation)
+    split, note = _split(output if resume else None, settings, prepared, backbone, train_examples)
+    arguments = arguments_of(split.into(settings), mode)
+    notes = [note, shorten_warmup(arguments, steps_of(arguments, len(train_examples)))]
+    if _reports():
+        _report(train_examples, eval_examples, notes)
+    return _Ready(arguments, split, train_examples, eval_examples, hashes)
 
 
 def _split(
@@ -177,7 +199,7 @@ def _report(train_examples: Any, eval_examples: Any, notes: list[str | None]) ->
         _log.info(line)
 
 
-def _checked_rows(output: Path, settings: TrainSettings, run: TrainRun, rows: Any, evaluation: Any) -> dict[str, str]:
+def _checked_rows(output: Path, settings: TrainSettings, rows: Any, evaluation: Any, *, resume: bool) -> dict[str, str]:
     """The hashes of the rows, which a resumed run compares with those that it was begun with.
 
     Only the first of several processes has them, because only it writes the record.
@@ -185,7 +207,7 @@ def _checked_rows(output: Path, settings: TrainSettings, run: TrainRun, rows: An
     if os.environ.get("RANK", "0") != "0":
         return {}
     hashes = {name: rows_hash(part) for name, part in (("data", rows), ("eval_data", evaluation)) if part is not None}
-    if run.resume:
+    if resume:
         options = {"data": ("--data", settings.data), "eval_data": ("--eval-data", settings.eval_data)}
         check_rows(output, {name: f"{option} {', '.join(files)}" for name, (option, files) in options.items()}, hashes)
     return hashes
@@ -224,25 +246,18 @@ def _finish(
         push(opened.folder, settings.push_to_hub, adapter=result.folder.resolve())  # --output may be a link
 
 
-def _trainer(
-    settings: TrainSettings,
-    opened: Opened,
-    arguments: TrainingArguments,
-    train_examples: Any,
-    eval_examples: Any,
-    quiet: bool,
-) -> Trainer:
+def _trainer(settings: TrainSettings, opened: Opened, ready: _Ready, *, quiet: bool) -> Trainer:
     """Make a Trainer. Raises OptionError for settings that it cannot use, before anything is written."""
-    if eval_examples is None:
-        arguments.eval_strategy = IntervalStrategy.NO
+    if ready.eval_examples is None:
+        ready.arguments.eval_strategy = IntervalStrategy.NO
     scores = TRAINING_TASKS[settings.task].scores
     classified = None if scores is None else partial(_classified, scores, opened.model.config.problem_type)
     with explain_settings():
         trainer = LeanTrainer(
             model=opened.model,
-            args=arguments,
-            train_dataset=train_examples,
-            eval_dataset=eval_examples,
+            args=ready.arguments,
+            train_dataset=ready.train_examples,
+            eval_dataset=ready.eval_examples,
             data_collator=Collator(opened.tokenizer.pad_token_id),
             compute_metrics=classified,
             processing_class=opened.tokenizer,
