@@ -453,7 +453,7 @@ def test_commands_name_the_file_of_a_value_that_makes_no_sense(
         container = container[key]
     container[last] = value
     (folder / file).write_text(json.dumps(document))
-    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "a text to learn"}) + "\n")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "a text", "completion": " to learn"}) + "\n")
     places = {"DIR": folder, "DATA": tmp_path / "data.jsonl", "OUT": tmp_path / "out", "SOURCE": pico}
     result = run(*(places.get(word, word) for word in command))
     assert result.exit_code == 1

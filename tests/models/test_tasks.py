@@ -191,7 +191,7 @@ def test_families_table(run: Callable[..., Any]) -> None:
 
     rows = json.loads(run("families", "--json").stdout)
     assert [row["model type"] for row in rows] == [*FAMILIES, "any other"]
-    falcon = run("families", "falcon").stdout.splitlines()
+    falcon = run("families", "falcon", "--wide").stdout.splitlines()
     assert falcon[1].split()[:3] == ["falcon", "tested", "loftq"]
     assert "generic" in run("families", "quokka").stdout
 

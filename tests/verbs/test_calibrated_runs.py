@@ -398,7 +398,7 @@ def test_a_model_without_a_tokenizer_is_refused(run: Run, text: Path, tmp_path: 
 
 def test_methods_are_listed(run: Run) -> None:
     """Oracle: the table itself, row by row."""
-    shown, rows = run("methods").stdout, json.loads(run("methods", "--json").stdout)
+    shown, rows = run("methods", "--wide").stdout, json.loads(run("methods", "--json").stdout)
     assert list(rows) == list(METHODS)
     for name, method in METHODS.items():
         assert rows[name]["rounding"] == method.rounding
