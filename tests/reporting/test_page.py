@@ -237,7 +237,7 @@ def test_text_has_one_size_at_every_width(text: str) -> None:
     12 to 13 pixels are 9 to 9.75 points. No plot is wider than 720 pixels, and those of phones are below 358.
     """
     for css, widest in (("wide", 720), ("narrow", 358)):
-        plots = re.findall(rf'<div class="{css}">(<svg xmlns.*?</svg>)</div>', text, re.DOTALL)
+        plots = re.findall(rf'<div class="{css}">(<svg xmlns.*?</svg>)\s*</div>', text, re.DOTALL)
         assert plots
         for plot in plots:
             width, box = re.search(r'width="(\d+)" height="\d+" viewBox="0 0 ([\d.]+)', plot).groups()  # type: ignore[union-attr]
@@ -343,7 +343,7 @@ def test_files_in_the_way_stay(made: dict[str, Path], tmp_path: Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(page, "_columns", fail)
+        patch.setattr(page, "columns", fail)
         with pytest.raises(OutputError, match=r"cannot write .*page\.html: No space left on device"):
             loftq.report([made["loftq"]], html=mine, overwrite=True)
     assert mine.read_text() == "mine"
