@@ -1,14 +1,13 @@
 """A fine-tuned model written by every target of `loftq merge`, and read by the target's own reader.
 
     python benchmarks/exports.py [MODEL] [--steps 20] [--windows 12] [--only NAME ...] [--calibration default]
-                                 [--llama-cpp DIR] [--llm-compressor PYTHON] [--work DIR]
+                                 [--llama-cpp DIR] [--work DIR]
 
 Two starts are trained for a few steps on the text after the windows that are evaluated: LoftQ on NF4, and QA-LoRA on
 integers in groups of 64. Each export runs in a process of its own, without the check of logits, which loads both
 models; its peak memory is that of this process and of those that it starts. Perplexity is measured on windows of 512
 tokens of Shakespeare: by transformers in float32, with peft and compressed-tensors, by mlx-lm, and for GGUF by
 llama.cpp (package cyllama). `--llama-cpp` is a checkout in which llama-export-lora is built, which gguf-lora needs.
-`--llm-compressor` is the Python of another environment, whose GPTQ rounds the merged model on the same windows of text.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from export_readers import by_llama_cpp, by_mlx, by_transformers, with_lora
 from machine import SEED, describe, table
@@ -33,12 +31,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 import loftq
-from loftq.calibration.windows import prepare
 from loftq.display import size
 from loftq.hub.source import find_source
-from loftq.planning.planner import make_plan
-from loftq.planning.recipe import resolve
-from loftq.planning.settings import QuantizeSettings
 
 LENGTH, GROUP, TOKENS, RANK = 512, 64, 32768, 16
 _TEXT = Path(__file__).parent / "data" / "shakespeare.txt"
@@ -56,30 +50,6 @@ status = Path("/proc/self/status").read_text().splitlines()
 peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 others = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 print(json.dumps({"bytes": report.bytes, "seconds": report.seconds, "peak": max(peak, others)}))
-"""
-_LLM_COMPRESSOR = """
-import json, sys, time
-from pathlib import Path
-import numpy as np
-import torch
-from datasets import Dataset
-from llmcompressor import oneshot
-from llmcompressor.modifiers.quantization import GPTQModifier
-from transformers import AutoModelForCausalLM
-merged, windows, group, output = sys.argv[1:]
-started = time.perf_counter()
-model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16)
-weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": int(group)}
-scheme = {"group_0": {"targets": ["Linear"], "weights": weights}}
-tokens = np.load(windows)
-rows = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": np.ones_like(tokens).tolist()})
-recipe = GPTQModifier(config_groups=scheme, ignore=["lm_head"])
-oneshot(model=model, dataset=rows, recipe=recipe, max_seq_length=tokens.shape[1], num_calibration_samples=len(tokens),
-        output_dir=output, save_compressed=True)
-status = Path("/proc/self/status").read_text().splitlines()
-peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-nbytes = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
-print(json.dumps({"bytes": nbytes, "seconds": time.perf_counter() - started, "peak": peak}))
 """
 
 
@@ -167,20 +137,6 @@ class Bench:
         folder, trained = self.start(kind.start)
         self._measured(name, [sys.executable, "-c", _EXPORT, folder, trained, output, json.dumps(settings)], kind.read)
 
-    def llm_compressor(self) -> None:
-        """GPTQ of another package, from the model merged into 16 bits, on the windows that ours was calibrated on."""
-        recipe = resolve(QuantizeSettings(quant_type="int", group_size=GROUP, format="loftq", rank=1, **self._text()))
-        plan = make_plan(find_source(self.options.model), recipe)
-        text = prepare(plan, self.options.calibration, tokens=TOKENS, sequence_length=LENGTH)
-        np.save(self.work / "calibration.npy", text.windows.numpy())
-        loftq.merge(*self.start("qlora"), to="bf16", output=self.work / "dense", quiet=True, check=False)
-        command = [self.options.llm_compressor, "-c", _LLM_COMPRESSOR, self.work / "dense"]
-        more = [self.work / "calibration.npy", GROUP, self.work / "out"]
-        self._measured("W4A16 by GPTQ of llm-compressor", [*command, *more], by_transformers)
-
-    def _text(self) -> dict[str, Any]:
-        return {"calibration": self.options.calibration, **_CALIBRATED}
-
     def _measured(self, name: str, command: list[object], read: Callable[[Path, Path, torch.Tensor], float]) -> None:
         output = self.work / "out"
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=self.work)
@@ -206,7 +162,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[*BEFORE, *EXPORTS], choices=[*BEFORE, *EXPORTS], metavar="NAME")
     parser.add_argument("--calibration", default="default")
     parser.add_argument("--llama-cpp", type=Path)
-    parser.add_argument("--llm-compressor")
     parser.add_argument("--work", type=Path)
     options = parser.parse_args()
     logging.set_verbosity_error()
@@ -218,8 +173,6 @@ def main() -> None:
         bench.work.mkdir(parents=True, exist_ok=True)
         for name in options.only:
             (bench.before if name in BEFORE else bench.export)(name)
-        if options.llm_compressor:
-            bench.llm_compressor()
     print(table([("", "perplexity", "size", "time", "peak memory"), *bench.rows]))
 
 
