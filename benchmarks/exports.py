@@ -1,13 +1,13 @@
 """A fine-tuned model written by every target of `loftq merge`, and read by the target's own reader.
 
     python benchmarks/exports.py [MODEL] [--steps 20] [--windows 12] [--only NAME ...] [--calibration default]
-                                 [--llama-cpp DIR] [--work DIR]
+                                 [--work DIR]
 
 Two starts are trained for a few steps on the text after the windows that are evaluated: LoftQ on NF4, and QA-LoRA on
 integers in groups of 64. Each export runs in a process of its own, without the check of logits, which loads both
 models; its peak memory is that of this process and of those that it starts. Perplexity is measured on windows of 512
 tokens of Shakespeare: by transformers in float32, with peft and compressed-tensors, by mlx-lm, and for GGUF by
-llama.cpp (package cyllama). `--llama-cpp` is a checkout in which llama-export-lora is built, which gguf-lora needs.
+llama.cpp (package cyllama).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from export_readers import by_llama_cpp, by_mlx, by_transformers, with_lora
+from export_readers import by_llama_cpp, by_mlx, by_transformers
 from machine import SEED, describe, table
 from qalora import train
 from transformers import AutoTokenizer
@@ -84,7 +84,6 @@ EXPORTS: dict[str, Export] = {
     "gguf Q4_K_M": _gguf("Q4_K_M"),
     "lora, on full precision": Export("qlora", {"to": "lora"}, by_transformers),
     "mlx-lora, on full precision": Export("qlora", {"to": "mlx-lora"}, by_mlx),
-    "gguf-lora, on full precision": Export("qlora", {"to": "gguf-lora"}, with_lora),
     "QA-LoRA to int (our layout)": Export("qalora", {"to": "int"}, by_transformers),
     "QA-LoRA to mlx": Export("qalora", {"to": "mlx"}, by_mlx),
     "QA-LoRA to gguf-q4_1": Export("qalora", {"to": "gguf-q4_1"}, by_llama_cpp),
@@ -132,8 +131,6 @@ class Bench:
         settings = dict(kind.settings)
         if "calibration_tokens" in settings:
             settings |= {"calibration": self.options.calibration, "statistics": str(self.work / "statistics")}
-        if self.options.llama_cpp and settings["to"] == "gguf-lora":
-            settings["llama_cpp"] = str(self.options.llama_cpp)
         folder, trained = self.start(kind.start)
         self._measured(name, [sys.executable, "-c", _EXPORT, folder, trained, output, json.dumps(settings)], kind.read)
 
@@ -144,10 +141,7 @@ class Bench:
             self.rows.append((name, (done.stderr or done.stdout).splitlines()[-1][:100], "", "", ""))
         else:
             found = json.loads(done.stdout.splitlines()[-1])
-            try:
-                measured = f"{read(output, self.source, self.windows):.2f}"
-            except FileNotFoundError as error:
-                measured = str(error)
+            measured = f"{read(output, self.source, self.windows):.2f}"
             self.rows.append((name, measured, size(found["bytes"]), f"{found['seconds']:.0f} s", size(found["peak"])))
         print(*self.rows[-1], flush=True)
         shutil.rmtree(output, ignore_errors=True)
@@ -161,7 +155,6 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--only", nargs="*", default=[*BEFORE, *EXPORTS], choices=[*BEFORE, *EXPORTS], metavar="NAME")
     parser.add_argument("--calibration", default="default")
-    parser.add_argument("--llama-cpp", type=Path)
     parser.add_argument("--work", type=Path)
     options = parser.parse_args()
     logging.set_verbosity_error()
