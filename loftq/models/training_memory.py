@@ -90,7 +90,8 @@ def _live_bytes(model: Any, batch: tuple[int, int], tasks: Sequence[str], checkp
     inputs = len(blocks) * batch[0] * batch[1] * embedding_width(inner) * inner.dtype.itemsize
     block = max((sizes[name] for name in blocks), default=0)
     logits = min(LOGITS, batch[0] * batch[1] * inner.get_output_embeddings().out_features) if streamed else 0
-    return int(sizes[""] + inputs + block + _GRADIENTS * largest + logits * _CHUNK_BYTES)
+    # the loss and its gradient are done before the first block is differentiated
+    return int(sizes[""] + inputs + max(block + _GRADIENTS * largest, logits * _CHUNK_BYTES))
 
 
 def _run(

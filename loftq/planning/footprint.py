@@ -8,7 +8,8 @@ prepares it. In addition to the backbone, it needs these bytes:
     a block   tokens · Σ (4 · in + 2 · out) over its linears, while it is run again: each input in float32 for the
               adapter's gradient, each output in 16 bits; fused experts keep their inputs in 16 bits
     a linear  2 · in · out: the largest dequantized weight, of a linear or an expert
-    logits    12 · tokens · vocabulary: in 16 bits and in float32, and the gradients of both
+    logits    16 for each of those that `loftq train` computes at a time: in 16 bits, in float32, their softmax, the
+              gradient; where a model caps or scales its logits, 12 · tokens · vocabulary
 
 Logits are not in memory at the same time as the block and the linear, so only the larger of the two sums counts.
 
@@ -27,11 +28,14 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from loftq.models.head_loss import LOGITS
 from loftq.models.training_memory import trained_bytes
 from loftq.planning.plan import Plan
 from loftq.planning.settings import TOKENS
 
 _LOGIT_BYTES = 12
+_CHUNK_BYTES = 16
+_CHANGED = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # what configs call a cap or a scale of logits
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,11 @@ def footprint(plan: Plan, tokens: int = TOKENS) -> Footprint:
         blocks[_block(layer.module)] += tokens * kept_per_token
     config: Any = plan.model.config.get_text_config()  # type: ignore[operator, union-attr]
     kept = len(blocks) * tokens * int(config.hidden_size) * item
-    logits = tokens * int(config.vocab_size) * _LOGIT_BYTES
+    logits = tokens * int(config.vocab_size)
+    streamed = plan.task.name == "causal-lm" and not any(getattr(config, name, None) for name in _CHANGED)
+    head = min(logits, LOGITS) * _CHUNK_BYTES if streamed else logits * _LOGIT_BYTES
     trained = trained_bytes(plan.trained_parameters)
-    working = max(logits, max(blocks.values()) + largest)
+    working = max(head, max(blocks.values()) + largest)
     return Footprint(disk=disk, load=disk + largest, train=plan.backbone_bytes + trained + kept + working)
 
 

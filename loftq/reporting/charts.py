@@ -88,8 +88,15 @@ def by_depth(
         plain, final = (measured.by_depth(f"{prefix}{key}", kind) for key in ("plain_error", "error"))
         shares = {depth: error / plain[depth] for depth, error in final.items() if plain.get(depth)}
         style = LINES[measured.series % len(LINES)]
-        marks: dict[str, Any] = {"marker": MARKS[measured.series % len(MARKS)], "markersize": 3.5} if len(shares) < 3 else {}
-        axes.plot(list(shares), list(shares.values()), linestyle=style, color=palette.of(measured.series), **marks)
+        mark = MARKS[measured.series % len(MARKS)] if len(shares) < 3 else ""
+        axes.plot(
+            list(shares),
+            list(shares.values()),
+            linestyle=style,
+            color=palette.of(measured.series),
+            marker=mark,
+            markersize=4,
+        )
         shown += shares.values()
     axes.axhline(1, color=palette.ink, linewidth=1, alpha=0.45)
     axes.set_ylim(0, max(1.05, *(1.05 * share for share in shown)) if shown else 1.05)

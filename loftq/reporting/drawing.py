@@ -71,10 +71,14 @@ _SPARED = (  # what a page has no use for: a third of its bytes
 
 
 class Plot(NamedTuple):
-    """A plot for screens of any width: drawn for wide ones and again for narrow ones, so that its text has one size."""
+    """A plot for screens of any width: drawn for wide ones and again for narrow ones, so that its text has one size.
+
+    Two plots that are `half` as wide as the page stand side by side.
+    """
 
     wide: str
     narrow: str
+    half: bool
 
 
 NARROW = 3.4  # inches, 326 pixels: what a phone has room for
@@ -87,7 +91,8 @@ def panel(draw: Callable[..., None], width: float, height: float, **arguments: A
 
 def plot(draw: Callable[..., None], width: float, height: float, narrow_height: float, **arguments: Any) -> Plot:
     """A plot in both widths; sizes in inches."""
-    return Plot(svg(draw, width, height, **arguments), svg(draw, NARROW, narrow_height, **arguments))
+    wide, narrow = svg(draw, width, height, **arguments), svg(draw, NARROW, narrow_height, **arguments)
+    return Plot(wide, narrow, half=width < 6)
 
 
 def svg(draw: Callable[..., None], width: float, height: float, **arguments: Any) -> str:

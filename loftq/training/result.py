@@ -51,7 +51,9 @@ def next_steps(folder: Path, training_task: str, model_task: str, base: str | No
     merged = shlex.quote(f"{folder}-merged")
     measure = f" --task {training_task}" if training_task in ("gsm8k", "classification", "summarization") else ""
     steps = [f"loftq evaluate {name}{measure} --data FILE"]
-    if model_task != CLASSIFIER:
+    if model_task == "causal-lm":
+        steps.insert(0, f"loftq chat {name}")
+    elif model_task != CLASSIFIER:
         steps.insert(0, f'loftq generate {name} --prompt "..."')
     if base is None:
         steps.append(f"loftq merge {name} --to bf16 --output {merged}")

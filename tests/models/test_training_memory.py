@@ -55,7 +55,7 @@ def test_what_is_kept_is_what_a_run_keeps(name: str) -> None:
     expected, largest = _kept(_adapted(model), (3, TOKENS))
     found = kept_bytes(planned, (3, TOKENS), ("causal-lm",), torch.device("cuda"), checkpointing=False)
     logits = 3 * TOKENS * 2000 * 16 if streams_logits(planned, ("causal-lm",)) else 0
-    assert found - 2 * largest - logits == pytest.approx(expected, rel=0.08)  # kernels lay some outputs out anew
+    assert found - max(2 * largest, logits) == pytest.approx(expected, rel=0.08)  # kernels lay some outputs out anew
 
 
 def test_a_process_grows_by_more_than_lives_in_it() -> None:

@@ -6,6 +6,7 @@ loftq/training/model.py.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -122,7 +123,9 @@ def test_the_card_says_what_was_trained(folders: Path) -> None:
     assert "More Information Needed" not in card.text
 
 
-def test_training_ends_with_what_comes_next(folders: Path, tmp_path: Path, run: Run) -> None:
+def test_training_ends_with_what_comes_next(
+    folders: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each line but the server's is a command that runs as it stands."""
     out = tmp_path / "out"
     done = run("train", folders / "my-model", "--data", folders / "sums.jsonl", "--output", out, "--max-steps", 1)
@@ -131,14 +134,15 @@ def test_training_ends_with_what_comes_next(folders: Path, tmp_path: Path, run: 
     assert "23 examples to train on, 1 to evaluate on: " in done.stderr
     lines = done.stdout.partition("Next:\n")[2].splitlines()
     assert [line.split()[:2] for line in lines] == [
-        ["loftq", "generate"],
+        ["loftq", "chat"],
         ["loftq", "evaluate"],
         ["loftq", "merge"],
         ["vllm", "serve"],
     ]
     before = (folders / "my-model" / "loftq_init" / "adapter_model.safetensors").read_bytes()
     assert (out / "adapter_model.safetensors").read_bytes() != before  # the only step has the full rate
+    monkeypatch.setattr("sys.stdin", io.StringIO("why\n"))
     for line in lines[:3]:
-        words = line.replace("FILE", str(folders / "heldout.txt")).replace('"..."', "why").split()[1:]
+        words = line.replace("FILE", str(folders / "heldout.txt")).split()[1:]
         assert run(*words, *(("--no-check",) if words[0] == "merge" else ())).exit_code == 0
     assert run("evaluate", f"{out}-merged", "--data", folders / "heldout.txt").exit_code == 0
