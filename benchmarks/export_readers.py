@@ -6,7 +6,6 @@ Each takes what was written, the folder of the full-precision model, and windows
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -77,21 +76,6 @@ def by_mlx(output: Path, source: Path, windows: torch.Tensor) -> float:
     """By mlx-lm in float32, dequantized by MLX; an adapter on the full-precision model."""
     adapter = (output / "adapters.safetensors").is_file()
     return _in_a_process(_MLX, windows, *((source, output) if adapter else (output, "")))
-
-
-def with_lora(output: Path, source: Path, windows: torch.Tensor) -> float:
-    """By llama.cpp, after its llama-export-lora has added the adapter to a GGUF file of the full-precision model."""
-    from loftq.merging.llama_cpp import LlamaCpp
-
-    program = shutil.which("llama-export-lora")
-    if program is None:
-        raise FileNotFoundError("llama-export-lora is not on the PATH")
-    with tempfile.TemporaryDirectory() as scratch:
-        base, whole = Path(scratch) / "base.gguf", Path(scratch) / "whole.gguf"
-        LlamaCpp().convert("convert_hf_to_gguf.py", source, base, "BF16")
-        lora = next(output.glob("*.gguf"))
-        subprocess.run([program, "-m", base, "--lora", lora, "-o", whole], check=True, capture_output=True)
-        return _in_a_process(_LLAMA_CPP, windows, whole)
 
 
 def _in_a_process(code: str, windows: torch.Tensor, first: Path, *more: object) -> float:

