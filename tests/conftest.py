@@ -100,8 +100,13 @@ class Result(NamedTuple):
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """Run the command line in this process, errors and exit codes included: `run("quantize", folder)`."""
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run the command line in this process, errors and exit codes included: `run("quantize", folder)`.
+
+    Libraries that draw on terminals may leave their width in the environment.
+    """
+    if "COLUMNS" in os.environ:
+        monkeypatch.delenv("COLUMNS")
 
     def invoke(*arguments: object) -> Result:
         capsys.readouterr()
