@@ -1,13 +1,14 @@
 """A fine-tuned model written by every target of `loftq merge`, and read by the target's own reader.
 
     python benchmarks/exports.py [MODEL] [--steps 20] [--windows 12] [--only NAME ...] [--calibration default]
-                                 [--work DIR]
+                                 [--work DIR] [--llm-compressor PYTHON]
 
 Two starts are trained for a few steps on the text after the windows that are evaluated: LoftQ on NF4, and QA-LoRA on
 integers in groups of 64. Each export runs in a process of its own, without the check of logits, which loads both
 models; its peak memory is that of this process and of those that it starts. Perplexity is measured on windows of 512
 tokens of Shakespeare: by transformers in float32, with peft and compressed-tensors, by mlx-lm, and for GGUF by
-llama.cpp (package cyllama).
+llama.cpp (package cyllama). PYTHON is that of an environment with llm-compressor, whose GPTQ quantizes the merged
+16-bit model with the same windows of text and the same groups.
 """
 
 from __future__ import annotations
@@ -50,6 +51,31 @@ status = Path("/proc/self/status").read_text().splitlines()
 peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 others = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 print(json.dumps({"bytes": report.bytes, "seconds": report.seconds, "peak": max(peak, others)}))
+"""
+_GPTQ = """
+import json, resource, sys, time
+from pathlib import Path
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from safetensors.torch import load_file
+model, statistics, output, group = sys.argv[1:]
+windows = load_file(next(Path(statistics).glob("teacher.safetensors")))["input_ids"].tolist()
+weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": int(group)}
+recipe = GPTQModifier(
+    config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"], targets=["Linear"]
+)
+rows = Dataset.from_dict({"input_ids": windows, "attention_mask": [[1] * len(window) for window in windows]})
+started = time.perf_counter()
+oneshot(
+    model=model, dataset=rows, recipe=recipe, output_dir=output,
+    max_seq_length=len(windows[0]), num_calibration_samples=len(windows),
+)
+seconds = time.perf_counter() - started
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+nbytes = sum(file.stat().st_size for file in Path(output).glob("*.safetensors"))
+print(json.dumps({"bytes": nbytes, "seconds": seconds, "peak": peak}))
 """
 
 
@@ -134,6 +160,14 @@ class Bench:
         folder, trained = self.start(kind.start)
         self._measured(name, [sys.executable, "-c", _EXPORT, folder, trained, output, json.dumps(settings)], kind.read)
 
+    def llm_compressor(self, python: str) -> None:
+        """Let llm-compressor's GPTQ quantize the merged model, and add its row. It needs an export that calibrated."""
+        folder, trained = self.start("qlora")
+        merged, statistics = self.work / "merged", self.work / "statistics"
+        loftq.merge(folder, trained, to="bf16", output=merged, quiet=True, check=False, overwrite=merged.is_dir())
+        command = [python, "-c", _GPTQ, merged, statistics, self.work / "out", GROUP]
+        self._measured("llm-compressor W4A16, GPTQ", command, by_transformers)
+
     def _measured(self, name: str, command: list[object], read: Callable[[Path, Path, torch.Tensor], float]) -> None:
         output = self.work / "out"
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=self.work)
@@ -156,6 +190,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[*BEFORE, *EXPORTS], choices=[*BEFORE, *EXPORTS], metavar="NAME")
     parser.add_argument("--calibration", default="default")
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--llm-compressor", metavar="PYTHON")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -166,6 +201,8 @@ def main() -> None:
         bench.work.mkdir(parents=True, exist_ok=True)
         for name in options.only:
             (bench.before if name in BEFORE else bench.export)(name)
+        if options.llm_compressor is not None:
+            bench.llm_compressor(str(Path(options.llm_compressor).absolute()))
     print(table([("", "perplexity", "size", "time", "peak memory"), *bench.rows]))
 
 
