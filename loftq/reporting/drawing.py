@@ -108,7 +108,7 @@ def svg(draw: Callable[..., None], width: float, height: float, **arguments: Any
     source = re.sub(r'width="[^"]*pt" height="[^"]*pt"', size, source, count=1)
     for what, instead in _SPARED:
         source = re.sub(what, instead, source)
-    source = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", source)
+    source = re.sub(r">[^<]+<|\d+\.\d{3,}", _shorter, source)
     key = hashlib.sha256(source.encode()).hexdigest()[:8]  # names of parts must not be those of another plot
     return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{key}-", source)
 
@@ -128,3 +128,8 @@ def _styled(palette: Palette) -> Any:
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     with mpl.rc_context({**_STYLE, "grid.color": palette.rule, **dict.fromkeys(names, palette.ink)}):
         yield
+
+
+def _shorter(found: re.Match[str]) -> str:
+    """A coordinate with two decimals; what is written in the plot stays as it is."""
+    return found[0] if found[0].startswith(">") else f"{float(found[0]):.2f}"

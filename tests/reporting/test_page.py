@@ -231,6 +231,16 @@ def test_the_page_says_what_the_manifests_say(made: dict[str, Path], text: str) 
         assert word in text
 
 
+def test_numbers_of_an_axis_differ(text: str) -> None:
+    """Coordinates lose digits, and what is written in a plot does not. Oracle: the ticks of an axis differ."""
+    plots = re.findall(r"<svg xmlns.*?</svg>", text, re.DOTALL)
+    by_kind = [plot for plot in plots if "by kind" in plot]
+    assert by_kind
+    for plot in by_kind:
+        numbers = [word for word in re.findall(r"<text[^>]*>([^<]*)</text>", plot) if re.fullmatch(r"[\d.]+", word)]
+        assert len(numbers) == len(set(numbers)) > 1
+
+
 def test_text_has_one_size_at_every_width(text: str) -> None:
     """Plots are not scaled. Oracle: their sizes are those of their view boxes, on wide screens and on narrow ones.
 
