@@ -118,6 +118,7 @@ class Inspection:
         )
         stabilized = ", rank-stabilized" if self.adapter["rslora"] else ""
         yield "adapter", f"{kind}, rank {rank}, alpha {alpha:g}{stabilized}, of {self.adapter['layers']} layers"
-        yield "targets", targets if isinstance(targets, str) else ", ".join(targets or ())
+        parameters = self.adapter.get("target_parameters") or ()
+        yield "targets", ", ".join([targets] if isinstance(targets, str) else [*(targets or ()), *parameters])
         if saved:
             yield "trained in full", ", ".join(saved)

@@ -181,6 +181,7 @@ def _described(adapter: Adapter) -> dict[str, Any]:
         "rslora": bool(config.get("use_rslora")),
         "pool_size": adapter.pool_size,
         "target_modules": config.get("target_modules"),
+        "target_parameters": config.get("target_parameters"),
         "modules_to_save": config.get("modules_to_save"),
         "layers": len(adapter.modules),
     }

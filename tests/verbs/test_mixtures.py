@@ -135,6 +135,7 @@ def test_train_evaluate_generate_merge(artifact: Path, mixture: Path, tmp_path: 
     assert any("experts.base_layer.lora_B" in key for key in changed)
     assert len(changed) > len(start.shapes) / 2
 
+    assert "mlp.experts.down_proj" in run("inspect", artifact).stdout
     for command in (("inspect", artifact), ("inspect", trained.folder), ("verify", artifact, "--source", mixture)):
         assert run(*command).exit_code == 0
     written = run("generate", artifact, "--adapter", trained.folder, "--prompt", "1 + 1", "--max-new-tokens", 2)
