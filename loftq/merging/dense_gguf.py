@@ -7,12 +7,14 @@ from typing import Any
 
 from loftq.artifacts.manifest import origin_of, write_export_manifest
 from loftq.artifacts.staging import Staging
+from loftq.errors import OptionError
 from loftq.formats.artifact import MANIFEST, open_artifact, read_artifact
 from loftq.formats.checkpoint import read_checkpoint
 from loftq.formats.model_config import FILE, read_config
 from loftq.hub.source import side_files
 from loftq.merging.export import Export
 from loftq.merging.gguf_maker import GgufMaker
+from loftq.merging.logits import discard
 from loftq.merging.settings import MergeRun, MergeSettings
 from loftq.merging.targets.to_gguf import GgufFile
 
@@ -60,7 +62,11 @@ class DenseGguf(Export):
 
     def write(self, staging: Staging) -> None:
         """Convert, quantize, and write the small files."""
-        self.maker.make(self.folder, staging, self.folder.name)
+        try:
+            self.maker.make(self.folder, staging, self.folder.name)
+        except OptionError:  # llama.cpp refuses the model, and would do so again
+            discard(staging)
+            raise
         known = self.artifact.manifest if self.artifact else None
         source = {"model": self.folder.name, "target": self.name, "adapter": None, **origin_of(self.folder, known)}
         write_export_manifest(
