@@ -46,13 +46,14 @@ class Dense(ModelFolder):
 
         That of a mixture may have other names than transformers' parameters: servers read only these.
         """
-        state = self._state if self.pair.backbone.stacks else {}
-        names = list(unfuse(self._model, name, state[name])) if name in state else []
-        return names[0] if len(names) == 1 else name
+        return self._renamed.get(name, name)
 
     @cached_property
-    def _state(self) -> dict[str, torch.Tensor]:
-        return self._model.state_dict()
+    def _renamed(self) -> dict[str, str]:
+        """The names in checkpoints of the parameters of a mixture that each become a single tensor."""
+        state = self._model.state_dict() if self.pair.backbone.stacks else {}
+        names = {key: list(unfuse(self._model, key, tensor)) for key, tensor in state.items()}
+        return {key: found[0] for key, found in names.items() if len(found) == 1}
 
     def specs(self, module: str) -> list[TensorSpec]:
         """The tensor of one linear, or the tensors of fused experts."""
