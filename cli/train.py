@@ -37,7 +37,7 @@ Examples:
 
 
 @click.command(cls=Command, epilog=_EPILOG)
-@click.argument("model", metavar="DIR", required=False, type=click.Path())
+@click.argument("model", metavar="DIR|REPO_ID", required=False, type=click.Path())
 @click.argument("name", required=False)
 @option(
     "--recipe",

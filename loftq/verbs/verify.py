@@ -35,6 +35,7 @@ from loftq.formats.layouts import LAYOUTS
 from loftq.formats.links import linked_part, links_below
 from loftq.formats.programs import programs_below
 from loftq.formats.scan import scan
+from loftq.hub.folder import fetch_folder
 from loftq.hub.source import Source, find_source
 
 _QUANTIZED = ("qlora", "qalora")  # kinds of folders that have quantized layers and an adapter
@@ -98,15 +99,15 @@ def verify(
 ) -> Verification:
     """Compare a loftq folder with its `loftq.json`: hashes, names, dtypes, shapes, completeness.
 
+    `folder` may also be `OWNER/NAME` or `OWNER/NAME@REVISION` on the Hub, of which all files are then downloaded.
     `source` is the folder or Hub id of the model that the folder was made of. If it is given, the error of every layer
     is computed again from the values that bitsandbytes, or the linear of the format, reads from the files, and compared
     with the reported error; the other tensors are compared with those of the source. `revision` is by default the one
     in `loftq.json`. One tensor is in memory at a time. Changes of the card are allowed. A folder is sound only if
-    `loftq.json` has the hashes of all other files. Raises ArtifactError if the
-    folder is not a loftq folder, SourceError if the source cannot be read, and OptionError if the folder has no errors
-    to compute again.
+    `loftq.json` has the hashes of all other files. Raises ArtifactError if the folder is not a loftq folder,
+    SourceError if it or the source cannot be read, and OptionError if the folder has no errors to compute again.
     """
-    artifact = read_artifact(folder)
+    artifact = read_artifact(fetch_folder(folder, token=token))
     recorded = artifact.manifest.get("source", {})
     if source is not None and "sha256" not in recorded:
         kind = artifact.manifest["kind"]
