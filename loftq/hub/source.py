@@ -14,7 +14,7 @@ from typing import Any
 
 from loftq.display import one_line
 from loftq.errors import CheckpointError, SourceError
-from loftq.formats.adapter import CONFIG
+from loftq.formats.adapter import CONFIG, FOLDER
 from loftq.formats.artifact import CARD, MANIFEST
 from loftq.formats.checkpoint import (
     INDEX,
@@ -42,7 +42,7 @@ from loftq.hub.names import find_folder, repository_of
 from loftq.hub.snapshot import check_hashes, download
 
 # The small files of a repository that are read: those to copy, and those that say what it is.
-_SMALL = (*SIDE_FILES, *SENTENCE_FILES, "config.json", INDEX, CARD, MANIFEST, CONFIG)
+_SMALL = (*SIDE_FILES, *SENTENCE_FILES, "config.json", INDEX, CARD, MANIFEST, CONFIG, f"{FOLDER}/{CONFIG}")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loftq.errors import ArtifactError, OptionError
-from loftq.formats.adapter import CONFIG, WEIGHTS, read_config
+from loftq.formats.adapter import CONFIG, FOLDER, WEIGHTS, read_config
 from loftq.formats.artifact import MANIFEST, open_artifact
 from loftq.formats.model_config import FILE
 from loftq.hub.folder import fetch_adapter, is_adapter_repository
@@ -32,6 +32,8 @@ def with_backbone(name: str, adapter: str | None = None) -> tuple[str, str | Non
     folder = Path(name).expanduser()
     if adapter is None and not folder.is_dir() and is_adapter_repository(name):
         folder = fetch_adapter(name)
+    if not is_adapter_folder(folder) and not (folder / FILE).is_file() and is_adapter_folder(folder / FOLDER):
+        folder = folder / FOLDER  # the adapter that `loftq quantize --backbone` made
     if not is_adapter_folder(folder):
         if (folder / TRAINING_RECORD).is_file():
             raise ArtifactError(
