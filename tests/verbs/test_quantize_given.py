@@ -3,7 +3,7 @@
 Oracles: SVD in float64 of W − Q, where Q is what the other library itself dequantizes; logits after a stock peft load.
 
 Covers: loftq/planning/given_backbone.py, loftq/solving/given.py, loftq/core/solvers/given.py,
-loftq/artifacts/given_card.py.
+loftq/artifacts/given_card.py, loftq/artifacts/given_checks.py, loftq/verbs/quantize_given.py.
 """
 
 from __future__ import annotations
