@@ -59,7 +59,7 @@ def write_adapter_manifest(
     calibration: Mapping[str, Any] | None,
 ) -> None:
     """Write the card and `loftq.json`. `base` is the name of the backbone in the adapter's configuration."""
-    heading = {
+    heading: dict[str, Any] = {
         "format_version": artifact.VERSION,
         "kind": KIND,
         "source": {
@@ -114,7 +114,7 @@ model = PeftModel.from_pretrained(base_model, ADAPTER, subfolder="{FOLDER}"{at},
 def _card(plan: Plan, backbone: GivenBackbone, heading: Mapping[str, Any], totals: Mapping[str, Any]) -> str:
     """The text of README.md. It holds no date, time or path."""
     recipe, label, given = plan.recipe, plan.source.label, backbone.source
-    base = {} if given.local else {"base_model": given.name, "base_model_relation": "adapter"}
+    base: dict[str, Any] = {} if given.local else {"base_model": given.name, "base_model_relation": "adapter"}
     data = ModelCardData(library_name="peft", tags=["loftq", "lora"], **base, **terms_of(plan.source.folder))
     method = METHODS[recipe.method]
     settings = {

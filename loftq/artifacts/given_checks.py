@@ -52,9 +52,9 @@ def compare_with_backbone(
         left = squared_error(
             weight, backbone.read(layer), adapter.factors(layer.module), adapter.scaling_of(layer.module)
         )
-        error = (left**0.5) / (norm or 1.0)
-        if differ(error, row["error"], row["error"]):
-            yield Problem(layer.module, f"has the relative error {error:.6g}, {MANIFEST} has {row['error']:.6g}")
+        relative = (left**0.5) / (norm or 1.0)
+        if differ(relative, row["error"], row["error"]):
+            yield Problem(layer.module, f"has the relative error {relative:.6g}, {MANIFEST} has {row['error']:.6g}")
         advance(layer.weights)
     digests |= {name: digest_of(plan.source.checkpoint.read(name)) for name in plan.passed}
     if combine_hashes(digests) != manifest["source"].get("sha256"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -95,13 +95,16 @@ def load_qalora(
     rank: int = 16,
     alpha: float | None = None,
     pool_size: int | None = None,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] | None = None,
 ) -> PeftModel:
     """Load a group-wise quantized model with a QA-LoRA adapter, in peft's convention (arXiv 2309.14717).
 
     `folder` is either one that `loftq quantize --adapter qalora` wrote, with its initial adapter or a trained one, or
     any GPTQ checkpoint of a causal language model (version 1 or 2, with or without act-order); both it and `adapter`
     are named as for `load_qlora`. Without `adapter`, such a checkpoint gets a new adapter of `rank`, `alpha` (default:
-    the rank) and `pool_size` (default: the group size), which adds nothing yet. With `backend="gptqmodel"`, gptqmodel
+    the rank), `pool_size` (default: the group size) and `dropout` on `target_modules` (ends of names; default: all
+    quantized linears), which adds nothing yet. With `backend="gptqmodel"`, gptqmodel
     runs GPTQ weights, if it is installed. The rest of the setup is that of `load_qlora`. Raises ArtifactError,
     SourceError and OptionError.
     """
@@ -130,10 +133,11 @@ def load_qalora(
         check_shapes(base, foreign, str(folder))
     if chosen is not None:
         return load_adapter(base, chosen, is_trainable=is_trainable)
-    quantized = [name for name, module in base.named_modules() if hasattr(module, "qweight")]
+    quantized = _targets_of(base, target_modules, str(folder))
     config = LoraConfig(
         r=rank,
         lora_alpha=cast(int, rank if alpha is None else alpha),
+        lora_dropout=dropout,
         target_modules=target_names(quantized, [name for name, _ in base.named_modules()]),
         use_qalora=True,
         qalora_group_size=pool_size or _group_size(base),
@@ -149,6 +153,16 @@ def _open(folder: str | Path, kind: str) -> Artifact:
         loader = f"load_{actual}" if actual in ("qlora", "qalora") else "from_pretrained"
         raise ArtifactError(f"{folder} is a {actual} artifact: load it with {loader}, load_{kind} reads {kind} ones")
     return artifact
+
+
+def _targets_of(base: nn.Module, wanted: Sequence[str] | None, folder: str) -> list[str]:
+    """The quantized linears whose names end with one of the wanted ones. Raises OptionError for a name of none."""
+    quantized = [name for name, module in base.named_modules() if hasattr(module, "qweight")]
+    for end in wanted or ():
+        if not any(f".{name}".endswith(f".{end}") for name in quantized):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in quantized}))
+            raise OptionError(f"--target-modules {end!r} matches no quantized linear of {folder} (it has: {known})")
+    return [name for name in quantized if wanted is None or any(f".{name}".endswith(f".{end}") for end in wanted)]
 
 
 def _group_size(base: Any) -> int:

@@ -48,7 +48,7 @@ SETTINGS = (  # those that an adapter for a given backbone uses
     "task",
     "num_labels",
 )
-_ROWS = {"bits": 8, "quant_type": "int", "adapter": "lora"}  # a type that any linear can have
+_ROWS: dict[str, Any] = {"bits": 8, "quant_type": "int", "adapter": "lora"}  # a type that any linear can have
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,9 @@ def plan_adapter(
             f"{named}{few_of(left)}: not quantized in {backbone.name} ({title}), so there is nothing to correct: name "
             "another --backbone or other modules"
         )
-    kept = {
-        part: {name: spec for name, spec in getattr(plan, part).items() if adapter.is_key(spec.name)}
-        for part in ("passed", "created")
-    }
+    passed, created = (
+        {name: spec for name, spec in part.items() if adapter.is_key(spec.name)} for part in (plan.passed, plan.created)
+    )
     notes = [f"the backbone is {backbone.name} ({title}), which stays as it is"]
     if left:
         notes.append(f"not quantized in the backbone, so without an adapter: {few_of(left)}")
@@ -140,10 +139,11 @@ def plan_adapter(
         plan,
         layers=layers,
         backbone=(),
-        adapter=lay_out_adapter(layers, {**kept["passed"], **kept["created"]}, recipe),
+        adapter=lay_out_adapter(layers, {**passed, **created}, recipe),
         target_modules=tuple(target_names([layer.module for layer in layers], modules)),
         notes=tuple(notes),
-        **kept,
+        passed=passed,
+        created=created,
     )
     found = {layer.module: names[f"{layer.module}.weight"] for layer in layers}
     return chosen, GivenBackbone(backbone, title, found)

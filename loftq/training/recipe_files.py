@@ -1,11 +1,12 @@
 """Reads recipe files: TOML, YAML or JSON files with the settings of a single run, or of several runs by name.
 
-The keys are those of `TrainSettings`, with dashes or underscores. In a file of tables, each table holds a run. The keys
-of FinLoRA's `finetune_configs.json` are understood too, with the defaults of that program.
+The keys are those of `TrainSettings`, with dashes or underscores, or those of other programs (`planning.synonyms`). In
+a file of tables, each table holds a run. FinLoRA's `finetune_configs.json` gets the defaults of that program.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import tomllib
@@ -18,17 +19,9 @@ from loftq.display import one_line
 from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.artifact import MANIFEST
 from loftq.formats.schema import parse_json
+from loftq.planning.synonyms import translated
 
-ALIASES = {
-    "base_model": "model",
-    "dataset_path": "data",
-    "lora_r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "quant_bits": "bits",
-    "num_epochs": "epochs",
-    "gradient_accumulation_steps": "gradient_accumulation",
-}
+_log = logging.getLogger(__name__)
 _DORA = "peft_use_dora"  # a key of FinLoRA; false means a plain LoRA
 _FINLORA = ("base_model", "dataset_path", "lora_r", "quant_bits", "num_epochs", _DORA)  # keys by which it is known
 _FINLORA_ALPHA = 16.0  # its lora_alpha where an entry has none; ours would be the rank
@@ -65,11 +58,14 @@ def read_recipe(path: str | Path, *words: str) -> dict[str, Any]:
         )
     settings: dict[str, Any] = {"output": name} if name else {}
     values = {str(key).replace("-", "_"): value for key, value in {**shared, **entries.get(name, {})}.items()}
-    settings |= {ALIASES.get(key, key): value for key, value in values.items()}
-    if settings.pop(_DORA, False):
+    if values.pop(_DORA, False):
         raise OptionError(
             f"--recipe {path}: {_DORA} is true: loftq trains LoRA and has no DoRA: choose a run without it"
         )
+    translation, notes = translated(values)
+    for note in notes:
+        _log.info(note)
+    settings |= translation
     for key in _PATHS:
         if key in settings:
             settings[key] = _located(settings[key], path.parent)
@@ -77,6 +73,13 @@ def read_recipe(path: str | Path, *words: str) -> dict[str, Any]:
     if any(key in values for key in _FINLORA) and not (Path(str(settings.get("model"))) / MANIFEST).is_file():
         settings.setdefault("alpha", _FINLORA_ALPHA)  # a folder that is quantized already has its own
     return settings
+
+
+def is_run_of(path: str, name: str) -> bool:
+    """Whether a name is that of a run in a recipe file, and of no folder."""
+    if not Path(path).is_file() or Path(name).exists():
+        return False
+    return isinstance(_parse(Path(path)).get(name), Mapping)
 
 
 def laid_over(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

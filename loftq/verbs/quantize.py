@@ -98,9 +98,8 @@ def _quantize_given(source: Source, recipe: Recipe, run_options: RunSettings, ru
     name = Path(repository_of(given)[0]).name
     folder = Path(run_options.output or Path(run_options.save_dir) / f"{name}-{recipe.rank}rank-adapter")
     _check_output(folder, run_options)
-    arguments = {"given": given, "token": run_options.token, "dry_run": run_options.dry_run}
     with explain_full_memory(_LESS):
-        report = quantize_given(source, recipe, folder, run, **arguments)
+        report = quantize_given(source, recipe, folder, run, given=given, dry_run=run_options.dry_run)
     if run_options.push is None or run_options.dry_run:
         return report
     return replace(report, pushed=_push(folder, run_options))

@@ -42,14 +42,14 @@ from loftq.solving.report import peak_memory
 
 
 def quantize_given(
-    source: Source, recipe: Recipe, folder: Path, run: Run, *, given: str, token: str | None, dry_run: bool
+    source: Source, recipe: Recipe, folder: Path, run: Run, *, given: str, dry_run: bool = False
 ) -> AdapterReport:
     """Write the adapter of `source` for the backbone `given` into a folder. With `dry_run` nothing is written.
 
     Raises LoftQError.
     """
     started = time.perf_counter()
-    found = find_backbone(given, token, trust_remote_code=run.trust_remote_code, headers_only=dry_run)
+    found = find_backbone(given, run.token, trust_remote_code=run.trust_remote_code, headers_only=dry_run)
     plan, backbone = plan_adapter(source, found, recipe, trust_remote_code=run.trust_remote_code)
     if dry_run:
         parts = needed(plan, run.workers, run.device)
