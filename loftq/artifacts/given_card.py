@@ -22,6 +22,7 @@ from loftq.formats.schema import json_text
 from loftq.hub.text import public_name
 from loftq.planning.command_line import command_line
 from loftq.planning.given_backbone import GivenBackbone, settings_of
+from loftq.planning.given_gguf import is_gguf
 from loftq.planning.plan import Plan
 
 KIND = "start"  # of an adapter without a backbone of its own
@@ -99,6 +100,10 @@ def start_section(manifest: Mapping[str, Any], repo_id: str | None = None, revis
     shown = Path(base).name if Path(base).is_absolute() else base
     commit = manifest["backbone"].get("revision")
     of_base = "" if commit is None else f', revision="{commit}"'
+    if is_gguf(base):
+        place_of_base, _, file = base.rpartition("/")
+        shown = Path(place_of_base).name if Path(base).is_absolute() else place_of_base
+        of_base = f', gguf_file="{file}"{of_base}'
     return f"""```python
 import torch
 from peft import PeftModel

@@ -32,7 +32,7 @@ def compare_with_backbone(
     name = given["model"] if given["revision"] is None else f"{given['model']}@{given['revision']}"
     recipe = adapter_recipe(from_dict(QuantizeSettings, {**manifest["recipe"], "backbone": name}))
     try:
-        found = find_backbone(name, None, trust_remote_code=trust_remote_code)
+        found = find_backbone(name, source, None, trust_remote_code=trust_remote_code)
         plan, backbone = plan_adapter(source, found, recipe, trust_remote_code=trust_remote_code)
     except LoftQError as error:
         raise ArtifactError(f"the backbone cannot be compared with {source.name}: {error}") from error

@@ -23,7 +23,7 @@ def command_line(recipe: Recipe, source: Source) -> str:
     """
     always = _ALWAYS if recipe.backbone is None else ("rank",)
     values = {name: getattr(recipe.requested, name) for name in always} | said(recipe.requested)
-    if recipe.backbone is not None and Path(recipe.backbone).is_dir():
+    if recipe.backbone is not None and Path(recipe.backbone).exists():
         values["backbone"] = Path(recipe.backbone).name
     if recipe.calibration is not None:
         values["calibration"] = public_name(recipe.calibration)

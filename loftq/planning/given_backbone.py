@@ -24,6 +24,8 @@ from loftq.formats.prequantized import DenseView
 from loftq.hub.names import repository_of
 from loftq.hub.source import Source, find_source
 from loftq.models import naming
+from loftq.models.tasks import build_meta
+from loftq.planning.given_gguf import find_gguf, is_gguf
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.planner import POOLER, lay_out_adapter, make_plan
 from loftq.planning.recipe import Recipe, resolve
@@ -99,8 +101,17 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     return {name: getattr(recipe, name) for name in SETTINGS if name != "backbone"}
 
 
-def find_backbone(name: str, token: str | None, *, trust_remote_code: bool, headers_only: bool = False) -> Source:
-    """The quantized model, as dense tensors. Raises SourceError for one that cannot be found or read."""
+def find_backbone(
+    name: str, original: Source, token: str | None, *, trust_remote_code: bool, headers_only: bool = False
+) -> Source:
+    """The quantized model, as dense tensors. Raises SourceError for one that cannot be found or read.
+
+    `original` is the full-precision model, from which a GGUF file gets the names of its weights.
+    """
+    if is_gguf(name):
+        tensors = len(original.checkpoint.tensors)
+        model, _ = build_meta(original.folder, trust_remote_code=trust_remote_code, tensors=tensors)
+        return find_gguf(name, model, token)
     source = find_source(name, token=token, trust_remote_code=trust_remote_code, headers_only=headers_only)
     config = read_config(source.folder, tensors=len(source.checkpoint.tensors))
     quantization = config.get("quantization_config")
@@ -167,6 +178,6 @@ def _names_in(plan: Plan, source: Source, backbone: Source) -> Mapping[str, str]
 
 def base_name(backbone: Source, given: str) -> tuple[str, str | None]:
     """The name of the backbone and its revision, for the configuration of the adapter."""
-    if Path(given).expanduser().is_dir():
+    if Path(given).expanduser().exists():
         return str(Path(given).expanduser().resolve()), None
     return backbone.name, repository_of(given)[1]

@@ -49,7 +49,7 @@ def quantize_given(
     Raises LoftQError.
     """
     started = time.perf_counter()
-    found = find_backbone(given, run.token, trust_remote_code=run.trust_remote_code, headers_only=dry_run)
+    found = find_backbone(given, source, run.token, trust_remote_code=run.trust_remote_code, headers_only=dry_run)
     plan, backbone = plan_adapter(source, found, recipe, trust_remote_code=run.trust_remote_code)
     if dry_run:
         parts = needed(plan, run.workers, run.device)

@@ -3,7 +3,8 @@
 Oracles: SVD in float64 of W − Q, where Q is what the other library itself dequantizes; logits after a stock peft load.
 
 Covers: loftq/planning/given_backbone.py, loftq/solving/given.py, loftq/core/solvers/given.py,
-loftq/artifacts/given_card.py, loftq/artifacts/given_checks.py, loftq/verbs/quantize_given.py.
+loftq/artifacts/given_card.py, loftq/artifacts/given_checks.py, loftq/verbs/quantize_given.py,
+loftq/planning/given_gguf.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
+import gguf
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -118,6 +120,64 @@ def test_stock_peft_comes_nearer_to_the_source(kind: str, backbones: Path, pico:
     assert (after - wanted).norm() < 0.8 * (before - wanted).norm()
     config = json.loads((tmp_path / "out" / "loftq_init" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(backbones / kind)
+
+
+def save_gguf(source: Path, file: Path) -> Path:
+    """The pico llama as llama.cpp names it, its linears in Q4_0, with the rows of queries and keys permuted."""
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_vocab_size(320)
+    writer.add_layer_norm_rms_eps(1e-6)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, tensor in load_file(source / "model.safetensors").items():
+        values = tensor.float().numpy()
+        heads = 4 if "q_proj" in name else 2 if "k_proj" in name else None
+        if heads is not None:
+            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        stem = f"{names.get_name(name.removesuffix('.weight'))}.weight"
+        if "_proj" in name:
+            kind = gguf.GGMLQuantizationType.Q4_0
+            writer.add_tensor(stem, gguf.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(stem, values)
+    file.parent.mkdir()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def test_a_gguf_file(pico: Path, tmp_path: Path, run: Run) -> None:
+    """Q is what transformers itself loads from the file."""
+    file = save_gguf(pico, tmp_path / "gguf" / "pico-Q4_0.gguf")
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    given = {name: weight for name, weight in loaded.state_dict().items() if name.endswith("_proj.weight")}
+    options = ("--rank", 8, "--svd", "exact", "--output", tmp_path / "out", "--json")
+    made = run("quantize", pico, "--backbone", file, *options)
+    assert made.exit_code == 0, made.stderr
+    factors = load_file(tmp_path / "out" / "loftq_init" / "adapter_model.safetensors")
+    source = source_weights(pico)
+    assert {f"{row['name']}.weight" for row in json.loads(made.stdout)["layers"]} == given.keys()
+    for name, weight in given.items():
+        module = name.removesuffix(".weight")
+        u, s, vh = torch.linalg.svd(source[module] - weight.double(), full_matrices=False)
+        a, b = (factors[f"base_model.model.{module}.lora_{side}.weight"].double() for side in "AB")
+        best = u[:, :8] * s[:8] @ vh[:8]
+        assert (b @ a - best).norm() < 1e-3 * best.norm()
+    assert run("verify", tmp_path / "out", "--source", pico).exit_code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f'from_pretrained("gguf", gguf_file="{file.name}"' in card
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
+    for name, message in {"broken.gguf": "cannot be read as GGUF", "none.gguf": "no such file"}.items():
+        refused = run("quantize", pico, "--backbone", tmp_path / name, "--output", tmp_path / "refused")
+        assert refused.exit_code == 1
+        assert message in refused.stderr
 
 
 def test_calibrated_factors_are_the_best_for_the_outputs(backbones: Path, pico: Path, tmp_path: Path) -> None:
