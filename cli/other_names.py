@@ -13,6 +13,7 @@ from loftq.planning.synonyms import OPTIONS, SYNONYMS, translated
 from .options import Command
 
 _log = logging.getLogger("loftq.cli")
+_SEEN = ("output", "data", "task", "report_to")  # our own options on which a translation depends
 
 
 class TranslatingCommand(Command):
@@ -22,7 +23,7 @@ class TranslatingCommand(Command):
         """Translate, tell what was left out, and read the arguments."""
         own = {name.lstrip("-").replace("-", "_") for one in self.params for name in (*one.opts, *one.secondary_opts)}
         others, rest = _divided(args, own)
-        given = {name: value for name, value in _read(rest) if name in ("output", "data", "task", "model")}
+        given = {name: value for name, value in _read(rest) if name in _SEEN}
         if not others:
             return super().parse_args(context, args)
         settings, notes = translated({**others, **given})

@@ -9,7 +9,7 @@ import click
 
 import loftq
 from loftq.settings import declared
-from loftq.training.recipe_files import is_run_of, laid_over, read_recipe
+from loftq.training.recipe_files import laid_over, read_recipe, recipe_with
 from loftq.training.settings import MODES, TrainRun, TrainSettings, settings_of
 from loftq.training.tasks import TRAINING_TASKS
 
@@ -17,7 +17,6 @@ from .options import as_json, debug, given, option, options_of
 from .other_names import TranslatingCommand
 from .output import Shown, show
 
-_FINLORA = "finetune_configs.json"  # in the folder in which the command runs
 _TASKS = "\n".join(f"  {name:<15} {task.text}" for name, task in TRAINING_TASKS.items())
 _MODES = "\n".join(f"  {name:<7} {mode.text}: {mode.learning_rate:g}, {mode.reason}" for name, mode in MODES.items())
 _EPILOG = f"""\b
@@ -63,8 +62,7 @@ def train(
     settings = given(options)
     settings |= {table: dict(settings[table]) for table in ("columns", "set") if table in settings}
     words = [word for word in (model, name) if word is not None]
-    if recipe is None and len(words) == 1 and is_run_of(_FINLORA, words[0]):
-        recipe = _FINLORA  # as FinLoRA's own script does
+    recipe = recipe or recipe_with(words)
     if recipe is not None:
         settings = laid_over(read_recipe(recipe, *words), settings)
     elif name is not None:

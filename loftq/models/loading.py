@@ -7,17 +7,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from loftq.chatter import silenced
-from loftq.core.grid import ROW
 from loftq.errors import ArtifactError, OptionError, UnknownNameError
 from loftq.formats import gptq
 from loftq.formats.adapter import open_adapter
-from loftq.formats.adapter_targets import target_names
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.formats.checkpoint import dtype_of, read_checkpoint
 from loftq.formats.model_config import FILE, check_beside, read_config
@@ -25,7 +23,7 @@ from loftq.hub.folder import fetch_adapter, fetch_folder
 from loftq.models.adapters import check_adapter, check_shapes, foreign_adapter
 from loftq.models.choices import OFFLOADS
 from loftq.models.input_gradients import require_input_gradients
-from loftq.models.peft_targets import adapt, load_adapter
+from loftq.models.peft_targets import load_adapter
 from loftq.models.refusals import explain_loading
 from loftq.models.tasks import TASKS, auto_class, recorded_task
 
@@ -108,8 +106,7 @@ def load_qalora(
     runs GPTQ weights, if it is installed. The rest of the setup is that of `load_qlora`. Raises ArtifactError,
     SourceError and OptionError.
     """
-    from peft import LoraConfig
-
+    from loftq.models.foreign_gptq import new_qalora
     from loftq.models.gptq_quantizer import has_gptqmodel
 
     if backend not in BACKENDS:
@@ -133,17 +130,7 @@ def load_qalora(
         check_shapes(base, foreign, str(folder))
     if chosen is not None:
         return load_adapter(base, chosen, is_trainable=is_trainable)
-    quantized = _targets_of(base, target_modules, str(folder))
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=cast(int, rank if alpha is None else alpha),
-        lora_dropout=dropout,
-        target_modules=target_names(quantized, [name for name, _ in base.named_modules()]),
-        use_qalora=True,
-        qalora_group_size=pool_size or _group_size(base),
-        task_type="CAUSAL_LM",
-    )
-    return adapt(base, config)
+    return new_qalora(base, folder, rank, rank if alpha is None else alpha, pool_size, dropout, target_modules)
 
 
 def _open(folder: str | Path, kind: str) -> Artifact:
@@ -153,23 +140,6 @@ def _open(folder: str | Path, kind: str) -> Artifact:
         loader = f"load_{actual}" if actual in ("qlora", "qalora") else "from_pretrained"
         raise ArtifactError(f"{folder} is a {actual} artifact: load it with {loader}, load_{kind} reads {kind} ones")
     return artifact
-
-
-def _targets_of(base: nn.Module, wanted: Sequence[str] | None, folder: str) -> list[str]:
-    """The quantized linears whose names end with one of the wanted ones. Raises OptionError for a name of none."""
-    quantized = [name for name, module in base.named_modules() if hasattr(module, "qweight")]
-    for end in wanted or ():
-        if not any(f".{name}".endswith(f".{end}") for name in quantized):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in quantized}))
-            raise OptionError(f"--target-modules {end!r} matches no quantized linear of {folder} (it has: {known})")
-    return [name for name in quantized if wanted is None or any(f".{name}".endswith(f".{end}") for end in wanted)]
-
-
-def _group_size(base: Any) -> int:
-    actual = int(base.config.quantization_config.group_size)
-    if actual == ROW:
-        raise OptionError("this checkpoint has one group for each row: set pool_size, the number of inputs in a pool")
-    return actual
 
 
 def load_base(

@@ -129,7 +129,7 @@ def plan_adapter(
     plan = make_plan(source, recipe, trust_remote_code=trust_remote_code, with_experts=False)
     names = _names_in(plan, source, backbone)
     view = backbone.checkpoint
-    title = view.title if isinstance(view, DenseView) else "not quantized"
+    title = view.title if isinstance(view, DenseView) else "in 16 bits"
     quantized = view.decoded if isinstance(view, DenseView) else view.tensors
     layers = tuple(layer for layer in plan.layers if names.get(f"{layer.module}.weight") in quantized)
     left = [layer.module for layer in plan.layers if layer not in layers]

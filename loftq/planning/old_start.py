@@ -6,6 +6,7 @@ factors for a scaling of 1, whatever alpha and rank its configuration names.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from loftq.planning.plan import Plan
 from loftq.planning.settings import QuantizeSettings
 from loftq.settings import declared, plain, said
 
+_log = logging.getLogger(__name__)
 _FREE = ("alpha", "task", "max_shard_size", "seed")  # settings that may differ from those of the folder
 BITS, CODEBOOK, BLOCK = 4, "nf4", 64  # of the original script
 
@@ -56,6 +58,15 @@ def is_old_start(source: Source) -> bool:
     if (source.folder / MANIFEST).is_file() or not (source.folder / FOLDER / CONFIG).is_file():
         return False
     return not read_model_config(source.folder, tensors=len(source.checkpoint.tensors)).get("quantization_config")
+
+
+def warn_of_unused(source: Source) -> None:
+    """Warn that a model is used without its adapter if the original script wrote its folder."""
+    if is_old_start(source):
+        _log.warning(
+            f"{source.name} has an adapter in {FOLDER}, which is not used: `loftq quantize {source.name}` makes a "
+            f"folder with it, and --adapter {source.name}/{FOLDER} uses it here"
+        )
 
 
 def find_old_start(source: Source) -> OldStart | None:

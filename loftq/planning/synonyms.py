@@ -7,7 +7,7 @@ little: the data of the QA-LoRA script, and the folders that they write.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -126,15 +126,16 @@ OPTIONS: Mapping[str, Callable[[str | None], bool]] = {
 }
 
 
-def translated(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def translated(values: Mapping[str, Any], own: Collection[str] = ()) -> tuple[dict[str, Any], list[str]]:
     """Settings by our names, from those of any of these scripts, and notes for the user. Ours stay as they are.
 
-    A name of ours wins over another for the same setting. Raises OptionError for a name that something replaces.
+    `own` are settings of a command that other scripts have too, in another sense. A name of ours wins over another for
+    the same setting. Raises OptionError for a name that something replaces.
     """
     settings: dict[str, Any] = {}
     notes: list[str] = []
     for name, value in values.items():
-        row = SYNONYMS.get(name)
+        row = None if name in own else SYNONYMS.get(name)
         if row is None or (row.flag and value is False):
             continue
         if row.refusal is not None:
@@ -143,7 +144,8 @@ def translated(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             notes.append(f"{name}: {row.note}")
         if row.setting is not None:
             settings.setdefault(row.setting, row.value if row.flag or row.note else value)
-    settings |= {name: value for name, value in values.items() if name not in SYNONYMS and name not in _CONFIGS}
+    foreign = {*SYNONYMS, *_CONFIGS} - set(own)
+    settings |= {name: value for name, value in values.items() if name not in foreign}
     if "report_to" in values:
         settings["report_to"] = values["report_to"]
     for step in _STEPS:

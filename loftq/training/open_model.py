@@ -26,6 +26,7 @@ from loftq.models.merged import WITH_ADAPTER, load_merged
 from loftq.models.peft_targets import adapt, load_adapter
 from loftq.models.refusals import explain_loading
 from loftq.models.tasks import TASKS, Task, auto_class, build_meta, recorded_task
+from loftq.planning.old_start import warn_of_unused
 from loftq.planning.plan import Plan, adapted_names
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import recipe_of
@@ -251,6 +252,7 @@ def open_to_use(
 
 def _dense_to_use(source: Source, adapter: Path | None, dtype: torch.dtype, device: torch.device) -> tuple[Any, Task]:
     if adapter is None:
+        warn_of_unused(source)
         task = build_meta(source.folder)[1]
         return load_dense(source, task, dtype, device), task
     trained = foreign_adapter(adapter, source.name, source.checkpoint)

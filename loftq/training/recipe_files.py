@@ -10,7 +10,7 @@ import logging
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 _DORA = "peft_use_dora"  # a key of FinLoRA; false means a plain LoRA
 _FINLORA = ("base_model", "dataset_path", "lora_r", "quant_bits", "num_epochs", _DORA)  # keys by which it is known
 _FINLORA_ALPHA = 16.0  # its lora_alpha where an entry has none; ours would be the rank
+_FINLORA_FILE = "finetune_configs.json"  # its script reads it in the folder in which it runs
 _TABLES = ("columns", "set")  # settings that are tables themselves
 _LARGEST = 1_000_000  # bytes of a file
 _MOST_VALUES = 100_000  # in a YAML file with all aliases written out
@@ -33,8 +34,8 @@ _PATHS = ("data", "eval_data", "model", "calibration", "train", "evaluate")
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 
 
-def read_recipe(path: str | Path, *words: str) -> dict[str, Any]:
-    """Read the settings of a recipe, by their names in `TrainSettings`.
+def read_recipe(path: str | Path, *words: str, own: Collection[str] = ()) -> dict[str, Any]:
+    """Read the settings of a recipe, by their names in `TrainSettings`, or by those of the settings `own`.
 
     The last of `words` names a run in a file that holds several; a word before it names a model instead of the
     recipe's. A path that does not exist is also looked for beside the file. A run without an `output` gets a folder
@@ -62,7 +63,7 @@ def read_recipe(path: str | Path, *words: str) -> dict[str, Any]:
         raise OptionError(
             f"--recipe {path}: {_DORA} is true: loftq trains LoRA and has no DoRA: choose a run without it"
         )
-    translation, notes = translated(values)
+    translation, notes = translated(values, own)
     for note in notes:
         _log.info(note)
     settings |= translation
@@ -75,11 +76,11 @@ def read_recipe(path: str | Path, *words: str) -> dict[str, Any]:
     return settings
 
 
-def is_run_of(path: str, name: str) -> bool:
-    """Whether a name is that of a run in a recipe file, and of no folder."""
-    if not Path(path).is_file() or Path(name).exists():
-        return False
-    return isinstance(_parse(Path(path)).get(name), Mapping)
+def recipe_with(words: Sequence[str]) -> str | None:
+    """FinLoRA's file in the working directory, if the only word is the name of a run in it and of no folder."""
+    if len(words) != 1 or not Path(_FINLORA_FILE).is_file() or Path(words[0]).exists():
+        return None
+    return _FINLORA_FILE if isinstance(_parse(Path(_FINLORA_FILE)).get(words[0]), Mapping) else None
 
 
 def laid_over(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Oracles: the same training under our own names; the repositories and the data sets lie on a Hub on this machine.
 
-Covers: cli/other_names.py.
+Covers: cli/other_names.py, loftq/models/foreign_gptq.py.
 """
 
 from __future__ import annotations
@@ -219,6 +219,12 @@ def _pairs(command: str) -> Iterator[tuple[str, Any]]:
         if word.startswith("--"):
             following = words[place + 1] if place + 1 < len(words) else "--"
             yield word[2:], True if following.startswith("--") else following
+
+
+def test_our_own_names_stay() -> None:
+    values = {"token": "t", "trust_remote_code": True, "lora_r": 4}
+    settings, notes = translated(values, own=("token", "trust_remote_code"))
+    assert (settings, notes) == ({"token": "t", "trust_remote_code": True, "rank": 4}, [])
 
 
 def test_every_name_means_a_setting_or_says_why_not() -> None:

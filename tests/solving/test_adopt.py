@@ -17,6 +17,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from conftest import Result, byte_tokenizer, pico_llama
+from hub import Hub, client_of, serve
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -117,6 +118,22 @@ def test_it_answers_as_the_old_folder_does_with_stock_peft(tmp_path: Path, run: 
     assert run("inspect", tmp_path / "made").exit_code == 0
     again = run("quantize", old, "--output", tmp_path / "made", "--resume")
     assert again.exit_code == 0, again.stderr
+
+
+def test_a_repository_is_adopted(old: Path, tmp_path: Path) -> None:
+    local = loftq.quantize(str(old), output=tmp_path / "local").folder
+    with serve(Hub()) as hub, client_of(hub.endpoint, tmp_path / "hf"):
+        hub.add("LoftQ/pico-4bit-8rank", old)
+        made = loftq.quantize("LoftQ/pico-4bit-8rank", output=tmp_path / "made").folder
+    for name in ("model.safetensors", "loftq_init/adapter_model.safetensors"):
+        assert (made / name).read_bytes() == (local / name).read_bytes()
+
+
+def test_its_adapter_is_not_left_out_without_a_word(old: Path, run: Run) -> None:
+    words = ("--prompt", "Why?", "--max-new-tokens", 2)
+    bare = run("generate", old, *words)
+    assert f"{old} has an adapter in loftq_init, which is not used: `loftq quantize {old}`" in bare.stderr
+    assert "is not used" not in run("generate", old, "--adapter", old / "loftq_init", *words).stderr
 
 
 def test_a_forgotten_scaling_is_reported(old: Path, pico: Path, tmp_path: Path) -> None:

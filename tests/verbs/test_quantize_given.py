@@ -49,6 +49,12 @@ def backbones(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = tmp_path_factory.mktemp("backbones")
     save_bitsandbytes(pico, here / "nf4", bnb_4bit_quant_type="nf4")
     save_bitsandbytes(pico, here / "fp4", bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=True)
+    dense = pico_llama()
+    for name, module in dense.named_modules():
+        if name.endswith("_proj"):
+            codes, state = bnb.quantize_4bit(module.weight.data, blocksize=64, quant_type="nf4")
+            module.weight.data = bnb.dequantize_4bit(codes, state)
+    save_model(dense, here / "dense")
     options: Any = {"bits": 4, "quant_type": "int", "format": "gptq", "group_size": 32, "rank": 1, "iters": 1}
     made = loftq.quantize(str(pico), output=here / "gptq", **options).folder
     for name in ("loftq.json", "README.md"):
@@ -86,7 +92,7 @@ def gptq_weights(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-READ = {"nf4": bitsandbytes_weights, "fp4": bitsandbytes_weights, "gptq": gptq_weights}
+READ = {"nf4": bitsandbytes_weights, "fp4": bitsandbytes_weights, "gptq": gptq_weights, "dense": source_weights}
 
 
 @pytest.mark.parametrize("kind", READ)
@@ -236,6 +242,7 @@ def test_our_commands_take_the_folder(backbones: Path, pico: Path, tmp_path: Pat
     assert "loftq quantize pico-llama --rank 8 --backbone nf4" in card
     again = run("quantize", pico, "--backbone", backbones / "nf4", "--rank", "8", "--output", out, "--resume")
     assert again.exit_code == 0, again.stderr
+    assert "is a start folder, which has no errors" in run("report", out, "--html", tmp_path / "page.html").stderr
     other = run("quantize", pico, "--backbone", backbones / "fp4", "--rank", "8", "--output", out, "--resume")
     assert "its backbone differs" in other.stderr
     weights = out / "loftq_init" / "adapter_model.safetensors"
