@@ -51,6 +51,38 @@ def test_bitsandbytes(kind: str, double: bool, block: int, weight: torch.Tensor,
     assert torch.equal(view.read("a.b.weight"), bnb.dequantize_4bit(codes, state))
 
 
+def test_bitsandbytes_in_a_storage_of_16_bits(weight: torch.Tensor, tmp_path: Path) -> None:
+    codes, state = bnb.quantize_4bit(weight.bfloat16(), blocksize=64, quant_type="nf4", quant_storage=torch.bfloat16)
+    assert codes.dtype == torch.bfloat16
+    parts = {f"a.weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+    view = view_of(tmp_path / "in", {"a.weight": codes, **parts}, {"quant_method": "bitsandbytes"})
+    assert torch.equal(view.read("a.weight"), bnb.dequantize_4bit(codes, state))
+
+
+@pytest.mark.parametrize(("format", "less"), [("gptq", 1), ("gptq_v2", 0)])
+def test_gptq_with_act_order(format: str, less: int, tmp_path: Path) -> None:
+    """The published formula, one weight at a time."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (128, 48), generator=generator)
+    zeros = torch.randint(1, 16, (4, 48), generator=generator)
+    scales = torch.rand(4, 48, generator=generator).half()
+    groups = torch.randint(0, 4, (128,), generator=generator, dtype=torch.int32)
+    words = torch.zeros(16, 48, dtype=torch.int32)
+    for i in range(128):
+        words[i // 8] |= codes[i].int() << (4 * (i % 8))
+    points = torch.zeros(4, 6, dtype=torch.int32)
+    for o in range(48):
+        points[:, o // 8] |= (zeros[:, o] - less).int() << (4 * (o % 8))
+    parts = {"a.qweight": words, "a.qzeros": points, "a.scales": scales, "a.g_idx": groups}
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": True}
+    view = view_of(tmp_path / "in", parts, {**config, "checkpoint_format": format})
+    expected = torch.empty(SHAPE)
+    for o in range(48):
+        for i in range(128):
+            expected[o, i] = (codes[i, o] - zeros[groups[i], o]) * scales[groups[i], o].float()
+    torch.testing.assert_close(view.read("a.weight"), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_bitsandbytes_in_8_bits(weight: torch.Tensor, tmp_path: Path) -> None:
     codes, scales, _ = bnb.int8_vectorwise_quant(weight.half())
     tensors = {"a.weight": codes, "a.SCB": scales, "a.weight_format": torch.tensor(0, dtype=torch.uint8)}
