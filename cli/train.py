@@ -57,7 +57,8 @@ def train(
     """Train the adapter of DIR, a folder that `loftq quantize` wrote, on your data.
 
     DIR may also be a full-precision model: it is quantized first, unless --adapter lora is given. With --recipe the
-    settings come from a file, NAME is one of its runs, and options on the command line override it.
+    settings come from a file, NAME is one of its runs, and options on the command line override it. The options of
+    the scripts of LoftQ, QA-LoRA and FinLoRA work too, word for word.
     """
     settings = given(options)
     settings |= {table: dict(settings[table]) for table in ("columns", "set") if table in settings}
