@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from loftq.models.loading import load_qlora as load_qlora
     from loftq.training.evaluate import evaluate as evaluate
     from loftq.training.generate import generate as generate
+    from loftq.training.keep_float32 import KeepFloat32 as KeepFloat32
     from loftq.training.sweep import sweep as sweep
     from loftq.training.train import train as train
     from loftq.verbs.inspect import inspect as inspect
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from loftq.verbs.verify import verify as verify
 
 __all__ = [
+    "KeepFloat32",
     "LoftQError",
     "evaluate",
     "generate",
@@ -52,6 +54,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "KeepFloat32": "loftq.training.keep_float32",
     "LoftQError": "loftq.errors",
     "evaluate": "loftq.training.evaluate",
     "generate": "loftq.training.generate",
