@@ -29,6 +29,7 @@ _COMMANDS = {
     "chat": "Talk with a model and its adapter.",
     "merge": "Merge an adapter into the backbone that it was trained on.",
     "push": "Upload a folder to the Hub.",
+    "relocate": "Let an adapter name its backbone again, after a move.",
     "inspect": "Show what is in a folder, a repository or an adapter.",
     "verify": "Compare a folder with its loftq.json, and with its source.",
     "report": "Compare folders side by side, as a page, a picture or a table.",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from loftq.verbs.push import push as push
     from loftq.verbs.quantize import quantize as quantize
     from loftq.verbs.quantize_model import quantize_model as quantize_model
+    from loftq.verbs.relocate import relocate as relocate
     from loftq.verbs.report import report as report
     from loftq.verbs.verify import verify as verify
 
@@ -47,6 +48,7 @@ __all__ = [
     "push",
     "quantize",
     "quantize_model",
+    "relocate",
     "report",
     "sweep",
     "train",
@@ -65,6 +67,7 @@ _HOMES = {
     "push": "loftq.verbs.push",
     "quantize": "loftq.verbs.quantize",
     "quantize_model": "loftq.verbs.quantize_model",
+    "relocate": "loftq.verbs.relocate",
     "report": "loftq.verbs.report",
     "sweep": "loftq.training.sweep",
     "train": "loftq.training.train",
