@@ -27,6 +27,7 @@ _COMMANDS = {
     "evaluate": "Measure perplexity, answers, classes, or tasks of lm-eval.",
     "generate": "Write text with a model and its adapter.",
     "chat": "Talk with a model and its adapter.",
+    "config": "Write the configuration of another training tool.",
     "merge": "Merge an adapter into the backbone that it was trained on.",
     "push": "Upload a folder to the Hub.",
     "relocate": "Let an adapter name its backbone again, after a move.",

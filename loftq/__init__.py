@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from loftq.training.keep_float32 import KeepFloat32 as KeepFloat32
     from loftq.training.sweep import sweep as sweep
     from loftq.training.train import train as train
+    from loftq.verbs.config import config as config
     from loftq.verbs.inspect import inspect as inspect
     from loftq.verbs.merge import merge as merge
     from loftq.verbs.push import push as push
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "KeepFloat32",
     "LoftQError",
+    "config",
     "evaluate",
     "generate",
     "inspect",
@@ -58,6 +60,7 @@ __all__ = [
 _HOMES = {
     "KeepFloat32": "loftq.training.keep_float32",
     "LoftQError": "loftq.errors",
+    "config": "loftq.verbs.config",
     "evaluate": "loftq.training.evaluate",
     "generate": "loftq.training.generate",
     "inspect": "loftq.verbs.inspect",
