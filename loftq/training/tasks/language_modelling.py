@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loftq.errors import OptionError
 from loftq.models.long_texts import tokenized_pieces
+from loftq.models.tasks import CAUSAL
 from loftq.training import encoding
 from loftq.training.conversations import BESIDE, Conversation, conversation_of, instruction_of
 from loftq.training.data import find_columns, text_of
@@ -159,7 +160,7 @@ def encoded(rows: Dataset, example: Callable[[Record], dict[str, list[int]]]) ->
 
 TASKS = {
     "clm": TrainingTask(
-        "plain text, packed into blocks of --cutoff-len tokens", ("causal-lm",), TEXT, pack_blocks, shuffled=False
+        "plain text, packed into blocks of --cutoff-len tokens", CAUSAL, TEXT, pack_blocks, shuffled=False
     ),
     "sft": TrainingTask(
         "answers to prompts, or conversations; only answers add to the loss", GENERATORS, ROLES, encode, used=_used
