@@ -368,12 +368,7 @@ PICOS: dict[str, Pico] = {
                 "layer_types": ["conv", "full_attention"],
                 "block_auto_adjust_ff_dim": False,
             },
-            "vision_config": {
-                "model_type": "siglip2_vision_model",
-                **_VISION,
-                "num_patches": 16,
-                "vision_use_head": False,
-            },
+            "vision_config": {**_SIGLIP, "model_type": "siglip2_vision_model", "num_patches": 16},
             "projector_hidden_size": 64,
             "image_token_id": IMAGE,
         },

@@ -5,6 +5,7 @@ Covers: loftq/models/language_part.py, loftq/planning/kept_share.py.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,9 @@ def test_a_type(name: str, tmp_path: Path) -> None:
     factors = {key: parameter for key, parameter in model.named_parameters() if ".lora_" in key}
     assert len(factors) == 2 * len(report.layers)
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in factors.values())
-    outside = sum(p.numel() for key, p in full.named_parameters() if not key.startswith((f"{language}.", "lm_head.")))
-    total = sum(p.numel() for p in full.parameters())
+    rest = sum(p.numel() for key, p in full.named_parameters() if not key.startswith((f"{language}.", "lm_head.")))
     (note,) = (note for note in report.notes if "of the weights stay in bfloat16" in note)
-    shares = [float(part.split()[-1].rstrip("%")) for part in note.split(": ")[1].split(", ") if "head" not in part]
-    norms = [float(part.split()[-1].rstrip("%")) for part in note.split(", ") if "norms" in part]
-    assert sum(shares) - sum(norms) == pytest.approx(100 * outside / total, abs=0.3), note
+    listed = re.findall(r"[:,] ([^:,]+) ([\d.]+)%", note)
+    said = sum(float(share) for part, share in listed if "head" not in part and "norms" not in part)
+    assert said == pytest.approx(100 * rest / sum(p.numel() for p in full.parameters()), abs=0.3), note
     assert {name.partition(".")[0] for name in find_linears(full).heads} <= {"lm_head"}
