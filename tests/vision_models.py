@@ -273,7 +273,7 @@ PICOS: dict[str, Pico] = {
     ),
     "qwen2_vl": Pico(
         {
-            "text_config": {**_TEXT, "rope_parameters": _ROPE},
+            "text_config": {**_TEXT, "rope_parameters": _ROPE, "max_window_layers": 2},
             "vision_config": {**_PATCHED, "embed_dim": 64},
             **_QWEN,
         },
@@ -284,7 +284,7 @@ PICOS: dict[str, Pico] = {
     ),
     "qwen2_5_vl": Pico(
         {
-            "text_config": {**_TEXT, "rope_parameters": _ROPE},
+            "text_config": {**_TEXT, "rope_parameters": _ROPE, "max_window_layers": 2},
             "vision_config": {**_PATCHED, "out_hidden_size": 64, "window_size": 56, "fullatt_block_indexes": [1]},
             **_QWEN,
         },

@@ -39,7 +39,7 @@ CASES = [
     ("gpt2", "causal-lm"),
     ("phi3", "causal-lm"),
     ("gemma2", "causal-lm"),
-    ("gemma3", "causal-lm"),
+    ("gemma3", "image-text-to-text"),
     ("mixtral", "causal-lm"),
     ("bert", "masked-lm"),
     ("roberta", "question-answering"),

@@ -6,6 +6,7 @@ Covers: loftq/models/language_part.py, loftq/planning/kept_share.py.
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from peft import PeftModel
 from vision_models import IMAGE, PICOS, TASK, save_vision, vision_inputs
 
 import loftq
-from loftq.models.linears import find_linears
 from loftq.models.loading import guard_cpu
 from loftq.models.tasks import TASKS, auto_class
 
@@ -31,7 +31,9 @@ def load_stock(folder: Path) -> tuple[Any, Any]:
     assert not loading["unexpected_keys"]
     assert not loading["mismatched_keys"]
     guard_cpu(base)
-    return base, PeftModel.from_pretrained(base, folder, subfolder="loftq_init", is_trainable=True).eval()
+    with warnings.catch_warnings():  # about patterns of ranks that name parameters, which peft honours all the same
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+        return base, PeftModel.from_pretrained(base, folder, subfolder="loftq_init", is_trainable=True).eval()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -65,6 +67,5 @@ def test_a_type(name: str, tmp_path: Path) -> None:
     rest = sum(p.numel() for key, p in full.named_parameters() if not key.startswith((f"{language}.", "lm_head.")))
     (note,) = (note for note in report.notes if "of the weights stay in bfloat16" in note)
     listed = re.findall(r"[:,] ([^:,]+) ([\d.]+)%", note)
-    said = sum(float(share) for part, share in listed if "head" not in part and "norms" not in part)
+    said = sum(float(share) for part, share in listed if "." in part or "_" in part)
     assert said == pytest.approx(100 * rest / sum(p.numel() for p in full.parameters()), abs=0.3), note
-    assert {name.partition(".")[0] for name in find_linears(full).heads} <= {"lm_head"}
