@@ -147,7 +147,7 @@ def _layer(module: str, dense: DenseLinear, origin: Mapping[str, str], source: S
     last = module.rpartition(".")[2]
     if key not in origin:
         raise SourceError(
-            f"{key} is made of several checkpoint tensors when it is loaded, which cannot be streamed: "
+            f"{key} is made of several checkpoint tensors, or of a part of one, which cannot be streamed: "
             f"add --exclude-modules {last}"
         )
     spec = source.checkpoint.tensors[origin[key]]

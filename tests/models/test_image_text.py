@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from vision_models import IMAGE, PICOS, TASK, save_vision, vision_inputs
 
 import loftq
@@ -69,3 +70,44 @@ def test_a_type(name: str, tmp_path: Path) -> None:
     listed = re.findall(r"[:,] ([^:,]+) ([\d.]+)%", note)
     said = sum(float(share) for part, share in listed if "." in part or "_" in part)
     assert said == pytest.approx(100 * rest / sum(p.numel() for p in full.parameters()), abs=0.3), note
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_text_calibrates_the_language_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the logits for the calibration's own text, which come nearer than without it; vision linears widen."""
+    monkeypatch.setattr("loftq.calibration.windows.MIN_TOKENS", 256)
+    source = save_vision(name, tmp_path / "source")
+    text = {"calibration": "default", "calibration_tokens": 1024, "sequence_length": 64, "refine": 0}
+    plain = loftq.quantize(str(source), output=tmp_path / "plain", **OPTIONS)
+    report = loftq.quantize(str(source), output=tmp_path / "out", **text, **OPTIONS)
+    windows = load_file(next(tmp_path.glob("source-calibration-*")) / "teacher.safetensors")["input_ids"].long()
+    full = auto_class(TASKS[TASK]).from_pretrained(source, dtype=torch.bfloat16).eval()
+    errors = []
+    with torch.no_grad():
+        wanted = full(input_ids=windows).logits.float()
+        for folder in (plain.folder, report.folder):
+            model = load_stock(folder)[1]
+            errors.append(float((model(input_ids=windows).logits.float() - wanted).norm() / wanted.norm()))
+    assert errors[1] < errors[0], errors
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_vision_tower_can_be_a_target(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the logits for texts with images. Text never reaches the tower, so its linears are solved without data."""
+    monkeypatch.setattr("loftq.calibration.windows.MIN_TOKENS", 256)
+    source = save_vision(name, tmp_path / "source")
+    text = {"calibration": "default", "calibration_tokens": 512, "sequence_length": 64, "refine": 0}
+    split = ("vision_tower.*.attn.*",) if name == "kimi_k25" else ()  # parts of one tensor, which the plan refuses
+    targets: dict[str, Any] = {"target_modules": ("*",), "exclude_modules": split}
+    report = loftq.quantize(str(source), output=tmp_path / "out", **targets, **text, **OPTIONS)
+    full = auto_class(TASKS[TASK]).from_pretrained(source, dtype=torch.bfloat16).eval()
+    language = next(name for name, part in full.named_modules() if part is full.get_decoder())
+    vision = [row["name"] for row in report.layers if not row["name"].startswith(f"{language}.")]
+    assert vision
+    assert any("the calibration text never reached" in note and vision[0] in note for note in report.notes)
+    inputs, model = vision_inputs(name), load_stock(report.folder)[1]
+    with torch.no_grad():
+        wanted, adapted = full(**inputs).logits.float(), model(**inputs).logits.float()
+        with model.disable_adapter():
+            alone = model(**inputs).logits.float()
+    assert (adapted - wanted).norm() < (alone - wanted).norm()
