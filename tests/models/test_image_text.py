@@ -93,7 +93,7 @@ def test_text_calibrates_the_language_model(name: str, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_vision_tower_can_be_a_target(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the logits for texts with images. Text never reaches the tower, so its linears are solved without data."""
+    """Oracle: the logits for texts with images. Text never reaches the tower, which is solved without."""
     monkeypatch.setattr("loftq.calibration.windows.MIN_TOKENS", 256)
     source = save_vision(name, tmp_path / "source")
     text = {"calibration": "default", "calibration_tokens": 512, "sequence_length": 64, "refine": 0}
