@@ -33,8 +33,8 @@ from loftq.training.adapter_card import adapter_card
 from loftq.training.arguments import arguments_of, explain_settings
 from loftq.training.batches import Split
 from loftq.training.callbacks import Permissions, Progress, scores_of
+from loftq.training.collators import collator_for
 from loftq.training.data import explain_cache_errors, read_rows
-from loftq.training.encoding import Collator
 from loftq.training.lengths import sizes
 from loftq.training.memory import fitting_split
 from loftq.training.model import Model, find_model, identity_of
@@ -258,7 +258,7 @@ def _trainer(settings: TrainSettings, opened: Opened, ready: _Ready, *, quiet: b
             args=ready.arguments,
             train_dataset=ready.train_examples,
             eval_dataset=ready.eval_examples,
-            data_collator=Collator(opened.tokenizer.pad_token_id),
+            data_collator=collator_for(ready.train_examples, opened, (*settings.data, *settings.eval_data)),
             compute_metrics=classified,
             processing_class=opened.tokenizer,
         )
