@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import transformers
 from conftest import byte_tokenizer
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
@@ -25,21 +27,63 @@ IMAGES_FIRST = (
     "{% generation %}{{ c.text }}</s>{% endgeneration %}{% else %}{{ c.text }}{% endif %}{% endfor %} {% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
+_QWEN = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
 _TOKENS = {
     "llava": ["<image>"],
+    "llava_next": ["<image>"],
     "idefics3": ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"],
     "gemma3": ["<image_soft_token>", "<start_of_image>", "<end_of_image>"],
     "mistral3": ["[IMG]", "[IMG_BREAK]", "[IMG_END]"],
     "mllama": ["<|image|>"],
-    "aya_vision": ["<|IMG_PATCH|>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "TILE", "TILE_GLOBAL"],
-    "qwen2_5_vl": ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"],
-    "qwen3_vl": ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"],
-    "llava_next": ["<image>"],
+    "aya_vision": ["<|IMG_PATCH|>", "<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>"],
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
 }
 _MARKED = {"qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>", "gemma3": "<start_of_image>"}
-_MARKED["qwen3_vl"] = _MARKED["qwen2_5_vl"]
-NEED_TORCHVISION = ("qwen2_5_vl", "qwen3_vl")
+_MARKED |= {"qwen3_vl": _MARKED["qwen2_5_vl"], "aya_vision": "<image>"}
+NEED_TORCHVISION = ("mistral3", "qwen2_5_vl", "qwen3_vl")
 TYPES = tuple(_TOKENS)
+_SQUARE = {"size": {"height": SIDE, "width": SIDE}}
+_CROPPED = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+_AREA = {"shortest_edge": 3136, "longest_edge": 6272}  # in pixels
+_PATCHES = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "size": _AREA}
+_CLIP = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+# The names of the classes of a type's parts and of itself, its own settings, and those of its part for images.
+_PARTS_OF: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
+    "llava": (("clip", "CLIPImageProcessorPil", "LlavaProcessor"), _CLIP, _CROPPED),
+    "llava_next": (
+        ("llava_next", "LlavaNextImageProcessorPil", "LlavaNextProcessor"),
+        _CLIP,
+        {**_CROPPED, "image_grid_pinpoints": [[SIDE, SIDE]]},
+    ),
+    "idefics3": (
+        ("idefics3", "Idefics3ImageProcessorPil", "Idefics3Processor"),
+        {"image_seq_len": 1},
+        {"do_image_splitting": False, "size": {"longest_edge": SIDE}, "max_image_size": {"longest_edge": SIDE}},
+    ),
+    "gemma3": (("gemma3", "Gemma3ImageProcessorPil", "Gemma3Processor"), {"image_seq_length": 4}, _SQUARE),
+    "mistral3": (
+        ("pixtral", "PixtralImageProcessorPil", "PixtralProcessor"),
+        {"patch_size": 14, "spatial_merge_size": 2},
+        {"size": {"longest_edge": 2 * SIDE}, "patch_size": {"height": 28, "width": 28}},
+    ),
+    "mllama": (("mllama", "MllamaImageProcessorPil", "MllamaProcessor"), {}, {**_SQUARE, "max_image_tiles": 1}),
+    "aya_vision": (
+        ("got_ocr2", "GotOcr2ImageProcessorPil", "AyaVisionProcessor"),
+        {"patch_size": 14, "img_size": SIDE, "downsample_factor": 2},
+        {**_SQUARE, "crop_to_patches": False},
+    ),
+    "qwen2_5_vl": (
+        ("qwen2_vl", "Qwen2VLImageProcessorPil", "qwen2_vl", "Qwen2VLVideoProcessor", "Qwen2_5_VLProcessor"),
+        {},
+        _PATCHES,
+    ),
+    "qwen3_vl": (
+        ("qwen2_vl", "Qwen2VLImageProcessorPil", "qwen3_vl", "Qwen3VLVideoProcessor", "Qwen3VLProcessor"),
+        {},
+        _PATCHES,
+    ),
+}
 
 
 def image_tokenizer(name: str, template: str = PARTS) -> PreTrainedTokenizerFast:
@@ -47,30 +91,26 @@ def image_tokenizer(name: str, template: str = PARTS) -> PreTrainedTokenizerFast
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([f"<unused{at}>" for at in range(IMAGE - len(tokenizer))])
     tokenizer.add_tokens(_TOKENS[name], special_tokens=True)
+    special: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
     if name == "gemma3":
-        for key, token in zip(("image_token", "boi_token", "eoi_token"), _TOKENS[name], strict=True):
-            tokenizer.init_kwargs[key] = token
+        keys = ("image_token", "boi_token", "eoi_token")
+        special["extra_special_tokens"] = dict(zip(keys, _TOKENS[name], strict=True))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special)
     tokenizer.chat_template = template.replace("PLACE", _MARKED.get(name, _TOKENS[name][0]))
     return tokenizer
 
 
-def _size(name: str) -> dict[str, Any]:
-    if name == "llava":
-        return {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
-    return {"size": {"height": SIDE, "width": SIDE}}
-
-
 def processor_of(name: str, template: str = PARTS) -> Any:
     """The processor of a type's pico model."""
-    import transformers
-
-    tokenizer = image_tokenizer(name, template)
-    if name == "llava":
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-        images = CLIPImageProcessorPil(**_size(name))
-        return transformers.LlavaProcessor(images, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1)
-    raise ValueError(name)
+    owner, options, of_images = _PARTS_OF[name]
+    images = getattr(import_module(f"transformers.models.{owner[0]}.image_processing_pil_{owner[0]}"), owner[1])
+    parts: list[Any] = [images(**of_images), image_tokenizer(name, template)]
+    if len(owner) > 3:
+        module = import_module(f"transformers.models.{owner[2]}.video_processing_{owner[2]}")
+        parts.append(getattr(module, owner[3])(**of_images))
+    processor = getattr(transformers, owner[-1])(*parts, **options)
+    processor.chat_template = parts[1].chat_template
+    return processor
 
 
 def save_with_processor(name: str, folder: Path, template: str = PARTS) -> Path:

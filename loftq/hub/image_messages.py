@@ -52,6 +52,11 @@ def with_images(messages: Sequence[Message], beside: Any, column: str) -> tuple[
     return parted, [part.pop("source") for message in parted for part in _images_of(message)]
 
 
+def in_parts(messages: Sequence[Message]) -> list[Message]:
+    """The messages with texts as parts, which is all that the templates of some models read."""
+    return [_parted(message, splits=False) for message in messages]
+
+
 def _part(part: Any) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}

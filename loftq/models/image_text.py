@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import copyfile
 from typing import TYPE_CHECKING, Any
 
 from loftq.display import one_line
@@ -54,6 +55,12 @@ def read_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise SourceError(f"the processor in {folder} ({type(processor).__name__}) does not read texts with images")
     return processor
+
+
+def copy_processor(folder: Path, output: Path) -> None:
+    """Copy the settings of the processor in a model's folder, if there is one, beside an adapter."""
+    for path in folder.glob("*processor_config.json"):
+        copyfile(path, output / path.name)
 
 
 def _is_installed(name: str) -> bool:

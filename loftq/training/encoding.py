@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from loftq.errors import OptionError
 from loftq.hub.conversations import Conversation
+from loftq.hub.image_messages import in_parts
 from loftq.hub.images import Source
 from loftq.models.chat_templates import is_single_turn, write_messages
 from loftq.models.image_text import ImageText, read_processor
@@ -143,6 +144,8 @@ class Encoder:
     def talk(self, conversation: Conversation) -> dict[str, list[int]]:
         """Encode a conversation with the chat template, which must write all of it; its answers are learned."""
         check_roles(conversation.messages)
+        if self.image_text is not None:
+            conversation = replace(conversation, messages=in_parts(conversation.messages))
         check_written(self.tokenizer, conversation)
         pieces = turns(self.tokenizer, conversation.messages, conversation.variables, conversation.learned)
         if conversation.images or self.image_text is not None:
@@ -161,8 +164,8 @@ class Encoder:
         """
         if self.image_text is None:
             raise OptionError(
-                f"it holds images, and a {self.task} model reads text alone: name an image-text-to-text model, or remove "
-                "the images"
+                f"it holds images, and a {self.task} model reads text alone: name an image-text-to-text model, or "
+                "remove the images"
             )
         text, spans = joined(pieces)
         check_text(text)

@@ -27,6 +27,7 @@ from loftq.formats.disk import follow_umask, write_whole
 from loftq.hub.destination import find_destination
 from loftq.hub.source import Source
 from loftq.models.adapters import TRAINING_RECORD
+from loftq.models.image_text import copy_processor
 from loftq.planning.run import check_resume
 from loftq.settings import declared, from_dict
 from loftq.training.adapter_card import adapter_card
@@ -236,6 +237,7 @@ def _finish(
     """Save the adapter, the tokenizer, the card and the record, and push the model if the settings say so."""
     opened.model.save_pretrained(result.folder, save_embedding_layers=False)  # they do not train
     opened.tokenizer.save_pretrained(result.folder)
+    copy_processor(opened.folder, result.folder)
     follow_umask(result.folder)
     versions = {name: version(name) for name in _VERSIONS}
     figures = {name: value for name, value in result.to_dict().items() if name != "next_steps"}

@@ -247,9 +247,13 @@ def test_a_name_and_reasoning_are_written() -> None:
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
             "CHATML",
-            "it holds images, and a causal-lm model reads text alone",
+            "it holds images, and a causal-lm",
         ),
-        ({"messages": [ASKED, ANSWERED], "images": ["x"]}, "CHATML", "it holds images, and a causal-lm model reads text alone"),
+        (
+            {"messages": [ASKED, ANSWERED], "images": ["x"]},
+            "CHATML",
+            "it holds images, and a causal-lm",
+        ),
         ({"messages": [{"role": "system", "content": "t"}, ASKED, ANSWERED], "system": "s"}, "CHATML", "two different"),
         ({"messages": [ASKED, ANSWERED], "tools": "none"}, "CHATML", "column 'tools' .* neither a list nor JSON"),
         ({"messages": [{"role": "user", "content": 5}]}, "CHATML", "a role and a content that is text"),
