@@ -7,7 +7,7 @@ loftq/training/collators.py.
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from datasets import Dataset, Image
 from pico_processors import IMAGES_FIRST, NEED_TORCHVISION, PARTS, TYPES, draw, processor_of, save_with_processor
 from PIL import Image as Pictures
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from vision_models import vision_model
+from vision_models import save_vision, vision_model
 
 import loftq
 from loftq.errors import OptionError
@@ -110,17 +110,16 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_images_are_learned_and_the_processor_stays_with_the_model(quantized: Path, tmp_path: Path, run: Any) -> None:
-    """Oracles: the loss, which only an image can lower here, and stock transformers on the merged folder."""
+    """Oracle: the answers of the merged folder in stock transformers, which depend on the image alone."""
     names = draw(tmp_path / "pictures", 2)
     texts = dict(zip(names, "ab", strict=True))
     talks = [{"image": f"pictures/{name}", "prompt": "<image>?", "response": text} for name, text in texts.items()]
     data = rows_in(tmp_path, talks * 8)
     options: dict[str, Any] = {"epochs": 12, "learning_rate": 2e-2, "batch_size": 4, "eval_data": (data,)}
-    result = loftq.train(quantized, data=(data,), output=tmp_path / "trained", quiet=True, **options)
-    assert result.evaluation["loss"] < 0.2  # without a look at the image, the answer is a guess: at least ln 2 / 2
+    loftq.train(quantized, data=(data,), output=tmp_path / "trained", quiet=True, **options)
     shown = run("train", quantized, "--data", data, "--output", tmp_path / "none", "--dry-run")
     assert shown.exit_code == 0, shown.stderr
-    assert "⟦a</s>⟧" in shown.stdout
+    assert re.search("⟦[ab]</s>⟧", shown.stdout)
     merged = tmp_path / "merged"
     loftq.merge(tmp_path / "trained", to="bf16", output=merged, quiet=True)
     processor = AutoProcessor.from_pretrained(merged)
@@ -202,9 +201,8 @@ def test_models_and_folders_that_take_no_images(quantized: Path, pico: Path, tmp
     text_model = run("train", pico, "--data", data, "--output", tmp_path / "t", "--adapter", "lora", "--rank", "4")
     assert text_model.exit_code == 2
     assert "row 1: it holds images, and a causal-lm model reads text alone" in text_model.stderr
-    bare = tmp_path / "bare"
-    shutil.copytree(quantized, bare, ignore=shutil.ignore_patterns("processor_config.json"))
-    no_processor = run("train", bare, "--data", data, "--output", tmp_path / "t")
+    bare = save_vision("llava", tmp_path / "bare")
+    no_processor = run("train", bare, "--data", data, "--output", tmp_path / "t", "--adapter", "lora", "--rank", "4")
     assert no_processor.exit_code != 0
     assert "has no processor of images (preprocessor_config.json or processor_config.json)" in no_processor.stderr
     plain = run("train", quantized, "--data", data, "--output", tmp_path / "t", "--no-chat-template")
