@@ -41,6 +41,8 @@ TASKS = {
     for task in (
         Task("causal-lm", "AutoModelForCausalLM", "CAUSAL_LM"),
         Task("seq2seq-lm", "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
+        Task("speech-seq2seq", "AutoModelForSpeechSeq2Seq", None),  # peft's class of seq2seq models demands text
+        Task("ctc", "AutoModelForCTC", None, has_head=True),
         Task("masked-lm", "AutoModelForMaskedLM", None),
         Task("sequence-classification", "AutoModelForSequenceClassification", "SEQ_CLS", has_head=True),
         Task("token-classification", "AutoModelForTokenClassification", "TOKEN_CLS", has_head=True),
