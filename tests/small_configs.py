@@ -54,14 +54,26 @@ CHANGES: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
     "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "n_mamba_heads": 8, "mamba_headdim": 16},
-    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid"],
+        "hybrid_layer_ids": [1],
+        "n_mamba_heads": 8,
+        "mamba_headdim": 16,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "kv_channels": 16,
+        "num_query_groups": 4,
+    },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 32},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_chunk_size": 16},
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
-    "nemotron": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 4},
     "hunyuan_v1_moe": {"head_dim": 16},
     "hunyuan_v1_dense": {"head_dim": 16},
     "esm": {"vocab_size": 320, "pad_token_id": 1, "mask_token_id": 2},
+    "wav2vec2-bert": {"vocab_size": 32},
+    "wav2vec2-conformer": {"vocab_size": 32},
     "bailing_hybrid": {"n_group": 1},
     "falcon": {"ffn_hidden_size": 128},
     "mpt": {"expansion_ratio": 2},
@@ -69,6 +81,19 @@ CHANGES: dict[str, dict[str, Any]] = {
     "swin": {"num_heads": [4], "depths": [2]},
     "whisper": {"max_source_positions": 20, "max_target_positions": 64, "suppress_tokens": None},
 }
+# The default config of these types lacks a size, and no model can be built from it.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "nemotron": {"num_key_value_heads": 48},
+    "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 16},
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "wav2vec2-bert": {"vocab_size": 32},
+    "wav2vec2-conformer": {"vocab_size": 32},
+}
+
+
+def default_config(kind: str) -> PretrainedConfig:
+    """The config of a model type, with the sizes that it has by default."""
+    return CONFIG_MAPPING[kind](**DEFAULTS.get(kind, {}))
 
 
 def small_config(kind: str, **changes: Any) -> PretrainedConfig:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from conftest import save_model
 from small_configs import END, small_config
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loftq.models.families import family_of
@@ -24,7 +24,9 @@ def small_model(kind: str, task: str, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     if task.endswith("-classification"):
         changes = {"num_labels": 8, **changes}
-    model: PreTrainedModel = auto_class(TASKS[task]).from_config(small_config(kind, **changes))
+    config = small_config(kind, **changes)
+    config.architectures = [architecture_of(config, task)]
+    model: PreTrainedModel = auto_class(TASKS[task]).from_config(config)
     for module in model.modules():
         if isinstance(module, (torch.nn.Linear, Conv1D)):
             module.weight.data *= 3  # as initialized, they hardly show in the output
@@ -32,6 +34,12 @@ def small_model(kind: str, task: str, **changes: Any) -> PreTrainedModel:
         if not bool(parameter.isfinite().all()) or (parameter.ndim == 3 and "expert" in name):
             parameter.data = torch.randn(parameter.shape) * 0.1  # some types leave memory as they find it
     return model.to(dtype_of(kind)).eval()
+
+
+def architecture_of(config: PretrainedConfig, task: str) -> str:
+    """The name of the class for a task, the first where there are several."""
+    found = auto_class(TASKS[task])._model_mapping[type(config)]
+    return str((found[0] if isinstance(found, (list, tuple)) else found).__name__)
 
 
 def dtype_of(kind: str) -> torch.dtype:
@@ -44,25 +52,25 @@ def save_small(kind: str, task: str, folder: Path, **changes: Any) -> Path:
     return save_model(small_model(kind, task, **changes), folder)
 
 
-def inputs_of(model: Any) -> dict[str, torch.Tensor]:
+def inputs_of(model: Any, rows: int = ROWS) -> dict[str, torch.Tensor]:
     """What the forward of such a model takes: tokens, an image, or a sound."""
     generator = torch.Generator().manual_seed(0)
     takes, config, dtype = inspect.signature(model.forward).parameters, model.config, model.dtype
     vocabulary = min(getattr(config.get_text_config(), "vocab_size", None) or 300, 300)
-    ids = torch.randint(6, vocabulary - 10, (ROWS, LENGTH), generator=generator)
+    ids = torch.randint(6, vocabulary - 10, (rows, LENGTH), generator=generator)
     ids[:, -1] = END
     inputs: dict[str, torch.Tensor] = {}
     if model.main_input_name == "pixel_values":
         size, channels = _found(config, "image_size", 224), _found(config, "num_channels", 3)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        inputs["pixel_values"] = torch.randn(ROWS, channels, height, width, generator=generator).to(dtype)
+        inputs["pixel_values"] = torch.randn(rows, channels, height, width, generator=generator).to(dtype)
     elif model.main_input_name == "input_features":
         frames = 2 * config.max_source_positions if hasattr(config, "max_source_positions") else 64
         bins = _found(config, "num_mel_bins", None) or _found(config, "feature_projection_input_dim", 80)
         first = (bins, frames) if "conv1" in dict(_encoder(model).named_children()) else (frames, bins)
-        inputs["input_features"] = torch.randn(ROWS, *first, generator=generator).to(dtype)
+        inputs["input_features"] = torch.randn(rows, *first, generator=generator).to(dtype)
     elif model.main_input_name == "input_values":
-        inputs["input_values"] = torch.randn(ROWS, SECONDS, generator=generator).to(dtype)
+        inputs["input_values"] = torch.randn(rows, SECONDS, generator=generator).to(dtype)
     else:
         inputs["input_ids"] = ids
         if "attention_mask" in takes:

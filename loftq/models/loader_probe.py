@@ -41,11 +41,40 @@ def runs_packed(model: nn.Module, targets: Iterable[str]) -> bool:
     """
     if getattr(model, "main_input_name", "") != "input_ids" or not _runs(deepcopy(model)):
         return True
-    tried = deepcopy(model)  # another one, because a forward pass may change the state of a model
+    return _try_packed(model, targets)[0]  # another copy, because a forward pass may change the state of a model
+
+
+def unpackable(model: nn.Module, targets: Iterable[str]) -> dict[str, str]:
+    """The targets that must stay dense for the code of a model, each with the reason.
+
+    T5 and its relatives cast the inputs of a linear to the dtype of its weight, which is that of packed codes. Some
+    state space models multiply with the weight of a linear that they never call. The result is empty if the model
+    cannot be tried.
+    """
+    if getattr(model, "main_input_name", "") != "input_ids":
+        return {}
+    runs, packed = _try_packed(model, targets)
+    found = {name: "the code casts inputs to their dtype" for name, module in packed.items() if module.got_codes}
+    if runs:
+        return found
+    called: set[str] = set()
+    tried = deepcopy(model)
+    for name in packed:
+        tried.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    unused = packed.keys() - called if _runs(tried) else set()
+    if unused and _try_packed(model, packed.keys() - unused - found.keys())[0]:
+        found |= {name: "the code uses their weights directly" for name in packed if name in unused}
+    return found
+
+
+def _try_packed(model: nn.Module, targets: Iterable[str]) -> tuple[bool, dict[str, _Packed]]:
+    """Whether a model runs with packed linears in place of `targets`, and these linears."""
+    tried = deepcopy(model)
     shapes = {name: dense.shape for name, dense in find_linears(tried).candidates.items()}
-    for name in targets:
-        tried.set_submodule(name, _Packed(*shapes[name]))
-    return _runs(tried)
+    packed = {name: _Packed(*shapes[name]) for name in targets}
+    for name, module in packed.items():
+        tried.set_submodule(name, module)
+    return _runs(tried), packed
 
 
 class _Packed(nn.Linear):
@@ -56,10 +85,13 @@ class _Packed(nn.Linear):
         self.in_features, self.out_features = columns, rows
         self.weight = nn.Parameter(torch.zeros(rows * columns // 2, dtype=torch.uint8, device="meta"), False)
         self.register_parameter("bias", None)
+        self.got_codes = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return a tensor with the shape of the output."""
-        return input.new_empty((*input.shape[:-1], self.out_features))
+        self.got_codes |= not input.is_floating_point()
+        dtype = torch.float32 if self.got_codes else input.dtype
+        return input.new_empty((*input.shape[:-1], self.out_features), dtype=dtype)
 
 
 @torch.no_grad()
