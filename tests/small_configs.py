@@ -15,35 +15,62 @@ END = 5  # the token that some classifiers look for
 
 # What is not listed keeps its default.
 _SIZES: tuple[tuple[int, str], ...] = (
-    (LAYERS, """num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_encoder_layers
+    (
+        LAYERS,
+        """num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_encoder_layers
         num_decoder_layers depth encoder_depth layers num_blocks vision_layers resampler_depth num_hidden_groups_
-        decoder_num_hidden_layers memory_attention_num_layers num_kv_shared_layers_"""),
-    (WIDTH, """hidden_size d_model n_embd dim embed_dim word_embed_proj_dim d_embed embedding_size embedding_dim
+        decoder_num_hidden_layers memory_attention_num_layers num_kv_shared_layers_""",
+    ),
+    (
+        WIDTH,
+        """hidden_size d_model n_embd dim embed_dim word_embed_proj_dim d_embed embedding_size embedding_dim
         out_hidden_size encoder_hidden_size output_hidden_size vision_hidden_size dim_model d_model_size_ input_dim_ text_hidden_size projection_dim
         projection_size emb_dim lru_width attention_hidden_size classifier_proj_size decoder_hidden_size pooler_hidden_size
         pooler_output_size hidden_size_global embed_hidden_size vision_output_dim text_embed_dim encoder_hidden_dim
-        head_hidden_size moe_latent_size codebook_dim fusion_hidden_size patch_embed_hidden_size"""),
-    (INNER, """intermediate_size ffn_dim d_ff n_inner hidden_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size d_inner
+        head_hidden_size moe_latent_size codebook_dim fusion_hidden_size patch_embed_hidden_size""",
+    ),
+    (
+        INNER,
+        """intermediate_size ffn_dim d_ff n_inner hidden_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size d_inner
         shared_expert_intermediate_size moe_intermediate_size block_ff_dim dff dim_ff moe_shared_expert_intermediate_size
         intermediate_size_mlp shared_intermediate_size mlp_dim ffn_size dense_intermediate_size linear_units
-        moe_shared_intermediate_size block_dim_"""),
-    (HEADS, """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads
+        moe_shared_intermediate_size block_dim_""",
+    ),
+    (
+        HEADS,
+        """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads
         attention_heads num_encoder_attention_heads num_decoder_attention_heads decoder_num_attention_heads
-        vision_heads swa_num_attention_heads linear_num_heads"""),
-    (KV_HEADS, """num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads linear_num_value_heads
-        vision_num_key_value_heads cross_num_key_value_heads_"""),
+        vision_heads swa_num_attention_heads linear_num_heads""",
+    ),
+    (
+        KV_HEADS,
+        """num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads linear_num_value_heads
+        vision_num_key_value_heads cross_num_key_value_heads_""",
+    ),
     (VOCABULARY, "vocab_size decoder_vocab_size vocab_size_per_layer_input src_vocab_size tgt_vocab_size"),
     (EXPERTS, """num_experts num_local_experts n_routed_experts moe_num_experts expert_num"""),
-    (16, """head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim d_kv swa_head_dim kv_lora_rank linear_key_head_dim
+    (
+        16,
+        """head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim d_kv swa_head_dim kv_lora_rank linear_key_head_dim
         linear_value_head_dim linear_head_dim attention_head_dim index_head_dim global_head_dim mamba_d_state
         state_size mamba_head_dim mamba_d_head ssm_state_size hidden_size_per_layer_input dim_head
-        num_mel_bins_ kda_head_dim"""),
+        num_mel_bins_ kda_head_dim""",
+    ),
     (40, "max_source_positions"),
     (32, "q_lora_rank qk_head_dim image_size_ sliding_window attention_window_ index_topk local_attention"),
-    (128, "max_target_positions max_position_embeddings n_positions n_ctx max_sequence_length max_seq_len context_length_"),
-    (2, """num_experts_per_tok num_experts_per_token moe_top_k moe_topk moe_k top_k_experts num_hash_layers
-        num_conv_pos_embeddings num_conv_pos_embedding_groups index_n_heads n_shared_experts_ moe_layer_interval_"""),
-    (1, "n_shared_experts num_shared_experts n_group topk_group n_groups_ num_nextn_predict_layers_ moe_num_shared_experts"),
+    (
+        128,
+        "max_target_positions max_position_embeddings n_positions n_ctx max_sequence_length max_seq_len context_length_",
+    ),
+    (
+        2,
+        """num_experts_per_tok num_experts_per_token moe_top_k moe_topk moe_k top_k_experts num_hash_layers
+        num_conv_pos_embeddings num_conv_pos_embedding_groups index_n_heads n_shared_experts_ moe_layer_interval_""",
+    ),
+    (
+        1,
+        "n_shared_experts num_shared_experts n_group topk_group n_groups_ num_nextn_predict_layers_ moe_num_shared_experts",
+    ),
     (0, "first_k_dense_replace num_dense_layers moe_layer_start_index layerdrop encoder_layerdrop decoder_layerdrop"),
 )
 _DERIVED = ("transformers_version", "dtype", "out_features", "out_indices", "stage_names", "per_layer_config")
@@ -74,6 +101,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": 320, "pad_token_id": 1, "mask_token_id": 2},
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
+    "deepseek_v2": {"num_experts_per_tok": 2, "num_key_value_heads": 4},
+    "convnext": {"layer_scale_init_value": 1.0, "hidden_sizes": [64, 64, 128, 128], "depths": [1, 1, 1, 1]},
+    "pvt": {"hidden_sizes": [64, 64, 128, 128], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 4, 4]},
     "bailing_hybrid": {"n_group": 1},
     "falcon": {"ffn_hidden_size": 128},
     "mpt": {"expansion_ratio": 2},
@@ -85,6 +115,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 48},
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 16},
+    "deepseek_v2": {"moe_intermediate_size": 1408},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
@@ -123,6 +154,8 @@ def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
 
 def _size(key: str, value: Any) -> Any:
     size = _SIZE_OF.get(key)
+    if size == 0 and isinstance(value, float):  # a rate at which layers are dropped in training
+        return 0.0
     if size is None or isinstance(value, bool) or not isinstance(value, int):
         return value
     return min(value, size) if size < 3 or value < size else size

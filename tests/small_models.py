@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from loftq.models.families import family_of
 from loftq.models.tasks import TASKS, auto_class
 
-ROWS, LENGTH = 8, 12  # texts, and tokens of each
+ROWS, LENGTH = 16, 12  # texts, and tokens of each
+GAINS = {"t5": 1, "mt5": 1, "umt5": 1, "longt5": 1}  # which are initialized large enough
 SECONDS = 4000  # samples of a sound
 
 
@@ -29,7 +30,7 @@ def small_model(kind: str, task: str, **changes: Any) -> PreTrainedModel:
     model: PreTrainedModel = auto_class(TASKS[task]).from_config(config)
     for module in model.modules():
         if isinstance(module, (torch.nn.Linear, Conv1D)):
-            module.weight.data *= 3  # as initialized, they hardly show in the output
+            module.weight.data *= GAINS.get(kind, 3)  # as initialized, they hardly show in the output
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()) or (parameter.ndim == 3 and "expert" in name):
             parameter.data = torch.randn(parameter.shape) * 0.1  # some types leave memory as they find it
@@ -75,6 +76,8 @@ def inputs_of(model: Any, rows: int = ROWS) -> dict[str, torch.Tensor]:
         inputs["input_ids"] = ids
         if "attention_mask" in takes:
             inputs["attention_mask"] = torch.ones_like(ids)
+        if "global_attention_mask" in takes:
+            inputs["global_attention_mask"] = (torch.arange(LENGTH) == 0).long().expand(rows, -1)  # the first token
         if config.model_type == "gemma3":
             inputs["token_type_ids"] = torch.zeros_like(ids)  # text alone
     if config.is_encoder_decoder and "decoder_input_ids" in takes:

@@ -39,7 +39,11 @@ TEXT: dict[str, Any] = {"calibration": "default", "calibration_tokens": 4096, "s
 _CAUSAL, _CLASSES = "causal-lm", "sequence-classification"
 _ENCODER = ("masked-lm", _CLASSES, "token-classification", "question-answering", "feature-extraction")
 _GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("decoder", (_CAUSAL, _CLASSES), "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text gpt2 gpt_neox bloom opt phi phi3"),
+    (
+        "decoder",
+        (_CAUSAL, _CLASSES),
+        "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text gpt2 gpt_neox bloom opt phi phi3",
+    ),
     (
         "decoder",
         (_CAUSAL,),
@@ -51,7 +55,7 @@ _GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "mixture",
         (_CAUSAL,),
         """mixtral qwen2_moe qwen3_moe olmoe gpt_oss deepseek_v3 glm4_moe granitemoe phimoe minimax_m2 ernie4_5_moe
-        hunyuan_v1_moe llama4_text qwen3_next solar_open""",
+        hunyuan_v1_moe llama4_text qwen3_next solar_open deepseek_v2 afmoe""",
     ),
     (
         "state space",
@@ -77,8 +81,12 @@ _GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
     ("vision", ("image-classification", "feature-extraction"), "vit deit beit swin"),
     ("vision", ("image-classification",), "dinov2 dinov3_vit clip siglip segformer pvt vit_msn ijepa convnext"),
-    ("speech", ("speech-seq2seq",), "whisper speech_to_text moonshine"),
-    ("speech", ("ctc",), "wav2vec2 hubert wavlm unispeech unispeech-sat sew data2vec-audio wav2vec2-bert wav2vec2-conformer"),
+    ("speech", ("speech-seq2seq",), "whisper speech_to_text"),
+    (
+        "speech",
+        ("ctc",),
+        "wav2vec2 hubert wavlm unispeech unispeech-sat sew data2vec-audio wav2vec2-bert wav2vec2-conformer",
+    ),
 )
 
 
@@ -162,16 +170,14 @@ def main(names: list[str]) -> None:
     transformers.logging.disable_progress_bar()
     path = Path(coverage.__file__).parent / "data" / "coverage.json"
     known = {(row["type"], row["task"]): row for row in coverage.rows()} if path.is_file() else {}
-    rows = []
     for group, kind, task in cases():
-        row = known.get((kind, task))
-        if row is None or not names or kind in names:
-            with tempfile.TemporaryDirectory() as folder:
-                row = examine(group, kind, task, Path(folder))
-            print(json.dumps(row), file=sys.stderr)
-        rows.append(row)
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    write_whole(path, f"[\n{lines}\n]\n")
+        if (kind, task) in known and names and kind not in names:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            known[kind, task] = examine(group, kind, task, Path(folder))
+        print(json.dumps(known[kind, task]), file=sys.stderr)
+        rows = (known[kind, task] for _, kind, task in cases() if (kind, task) in known)
+        write_whole(path, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")  # so that an interrupted run counts
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from loftq.models.linears import find_linears
 from loftq.models.training_memory import Unpadded
 
 _TOKENS = 8
+_SAMPLES, _FRAMES = 16_000, 64  # a second of sound
 
 
 def keeps_modules(model: nn.Module, method: str) -> bool:
@@ -37,9 +38,9 @@ def runs_packed(model: nn.Module, targets: Iterable[str]) -> bool:
     """Whether the code of a model runs with packed linears in place of `targets`.
 
     Some models read or change the weight of a linear directly. The result is also true if the model cannot be tried,
-    because its inputs are not tokens, or because its code depends on values, which the meta device does not have.
+    because its inputs are unknown, or because its code depends on values, which the meta device does not have.
     """
-    if getattr(model, "main_input_name", "") != "input_ids" or not _runs(deepcopy(model)):
+    if not _runs(deepcopy(model)):
         return True
     return _try_packed(model, targets)[0]  # another copy, because a forward pass may change the state of a model
 
@@ -51,8 +52,6 @@ def unpackable(model: nn.Module, targets: Iterable[str]) -> dict[str, str]:
     state space models multiply with the weight of a linear that they never call. The result is empty if the model
     cannot be tried.
     """
-    if getattr(model, "main_input_name", "") != "input_ids":
-        return {}
     runs, packed = _try_packed(model, targets)
     found = {name: "the code casts inputs to their dtype" for name, module in packed.items() if module.got_codes}
     if runs:
@@ -96,11 +95,28 @@ class _Packed(nn.Linear):
 
 @torch.no_grad()
 def _runs(model: Any) -> bool:
-    ids = torch.zeros((1, _TOKENS), dtype=torch.int64, device="meta")
-    decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     try:
         with Unpadded():
-            model.eval()(input_ids=ids, **decoder)
+            model.eval()(**_inputs(model))
     except Exception:  # the code of a model may raise anything
         return False
     return True
+
+
+def _inputs(model: Any) -> dict[str, torch.Tensor]:
+    """Inputs of a model of text, images or sound, for a trial on the meta device."""
+    config, kind = model.config, getattr(model, "main_input_name", "input_ids")
+    ids = torch.zeros((1, _TOKENS), dtype=torch.int64, device="meta")
+    shape: tuple[int, ...] = ()
+    if kind == "pixel_values":
+        part = getattr(config, "vision_config", config)
+        side = part.image_size
+        shape = (1, part.num_channels, *(side if isinstance(side, (list, tuple)) else (side, side)))
+    elif kind == "input_values":
+        shape = (1, _SAMPLES)
+    elif kind == "input_features" and hasattr(config, "max_source_positions"):
+        shape = (1, config.num_mel_bins, 2 * config.max_source_positions)  # Whisper's
+    elif kind == "input_features":
+        shape = (1, _FRAMES, getattr(config, "feature_projection_input_dim", None) or config.num_mel_bins)
+    inputs = {kind: torch.zeros(shape, dtype=model.dtype, device="meta") if shape else ids}
+    return {**inputs, "decoder_input_ids": ids} if config.is_encoder_decoder else inputs
