@@ -25,7 +25,7 @@ from loftq.models.loading import guard_cpu, load_base, load_qalora, load_qlora
 from loftq.models.merged import WITH_ADAPTER, load_merged
 from loftq.models.peft_targets import adapt, load_adapter
 from loftq.models.refusals import explain_loading
-from loftq.models.tasks import TASKS, Task, auto_class, build_meta, recorded_task
+from loftq.models.tasks import TASKS, Task, auto_class, build_meta, peft_type, recorded_task
 from loftq.planning.old_start import warn_of_unused
 from loftq.planning.plan import Plan, adapted_names
 from loftq.planning.planner import make_plan
@@ -177,7 +177,7 @@ def lora_config(plan: Plan) -> LoraConfig:
         lora_dropout=plan.recipe.dropout,
         use_rslora=plan.recipe.rslora,
         modules_to_save=list(plan.modules_to_save) or None,
-        task_type=plan.task.peft_type,
+        task_type=peft_type(plan.task, plan.model),
         **adapted_names(plan),
     )
 
