@@ -23,7 +23,9 @@ class FirstFactor(nn.Linear):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """The products (…, rank) in float32."""
-        if torch.is_autocast_enabled(inputs.device.type) or inputs.dtype == self.weight.dtype:
+        kind = inputs.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if autocast or inputs.dtype == self.weight.dtype:
             return super().forward(inputs)
         products: torch.Tensor = _Products.apply(inputs, self.weight)  # type: ignore[no-untyped-call]
         return products
