@@ -110,7 +110,7 @@ def _solve_layer(
 ) -> dict[str, Any]:
     weight, digest = read_source_weight(plan, layer, device)
     if statistics is not None:
-        statistics.check_weights({layer.tensor: digest})
+        statistics.check_weights(layer.module, {layer.tensor: digest})
     moment = None if statistics is None else statistics.moment(layer.module)
     solution, packed = _solve_and_pack(plan, layer, weight, moment)
     factors = dict(zip(adapter.keys(layer.module), (solution.a, solution.b), strict=True))
@@ -137,7 +137,7 @@ def _solve_experts(
         traces.append(solution.trace)
         pairs.append((solution.a.cpu(), solution.b.cpu()))
     if statistics is not None:
-        statistics.check_weights(reader.digests)
+        statistics.check_weights(layer.owner, reader.digests)
     keys = adapter.factor_keys(layer.module, layer.shape)
     factors = dict(zip(keys, expert_factors.joined(pairs), strict=True))
     _check_stored(layer, factors)

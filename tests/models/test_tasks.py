@@ -50,7 +50,8 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("task", TASKS)
 def test_the_task_is_that_of_the_architecture(task: str, tmp_path: Path) -> None:
     """Oracle: transformers' own class for the task."""
-    name = {"seq2seq-lm": "bart", "causal-lm": "gpt2", "image-classification": "vit"}.get(task, "bert")
+    names = {"seq2seq-lm": "bart", "causal-lm": "gpt2", "image-classification": "vit", "image-text-to-text": "gemma3"}
+    name = names.get(task, "bert")
     model = pico_model(name, task)
     model.config.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
