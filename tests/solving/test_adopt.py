@@ -123,6 +123,15 @@ def test_an_encoder_decoder(tmp_path: Path) -> None:
     assert loftq.verify(made, folder).sound
 
 
+def test_a_format_with_narrow_scales_is_refused(tmp_path: Path) -> None:
+    """Stock loaders of bitsandbytes leave Falcon's linears alone, and our own format rounds scales to 16 bits."""
+    targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+    folder = write_old(tmp_path / "old", model=pico_model("falcon", "causal-lm"), targets=targets)
+    with pytest.raises(SourceError, match="cannot be adopted: the format loftq, which its linears need, has 16-bit"):
+        loftq.quantize(str(folder), output=tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
 def test_it_answers_as_the_old_folder_does_with_stock_peft(tmp_path: Path, run: Run) -> None:
     old = write_old(tmp_path / "old", dtype=torch.float32)
     result = run("quantize", old, "--output", tmp_path / "made")
@@ -242,6 +251,7 @@ def test_what_is_not_such_a_folder(old: Path, pico: Path, tmp_path: Path, run: R
     planned = run("quantize", old, "--dry-run", "--output", tmp_path / "made")
     assert planned.exit_code == 0
     assert "rank 8" in planned.stdout
+    assert "adopted from the original LoftQ script" in planned.stdout
     assert not (tmp_path / "made" / "loftq.json").exists()
 
 

@@ -293,6 +293,7 @@ def test_what_is_refused(backbones: Path, pico: Path, tmp_path: Path) -> None:
     (unknown / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "hqq"}}))
     refused(SourceError, r"is quantized with hqq, which cannot be read: expected fp8, mxfp4, bitsandbytes", unknown)
     refused(SourceError, "no such folder", tmp_path / "missing")
+    refused(OptionError, "--source and --backbone exclude each other", source=str(pico))
     refused(OptionError, r"--bits 2: the weights of --backbone .* stay as they are", bits=2)
     refused(OptionError, r"--method cloq: with --backbone only the adapter is computed", method="cloq")
     mixed = save_bitsandbytes(
