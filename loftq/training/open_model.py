@@ -25,7 +25,7 @@ from loftq.models.loading import guard_cpu, load_base, load_qalora, load_qlora
 from loftq.models.merged import WITH_ADAPTER, load_merged
 from loftq.models.peft_targets import adapt, load_adapter
 from loftq.models.refusals import explain_loading
-from loftq.models.tasks import TASKS, Task, auto_class, build_meta, recorded_task
+from loftq.models.tasks import TASKS, Task, auto_class, build_meta, peft_type, recorded_task
 from loftq.planning.old_start import warn_of_unused
 from loftq.planning.plan import Plan, adapted_names
 from loftq.planning.planner import make_plan
@@ -177,7 +177,7 @@ def lora_config(plan: Plan) -> LoraConfig:
         lora_dropout=plan.recipe.dropout,
         use_rslora=plan.recipe.rslora,
         modules_to_save=list(plan.modules_to_save) or None,
-        task_type=plan.task.peft_type,
+        task_type=peft_type(plan.task, plan.model),
         **adapted_names(plan),
     )
 
@@ -256,8 +256,10 @@ def _dense_to_use(source: Source, adapter: Path | None, dtype: torch.dtype, devi
         task = build_meta(source.folder)[1]
         return load_dense(source, task, dtype, device), task
     trained = foreign_adapter(adapter, source.name, source.checkpoint)
-    tasks_by_type = {task.peft_type: task for task in TASKS.values() if task.peft_type}
-    task = tasks_by_type.get(str(trained.config.get("task_type"))) or build_meta(source.folder)[1]
+    own = build_meta(source.folder)[1]
+    kind = trained.config.get("task_type")
+    others = [task for task in TASKS.values() if kind is not None and task.peft_type == kind]
+    task = own if own in others or not others else others[0]
     rows = [trained.shapes[name][0] for name in trained.saved.values() if len(trained.shapes[name]) == 2]
     # If a head has two layers, the last one has as many rows as there are labels.
     labels = min(rows) if rows and task.name.endswith("-classification") else None
