@@ -1,6 +1,6 @@
 """What an adapter for somebody's quantized model is worth before any training.
 
-    python benchmarks/given_backbone.py --data FILE [MODEL] [--rank 16] [--windows 12] [--work DIR]
+    python benchmarks/given_backbone.py --data FILE [MODEL] [--rank 16] [--windows 12] [--tokens 65536] [--work DIR]
 
 The model is quantized by transformers and bitsandbytes (NF4, double quantization, as many repositories on the Hub are),
 and loftq computes adapters for it: by the weights alone, and calibrated on the first half of FILE. The second half is
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=65536, help="tokens to calibrate on")
     parser.add_argument("--work", type=Path, default=None)
     asked = parser.parse_args()
     logging.set_verbosity_error()
@@ -65,6 +66,7 @@ def main() -> None:
     guard_cpu(base)
     rows.append(("bitsandbytes NF4", measured(base), ""))
     texts: dict[str, Any] = {"by the weights": {}, "calibrated": {"calibration": work / "calibration.txt"}}
+    texts["calibrated"]["calibration_tokens"] = asked.tokens
     for name, options in texts.items():
         folder = work / name.replace(" ", "-")
         settings = {"rank": asked.rank, "output": folder, "overwrite": True, **options}
