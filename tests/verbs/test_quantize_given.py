@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import loftq
-from loftq.errors import OptionError, OutputError, SourceError
+from loftq.errors import ArtifactError, OptionError, OutputError, SourceError
 from loftq.models.loading import guard_cpu
 
 Run = Callable[..., Result]
@@ -257,6 +257,11 @@ def test_our_commands_take_the_folder(backbones: Path, pico: Path, tmp_path: Pat
     answers = [run("generate", *names, *words) for names in ((out,), both)]
     assert answers[0].exit_code == 0, answers[0].stderr
     assert answers[0].stdout == answers[1].stdout != ""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "Why?", "response": "So."}\n' * 4)
+    for use in (lambda: loftq.load_qlora(out), lambda: loftq.train(out, data=data, output=tmp_path / "trained")):
+        with pytest.raises(ArtifactError, match=r"is an adapter for .*nf4, which loftq did not write: load that model"):
+            use()
     shown = run("inspect", out)
     assert shown.exit_code == 0, shown.stderr
     assert "rank 8" in shown.stdout
