@@ -6,6 +6,7 @@ is built on the meta device, where it takes no memory, in the same way as transf
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,11 +37,16 @@ class Task:
     has_head: bool = False
 
 
+IMAGE_TEXT = "image-text-to-text"
+CAUSAL = ("causal-lm", IMAGE_TEXT)  # tasks whose models predict the next token of a text
 TASKS = {
     task.name: task
     for task in (
         Task("causal-lm", "AutoModelForCausalLM", "CAUSAL_LM"),
+        Task(IMAGE_TEXT, "AutoModelForImageTextToText", "CAUSAL_LM"),
         Task("seq2seq-lm", "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
+        Task("speech-seq2seq", "AutoModelForSpeechSeq2Seq", None),  # peft's class of seq2seq models demands text
+        Task("ctc", "AutoModelForCTC", None, has_head=True),
         Task("masked-lm", "AutoModelForMaskedLM", None),
         Task("sequence-classification", "AutoModelForSequenceClassification", "SEQ_CLS", has_head=True),
         Task("token-classification", "AutoModelForTokenClassification", "TOKEN_CLS", has_head=True),
@@ -67,6 +73,17 @@ def auto_class(task: Task) -> Any:
     import transformers
 
     return getattr(transformers, task.auto_class)
+
+
+def peft_type(task: Task, model: nn.Module) -> str | None:
+    """peft's name of a task, or None if its class for the task hands over inputs that a model does not take.
+
+    peft's class for features names the inputs of text in each call. Models of images, and some of text, pass what they
+    do not know on to modules that get it a second time.
+    """
+    takes = inspect.signature(model.forward).parameters
+    fits = task.peft_type != "FEATURE_EXTRACTION" or {"input_ids", "attention_mask", "inputs_embeds"} <= set(takes)
+    return task.peft_type if fits else None
 
 
 def part_before_head(model: Any, task: Task) -> nn.Module:
@@ -139,15 +156,34 @@ def _choose(folder: Path, config: Any, architectures: list[str], wanted: str | N
                 f"(it has classes for: {tasks})"
             )
         return TASKS[wanted]
-    for task, names in classes.items():
-        if set(architectures) & set(names):
-            return TASKS[task]
+    own = _fitting(classes, config, architectures)
+    if own is not None:
+        return TASKS[own]
     if getattr(config, "auto_map", None) and classes:
         return TASKS[next(iter(classes))]
     raise SourceError(
         f"{folder} is a {config.model_type} model ({', '.join(architectures) or 'no architecture named'}), and its "
         f"architecture does not tell the task: choose one with --task (transformers has classes for: {tasks})"
     )
+
+
+def own_task(folder: Path) -> str | None:
+    """The task of the architecture that a checkpoint folder names; None if it names none that belongs to a task."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception:  # of a type that needs code of its own
+        return None
+    classes = {task.name: names for task in TASKS.values() if (names := _classes(task, config))}
+    return _fitting(classes, config, [str(name) for name in config.architectures or ()])
+
+
+def _fitting(classes: Mapping[str, list[str]], config: Any, architectures: list[str]) -> str | None:
+    fitting = [task for task, names in classes.items() if set(architectures) & set(names)]
+    if IMAGE_TEXT in fitting and getattr(config, "vision_config", None) is not None:
+        return IMAGE_TEXT  # transformers loads some of these models as causal language models too
+    return fitting[0] if fitting else None
 
 
 def _classes(task: Task, config: Any) -> list[str]:

@@ -1,7 +1,7 @@
 """Other training tools, run with the configuration that `loftq config` writes, on the CPU.
 
-Each has an environment of its own, which `make tools` makes. Oracle: the adapter that the tool saves is the initial one,
-changed by no more than the steps of Adam at this rate can change it; an adapter that the tool had begun anew would be
+Each has an environment of its own, which `make tools` makes. Oracle: the adapter that the tool saves is the initial
+one, changed by no more than the steps of Adam at this rate can change it; an adapter that the tool had begun anew would be
 far from it, and factors in bfloat16 too. The first loss of DPO is ln 2 if the reference is the start.
 """
 
@@ -114,14 +114,11 @@ def test_axolotl(folder: Path, tmp_path: Path) -> None:
 def test_ms_swift(stage: str, folder: Path, tmp_path: Path) -> None:
     rows = [chat(i) | ({"rejected_response": f"no {i}"} if stage == "dpo" else {}) for i in range(8)]
     write_lines(tmp_path / "rows.jsonl", rows)
-    words = shlex.split(
-        loftq.config(folder, "ms-swift", stage=stage, data=str(tmp_path / "rows.jsonl")).text, comments=True
-    )
-    more = (
-        f"--use_cpu true --model_type llama --template default --max_steps {STEPS} --logging_steps 1 --report_to none"
-    )
+    text = loftq.config(folder, "ms-swift", stage=stage, data=str(tmp_path / "rows.jsonl")).text
+    words = shlex.split(text.replace("\\\n", ""), comments=True)
+    more = f"--use_cpu true --model_type llama --template default --max_steps {STEPS} --logging_steps 1"
     replaced = f"--gradient_accumulation_steps 1 --learning_rate {RATE} --max_length 120"
-    run("ms-swift", words[0], *words[1:], *more.split(), *replaced.split(), cwd=tmp_path)
+    run("ms-swift", words[0], *words[1:], *more.split(), "--report_to", "none", *replaced.split(), cwd=tmp_path)
     check_adapter(folder, tmp_path / "trained")
     if stage == "dpo":
         assert first_loss(tmp_path / "trained") == pytest.approx(math.log(2), abs=5e-4)
