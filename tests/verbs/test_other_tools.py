@@ -1,8 +1,8 @@
 """Other training tools, run with the configuration that `loftq config` writes, on the CPU.
 
 Each has an environment of its own, which `make tools` makes. Oracle: the adapter that the tool saves is the initial
-one, changed by no more than the steps of Adam at this rate can change it; an adapter that the tool had begun anew would be
-far from it, and factors in bfloat16 too. The first loss of DPO is ln 2 if the reference is the start.
+one, changed by no more than the steps of Adam at this rate can change it. An adapter that the tool had begun anew would
+be far from it, and factors in bfloat16 too. The first loss of DPO is ln 2 if the reference is the start.
 """
 
 from __future__ import annotations
