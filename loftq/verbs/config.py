@@ -12,6 +12,7 @@ from loftq.formats.adapter import open_adapter
 from loftq.formats.artifact import Artifact, open_artifact
 from loftq.formats.disk import explain_os_errors, write_whole
 from loftq.formats.layouts import LAYOUTS
+from loftq.models.merged import WITH_ADAPTER
 
 _TASK = "causal-lm"  # what the tools train
 _WIDTHS = (4, 8)  # those of bitsandbytes, which is all that tools without loftq are known to take
@@ -79,8 +80,11 @@ def config(
 def _check(artifact: Artifact, tool: str, row: Tool) -> None:
     """Raise unless the tool can start from the folder."""
     folder, manifest = artifact.folder, artifact.manifest
-    if manifest["kind"] not in ("qlora", "qalora"):
-        raise ArtifactError(f"{folder} is a {manifest['kind']} folder: name one that `loftq quantize` wrote")
+    if manifest["kind"] not in WITH_ADAPTER:
+        raise ArtifactError(
+            f"{folder} is a {manifest['kind']} folder: name one with a backbone and its initial adapter, which "
+            "`loftq quantize` writes"
+        )
     task = manifest["source"]["task"]
     if task != _TASK:
         raise OptionError(f"--for {tool}: {folder} is for {task}, and these configurations train {_TASK} models")
