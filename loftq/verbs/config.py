@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq.artifacts.tools import STAGES, TOOLS, Start, Tool
-from loftq.errors import ArtifactError, OptionError, OutputError, UnknownNameError
+from loftq.artifacts.tools import TOOLS, Start, Tool, check_names
+from loftq.errors import ArtifactError, OptionError, OutputError
 from loftq.formats.adapter import open_adapter
 from loftq.formats.artifact import Artifact, open_artifact
 from loftq.formats.disk import explain_os_errors, write_whole
@@ -51,15 +51,10 @@ def config(
     written to a file. Raises ArtifactError if the folder is not one, OptionError if the tool cannot start from it, and
     OutputError if the file exists already.
     """
-    if tool not in TOOLS:
-        raise UnknownNameError("tool", tool, TOOLS)
-    if stage not in STAGES:
-        raise UnknownNameError("stage", stage, STAGES)
+    check_names(tool, stage)
     if data is not None and (not data or not data.isprintable()):
         raise OptionError(f"--data {data!r}: expected the name of a file or a data set")
     row = TOOLS[tool]
-    if stage in row.refused:
-        raise OptionError(f"--for {tool} --stage {stage}: {row.refused[stage]}")
     artifact = open_artifact(folder)
     _check(artifact, tool, row)
     written = None if output is None else Path(output).expanduser()
