@@ -1,7 +1,6 @@
-"""What peft does with more than the initial adapter: second adapters, stacks of them, and the backbone alone.
+"""What docs/other-tools.md tells of peft and torch.compile: nothing here is code of ours, and may change.
 
-Oracle: the logits of the backbone, and of the backbone with its initial adapter. Nothing here is code of ours: the test
-says when what docs/other-tools.md tells of peft is no longer so.
+Oracle: the logits of the backbone, and of the backbone with its initial adapter.
 """
 
 from __future__ import annotations
@@ -53,3 +52,12 @@ def test_pefts_own_loftq_refuses_a_cpu(pico: Path) -> None:
     config = LoraConfig(init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=4), target_modules=["q_proj"])
     with pytest.raises((AssertionError, RuntimeError, ValueError), match=r"CUDA|GPU"):
         get_peft_model(model, config)
+
+
+@pytest.mark.slow
+def test_inference_compiles_to_one_graph(folder: Path) -> None:
+    model = loftq.load_qlora(folder, is_trainable=False)
+    expected = logits(model)
+    with torch.no_grad():
+        found = torch.compile(model.eval(), fullgraph=True, backend="eager")(input_ids=TOKENS, use_cache=False).logits
+    assert torch.equal(found.float(), expected)
