@@ -89,6 +89,9 @@ def _point(adapter: Path, backbone: Path, artifact: Artifact | None) -> Relocati
         write_whole(path, json_text({**config, _KEY: str(backbone)}, indent=2, sort_keys=True) + "\n")
     if artifact is not None:
         manifest = plain(artifact.manifest)
+        given = manifest.get("backbone", {})  # of an adapter for a backbone of others
+        if given.get("model") == before:
+            given["model"] = str(backbone)
         manifest["files"][_name_in(artifact, adapter)] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
         write_whole(artifact.folder / MANIFEST, json_text(manifest, indent=1, sort_keys=True) + "\n")
     return Relocation(adapter, backbone, before)

@@ -150,7 +150,10 @@ def test_adapters_that_have_a_manifest_of_their_own_stay_whole(pico: Path, folde
         result = loftq.relocate(made, backbone=moved)
         assert (result.adapter, result.backbone) == (adapter, moved)
         assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(moved)
-        assert not [problem for problem in loftq.verify(made, quiet=True).problems if "config" in problem.where]
+        assert loftq.verify(made, quiet=True).sound
+    assert json.loads((given / "loftq.json").read_text())["backbone"]["model"] == str(moved)
+    with pytest.raises(ArtifactError, match="is a start folder: name one with a backbone and its initial adapter"):
+        loftq.config(given, "trl")
 
 
 def _set(folder: Path, **values: object) -> None:
