@@ -18,7 +18,7 @@ SIDE = 28  # of an image, in pixels
 IMAGE = 300  # the token that stands for a part of an image
 TASK = "image-text-to-text"
 
-_TEXT = {**SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 5}
+_TEXT = {**SIZES, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 5}
 _HEADS = {**_TEXT, "head_dim": 16}
 _VISION = {
     "hidden_size": 64,

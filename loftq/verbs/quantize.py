@@ -146,7 +146,7 @@ def _make(plan: Plan, folder: Path, run: Run) -> _Result:
             reopen(staging)
             solve_all(plan, staging, statistics, run)
             write_configs(plan, staging, folder, run.trust_remote_code)
-            if statistics is not None and recipe.refine:
+            if statistics is not None and statistics.has_answers and recipe.refine:
                 distill(plan, staging, statistics, run)
             check_source(plan, fingerprint, run.trust_remote_code)
             calibration = statistics.settings if statistics else None
