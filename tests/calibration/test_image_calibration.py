@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from pico_processors import NEED_TORCHVISION, TYPES, draw, save_with_processor
+from PIL import Image as Pictures
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import loftq
@@ -70,10 +71,11 @@ def test_moments_are_those_of_the_model_in_memory(name: str, tmp_path: Path) -> 
 
         model.get_submodule(layer.module).register_forward_pre_hook(partial(see, layer.module), with_kwargs=True)
     processor = AutoProcessor.from_pretrained(source)
-    placed = json.loads(json.dumps(rows).replace('"path": "', f'"path": "{tmp_path}/'))
+    for part in (part for row in rows for part in row["messages"][0]["content"] if part["type"] == "image"):
+        part["image"] = Pictures.open(tmp_path / part.pop("path")).convert("RGB")
     settings: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     plain = {"processor_kwargs": {"add_special_tokens": False}}
-    inputs = [processor.apply_chat_template(row["messages"], **settings, **plain) for row in placed]
+    inputs = [processor.apply_chat_template(row["messages"], **settings, **plain) for row in rows]
     with torch.no_grad():
         wanted = [model(**one).logits for one in inputs]
     assert calibration.tokens == sum(one["input_ids"].numel() for one in inputs)
