@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow check docs format zoo bench
+.PHONY: install demo test test-slow check docs format coverage zoo bench
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -36,6 +36,9 @@ docs: install  ## the reference pages from the code, then the site in docs/_buil
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+coverage: install  ## what each model type can do, for `loftq families`: an hour on two cores
+	$(BIN)/python tests/type_coverage.py
 
 zoo: install  ## the page of the zoo, and the sizes that `loftq zoo list` reads
 	$(BIN)/loftq zoo list --markdown > model_zoo/README.md.new

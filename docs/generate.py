@@ -81,9 +81,16 @@ def methods_page() -> str:
 
 def families_page() -> str:
     """The table of `loftq families`."""
-    keys = ("model type", "loader", "stays", "targets", "tasks")
-    head = ("model type", "loads with", "stays unquantized", "targets", "tasks")
-    return _FAMILIES + _table(head, ([row[key] for key in keys] for row in json.loads(_output("families", "--json"))))
+    keys = ("model type", "loader", "nearer", "trains", "calibrates", "kept", "tasks", "stays", "targets")
+    head = ("model type", "loads with", "nearer", "trains", "calibrates", "in 16 bits", "tasks", "stays unquantized")
+    rows = json.loads(_output("families", "--json"))
+    refused = "".join(f"- {row['model type']}: {row['refused']}\n" for row in rows if row["refused"])
+    table = _table((*head, "targets"), ([_share(row[key]) for key in keys] for row in rows))
+    return f"{_FAMILIES}{table}" + (f"\nThese types are refused:\n\n{refused}" if refused else "")
+
+
+def _share(value: Any) -> Any:
+    return "" if value is None else f"{value:.0%}" if isinstance(value, float) else value
 
 
 def zoo_page() -> str:
@@ -136,7 +143,7 @@ def _public(name: str) -> str:
     thing = getattr(loftq, name)
     section = f"\n## loftq.{name}\n\n"
     explanation = _paragraphs(inspect.getdoc(thing))
-    if isinstance(thing, type):
+    if isinstance(thing, type) and issubclass(thing, LoftQError):
         return f"{section}{explanation}\n{_table(['error', 'exit code', 'meaning'], _errors(thing))}"
     function = PublicFunction(f"loftq.{name}", thing)
     section += f"```python\n{function.text}\n```\n\n{explanation}"

@@ -21,6 +21,7 @@ from loftq.formats.checkpoint import INDEX, Shard, index_text
 from loftq.formats.model_config import config_text, read_config
 from loftq.formats.schema import json_text
 from loftq.hub.source import side_files
+from loftq.models.tasks import peft_type
 from loftq.planning.plan import Plan
 
 VERSIONS = ("loftq", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numba", "scipy")
@@ -43,7 +44,7 @@ def write_configs(plan: Plan, staging: Staging, folder: Path, trust_remote_code:
             alpha=recipe.alpha,
             rslora=recipe.rslora,
             dropout=recipe.dropout,
-            task_type=plan.task.peft_type,
+            task_type=peft_type(plan.task, plan.model),
             modules_to_save=plan.modules_to_save,
             pool_size=recipe.pool_size,
             target_parameters=plan.target_parameters,

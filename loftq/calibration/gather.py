@@ -41,6 +41,7 @@ from loftq.formats.disk import explain_os_errors, move_into_place, scratch_besid
 from loftq.formats.scan import hash_of
 from loftq.formats.schema import json_text
 from loftq.models.lockstep import run as run_in_lockstep
+from loftq.models.refusals import explain_forward
 from loftq.planning.plan import Plan
 from loftq.planning.run import Run
 
@@ -154,7 +155,7 @@ def _run(
     answers: list[dict[str, torch.Tensor]] = [{} for _ in batches]
     with bar:
         observer = InputObserver(plan, weights, folder, bar, answers, progress)
-        with observer.watching():
+        with observer.watching(), explain_forward(plan.source.name, plan.model_type):
             run_in_lockstep(weights.core, batches, weights.blocks, observer, progress)
         observer.save(None)
     if calibration.examples:  # of different lengths, and with images

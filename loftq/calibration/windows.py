@@ -16,7 +16,7 @@ from loftq.errors import OptionError, SourceError
 from loftq.hub.text import DEFAULT, read_text
 from loftq.models.long_texts import tokenized_pieces
 from loftq.models.positions import longest_input
-from loftq.models.tokenizers import check_ids, embedding_rows, read_tokenizer, special_tokens
+from loftq.models.tokenizers import check_ids, embedding_rows, has_token_embeddings, read_tokenizer, special_tokens
 from loftq.planning.plan import Plan
 from loftq.planning.settings import CALIBRATION_TOKENS, SEQUENCE_LENGTH
 
@@ -120,7 +120,7 @@ def check_calibratable(plan: Plan, tokens: int) -> None:
     """Raise OptionError for too few tokens, SourceError for a model that does not read text."""
     if tokens < MIN_TOKENS:
         raise OptionError(f"--calibration-tokens {tokens}: expected {MIN_TOKENS} or more")
-    if getattr(plan.model, "main_input_name", "input_ids") != "input_ids":
+    if getattr(plan.model, "main_input_name", "input_ids") != "input_ids" or not has_token_embeddings(plan.model):
         raise SourceError(
             f"{plan.source.name} does not read text, so it cannot be calibrated: quantize it without --calibration"
         )

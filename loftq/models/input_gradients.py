@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 
@@ -18,5 +17,6 @@ def require_input_gradients(model: Any) -> None:
                 module._forward_hooks[key] = _require_gradient
 
 
-def _require_gradient(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-    output.requires_grad_(True)
+def _require_gradient(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    first = output[0] if isinstance(output, tuple) else output  # BEiT's embeddings also return the size of the image
+    first.requires_grad_(True)

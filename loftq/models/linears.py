@@ -18,6 +18,8 @@ from torch import nn
 from loftq.errors import OptionError
 from loftq.models.skipping import Skipped
 
+_HEAD_NAMES = ("classifier", "score", "qa_outputs", "ctc_head")
+
 
 @dataclass(frozen=True)
 class DenseLinear:
@@ -120,13 +122,17 @@ def bears_other_linears(model: nn.Module, targets: Iterable[str]) -> bool:
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules after the base model: its siblings that have weights, and the output embeddings."""
+    """Names of the modules after the base model: its siblings that have weights, and the output embeddings.
+
+    In a model whose base model is not a module of its own, they are the modules with the name of a head.
+    """
     built = cast(Any, model)
     base = getattr(model, getattr(built, "base_model_prefix", "") or "", None)
     siblings = [
         name
         for name, child in model.named_children()
-        if isinstance(base, nn.Module) and child is not base and any(True for _ in child.parameters())
+        if (child is not base if isinstance(base, nn.Module) else name in _HEAD_NAMES)
+        and any(True for _ in child.parameters())
     ]
     output = built.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     outputs = [name for name, module in model.named_modules() if output is not None and module is output]

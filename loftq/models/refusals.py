@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loftq.display import one_line
-from loftq.errors import ArtifactError, LoftQError
+from loftq.errors import ArtifactError, LoftQError, SourceError
 from loftq.formats.model_config import FILE
 from loftq.models.devices import is_full_memory
 
@@ -25,4 +25,20 @@ def explain_loading(folder: Path, file: str = FILE) -> Iterator[None]:
         reason = one_line(error, 300)
         raise ArtifactError(
             f"{folder} cannot be loaded with its {file} ({reason}): copy or download the folder again"
+        ) from error
+
+
+@contextmanager
+def explain_forward(name: str, model_type: str) -> Iterator[None]:
+    """Turn an error of the code of a model, which is run on text, into a SourceError."""
+    try:
+        yield
+    except LoftQError:
+        raise
+    except Exception as error:  # the code of a model may raise anything for inputs that it does not expect
+        if is_full_memory(error) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        raise SourceError(
+            f"{name} cannot be calibrated: the code of {model_type} in transformers fails on the calibration text "
+            f"({one_line(error, 200) or type(error).__name__}): quantize it without --calibration"
         ) from error

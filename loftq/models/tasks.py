@@ -6,6 +6,7 @@ is built on the meta device, where it takes no memory, in the same way as transf
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ TASKS = {
         Task("causal-lm", "AutoModelForCausalLM", "CAUSAL_LM"),
         Task(IMAGE_TEXT, "AutoModelForImageTextToText", "CAUSAL_LM"),
         Task("seq2seq-lm", "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
+        Task("speech-seq2seq", "AutoModelForSpeechSeq2Seq", None),  # peft's class of seq2seq models demands text
+        Task("ctc", "AutoModelForCTC", None, has_head=True),
         Task("masked-lm", "AutoModelForMaskedLM", None),
         Task("sequence-classification", "AutoModelForSequenceClassification", "SEQ_CLS", has_head=True),
         Task("token-classification", "AutoModelForTokenClassification", "TOKEN_CLS", has_head=True),
@@ -70,6 +73,17 @@ def auto_class(task: Task) -> Any:
     import transformers
 
     return getattr(transformers, task.auto_class)
+
+
+def peft_type(task: Task, model: nn.Module) -> str | None:
+    """peft's name of a task, or None if its class for the task hands over inputs that a model does not take.
+
+    peft's class for features names the inputs of text in each call. Models of images, and some of text, pass what they
+    do not know on to modules that get it a second time.
+    """
+    takes = inspect.signature(model.forward).parameters
+    fits = task.peft_type != "FEATURE_EXTRACTION" or {"input_ids", "attention_mask", "inputs_embeds"} <= set(takes)
+    return task.peft_type if fits else None
 
 
 def part_before_head(model: Any, task: Task) -> nn.Module:

@@ -60,6 +60,14 @@ def embedding_rows(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
+def has_token_embeddings(model: Any) -> bool:
+    """Whether a model has embeddings of tokens. Models of several parts have them in their parts, or have none."""
+    try:
+        return embedding_rows(model) > 0
+    except (AttributeError, NotImplementedError):
+        return False
+
+
 def check_ids(ids: Iterable[int], rows: int, tokenizer: Any) -> None:
     """Raise SourceError for a token of the tokenizer that a model with embeddings of so many rows does not have."""
     largest = max(ids, default=0)

@@ -18,7 +18,8 @@ from loftq.errors import OptionError
 from loftq.formats.layouts import LAYOUTS, Layout, choose, misfit
 from loftq.models import linears, peft_targets
 from loftq.models.linears import DenseLinear
-from loftq.models.loader_probe import keeps_modules
+from loftq.models.families import family_of
+from loftq.models.loader_probe import keeps_modules, unpackable
 from loftq.planning.recipe import Recipe
 
 Targets = Mapping[str, DenseLinear]
@@ -36,7 +37,7 @@ class Fitting:
         self.targets = dict(targets)
         self.reasons: dict[str, str] = {}
         self._weights = sum(prod(dense.shape) for dense in targets.values())
-        self._leave_to_peft(model)
+        self._leave_unusable(model)
         self._take_out(lambda module, dense: _rank_problem(module, dense, recipe))
         shapes = {dense.shape for dense in self.targets.values()}
         loadable = _loadable(model, self.targets, recipe)
@@ -45,18 +46,23 @@ class Fitting:
         self.format = choose(recipe.grids, recipe.format, shapes=shapes, loadable=loadable)
         self._take_out(lambda module, dense: _format_problem(module, dense, recipe, self.format))
 
-    def _leave_to_peft(self, model: nn.Module) -> None:
-        """Take out the linears that peft refuses, or whose adapters it would put on other parameters.
+    def _leave_unusable(self, model: nn.Module) -> None:
+        """Take out the linears that peft or the code of the model cannot use.
 
         Raises OptionError if no linear is left.
         """
         kinds = ((peft_targets.refused, "peft refuses them"), (peft_targets.redirected, "peft adapts experts instead"))
         for function, reason in kinds:
-            for module in function(model, self.targets):
-                self.reasons[module] = reason
-                del self.targets[module]
+            self._drop(dict.fromkeys(function(model, self.targets), reason))
+        if not family_of(str(model.config.model_type)).tested:  # type: ignore[union-attr]
+            self._drop(unpackable(model, self.targets))
         if not self.targets:
             raise OptionError(f"no linear is left to quantize: {next(iter(self.reasons.values()))}")
+
+    def _drop(self, reasons: Mapping[str, str]) -> None:
+        for module, reason in reasons.items():
+            self.reasons[module] = reason
+            del self.targets[module]
 
     def notes(self, dtype: str) -> Iterator[str]:
         """One note for each reason, with a few names."""
@@ -72,9 +78,7 @@ class Fitting:
         weights = sum(prod(self.targets[module].shape) for module in problems)
         if problems and 2 * weights > self._weights:
             raise OptionError(next(iter(problems.values()))[0])
-        for module, (_, reason) in problems.items():
-            self.reasons[module] = reason
-            del self.targets[module]
+        self._drop({module: reason for module, (_, reason) in problems.items()})
 
 
 def _rank_problem(module: str, dense: DenseLinear, recipe: Recipe) -> tuple[str, str] | None:

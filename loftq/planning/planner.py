@@ -34,7 +34,7 @@ from loftq.planning.plan import Layer, Plan
 from loftq.planning.recipe import Recipe
 from loftq.planning.weights import check_quantizable, refuse_narrow
 
-_POOLER = "pooler"  # checkpoints of masked language models often lack it, and transformers initializes it
+POOLER = "pooler"  # checkpoints of masked language models often lack it, and transformers initializes it
 
 
 def make_plan(
@@ -65,7 +65,7 @@ def make_plan(
     targets = _targets(model, task, model_linears, recipe, source)
     heads = model_linears.heads if task.has_head else ()
     resized = heads if recipe.num_labels is not None else ()
-    names = naming.map_names(model, source.checkpoint.tensors, new=(*heads, _POOLER), resized=resized)
+    names = naming.map_names(model, source.checkpoint.tensors, new=(*heads, POOLER), resized=resized)
     saved = (*heads, *_new_poolers(names)) if task.has_head else ()
     experts = Experts(model, names, source.checkpoint, recipe if with_experts else recipe.without_experts())
     if not experts.layers:
@@ -87,7 +87,7 @@ def make_plan(
         passed=passed,
         created=created,
         backbone=_lay_out_backbone(layers, names, {**passed, **created}, recipe, LAYOUTS[format]),
-        adapter=_lay_out_adapter(layers, {**passed, **created}, recipe),
+        adapter=lay_out_adapter(layers, {**passed, **created}, recipe),
         target_modules=tuple(target_names(targets, [name for name, _ in model.named_modules()])),
         target_parameters=experts.target_parameters,
         modules_to_save=saved,
@@ -157,8 +157,8 @@ def _layer(module: str, dense: DenseLinear, origin: Mapping[str, str], source: S
 
 def _new_poolers(names: NameMap) -> list[str]:
     """Newly initialized poolers before a head, which must be trained with it."""
-    keys = [key.partition(f".{_POOLER}.") for key in names.created]
-    return list(dict.fromkeys(f"{before}.{_POOLER}" for before, found, _ in keys if found))
+    keys = [key.partition(f".{POOLER}.") for key in names.created]
+    return list(dict.fromkeys(f"{before}.{POOLER}" for before, found, _ in keys if found))
 
 
 def _allocate(layers: tuple[Layer, ...], recipe: Recipe, widths: Mapping[str, float] | None) -> tuple[Layer, ...]:
@@ -218,7 +218,8 @@ def _lay_out_backbone(
     return tuple(lay_out(groups, parse_size(recipe.max_shard_size)))
 
 
-def _lay_out_adapter(layers: tuple[Layer, ...], kept: Mapping[str, TensorSpec], recipe: Recipe) -> Shard:
+def lay_out_adapter(layers: tuple[Layer, ...], kept: Mapping[str, TensorSpec], recipe: Recipe) -> Shard:
+    """The file of an adapter: the factors of the layers, and those of the tensors that it holds as a whole."""
     specs = [
         spec for layer in layers for spec in adapter.specs(layer.module, layer.shape, layer.rank, recipe.pool_size)
     ]
