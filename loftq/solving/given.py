@@ -37,7 +37,7 @@ class AdapterSolver:
         weight, digest = read_source_weight(plan, layer, self._device)
         moment = None
         if statistics is not None:
-            statistics.check_weights({layer.tensor: digest})
+            statistics.check_weights(layer.module, {layer.tensor: digest})
             moment = statistics.moment(layer.module)
         given = self._backbone.read(layer).to(self._device)
         if not is_finite(given):

@@ -87,10 +87,9 @@ class CompressedTensors(ModelFolder):
         """The sides (out, in) of every weight that is rounded, with its module. Those of all experts are alike."""
         stacks = self.pair.backbone.stacks
         for module, shape in self.pair.backbone.shapes.items():
-            if module in stacks:
-                yield from ((module, *tensor.shape) for tensor in self._first_expert(module).values())
-            else:
-                yield module, *shape
+            tensors = self._first_expert(module).values() if module in stacks else ()
+            for rows, columns in [tuple(tensor.shape) for tensor in tensors] or [shape]:
+                yield module, rows, columns
 
     def _first_expert(self, module: str) -> dict[str, torch.Tensor]:
         """The tensors of the first of fused experts, on the meta device, by their names in checkpoints."""
@@ -139,7 +138,7 @@ class CompressedTensors(ModelFolder):
         if module not in self.pair.backbone.stacks:
             return super().write_module(module, writer)
         moments = repeat(None) if self._inputs is None else self._inputs.expert_moments(module, self._device)
-        hashes = {}
+        hashes: dict[str, str] = {}
         for expert, (weight, moment) in enumerate(zip(self.pair.merged_experts(module), moments, strict=False)):
             for name, matrix in self._names.of_expert(module, weight, expert).items():
                 tensors = self._rounded_tensors(_linear(name), matrix.contiguous(), moment)
