@@ -141,3 +141,23 @@ def test_text_refines_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tower = {key: tensor for key, tensor in before.items() if key.startswith("vision_tower.")}
     assert tower
     assert all(torch.equal(tensor, after[f"model.{key}"]) for key, tensor in tower.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PICOS)
+def test_a_folder_goes_through_the_commands(name: str, tmp_path: Path) -> None:
+    """Trained on text, asked, measured and merged. Oracle: logits for images before and after the merge."""
+    (tmp_path / "data.jsonl").write_text('{"prompt": "Hi?", "response": "Hello."}\n' * 4)
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 8)
+    folder = loftq.quantize(str(save_vision(name, tmp_path / "source")), output=tmp_path / "out", **OPTIONS).folder
+    trained, options = tmp_path / "trained", {"max_steps": 1, "batch_size": 2, "quiet": True}
+    loftq.train(folder, data=(str(tmp_path / "data.jsonl"),), output=trained, **options)
+    assert isinstance(loftq.generate(str(trained), "Hi?", max_new_tokens=2), str)
+    loftq.evaluate(str(trained), task="perplexity", data=(str(tmp_path / "text.txt"),), quiet=True)
+    loftq.merge(trained, to="bf16", output=tmp_path / "merged", quiet=True)
+    merged = auto_class(TASKS[TASK]).from_pretrained(tmp_path / "merged", dtype=torch.bfloat16).eval()
+    adapted = loftq.load_qlora(folder, trained, is_trainable=False).eval()
+    inputs = vision_inputs(name)
+    with torch.no_grad():
+        wanted, found = adapted(**inputs).logits.float(), merged(**inputs).logits.float()
+    assert (found - wanted).norm() < 0.05 * wanted.norm()
