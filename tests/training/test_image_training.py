@@ -257,3 +257,16 @@ def test_commands_for_text_take_these_folders(quantized: Path, tmp_path: Path, r
     assert run("inspect", quantized).exit_code == 0
     card = (quantized / "README.md").read_text()
     assert "AutoModelForImageTextToText" in card
+
+
+def test_a_plain_lora_is_used_on_its_model(tmp_path: Path, run: Any) -> None:
+    """The adapter names its task as that of a causal model; the checkpoint tells that it reads images."""
+    source = save_with_processor("llava", tmp_path / "llava")
+    (image,) = draw(tmp_path, 1)
+    data = rows_in(tmp_path, [{"messages": TALK, "images": [image]}] * 4)
+    options: dict[str, Any] = {"adapter": "lora", "rank": 4, "max_steps": 1, "quiet": True}
+    loftq.train(source, data=(data,), output=tmp_path / "trained", **options)
+    asked = run(
+        "generate", tmp_path / "trained", "--image", tmp_path / image, "--prompt", "?", "--max-new-tokens", "2", "--cpu"
+    )
+    assert asked.exit_code == 0, asked.stderr
