@@ -257,10 +257,10 @@ def _dense_to_use(source: Source, adapter: Path | None, dtype: torch.dtype, devi
         task = build_meta(source.folder)[1]
         return load_dense(source, task, dtype, device), task
     trained = foreign_adapter(adapter, source.name, source.checkpoint)
-    own = build_meta(source.folder)[1]
-    kind = trained.config.get("task_type")
-    others = [task for task in TASKS.values() if kind is not None and task.peft_type == kind]
-    task = own if own in others or not others else others[0]
+    alike = [task for task in TASKS.values() if task.peft_type == str(trained.config.get("task_type"))]
+    own = own_task(source.folder)
+    task = next((task for task in alike if task.name == own), alike[0] if alike else None)
+    task = task or build_meta(source.folder)[1]
     rows = [trained.shapes[name][0] for name in trained.saved.values() if len(trained.shapes[name]) == 2]
     # If a head has two layers, the last one has as many rows as there are labels.
     labels = min(rows) if rows and task.name.endswith("-classification") else None

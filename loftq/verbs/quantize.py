@@ -190,7 +190,7 @@ def _make(plan: Plan, folder: Path, run: Run, job: Adopter | None) -> _Result:
             if job is not None:
                 plan = replace(plan, notes=(*plan.notes, *adoption_notes(plan, staging)))
             write_configs(plan, staging, folder, run.trust_remote_code)
-            if statistics is not None and recipe.refine:
+            if statistics is not None and statistics.has_answers and recipe.refine:
                 distill(plan, staging, statistics, run)
             check_source(plan, fingerprint, run.trust_remote_code)
             calibration = statistics.settings if statistics else None
