@@ -47,9 +47,9 @@ _GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         "decoder",
         (_CAUSAL,),
-        """smollm3 olmo olmo2 olmo3 falcon gptj granite stablelm codegen cohere cohere2 starcoder2 glm glm4 exaone4 ernie4_5
-        helium persimmon nemotron seed_oss arcee gpt_bigcode xglm biogpt mpt modernbert-decoder ministral3 gpt_neo
-        openai-gpt smollm3 apertus""",
+        """smollm3 olmo olmo2 olmo3 falcon gptj granite stablelm codegen cohere cohere2 starcoder2 glm glm4 exaone4
+        ernie4_5 helium persimmon nemotron seed_oss arcee gpt_bigcode xglm biogpt mpt modernbert-decoder ministral3
+        gpt_neo openai-gpt apertus""",
     ),
     (
         "mixture",
@@ -125,7 +125,7 @@ def examine(group: str, kind: str, task: str, folder: Path) -> dict[str, Any]:
 
 
 def _nearer(full: Any, base: Any, model: Any) -> float:
-    """The distance of the outputs to those of the full-precision model, relative to the distance without the adapter."""
+    """The distance of the outputs to those of the full model, relative to the distance without the adapter."""
     with torch.no_grad():
         wanted, adapted = output_of(full), output_of(model, base)
         with model.disable_adapter():

@@ -17,8 +17,8 @@ from loftq.display import few_of
 from loftq.errors import OptionError
 from loftq.formats.layouts import LAYOUTS, Layout, choose, misfit
 from loftq.models import linears, peft_targets
-from loftq.models.linears import DenseLinear
 from loftq.models.families import family_of
+from loftq.models.linears import DenseLinear
 from loftq.models.loader_probe import keeps_modules, unpackable
 from loftq.planning.recipe import Recipe
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from peft import PeftModel
 from picos import output_of, pico_model, save_pico
 from processes import run_python
 from safetensors.torch import load_file
+from small_models import small_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -57,7 +57,7 @@ def test_the_task_is_that_of_the_architecture(task: str, tmp_path: Path) -> None
         "causal-lm": "gpt2",
         "image-classification": "vit",
     }.get(task, "bert")
-    model = pico_model(name, task)
+    model = small_model(name, task)
     model.config.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [type(model).__name__]}))
