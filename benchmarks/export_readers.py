@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from perplexity import perplexity
 
+import loftq
+
 _LLAMA_CPP = """
 import math, os, sys
 import numpy as np
@@ -41,6 +43,25 @@ for window in windows.tolist():
         loss += row.max() + math.log(np.exp(row - row.max()).sum()) - row[following]
 print(math.exp(loss / (len(windows) * (length - 1))), flush=True)
 os._exit(0)
+"""
+_LLAMA_CPP_LORA = """
+import math, sys
+import numpy as np
+from llama_cpp import Llama
+file, windows, adapter = sys.argv[1:]
+windows = np.load(windows)
+length = windows.shape[1]
+settings = {"n_ctx": length, "n_batch": length, "n_ubatch": length, "n_threads": 1, "n_threads_batch": 1}
+model = Llama(file, lora_path=adapter, logits_all=True, verbose=False, **settings)
+loss = 0.0
+for window in windows.tolist():
+    model.reset()
+    model.eval(window)
+    rows = model.scores[: length - 1].astype(np.float64)
+    most = rows.max(axis=1, keepdims=True)
+    sums = most[:, 0] + np.log(np.exp(rows - most).sum(axis=1))
+    loss += float((sums - rows[np.arange(length - 1), window[1:]]).sum())
+print(math.exp(loss / (len(windows) * (length - 1))))
 """
 _MLX = """
 import math, sys
@@ -72,17 +93,25 @@ def by_llama_cpp(output: Path, _: Path, windows: torch.Tensor) -> float:
     return _in_a_process(_LLAMA_CPP, windows, next(output.glob("*.gguf")))
 
 
+def by_llama_cpp_with_lora(python: str, output: Path, source: Path, windows: torch.Tensor) -> float:
+    """By the library of llama.cpp in the package llama-cpp-python: an adapter on the full-precision model in BF16."""
+    with tempfile.TemporaryDirectory() as scratch:
+        base = loftq.merge(source, to="gguf", gguf_type="BF16", output=Path(scratch) / "base", quiet=True, check=False)
+        file = next(base.folder.glob("*.gguf"))
+        return _in_a_process(_LLAMA_CPP_LORA, windows, file, next(output.glob("*.gguf")), python=python)
+
+
 def by_mlx(output: Path, source: Path, windows: torch.Tensor) -> float:
     """By mlx-lm in float32, dequantized by MLX; an adapter on the full-precision model."""
     adapter = (output / "adapters.safetensors").is_file()
     return _in_a_process(_MLX, windows, *((source, output) if adapter else (output, "")))
 
 
-def _in_a_process(code: str, windows: torch.Tensor, first: Path, *more: object) -> float:
+def _in_a_process(code: str, windows: torch.Tensor, first: Path, *more: object, python: str = sys.executable) -> float:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "windows.npy"
         np.save(file, windows.numpy().astype(np.int32))
-        command: list[object] = [sys.executable, "-c", code, first, file, *more]
+        command: list[object] = [python, "-c", code, first, file, *more]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)

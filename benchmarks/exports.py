@@ -1,14 +1,15 @@
 """A fine-tuned model written by every target of `loftq merge`, and read by the target's own reader.
 
     python benchmarks/exports.py [MODEL] [--steps 20] [--windows 12] [--only NAME ...] [--calibration default]
-                                 [--work DIR] [--llm-compressor PYTHON]
+                                 [--work DIR] [--llm-compressor PYTHON] [--llama-cpp-python PYTHON]
 
 Two starts are trained for a few steps on the text after the windows that are evaluated: LoftQ on NF4, and QA-LoRA on
 integers in groups of 64. Each export runs in a process of its own, without the check of logits, which loads both
 models; its peak memory is that of this process and of those that it starts. Perplexity is measured on windows of 512
 tokens of Shakespeare: by transformers in float32, with peft and compressed-tensors, by mlx-lm, and for GGUF by
-llama.cpp (package cyllama). PYTHON is that of an environment with llm-compressor, whose GPTQ quantizes the merged
-16-bit model with the same windows of text and the same groups.
+llama.cpp (package cyllama). `--llm-compressor` names the Python of an environment with that package, whose GPTQ
+quantizes the merged 16-bit model with the same windows of text and the same groups; `--llama-cpp-python` one with that
+package, which reads the adapter of `--to gguf-lora`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from export_readers import by_llama_cpp, by_mlx, by_transformers
+from export_readers import by_llama_cpp, by_llama_cpp_with_lora, by_mlx, by_transformers
 from machine import SEED, describe, table
 from qalora import train
 from transformers import AutoTokenizer
@@ -79,13 +81,16 @@ print(json.dumps({"bytes": nbytes, "seconds": seconds, "peak": peak}))
 """
 
 
+Reader = Callable[[Path, Path, torch.Tensor], float]
+
+
 @dataclass(frozen=True)
 class Export:
     """One row: the start that is merged, the settings of the merge, and what reads the result."""
 
     start: str
     settings: dict[str, Any]
-    read: Callable[[Path, Path, torch.Tensor], float]  # the result, the model that the start was made from, windows
+    read: Reader  # of the result, the model that the start was made from, windows
 
 
 def _integers(**settings: Any) -> Export:
@@ -153,12 +158,21 @@ class Bench:
 
     def export(self, name: str) -> None:
         """Write one export, read it, and add its row."""
-        kind, output = EXPORTS[name], self.work / "out"
+        kind = EXPORTS[name]
         settings = dict(kind.settings)
         if "calibration_tokens" in settings:
             settings |= {"calibration": self.options.calibration, "statistics": str(self.work / "statistics")}
-        folder, trained = self.start(kind.start)
-        self._measured(name, [sys.executable, "-c", _EXPORT, folder, trained, output, json.dumps(settings)], kind.read)
+        self._export(name, kind.start, settings, kind.read)
+
+    def gguf_lora(self, python: str) -> None:
+        """Write the adapter for llama.cpp, let llama-cpp-python read it, and add its row."""
+        self._export(
+            "gguf-lora, on full precision", "qlora", {"to": "gguf-lora"}, partial(by_llama_cpp_with_lora, python)
+        )
+
+    def _export(self, name: str, start: str, settings: dict[str, Any], read: Reader) -> None:
+        command = [sys.executable, "-c", _EXPORT, *self.start(start), self.work / "out", json.dumps(settings)]
+        self._measured(name, command, read)
 
     def llm_compressor(self, python: str) -> None:
         """Let llm-compressor's GPTQ quantize the merged model, and add its row. It needs an export that calibrated."""
@@ -168,7 +182,7 @@ class Bench:
         command = [python, "-c", _GPTQ, merged, statistics, self.work / "out", GROUP]
         self._measured("llm-compressor W4A16, GPTQ", command, by_transformers)
 
-    def _measured(self, name: str, command: list[object], read: Callable[[Path, Path, torch.Tensor], float]) -> None:
+    def _measured(self, name: str, command: list[object], read: Reader) -> None:
         output = self.work / "out"
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=self.work)
         if done.returncode:
@@ -191,6 +205,7 @@ def main() -> None:
     parser.add_argument("--calibration", default="default")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--llm-compressor", metavar="PYTHON")
+    parser.add_argument("--llama-cpp-python", metavar="PYTHON")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -203,6 +218,8 @@ def main() -> None:
             (bench.before if name in BEFORE else bench.export)(name)
         if options.llm_compressor is not None:
             bench.llm_compressor(str(Path(options.llm_compressor).absolute()))
+        if options.llama_cpp_python is not None:
+            bench.gguf_lora(str(Path(options.llama_cpp_python).absolute()))
     print(table([("", "perplexity", "size", "time", "peak memory"), *bench.rows]))
 
 

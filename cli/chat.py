@@ -33,7 +33,7 @@ _SHOWN = ("dtype", "cpu", "offload")
 
 
 @click.command(cls=Command, epilog=_EPILOG)
-@click.argument("model", metavar="DIR", type=click.Path())
+@click.argument("model", metavar="DIR|REPO_ID", type=click.Path())
 @option("--system", group="data", help="System message, for models with a chat template.")
 @option(
     "--chat-template/--no-chat-template",
@@ -41,7 +41,7 @@ _SHOWN = ("dtype", "cpu", "offload")
     default=None,
     help="Write messages with the model's chat template.  [default: if the model has one]",
 )
-@option("--adapter", group="adapter", help="Folder of a trained adapter.  [default: the initial adapter of DIR]")
+@option("--adapter", group="adapter", help="Folder or id on the Hub of a trained adapter.  [default: that of DIR]")
 @options_of(Sampling)
 @options_of(TrainSettings, only=_SHOWN)
 @debug

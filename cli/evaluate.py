@@ -29,7 +29,7 @@ _OF_BOTH = ("adapter", "max_examples", "batch_size", "dtype", "cpu", "quiet")  #
 
 
 @click.command(cls=Command, epilog=_EPILOG)
-@click.argument("model", metavar="DIR", type=click.Path())
+@click.argument("model", metavar="DIR|REPO_ID", type=click.Path())
 @options_of(EvaluateSettings)
 @option(
     "--harness",

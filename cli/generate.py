@@ -22,7 +22,7 @@ Examples:
 
 
 @click.command(cls=Command, epilog=_EPILOG)
-@click.argument("model", metavar="DIR", type=click.Path())
+@click.argument("model", metavar="DIR|REPO_ID", type=click.Path())
 @option("--prompt", group="data", required=True, help="Text to begin with; `-` reads it from the standard input.")
 @option("--system", group="data", help="System message, for models with a chat template.")
 @option(
@@ -31,7 +31,7 @@ Examples:
     default=None,
     help="Write the prompt with the model's chat template.  [default: if the model has one]",
 )
-@option("--adapter", group="adapter", help="Folder of a trained adapter.  [default: the initial adapter of DIR]")
+@option("--adapter", group="adapter", help="Folder or id on the Hub of a trained adapter.  [default: that of DIR]")
 @options_of(Sampling)
 @options_of(TrainSettings, only=("dtype", "cpu", "offload"))
 @as_json

@@ -28,12 +28,12 @@ Examples:
 
 
 @click.command(cls=Command, epilog=_EPILOG)
-@click.argument("folder", metavar="DIR", type=click.Path())
+@click.argument("folder", metavar="DIR|REPO_ID", type=click.Path())
 @option(
     "--adapter",
     group="adapter",
     type=click.Path(),
-    help="Folder of a trained adapter.  [default: the initial adapter of DIR]",
+    help="Folder or id on the Hub of a trained adapter.  [default: that of DIR]",
 )
 @option(
     "--to",

@@ -133,5 +133,4 @@ def show_report(report: Report, as_json: bool) -> None:
     if report.pushed is not None:
         echo(f"\n{report.pushed['lines']}", nl=False)
     elif report.seconds is not None:
-        loader = "load_qalora" if report.recipe["adapter"] == "qalora" else "load_qlora"
-        echo(f"\nLoad it:  model = loftq.{loader}({str(report.folder)!r})")
+        echo(f"\nLoad it:  {report.loading_line}")

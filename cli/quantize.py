@@ -19,6 +19,7 @@ Examples:
   loftq quantize mistralai/Mistral-7B-v0.1 --dry-run
   loftq quantize ./my-model --bits 2 --rank 64 --calibration my-text.jsonl
   loftq quantize ./my-model --push me/my-model-loftq --private
+  loftq quantize ./my-model --backbone ./my-model-gptq --rank 32 --calibration default
 """
 
 
@@ -33,7 +34,8 @@ def quantize(model: str | None, model_name_or_path: str | None, as_json: bool, *
 
     MODEL is a folder or the id of a model on the Hub; without it, a small default model is taken. The result is a
     folder with a quantized backbone and, in loftq_init/, its adapter, computed by LoftQ or, given a text with
-    --calibration, by a method that comes nearer still. Options may be written with underscores.
+    --calibration, by a method that comes nearer still. With --backbone the result is an adapter alone, for a model
+    that is quantized already. Options may be written with underscores.
     """
     if model and model_name_or_path and model != model_name_or_path:
         raise click.UsageError(f"MODEL is given twice: {model} and {model_name_or_path}")

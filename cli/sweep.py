@@ -9,6 +9,7 @@ import click
 
 import loftq
 from loftq.planning.settings import QuantizeSettings, RunSettings
+from loftq.settings import declared
 from loftq.training.recipe_files import read_recipe
 from loftq.training.sweep_settings import SweepSettings
 
@@ -23,6 +24,7 @@ Examples:
   loftq sweep --recipe sweep.toml
 """
 _VARIED = ("bits", "rank", "method", "seed")
+_LEFT_OUT = (*_VARIED, "backbone")  # of a given backbone nothing is quantized
 _RUN = ("revision", "trust_remote_code", "token", "device", "workers", "quiet")
 
 
@@ -30,7 +32,7 @@ _RUN = ("revision", "trust_remote_code", "token", "device", "workers", "quiet")
 @click.argument("model", required=False, type=click.Path())
 @option("--recipe", group="model", metavar="FILE", help="File of settings (.toml, .yaml, .json); options override it.")
 @options_of(SweepSettings)
-@options_of(QuantizeSettings, without=_VARIED)
+@options_of(QuantizeSettings, without=_LEFT_OUT)
 @options_of(RunSettings, only=_RUN)
 @as_json
 @debug
@@ -46,7 +48,8 @@ def sweep(model: str | None, recipe: str | None, as_json: bool, **options: Any) 
     settings: dict[str, Any] = given(options)
     check_options(settings, QuantizeSettings, RunSettings, SweepSettings)
     if recipe is not None:
-        settings = {**read_recipe(recipe, *([] if model is None else [model])), **settings}
+        own = {*declared(QuantizeSettings), *declared(RunSettings), *declared(SweepSettings)}
+        settings = {**read_recipe(recipe, *([] if model is None else [model]), own=own), **settings}
         model = settings.pop("model", None)
     result = loftq.sweep(model, **settings)
     show(result, as_json)

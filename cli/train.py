@@ -9,11 +9,12 @@ import click
 
 import loftq
 from loftq.settings import declared
-from loftq.training.recipe_files import laid_over, read_recipe
+from loftq.training.recipe_files import laid_over, read_recipe, recipe_with
 from loftq.training.settings import MODES, TrainRun, TrainSettings, settings_of
 from loftq.training.tasks import TRAINING_TASKS
 
-from .options import Command, as_json, debug, given, option, options_of
+from .options import as_json, debug, given, option, options_of
+from .other_names import TranslatingCommand
 from .output import Shown, show
 
 _TASKS = "\n".join(f"  {name:<15} {task.text}" for name, task in TRAINING_TASKS.items())
@@ -36,8 +37,8 @@ Examples:
 """
 
 
-@click.command(cls=Command, epilog=_EPILOG)
-@click.argument("model", metavar="DIR", required=False, type=click.Path())
+@click.command(cls=TranslatingCommand, epilog=_EPILOG)
+@click.argument("model", metavar="DIR|REPO_ID", required=False, type=click.Path())
 @click.argument("name", required=False)
 @option(
     "--recipe",
@@ -56,11 +57,13 @@ def train(
     """Train the adapter of DIR, a folder that `loftq quantize` wrote, on your data.
 
     DIR may also be a full-precision model: it is quantized first, unless --adapter lora is given. With --recipe the
-    settings come from a file, NAME is one of its runs, and options on the command line override it.
+    settings come from a file, NAME is one of its runs, and options on the command line override it. The options of
+    the scripts of LoftQ, QA-LoRA and FinLoRA work too, word for word.
     """
     settings = given(options)
     settings |= {table: dict(settings[table]) for table in ("columns", "set") if table in settings}
     words = [word for word in (model, name) if word is not None]
+    recipe = recipe or recipe_with(words)
     if recipe is not None:
         settings = laid_over(read_recipe(recipe, *words), settings)
     elif name is not None:

@@ -20,7 +20,7 @@ Examples:
 
 
 @click.command(cls=Command, epilog=_EPILOG)
-@click.argument("folder", metavar="DIR", type=click.Path())
+@click.argument("folder", metavar="DIR|REPO_ID", type=click.Path())
 @option(
     "--source",
     group="model",

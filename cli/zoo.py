@@ -17,7 +17,7 @@ from .output import Context, echo, echo_json, echo_table, quiet_hub, show_report
 _COLUMNS = {"name": "recipe", "model": "model", "bits": "bits", "rank": "rank"}
 _SIZES = {"disk": "on disk", "load": "to load", "train": "to train"}
 _CALIBRATION = ("calibration", "calibration_tokens", "sequence_length", "refine")  # settings that go with any recipe
-_RUN = tuple(name for name in declared(RunSettings) if name != "revision")
+_RUN = tuple(name for name in declared(RunSettings) if name not in ("revision", "source"))
 _completed = names_of(recipes.recipe_names())
 _EPILOG = """\b
 Examples:

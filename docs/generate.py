@@ -143,7 +143,7 @@ def _public(name: str) -> str:
     thing = getattr(loftq, name)
     section = f"\n## loftq.{name}\n\n"
     explanation = _paragraphs(inspect.getdoc(thing))
-    if isinstance(thing, type):
+    if isinstance(thing, type) and issubclass(thing, LoftQError):
         return f"{section}{explanation}\n{_table(['error', 'exit code', 'meaning'], _errors(thing))}"
     function = PublicFunction(f"loftq.{name}", thing)
     section += f"```python\n{function.text}\n```\n\n{explanation}"

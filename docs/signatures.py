@@ -15,7 +15,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class PublicFunction:
-    """A function with its keywords: those of `**settings: Unpack[SomeTypedDict]` are listed one by one."""
+    """A function, or a class that is called, with its keywords.
+
+    Those of `**settings: Unpack[SomeTypedDict]` are listed one by one.
+    """
 
     name: str
     function: Callable[..., Any]
@@ -24,8 +27,10 @@ class PublicFunction:
     def text(self) -> str:
         """The call, one parameter on a line."""
         lines = "".join(f"    {line},\n" for line in self._lines())
-        returns = _annotation(inspect.signature(self.function).return_annotation)
-        return f"{self.name}(\n{lines}) -> {returns}"
+        call = f"{self.name}(\n{lines})"
+        if isinstance(self.function, type):
+            return call
+        return f"{call} -> {_annotation(inspect.signature(self.function).return_annotation)}"
 
     @property
     def keywords(self) -> list[str]:

@@ -24,18 +24,23 @@ if TYPE_CHECKING:
     from loftq.models.loading import load_qlora as load_qlora
     from loftq.training.evaluate import evaluate as evaluate
     from loftq.training.generate import generate as generate
+    from loftq.training.keep_float32 import KeepFloat32 as KeepFloat32
     from loftq.training.sweep import sweep as sweep
     from loftq.training.train import train as train
+    from loftq.verbs.config import config as config
     from loftq.verbs.inspect import inspect as inspect
     from loftq.verbs.merge import merge as merge
     from loftq.verbs.push import push as push
     from loftq.verbs.quantize import quantize as quantize
     from loftq.verbs.quantize_model import quantize_model as quantize_model
+    from loftq.verbs.relocate import relocate as relocate
     from loftq.verbs.report import report as report
     from loftq.verbs.verify import verify as verify
 
 __all__ = [
+    "KeepFloat32",
     "LoftQError",
+    "config",
     "evaluate",
     "generate",
     "inspect",
@@ -45,6 +50,7 @@ __all__ = [
     "push",
     "quantize",
     "quantize_model",
+    "relocate",
     "report",
     "sweep",
     "train",
@@ -52,7 +58,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "KeepFloat32": "loftq.training.keep_float32",
     "LoftQError": "loftq.errors",
+    "config": "loftq.verbs.config",
     "evaluate": "loftq.training.evaluate",
     "generate": "loftq.training.generate",
     "inspect": "loftq.verbs.inspect",
@@ -62,6 +70,7 @@ _HOMES = {
     "push": "loftq.verbs.push",
     "quantize": "loftq.verbs.quantize",
     "quantize_model": "loftq.verbs.quantize_model",
+    "relocate": "loftq.verbs.relocate",
     "report": "loftq.verbs.report",
     "sweep": "loftq.training.sweep",
     "train": "loftq.training.train",

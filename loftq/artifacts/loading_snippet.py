@@ -6,9 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from loftq.artifacts.serving import serving_section
+from loftq.core.solvers.methods import PLAIN_START
 from loftq.formats.adapter import FOLDER
 from loftq.formats.layouts import LAYOUTS
 from loftq.models.tasks import recorded_task
+
+_ALONE = """**Always load the adapter too.** `from_pretrained(MODEL_DIR)`, `pipeline(model=MODEL_DIR)` and trainers that
+get nothing but `MODEL_DIR` read the backbone without the adapter that corrects it, and say nothing. Without it the
+backbone is often worse than plain rounding.
+
+"""
+_IN_ONE_CALL = f"""
+
+In transformers, `adapter_kwargs={{"subfolder": "{FOLDER}"}}` in `from_pretrained(MODEL_DIR, ...)` reads both in one
+call; a `pipeline` takes it within `model_kwargs={{...}}`."""
 
 
 def loading_lines(
@@ -50,7 +61,9 @@ def loading_section(manifest: Mapping[str, Any], repo_id: str | None = None, rev
         folder = f"huggingface_hub.snapshot_download(MODEL_DIR{at})"
     serving = serving_section(manifest, repo_id, revision)
     more = f"\n\n{serving}" if serving else ""
-    return f"""```python
+    corrects = manifest["kind"] == "qlora" and manifest["recipe"].get("method") != PLAIN_START
+    alone = _ALONE if corrects else ""
+    return f"""{alone}```python
 {loading_lines(manifest, repo_id, revision)}```
 
-or, with loftq installed, `model = loftq.load_{manifest["kind"]}({folder})`.{more}"""
+or, with loftq installed, `model = loftq.load_{manifest["kind"]}({folder})`.{_IN_ONE_CALL}{more}"""

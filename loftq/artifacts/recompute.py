@@ -56,11 +56,11 @@ def compare_with_source(
             yield Problem(layer.module, f"cannot be read as {pair.backbone.format}: {problem}")
             digests[layer.tensor] = _digest(plan, layer)
             continue
-        if _differ(norm, row["weight_norm"], norm):
+        if differ(norm, row["weight_norm"], norm):
             difference = f"its {layer.tensor} has norm {norm:.6g}, {MANIFEST} has {row['weight_norm']:.6g}"
             yield Problem(plan.source.name, f"{_wrong_source(plan.source, manifest)}: {difference}")
             return
-        if _differ(error, row["error"], row["error"]):
+        if differ(error, row["error"], row["error"]):
             text = f"has the relative error {error:.6g}, {MANIFEST} has {row['error']:.6g}"
             yield Problem(layer.module, text)
         advance(layer.weights)
@@ -113,7 +113,8 @@ def _left(
     return squared_error(weight, rounded, factors, pair.adapter.scaling_of(module), pair.adapter.pool_size)
 
 
-def _differ(computed: float, reported: float, unit: float) -> bool:
+def differ(computed: float, reported: float, unit: float) -> bool:
+    """Whether a computed error differs from a reported one by more than rounding explains."""
     return not abs(computed - reported) <= _TOLERANCE * unit + _LEAST  # written so that NaN differs
 
 

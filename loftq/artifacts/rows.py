@@ -22,7 +22,12 @@ def planned_row(plan: Plan, layer: Layer) -> dict[str, Any]:
 
 def layer_row(plan: Plan, layer: Layer, trace: Trace) -> dict[str, Any]:
     """The row of a solved layer. Errors are relative to the norm of the weight, or of the outputs (`output_`)."""
-    row = planned_row(plan, layer) | {"weight_norm": trace.weight, "kept_iteration": trace.kept}
+    return planned_row(plan, layer) | error_entries(trace)
+
+
+def error_entries(trace: Trace) -> dict[str, Any]:
+    """The entries of a row that hold errors."""
+    row: dict[str, Any] = {"weight_norm": trace.weight, "kept_iteration": trace.kept}
     for prefix, errors in (("", trace), ("output_", trace.outputs)):
         if errors is not None:
             unit = errors.weight or 1.0

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from loftq.models.tasks import CAUSAL
+
 PLACE = "MODEL_DIR"  # in lines of a folder that is in no repository
 BASE = "BASE"  # in lines of an adapter whose base has no name on the Hub
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
-_TASK = "causal-lm"  # what these servers are for
 _WHOLE = ("vllm serve {place}", "python -m sglang.launch_server --model-path {place}")
 _GGUF = ("llama-server -m {file}", "ollama create my-model -f Modelfile")
 _LINES: Mapping[str, tuple[str, ...]] = {
@@ -60,7 +61,7 @@ def serving_lines(
     """
     source = manifest.get("source", {})
     target = source.get("target") or _start(manifest)
-    if not _LINES.get(target) or source.get("task", _TASK) != _TASK:
+    if not _LINES.get(target) or source.get("task", CAUSAL[0]) not in CAUSAL:
         return ()
     fields = {
         "place": repo_id or PLACE,

@@ -19,10 +19,11 @@ from loftq.calibration.statistics import AGAIN, read_panels
 from loftq.core.moments import Moment
 from loftq.errors import SourceError
 from loftq.formats.disk import sync
+from loftq.models.tasks import CAUSAL
 from loftq.planning.plan import Plan
 
 TOP = 256  # number of tokens whose log-probabilities are kept at each position
-VOCABULARY = ("causal-lm", "seq2seq-lm", "masked-lm")  # tasks whose models predict tokens
+VOCABULARY = (*CAUSAL, "seq2seq-lm", "masked-lm")  # tasks whose models predict tokens
 
 
 class _Input(NamedTuple):

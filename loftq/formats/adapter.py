@@ -97,10 +97,12 @@ def config_text(
     target_parameters: Sequence[str] = (),
     expert_rank: int | None = None,
     expert_alpha: float | None = None,
+    revision: str | None = None,
 ) -> str:
     """The text of `adapter_config.json`. With a pool size it is that of a QA-LoRA, which peft supports since 0.18.
 
-    `target_parameters` are those of fused experts, which have a rank and an alpha of their own.
+    `target_parameters` are those of fused experts, which have a rank and an alpha of their own. `revision` is that of
+    the base model on the Hub.
     """
     config: dict[str, object] = {
         "peft_type": "LORA",
@@ -118,6 +120,8 @@ def config_text(
         "loftq_config": {},
         "modules_to_save": list(modules_to_save) or None,
     }
+    if revision is not None:
+        config["revision"] = revision
     if pool_size is not None:
         config |= {"use_qalora": True, "qalora_group_size": pool_size}
     if target_parameters:

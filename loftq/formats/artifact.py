@@ -161,6 +161,11 @@ def read_artifact(folder: Path | str) -> Artifact:
     path = folder / MANIFEST
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder: expected one that `loftq quantize` wrote")
+    if not path.is_file() and _is_dense(folder) and (folder / adapter.FOLDER / adapter.CONFIG).is_file():
+        raise ArtifactError(
+            f"{folder} has no {MANIFEST}, but an adapter in {adapter.FOLDER}: if the original LoftQ script wrote it, "
+            f"`loftq quantize {folder}` makes a loftq folder of it and keeps its adapter"
+        )
     if not path.is_file():
         raise ArtifactError(
             f"{folder} has no {MANIFEST}: it is not a loftq folder, or the run that wrote it was interrupted "
@@ -168,6 +173,12 @@ def read_artifact(folder: Path | str) -> Artifact:
         )
     refuse_links(folder, [MANIFEST], ArtifactError)
     return Artifact(folder, read_manifest(path))
+
+
+def _is_dense(folder: Path) -> bool:
+    """Whether a folder holds a model that is not quantized."""
+    config = folder / "config.json"
+    return config.is_file() and not read_json(config, {}, foreign=True).get("quantization_config")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

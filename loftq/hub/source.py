@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from loftq.display import one_line
-from loftq.errors import CheckpointError, OptionError, SourceError
-from loftq.formats.adapter import CONFIG
+from loftq.errors import CheckpointError, SourceError
+from loftq.formats.adapter import CONFIG, FOLDER
 from loftq.formats.artifact import CARD, MANIFEST
 from loftq.formats.checkpoint import (
     INDEX,
@@ -38,10 +38,11 @@ from loftq.formats.model_files import (
 )
 from loftq.hub.default_model import default_model, unpack_gguf
 from loftq.hub.errors import checked_token, explain_source_refusals
+from loftq.hub.names import find_folder, repository_of
 from loftq.hub.snapshot import check_hashes, download
 
 # The small files of a repository that are read: those to copy, and those that say what it is.
-_SMALL = (*SIDE_FILES, *SENTENCE_FILES, "config.json", INDEX, CARD, MANIFEST, CONFIG)
+_SMALL = (*SIDE_FILES, *SENTENCE_FILES, "config.json", INDEX, CARD, MANIFEST, CONFIG, f"{FOLDER}/{CONFIG}")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def find_source(
 ) -> Source:
     """Find the model that a name stands for; None is the default model. With `headers_only` no weights are downloaded.
 
+    The name is a folder, or on the Hub `OWNER/NAME` or `OWNER/NAME@REVISION`.
+
     Raises SourceError, and CheckpointError for damaged or missing weights.
     """
     if model is None:
@@ -105,36 +108,13 @@ def find_source(
     if folder is not None:
         check_model_folder(folder, trust_remote_code)
         return Source(str(folder.resolve()), folder, read_checkpoint(folder), local=True)
-    return _hub_source(model, revision, token, trust_remote_code, headers_only)
+    return _hub_source(*repository_of(model, revision), token, trust_remote_code, headers_only)
 
 
 def find_recorded(name: str, revision: str | None = None) -> Source:
     """Find the model that a manifest names, also where a package ships it. Raises the errors of `find_source`."""
     shipped = default_model()["model"] == name and not Path(name).is_dir()
     return find_source(None if shipped else name, revision=revision)
-
-
-def find_folder(model: str, revision: str | None = None) -> Path | None:
-    """Return the folder that a name stands for, or None if the name can only be an id on the Hub.
-
-    Raises SourceError for any other name, and OptionError if a `revision` is given for a folder.
-    """
-    try:
-        folder = Path(model).expanduser()
-        is_folder, exists = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError) as error:  # a too long name, a missing permission, an unknown user after ~
-        raise SourceError(f"cannot look for {model}: {getattr(error, 'strerror', None) or error}") from error
-    if is_folder:
-        if revision is not None:
-            raise OptionError(
-                f"--revision {revision} applies to models on the Hub, and {model} is a folder: leave the option out"
-            )
-        return folder
-    if exists:
-        raise SourceError(f"{model} is a file: expected a checkpoint folder or the id of a model on the Hub")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise SourceError(f"no such folder: {model}: check the path, or name a model on the Hub")
-    return None
 
 
 def fetch_all(source: Source) -> Path:

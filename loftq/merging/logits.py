@@ -18,7 +18,7 @@ from torch import nn
 from loftq.artifacts.pair import BackboneAndAdapter
 from loftq.artifacts.staging import Staging
 from loftq.errors import ArtifactError
-from loftq.formats.checkpoint import read_checkpoint
+from loftq.formats.checkpoint import Checkpoint, read_checkpoint
 from loftq.merging.target import Target
 from loftq.models.expert_stacks import stack_names
 from loftq.models.loading import load_base
@@ -100,13 +100,17 @@ def _round(model: nn.Module, target: Target, merged: Path) -> None:
         written = read_checkpoint(merged)
         stacks = target.pair.backbone.stacks
         for owner in dict.fromkeys(name.rpartition(".")[0] for name in stacks):
-            _round_experts(model.get_submodule(owner), partial(target.rounded, owner, written))
+            _round_experts(model.get_submodule(owner), owner, partial(_rounded_by, target, written))
         for name in (name for name in target.pair.backbone.grids if name not in stacks):
             layer: Any = model.get_submodule(name)
             layer.forward = partial(_rounded_forward, layer, layer.forward, partial(target.rounded, name, written))
 
 
-def _round_experts(module: Any, rounded: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def _rounded_by(target: Target, written: Checkpoint, module: str, weight: torch.Tensor) -> torch.Tensor:
+    return target.rounded(module, written, weight.float())
+
+
+def _round_experts(module: Any, owner: str, rounded: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
     """Put dense weights with the adapter in them in the place of packed experts, and round them."""
     while hasattr(module, "base_layer"):
         module.merge()
@@ -115,7 +119,7 @@ def _round_experts(module: Any, rounded: Callable[[torch.Tensor], torch.Tensor])
         module.to_dense()
     for name in stack_names(module):
         weight = getattr(module, name)
-        weight.data = rounded(weight.data.float()).to(weight.dtype)
+        weight.data = rounded(f"{owner}.{name}", weight.data).to(weight.dtype)
 
 
 def _rounded_forward(

@@ -49,7 +49,12 @@ FAMILIES = {
         Family("smollm3", _LLAMA),
         Family("gemma2", _LLAMA),
         Family("gemma3_text", _LLAMA),
-        Family("gemma3", tuple(f"language_model.*.{name}" for name in _LLAMA), stays=("vision_tower",)),
+        Family(
+            "gemma3",
+            tuple(f"language_model.*.{name}" for name in _LLAMA),
+            ("image-text-to-text",),
+            stays=("vision_tower",),
+        ),
         Family("olmo2", _LLAMA),
         Family("phi", _PHI),
         Family("phi3", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from loftq.chatter import silenced
-from loftq.core.grid import ROW
 from loftq.errors import ArtifactError, OptionError, UnknownNameError
 from loftq.formats import gptq
 from loftq.formats.adapter import open_adapter
-from loftq.formats.adapter_targets import target_names
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.formats.checkpoint import dtype_of, read_checkpoint
 from loftq.formats.model_config import FILE, check_beside, read_config
+from loftq.hub.folder import fetch_adapter, fetch_folder
 from loftq.models.adapters import check_adapter, check_shapes, foreign_adapter
 from loftq.models.choices import OFFLOADS
 from loftq.models.input_gradients import require_input_gradients
-from loftq.models.peft_targets import adapt, load_adapter
+from loftq.models.peft_targets import load_adapter
 from loftq.models.refusals import explain_loading
 from loftq.models.tasks import TASKS, auto_class, recorded_task
 
@@ -47,6 +46,7 @@ def load_qlora(
 ) -> PeftModel:
     """Load a folder that `loftq quantize` wrote, with its initial adapter or a trained one.
 
+    Both are folders, or on the Hub `OWNER/NAME` or `OWNER/NAME@REVISION`; the adapter may be `OWNER/NAME/FOLDER` too.
     In addition to `from_pretrained`, it sets the compute dtype of the folder (or `dtype`), turns off bitsandbytes'
     repacking of weights on CPUs, runs norms and the head of a task in float32 without changing the embeddings, makes
     inputs require gradients so that gradient checkpointing works, and checks that the adapter belongs to the backbone.
@@ -56,7 +56,7 @@ def load_qlora(
     """
 
     artifact = _open(folder, "qlora")
-    chosen = artifact.adapter if adapter is None else Path(adapter)
+    chosen = artifact.adapter if adapter is None else fetch_adapter(adapter)
     check_adapter(artifact, chosen)
     if offload is None:
         return load_adapter(load_base(artifact, is_trainable, device_map, dtype), chosen, is_trainable=is_trainable)
@@ -93,17 +93,20 @@ def load_qalora(
     rank: int = 16,
     alpha: float | None = None,
     pool_size: int | None = None,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] | None = None,
 ) -> PeftModel:
     """Load a group-wise quantized model with a QA-LoRA adapter, in peft's convention (arXiv 2309.14717).
 
     `folder` is either one that `loftq quantize --adapter qalora` wrote, with its initial adapter or a trained one, or
-    any GPTQ checkpoint of a causal language model (version 1 or 2, with or without act-order). Without `adapter`, such
-    a checkpoint gets a new adapter of `rank`, `alpha` (default: the rank) and `pool_size` (default: the group size),
-    which adds nothing yet. With `backend="gptqmodel"`, gptqmodel runs GPTQ weights, if it is installed. The rest of
-    the setup is that of `load_qlora`. Raises ArtifactError and OptionError.
+    any GPTQ checkpoint of a causal language model (version 1 or 2, with or without act-order); both it and `adapter`
+    are named as for `load_qlora`. Without `adapter`, such a checkpoint gets a new adapter of `rank`, `alpha` (default:
+    the rank), `pool_size` (default: the group size) and `dropout` on `target_modules` (ends of names; default: all
+    quantized linears), which adds nothing yet. With `backend="gptqmodel"`, gptqmodel
+    runs GPTQ weights, if it is installed. The rest of the setup is that of `load_qlora`. Raises ArtifactError,
+    SourceError and OptionError.
     """
-    from peft import LoraConfig
-
+    from loftq.models.foreign_gptq import new_qalora
     from loftq.models.gptq_quantizer import has_gptqmodel
 
     if backend not in BACKENDS:
@@ -113,45 +116,30 @@ def load_qalora(
             'backend="gptqmodel": gptqmodel is not installed: run `pip install gptqmodel optimum`, '
             "or leave the argument out"
         )
-    ours = (Path(folder) / MANIFEST).is_file() or not gptq.is_gptq(Path(folder))
+    folder = fetch_folder(folder)
+    ours = (folder / MANIFEST).is_file() or not gptq.is_gptq(folder)
     artifact = _open(folder, "qalora") if ours else None
-    chosen = Path(adapter) if adapter is not None else artifact.adapter if artifact is not None else None
+    chosen = fetch_adapter(adapter) if adapter is not None else artifact.adapter if artifact is not None else None
     foreign = None
     if artifact is not None and chosen is not None:
         check_adapter(artifact, chosen)
     elif chosen is not None:
-        foreign = foreign_adapter(chosen, str(folder), read_checkpoint(Path(folder)), quantized=True)
-    base = load_base(artifact or Path(folder), is_trainable, device_map, dtype, backend)
+        foreign = foreign_adapter(chosen, str(folder), read_checkpoint(folder), quantized=True)
+    base = load_base(artifact or folder, is_trainable, device_map, dtype, backend)
     if foreign is not None:
         check_shapes(base, foreign, str(folder))
     if chosen is not None:
         return load_adapter(base, chosen, is_trainable=is_trainable)
-    quantized = [name for name, module in base.named_modules() if hasattr(module, "qweight")]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=cast(int, rank if alpha is None else alpha),
-        target_modules=target_names(quantized, [name for name, _ in base.named_modules()]),
-        use_qalora=True,
-        qalora_group_size=pool_size or _group_size(base),
-        task_type="CAUSAL_LM",
-    )
-    return adapt(base, config)
+    return new_qalora(base, folder, rank, rank if alpha is None else alpha, pool_size, dropout, target_modules)
 
 
 def _open(folder: str | Path, kind: str) -> Artifact:
-    artifact = open_artifact(folder)
+    artifact = open_artifact(fetch_folder(folder))
     actual = artifact.manifest["kind"]
     if actual != kind:
         loader = f"load_{actual}" if actual in ("qlora", "qalora") else "from_pretrained"
         raise ArtifactError(f"{folder} is a {actual} artifact: load it with {loader}, load_{kind} reads {kind} ones")
     return artifact
-
-
-def _group_size(base: Any) -> int:
-    actual = int(base.config.quantization_config.group_size)
-    if actual == ROW:
-        raise OptionError("this checkpoint has one group for each row: set pool_size, the number of inputs in a pool")
-    return actual
 
 
 def load_base(

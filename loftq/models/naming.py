@@ -74,6 +74,7 @@ def map_names(
         written[name] = name if converted else key
         if converted:
             fused.setdefault(key, []).append((name, converted))
+            provided |= _split_into(key, converted, converters)
         else:
             source[key] = name
     for copy, original in tied.items():
@@ -96,6 +97,12 @@ def map_names(
 def _has_part(key: str, modules: Collection[str]) -> bool:
     """Whether a module of one of these names holds a parameter, at any depth: `score` holds `model.score.weight`."""
     return any(f".{module}." in f".{key}" for module in modules)
+
+
+def _split_into(key: str, pattern: str, converters: Iterable[Any]) -> set[str]:
+    """The parameters into which a tensor is split that matches a pattern; `key` is the first of them."""
+    targets = next(c.target_patterns for c in converters if pattern in c.source_patterns)
+    return {key.replace(targets[0], target) for target in targets}
 
 
 def _missing(

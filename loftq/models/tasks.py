@@ -37,10 +37,13 @@ class Task:
     has_head: bool = False
 
 
+IMAGE_TEXT = "image-text-to-text"
+CAUSAL = ("causal-lm", IMAGE_TEXT)  # tasks whose models predict the next token of a text
 TASKS = {
     task.name: task
     for task in (
         Task("causal-lm", "AutoModelForCausalLM", "CAUSAL_LM"),
+        Task(IMAGE_TEXT, "AutoModelForImageTextToText", "CAUSAL_LM"),
         Task("seq2seq-lm", "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
         Task("speech-seq2seq", "AutoModelForSpeechSeq2Seq", None),  # peft's class of seq2seq models demands text
         Task("ctc", "AutoModelForCTC", None, has_head=True),
@@ -153,15 +156,34 @@ def _choose(folder: Path, config: Any, architectures: list[str], wanted: str | N
                 f"(it has classes for: {tasks})"
             )
         return TASKS[wanted]
-    for task, names in classes.items():
-        if set(architectures) & set(names):
-            return TASKS[task]
+    own = _fitting(classes, config, architectures)
+    if own is not None:
+        return TASKS[own]
     if getattr(config, "auto_map", None) and classes:
         return TASKS[next(iter(classes))]
     raise SourceError(
         f"{folder} is a {config.model_type} model ({', '.join(architectures) or 'no architecture named'}), and its "
         f"architecture does not tell the task: choose one with --task (transformers has classes for: {tasks})"
     )
+
+
+def own_task(folder: Path) -> str | None:
+    """The task of the architecture that a checkpoint folder names; None if it names none that belongs to a task."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception:  # of a type that needs code of its own
+        return None
+    classes = {task.name: names for task in TASKS.values() if (names := _classes(task, config))}
+    return _fitting(classes, config, [str(name) for name in config.architectures or ()])
+
+
+def _fitting(classes: Mapping[str, list[str]], config: Any, architectures: list[str]) -> str | None:
+    fitting = [task for task, names in classes.items() if set(architectures) & set(names)]
+    if IMAGE_TEXT in fitting and getattr(config, "vision_config", None) is not None:
+        return IMAGE_TEXT  # transformers loads some of these models as causal language models too
+    return fitting[0] if fitting else None
 
 
 def _classes(task: Task, config: Any) -> list[str]:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loftq.errors import ArtifactError, OptionError
-from loftq.formats.adapter import CONFIG, WEIGHTS, read_config
+from loftq.formats.adapter import CONFIG, FOLDER, WEIGHTS, read_config
 from loftq.formats.artifact import MANIFEST, open_artifact
 from loftq.formats.model_config import FILE
+from loftq.hub.folder import fetch_adapter, is_adapter_repository
 from loftq.models.adapters import TRAINING_RECORD, training_record
 
 
@@ -23,19 +24,23 @@ def is_adapter_folder(folder: Path) -> bool:
 
 
 def with_backbone(name: str, adapter: str | None = None) -> tuple[str, str | None]:
-    """The name of a backbone, and the folder of its adapter, from the name of either.
+    """The name of a backbone, and the folder of its adapter, from the name of either, here or on the Hub.
 
-    A name that is not an adapter's folder is returned as it is. Raises OptionError if two adapters are named, and
-    ArtifactError for an adapter whose backbone is not found.
+    A name that is not an adapter's is returned as it is. Raises OptionError if two adapters are named, ArtifactError
+    for an adapter whose backbone is not found, and SourceError for one that cannot be downloaded.
     """
     folder = Path(name).expanduser()
+    if adapter is None and not folder.is_dir() and is_adapter_repository(name):
+        folder = fetch_adapter(name)
+    if not is_adapter_folder(folder) and not (folder / FILE).is_file() and is_adapter_folder(folder / FOLDER):
+        folder = folder / FOLDER  # the adapter that `loftq quantize --backbone` made
     if not is_adapter_folder(folder):
         if (folder / TRAINING_RECORD).is_file():
             raise ArtifactError(
                 f"{folder} holds a training that is not finished: finish it with `loftq train ... --resume`, or name "
                 "one of its checkpoints"
             )
-        return name, adapter
+        return name, None if adapter is None else str(fetch_adapter(adapter))
     if adapter is not None:
         raise OptionError(
             f"--adapter {adapter}: {name} is the folder of an adapter too: leave the option out, or name the backbone "
@@ -46,7 +51,8 @@ def with_backbone(name: str, adapter: str | None = None) -> tuple[str, str | Non
 
 def backbone_name(folder: Path) -> str:
     """The folder of the backbone of an adapter, or its id on the Hub. Raises ArtifactError if it is not found."""
-    base = str(read_config(folder).get("base_model_name_or_path") or "")
+    config = read_config(folder)
+    base = str(config.get("base_model_name_or_path") or "")
     record = training_record(folder) or {}
     candidates = list(_candidates(base, record))
     folders = [path for path in candidates if path.is_dir()]
@@ -54,7 +60,7 @@ def backbone_name(folder: Path) -> str:
     if folders:
         return str((fitting or folders)[0])
     if base and not base.startswith((".", "/", "~")) and base.count("/") <= 1:
-        return base
+        return f"{base}@{config['revision']}" if config.get("revision") else base
     looked = f" (looked for: {', '.join(map(str, candidates))})" if candidates else ""
     raise ArtifactError(
         f"{folder} is an adapter whose backbone is not found{looked}: name the backbone, and give this folder with "

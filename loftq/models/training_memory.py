@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from loftq.models.head_loss import LOGITS, HiddenStates
 from loftq.models.lockstep import find_blocks
+from loftq.models.tasks import CAUSAL
 
 _GRADIENTS = 2  # gradients of the largest tensor that is kept, the logits: a finished one and one being computed
 _HEAP = 1.5  # growth of a process relative to its live tensors: glibc is late to return blocks of changing sizes
@@ -59,7 +60,7 @@ def kept_bytes(
 def streams_logits(model: Any, tasks: Sequence[str]) -> bool:
     """Whether the loss of a peft model on the meta device is computed without the logits of a whole batch."""
     inner = model.get_base_model()
-    if "causal-lm" not in tasks or inner.config.is_encoder_decoder:
+    if not set(CAUSAL) & set(tasks) or inner.config.is_encoder_decoder:
         return False
     ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
     with Unpadded(), torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from loftq.hub.source import Source
@@ -20,7 +21,10 @@ def command_line(recipe: Recipe, source: Source) -> str:
 
     Lines are at most about 100 characters long.
     """
-    values = {name: getattr(recipe.requested, name) for name in _ALWAYS} | said(recipe.requested)
+    always = _ALWAYS if recipe.backbone is None else ("rank",)
+    values = {name: getattr(recipe.requested, name) for name in always} | said(recipe.requested)
+    if recipe.backbone is not None and Path(recipe.backbone).exists():
+        values["backbone"] = Path(recipe.backbone).name
     if recipe.calibration is not None:
         values["calibration"] = public_name(recipe.calibration)
     words = [_option(name, value) for name, value in values.items()]

@@ -62,22 +62,12 @@ class Experts:
         return tuple(target_parameters([layer.module for layer in self.layers], everything))
 
     def notes(self, plan: Plan) -> Iterator[str]:
-        """The fused experts that stay in 16 bits, by reason, and the share of all weights that does."""
+        """The fused experts that stay in 16 bits, by reason."""
         dtype = plan.recipe.compute_dtype
         sizes = {name: parameter.numel() for name, parameter in self._model.named_parameters()}
         for reason in dict.fromkeys(self.reasons.values()):
             kept = sum(sizes[name] for name, other in self.reasons.items() if other == reason)
             yield f"fused experts stay in {dtype}: {kept * plan.recipe.dtype.itemsize / 1e9:.3g} GB, because {reason}"
-        if self.layers or self.reasons:
-            parts = {
-                "fused experts": sum(sizes[name] for name in self.reasons),
-                "embeddings and head": sum(sizes[name] for name in _vocabulary(self._model) if name in sizes),
-            }
-            total = sum(sizes.values())
-            kept = total - plan.weights
-            parts["norms, routers and other parameters"] = kept - sum(parts.values())
-            listed = ", ".join(f"{name} {part / total:.1%}" for name, part in parts.items() if part > 0)
-            yield f"{kept / total:.1%} of the weights stay in {dtype}: {listed}"
 
     def _selected(self, candidates: Mapping[str, ExpertStack]) -> dict[str, ExpertStack]:
         """The candidates that the settings select."""
@@ -164,15 +154,3 @@ def _by_expert(parts: Sequence[tuple[str, str]], experts: int) -> Parts | None:
     if not by_pattern or any(len(found) != experts for found in by_pattern.values()):
         return None
     return tuple(zip(*by_pattern.values(), strict=True))
-
-
-def _vocabulary(model: nn.Module) -> list[str]:
-    """The names of the weights of the embeddings and the output head."""
-    layers = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            layers.append(getattr(model, getter)())
-        except (AttributeError, NotImplementedError):  # a model without them
-            continue
-    weights = {id(layer.weight) for layer in layers if layer is not None and hasattr(layer, "weight")}
-    return [name for name, parameter in model.named_parameters() if id(parameter) in weights]

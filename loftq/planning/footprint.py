@@ -29,6 +29,7 @@ from math import prod
 from typing import Any
 
 from loftq.models.head_loss import LOGITS
+from loftq.models.tasks import CAUSAL
 from loftq.models.training_memory import trained_bytes
 from loftq.planning.plan import Plan
 from loftq.planning.settings import TOKENS
@@ -64,7 +65,7 @@ def footprint(plan: Plan, tokens: int = TOKENS) -> Footprint:
     config: Any = plan.model.config.get_text_config()  # type: ignore[operator, union-attr]
     kept = len(blocks) * tokens * int(config.hidden_size) * item
     logits = tokens * int(config.vocab_size)
-    streamed = plan.task.name == "causal-lm" and not any(getattr(config, name, None) for name in _CHANGED)
+    streamed = plan.task.name in CAUSAL and not any(getattr(config, name, None) for name in _CHANGED)
     head = min(logits, LOGITS) * _CHUNK_BYTES if streamed else logits * _LOGIT_BYTES
     trained = trained_bytes(plan.trained_parameters)
     working = max(head, max(blocks.values()) + largest)

@@ -42,10 +42,12 @@ class QuantizeKeywords(TypedDict, total=False):
     refine: int | None
     target_modules: Sequence[str] | None
     exclude_modules: Sequence[str]
+    backbone: str | Path | None
     task: str | None
     num_labels: int | None
     max_shard_size: str
     revision: str | None
+    source: str | Path | None
     trust_remote_code: bool
     save_dir: str | Path
     output: str | Path | None

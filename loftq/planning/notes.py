@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from loftq.display import few_of
 from loftq.formats.prequantized import DenseView
 from loftq.models.families import family_of
+from loftq.models.language_part import language_part
 from loftq.models.linears import Linears
 from loftq.models.naming import NameMap
+from loftq.models.tasks import own_task
 
 if TYPE_CHECKING:
     from loftq.planning.plan import Plan
@@ -19,7 +21,9 @@ def notes_on(plan: Plan, linears: Linears, names: NameMap) -> Iterator[str]:
     """Notes on the model, on what loads the result, and on what stays unquantized."""
     dtype = plan.recipe.compute_dtype
     if not family_of(plan.model_type).tested:
-        yield f"model type {plan.model_type} is not in the table of families: every linear of its modules is quantized"
+        part = language_part(plan.model, plan.task.name, list(linears.candidates))
+        which = "its modules" if part is None else "its language model, unless --target-modules names others,"
+        yield f"model type {plan.model_type} is not in the table of families: every linear of {which} is quantized"
     if family_of(plan.model_type).float32:
         yield f"transformers runs {plan.model_type} only in float32, so this is the compute dtype"
     if isinstance(plan.source.checkpoint, DenseView):
@@ -39,4 +43,14 @@ def notes_on(plan: Plan, linears: Linears, names: NameMap) -> Iterator[str]:
     if plan.created:
         yield f"not in the checkpoint, newly initialized: {few_of(list(plan.created))}"
     if names.left_out:
-        yield f"not a part of the model, left out: {few_of(names.left_out)}"
+        yield f"not a part of the model, left out: {few_of(names.left_out)}{_kept_by(plan, names.left_out)}"
+
+
+def _kept_by(plan: Plan, left_out: Sequence[str]) -> str:
+    """The share of the checkpoint that is left out, and the task that would keep it, if that is another one."""
+    own = own_task(plan.source.folder)
+    if own is None or own == plan.task.name:
+        return ""
+    sizes = {name: spec.numel for name, spec in plan.source.checkpoint.tensors.items()}
+    share = sum(sizes[name] for name in left_out) / sum(sizes.values())
+    return f" ({share:.1%} of the weights; --task {own} keeps them)"

@@ -21,18 +21,20 @@ from loftq.hub.source import Source
 from loftq.models import linears, naming
 from loftq.models.expert_stacks import find_stacks
 from loftq.models.families import family_of
+from loftq.models.language_part import language_part
 from loftq.models.linears import DenseLinear, Linears
 from loftq.models.loader_probe import runs_packed
 from loftq.models.naming import NameMap
-from loftq.models.tasks import build_meta
+from loftq.models.tasks import Task, build_meta
 from loftq.planning.experts import Experts
 from loftq.planning.fitting import Fitting
+from loftq.planning.kept_share import kept_share
 from loftq.planning.notes import notes_on
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.recipe import Recipe
 from loftq.planning.weights import check_quantizable, refuse_narrow
 
-_POOLER = "pooler"  # checkpoints of masked language models often lack it, and transformers initializes it
+POOLER = "pooler"  # checkpoints of masked language models often lack it, and transformers initializes it
 
 
 def make_plan(
@@ -60,10 +62,10 @@ def make_plan(
     if family_of(str(model.config.model_type)).float32:  # type: ignore[union-attr]
         recipe = replace(recipe, compute_dtype="float32")
     model_linears = linears.find_linears(model)
-    targets = _targets(model, model_linears, recipe, source)
+    targets = _targets(model, task, model_linears, recipe, source)
     heads = model_linears.heads if task.has_head else ()
     resized = heads if recipe.num_labels is not None else ()
-    names = naming.map_names(model, source.checkpoint.tensors, new=(*heads, _POOLER), resized=resized)
+    names = naming.map_names(model, source.checkpoint.tensors, new=(*heads, POOLER), resized=resized)
     saved = (*heads, *_new_poolers(names)) if task.has_head else ()
     experts = Experts(model, names, source.checkpoint, recipe if with_experts else recipe.without_experts())
     if not experts.layers:
@@ -85,7 +87,7 @@ def make_plan(
         passed=passed,
         created=created,
         backbone=_lay_out_backbone(layers, names, {**passed, **created}, recipe, LAYOUTS[format]),
-        adapter=_lay_out_adapter(layers, {**passed, **created}, recipe),
+        adapter=lay_out_adapter(layers, {**passed, **created}, recipe),
         target_modules=tuple(target_names(targets, [name for name, _ in model.named_modules()])),
         target_parameters=experts.target_parameters,
         modules_to_save=saved,
@@ -93,8 +95,9 @@ def make_plan(
         format=format,
         notes=(),
     )
-    notes = (*notes_on(plan, model_linears, names), *experts.notes(plan), *fitting.notes(recipe.compute_dtype))
-    return replace(plan, notes=notes)
+    notes = [*notes_on(plan, model_linears, names), *experts.notes(plan)]
+    notes += [*kept_share(plan, model_linears, experts.reasons), *fitting.notes(recipe.compute_dtype)]
+    return replace(plan, notes=tuple(notes))
 
 
 def _with_dense_weights(source: Source) -> Source:
@@ -113,8 +116,8 @@ def _with_dense_weights(source: Source) -> Source:
     return replace(source, checkpoint=dense)
 
 
-def _targets(model: nn.Module, model_linears: Linears, recipe: Recipe, source: Source) -> list[str]:
-    """The modules to quantize: those of the recipe, or else those of the family, or else all."""
+def _targets(model: nn.Module, task: Task, model_linears: Linears, recipe: Recipe, source: Source) -> list[str]:
+    """The modules to quantize: those of the recipe, or else those of the family, or else all of the language model."""
     if not model_linears.candidates:
         kinds = ", ".join(sorted(set(model_linears.others.values()))) or "none"
         raise SourceError(f"{source.name} has no linear layer that can be quantized (its other dense layers: {kinds})")
@@ -123,7 +126,8 @@ def _targets(model: nn.Module, model_linears: Linears, recipe: Recipe, source: S
         usual = family_of(str(model.config.model_type)).targets  # type: ignore[union-attr]
         names = list(model_linears.candidates)
         reached = [p for p in usual or () if any(linears.reaches(p, name) for name in names)]
-        wanted = tuple(reached) or None
+        part = language_part(model, task.name, names)
+        wanted = tuple(reached) or (None if part is None else (f"{part}.*",))
     stacks = list(find_stacks(model).candidates)
     return linears.select(model, model_linears, wanted, recipe.exclude_modules, stacks)
 
@@ -143,7 +147,7 @@ def _layer(module: str, dense: DenseLinear, origin: Mapping[str, str], source: S
     last = module.rpartition(".")[2]
     if key not in origin:
         raise SourceError(
-            f"{key} is made of several checkpoint tensors when it is loaded, which cannot be streamed: "
+            f"{key} is made of several checkpoint tensors, or of a part of one, which cannot be streamed: "
             f"add --exclude-modules {last}"
         )
     spec = source.checkpoint.tensors[origin[key]]
@@ -153,8 +157,8 @@ def _layer(module: str, dense: DenseLinear, origin: Mapping[str, str], source: S
 
 def _new_poolers(names: NameMap) -> list[str]:
     """Newly initialized poolers before a head, which must be trained with it."""
-    keys = [key.partition(f".{_POOLER}.") for key in names.created]
-    return list(dict.fromkeys(f"{before}.{_POOLER}" for before, found, _ in keys if found))
+    keys = [key.partition(f".{POOLER}.") for key in names.created]
+    return list(dict.fromkeys(f"{before}.{POOLER}" for before, found, _ in keys if found))
 
 
 def _allocate(layers: tuple[Layer, ...], recipe: Recipe, widths: Mapping[str, float] | None) -> tuple[Layer, ...]:
@@ -214,7 +218,8 @@ def _lay_out_backbone(
     return tuple(lay_out(groups, parse_size(recipe.max_shard_size)))
 
 
-def _lay_out_adapter(layers: tuple[Layer, ...], kept: Mapping[str, TensorSpec], recipe: Recipe) -> Shard:
+def lay_out_adapter(layers: tuple[Layer, ...], kept: Mapping[str, TensorSpec], recipe: Recipe) -> Shard:
+    """The file of an adapter: the factors of the layers, and those of the tensors that it holds as a whole."""
     specs = [
         spec for layer in layers for spec in adapter.specs(layer.module, layer.shape, layer.rank, recipe.pool_size)
     ]

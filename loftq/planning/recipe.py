@@ -29,6 +29,7 @@ from loftq.planning.settings import (
 from loftq.settings import declared, from_dict
 
 _OF_EXPERTS = ("expert_bits", "expert_rank")
+_IF_USED = (*_OF_EXPERTS, "backbone")  # settings that `loftq.json` leaves out if they are None
 
 
 def layer_seed(seed: int, module: str) -> int:
@@ -99,9 +100,9 @@ class Recipe(QuantizeSettings):
         return dtype
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as in `loftq.json`. Settings of experts are left out if there are no experts."""
+        """Return plain values, as in `loftq.json`, without settings of experts and of a backbone that there is not."""
         values = {name: getattr(self, name) for name in declared(QuantizeSettings)}
-        return {name: value for name, value in values.items() if value is not None or name not in _OF_EXPERTS}
+        return {name: value for name, value in values.items() if value is not None or name not in _IF_USED}
 
 
 def recipe_of(**settings: Unpack[QuantizeKeywords]) -> Recipe:

@@ -189,6 +189,12 @@ class QuantizeSettings:
     exclude_modules: tuple[str, ...] = setting(
         (), "Modules to leave in 16 bits: names or patterns, separated by commas.", "model", metavar="NAMES"
     )
+    backbone: str | None = setting(
+        None,
+        "A quantized model that you already have: it stays as it is, and only an adapter for it is computed.",
+        "model",
+        metavar="MODEL",
+    )
     task: str | None = setting(
         None,
         "Task of the model: causal-lm, seq2seq-lm, sequence-classification and others.",
@@ -214,6 +220,12 @@ class RunSettings:
     """The settings of a run that do not change its result: its output, its device, and what is pushed to the Hub."""
 
     revision: str | None = setting(None, "Branch, tag or commit of MODEL on the Hub.", "model")
+    source: str | None = setting(
+        None,
+        "For a folder of the original LoftQ script: its full-precision model, by which the scaling is checked.",
+        "model",
+        metavar="MODEL",
+    )
     trust_remote_code: bool = setting(False, "Run the Python code that the model brings.", "model")
     save_dir: str = setting(
         SAVE_DIR, "Folder in which the output {name}-{bits}bit-{rank}rank is created.", "output", metavar="DIR"

@@ -17,6 +17,7 @@ from loftq.display import visible
 from loftq.errors import ArtifactError
 from loftq.formats.adapter import Adapter, open_adapter
 from loftq.formats.artifact import Artifact, open_artifact
+from loftq.models.merged import WITH_ADAPTER
 from loftq.planning.method_names import title_of
 from loftq.reporting.sweep_record import read_sweep
 
@@ -139,7 +140,8 @@ def measure(folders: Iterable[str | Path]) -> list[Measured]:
     """Read the artifacts to compare. Raises ArtifactError for other folders, and for artifacts without errors."""
     artifacts = [open_artifact(folder) for folder in folders]
     for artifact in artifacts:
-        if not artifact.manifest.get("layers") or "totals" not in artifact.manifest:
+        known = artifact.manifest["kind"] in WITH_ADAPTER
+        if not known or not artifact.manifest.get("layers") or "totals" not in artifact.manifest:
             kind = artifact.manifest["kind"]
             raise ArtifactError(
                 f"{artifact.folder} is a {kind} folder, which has no errors of layers to report: "

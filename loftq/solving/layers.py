@@ -39,11 +39,14 @@ from loftq.planning.run import Run
 from loftq.planning.weights import ExpertReader, check_finite, digest_of, is_finite, read_source_weight
 from loftq.solving.expert_inputs import expert_inputs
 
+Job = Callable[[Layer, ShardWriter], dict[str, Any]]  # writes the tensors of a layer, and returns its record
 
-def solve_all(plan: Plan, staging: Staging, statistics: Statistics | None, run: Run) -> None:
+
+def solve_all(plan: Plan, staging: Staging, statistics: Statistics | None, run: Run, job: Job | None = None) -> None:
     """Run a job for each tensor that is not in place yet, with a progress bar on stderr.
 
-    `statistics` are those of the layers' inputs, where text was given.
+    `statistics` are those of the layers' inputs, where text was given. `job` does the work of a layer if it is not to
+    be solved by the method of the recipe.
     """
     layers = {layer.tensor: layer for layer in plan.layers}
     # embeddings come first: at the end one worker would be busy with them while the others wait
@@ -57,7 +60,9 @@ def solve_all(plan: Plan, staging: Staging, statistics: Statistics | None, run: 
 
         def work(name: str) -> None:
             layer = layers.get(name)
-            if layer is not None and layer.experts:
+            if layer is not None and job is not None:
+                record = job(layer, writer)
+            elif layer is not None and layer.experts:
                 record = _solve_experts(plan, layer, statistics, writer, run.device)
             elif layer is not None:
                 record = _solve_layer(plan, layer, statistics, writer, run.device)
@@ -105,7 +110,7 @@ def _solve_layer(
 ) -> dict[str, Any]:
     weight, digest = read_source_weight(plan, layer, device)
     if statistics is not None:
-        statistics.check_weights({layer.tensor: digest})
+        statistics.check_weights(layer.module, {layer.tensor: digest})
     moment = None if statistics is None else statistics.moment(layer.module)
     solution, packed = _solve_and_pack(plan, layer, weight, moment)
     factors = dict(zip(adapter.keys(layer.module), (solution.a, solution.b), strict=True))
@@ -132,7 +137,7 @@ def _solve_experts(
         traces.append(solution.trace)
         pairs.append((solution.a.cpu(), solution.b.cpu()))
     if statistics is not None:
-        statistics.check_weights(reader.digests)
+        statistics.check_weights(layer.owner, reader.digests)
     keys = adapter.factor_keys(layer.module, layer.shape)
     factors = dict(zip(keys, expert_factors.joined(pairs), strict=True))
     _check_stored(layer, factors)

@@ -54,6 +54,12 @@ class Report:
             **({} if self.pushed is None else {"pushed": dict(self.pushed)}),
         }
 
+    @property
+    def loading_line(self) -> str:
+        """The line of Python that loads the result."""
+        loader = "load_qalora" if self.recipe["adapter"] == "qalora" else "load_qlora"
+        return f"model = loftq.{loader}({str(self.folder)!r})"
+
     def table(self) -> str:
         """The totals, for a person."""
         sums = self.totals

@@ -13,7 +13,7 @@ from typing import TextIO
 
 from loftq.chatter import silenced
 from loftq.errors import OptionError, OutputError
-from loftq.training.chat_templates import write_messages
+from loftq.models.chat_templates import write_messages
 from loftq.training.process import explain_memory
 from loftq.training.writer import Writer
 

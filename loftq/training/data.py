@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,16 @@ def read_rows(names: Sequence[str], option: str = "--data") -> Dataset:
         rows = _file_rows(datasets, paths, option)
     if not len(rows):
         raise OptionError(f"{option} {', '.join(names)}: has no rows: name other data")
+    return _undecoded(datasets, rows)
+
+
+def _undecoded(datasets: Any, rows: Dataset) -> Dataset:
+    """The rows with their images as bytes or paths, which are read when they are needed."""
+    for name, feature in rows.features.items():
+        one = getattr(feature, "feature", feature[0] if isinstance(feature, list) else feature)
+        if isinstance(one, datasets.Image):
+            plain = datasets.Image(decode=False)
+            rows = rows.cast_column(name, plain if one is feature else datasets.List(plain))
     return rows
 
 
@@ -144,46 +154,6 @@ def _hub_rows(datasets: Any, name: str, option: str) -> Dataset:
         )
     with explain_data(match["name"], f"{option} {name}"):
         return datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train")
-
-
-def find_columns(
-    rows: Dataset, roles: Mapping[str, Sequence[str]], chosen: Mapping[str, str], optional: Sequence[str] = ()
-) -> dict[str, str]:
-    """Return the column of each role: the chosen column, or else the first of the role's usual names that the data has.
-
-    Raises OptionError for a chosen column that the data does not have, and for a role without a column unless it is
-    `optional`.
-    """
-    columns = {}
-    for role, usual in roles.items():
-        if role in chosen:
-            if chosen[role] not in rows.column_names:
-                raise OptionError(
-                    f"--column {role}={chosen[role]}: the data has no such column ({_columns(rows)}): name another"
-                )
-            columns[role] = chosen[role]
-            continue
-        present = [name for name in usual if name in rows.column_names]
-        if present:
-            columns[role] = present[0]
-        elif role not in optional:
-            raise OptionError(
-                f"the data has no column for the {role} (looked for: {', '.join(usual)}; {_columns(rows)}): "
-                f"name it with --column {role}=NAME"
-            )
-    return columns
-
-
-def _columns(rows: Dataset) -> str:
-    return f"columns: {', '.join(rows.column_names)}"
-
-
-def text_of(row: Mapping[str, Any], column: str) -> str:
-    """Return the text in a column of a row. Raises OptionError if the value is not a text."""
-    value = row[column]
-    if not isinstance(value, str):
-        raise OptionError(f"column {column!r} of the data holds {value!r:.80}, but a text was expected")
-    return value
 
 
 def hold_out(examples: Dataset, seed: int, *, shuffle: bool) -> tuple[Dataset, Dataset | None]:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from loftq.errors import OptionError
+from loftq.hub.conversations import Conversation
+from loftq.hub.image_messages import in_parts
+from loftq.hub.images import Source
+from loftq.models.chat_templates import is_single_turn, write_messages
+from loftq.models.image_text import ImageText, read_processor
 from loftq.models.tokenizers import check_ids, embedding_rows, has_tokenizer, read_tokenizer, special_tokens
-from loftq.training.chat_templates import is_single_turn, write_messages
-from loftq.training.conversations import Conversation
 from loftq.training.labels import Labels
-from loftq.training.spans import tokenize
+from loftq.training.spans import Span, tokenize
 from loftq.training.turns import Piece, check_roles, turns
 from loftq.training.written import check_written
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 IGNORED = -100  # torch's label for a token that adds no loss
@@ -41,6 +43,9 @@ class Encoder:
     chat_template: bool | None = None
     labels: Labels = field(default_factory=Labels)  # of a classifier
     embeddings: int | None = None  # number of tokens that the model has embeddings for
+    folder: Path | None = None  # of a model that reads images too
+    data_folders: tuple[Path, ...] = ()  # in which relative paths of images begin
+    image_text: ImageText | None = None  # where the data hold images
 
     @property
     def seq2seq(self) -> bool:
@@ -66,11 +71,8 @@ class Encoder:
 
     def learned_ids(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
         """The token ids of the text of all pieces, which is tokenized once, and whether each of them is learned."""
-        text, spans, start = "".join(piece for piece, _ in pieces), [], 0
+        text, spans = joined(pieces)
         check_text(text)
-        for piece, learned in pieces:
-            spans += [(start, start + len(piece))] if learned else []
-            start += len(piece)
         ids, learned_tokens = tokenize(self.tokenizer, text, spans)
         self.check(ids)
         return ids, learned_tokens
@@ -142,10 +144,41 @@ class Encoder:
     def talk(self, conversation: Conversation) -> dict[str, list[int]]:
         """Encode a conversation with the chat template, which must write all of it; its answers are learned."""
         check_roles(conversation.messages)
+        if self.image_text is not None:
+            conversation = replace(conversation, messages=in_parts(conversation.messages))
         check_written(self.tokenizer, conversation)
-        return self.conversation(
-            turns(self.tokenizer, conversation.messages, conversation.variables, conversation.learned)
-        )
+        pieces = turns(self.tokenizer, conversation.messages, conversation.variables, conversation.learned)
+        if conversation.images or self.image_text is not None:
+            return self.with_images(pieces, conversation.images)
+        return self.conversation(pieces)
+
+    def reading_images(self) -> Encoder:
+        """The same encoder for data with images, with the processor in the folder of the model."""
+        processor = read_processor(cast(Path, self.folder))
+        return replace(self, image_text=ImageText(processor, self.tokenizer, self.data_folders))
+
+    def with_images(self, pieces: Sequence[Piece], images: Sequence[Source]) -> dict[str, Any]:
+        """Encode the text that a chat template wrote for images. If an image is cut off, nothing is learned.
+
+        The example keeps the text and the images, from which the collator makes the model's inputs again.
+        """
+        if self.image_text is None:
+            raise OptionError(
+                f"it holds images, and a {self.task} model reads text alone: name an image-text-to-text model, or "
+                "remove the images"
+            )
+        text, spans = joined(pieces)
+        check_text(text)
+        expanded = self.image_text.encode(text, images)
+        ids, learned = tokenize(self.tokenizer, expanded.text, expanded.moved(spans))
+        if ids != expanded.inputs["input_ids"][0].tolist():
+            raise OptionError("the processor writes other tokens than the tokenizer: data of this model can be texts")
+        self.check(ids)
+        taken = len(tokenize(self.tokenizer, expanded.text[: expanded.end], [])[0])
+        fits = taken <= self.cutoff_len
+        labels = [token if learns and fits else IGNORED for token, learns in zip(ids, learned, strict=True)]
+        cut = {"input_ids": ids[: self.cutoff_len], "labels": labels[: self.cutoff_len]}
+        return {**cut, "text": text, "images": [dict(image) for image in images]}
 
     def single_turn(self, conversation: Conversation) -> dict[str, list[int]]:
         """Encode a prompt and its answer without a chat template; a system message is a line before the prompt.
@@ -182,6 +215,15 @@ class Encoder:
     @property
     def _target_limit(self) -> int:
         return min(self.max_target_length or self.cutoff_len, self.cutoff_len)
+
+
+def joined(pieces: Sequence[Piece]) -> tuple[str, list[Span]]:
+    """The text of all pieces, and the places in it that are learned."""
+    spans, start = [], 0
+    for piece, learned in pieces:
+        spans += [(start, start + len(piece))] if learned else []
+        start += len(piece)
+    return "".join(piece for piece, _ in pieces), spans
 
 
 def check_text(text: str) -> None:
@@ -232,35 +274,3 @@ def load_tokenizer(folder: Path, model: nn.Module, adapter: str | None = None) -
     if getattr(config, "type_vocab_size", 0) < 2:  # the model has no token types
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     return tokenizer
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Makes a batch of examples: padded on the right to the longest one, labels with `IGNORED`."""
-
-    pad_token_id: int
-
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return token ids and types, attention mask and labels: int64 (batch, longest). Labels of a classifier
-        are (batch,), or (batch, labels) if they are lists of floats.
-        """
-        import torch
-
-        ids = _padded([example["input_ids"] for example in examples], self.pad_token_id)
-        mask = _padded([[1] * len(example["input_ids"]) for example in examples], 0)
-        labels = [example["labels"] for example in examples]
-        batch = {"input_ids": ids, "attention_mask": mask}
-        if "token_type_ids" in examples[0]:
-            batch["token_type_ids"] = _padded([example["token_type_ids"] for example in examples], 0)
-        if isinstance(labels[0], list) and not any(isinstance(label, float) for label in labels[0]):
-            batch["labels"] = _padded(labels, IGNORED)
-        else:
-            batch["labels"] = torch.tensor(labels)
-        return batch
-
-
-def _padded(rows: Sequence[list[int]], value: int) -> torch.Tensor:
-    import torch
-
-    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)

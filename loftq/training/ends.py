@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loftq.errors import OptionError
-from loftq.training.chat_templates import write_messages
+from loftq.models.chat_templates import write_messages
 
 _ANSWER, _NEXT = "An answer.", "Another question."
 

@@ -17,7 +17,7 @@ class EvaluateSettings:
     """The settings of `loftq evaluate`. Raises OptionError for a value that no evaluation can have."""
 
     adapter: str | None = setting(
-        None, "Folder of a trained adapter.", "model", metavar="DIR", usual="the initial adapter of the folder"
+        None, "Folder or id on the Hub of a trained adapter.", "model", metavar="DIR|REPO_ID", usual="that of DIR"
     )
     source: str | None = setting(
         None,

@@ -16,7 +16,7 @@ Model = Artifact | Source | Path  # an artifact, a full-precision model, or the 
 
 
 def find_model(name: str, *, headers_only: bool = False) -> Model:
-    """Find an artifact, here or on the Hub, the folder of a GPTQ checkpoint, or a full-precision model.
+    """Find an artifact, a GPTQ checkpoint, or a full-precision model: a folder, or `OWNER/NAME[@REVISION]` on the Hub.
 
     A model that was merged into 16 bits is a full-precision model. With `headers_only` the weights of a full-precision
     model on the Hub are not downloaded. Raises LoftQError.
@@ -33,9 +33,12 @@ def find_model(name: str, *, headers_only: bool = False) -> Model:
     if folder.is_dir() and gptq.is_gptq(folder):
         return folder
     source = find_source(name, headers_only=headers_only)
+    if gptq.is_gptq(source.folder):
+        return fetch_all(source)
     if not (source.folder / MANIFEST).is_file():
         return source
-    return open_artifact(fetch_all(source))
+    artifact = open_artifact(fetch_all(source))
+    return source if artifact.manifest.get("format") == DENSE else artifact
 
 
 def identity_of(backbone: Model, output: Path) -> dict[str, str]:

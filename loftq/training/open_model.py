@@ -26,6 +26,7 @@ from loftq.models.merged import WITH_ADAPTER, load_merged
 from loftq.models.peft_targets import adapt, load_adapter
 from loftq.models.refusals import explain_loading
 from loftq.models.tasks import TASKS, Task, auto_class, build_meta, peft_type, recorded_task
+from loftq.planning.old_start import warn_of_unused
 from loftq.planning.plan import Plan, adapted_names
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import recipe_of
@@ -38,6 +39,8 @@ from loftq.training.model import Model
 from loftq.training.opened import Opened
 from loftq.training.settings import TrainSettings
 from loftq.training.tasks.task import CLASSIFIER
+
+OF_FOREIGN = ("rank", "alpha", "dropout", "target_modules", "group_size")  # for a GPTQ checkpoint; its pools are groups
 
 
 def mode_of(settings: TrainSettings, backbone: Model) -> str:
@@ -112,9 +115,10 @@ def check_foreign(settings: TrainSettings, folder: Path) -> None:
             f"--adapter {settings.adapter}: {folder} is a GPTQ checkpoint: leave the option out, or use "
             "--adapter qalora"
         )
-    for name in sorted(set(settings.quantizing) - {"rank", "alpha"}):
+    for name in sorted(set(settings.quantizing) - set(OF_FOREIGN)):
         raise OptionError(
-            f"{option_name(name)}: {folder} is quantized already, and not by loftq: only --rank and --alpha can be set"
+            f"{option_name(name)}: {folder} is quantized already, and not by loftq: only "
+            f"{', '.join(map(option_name, OF_FOREIGN))} can be set"
         )
 
 
@@ -149,8 +153,14 @@ def open_to_train(settings: TrainSettings, backbone: Model, device: torch.device
     if isinstance(backbone, Path):
         tasks.require(settings.task, "causal-lm", str(backbone))
         check_foreign(settings, backbone)
-        rank = settings.rank or QuantizeSettings.rank
-        model = load_qalora(backbone, device_map=place, dtype=dtype, rank=rank, alpha=settings.alpha)
+        options |= {
+            "rank": settings.rank or QuantizeSettings.rank,
+            "alpha": settings.alpha,
+            "pool_size": settings.group_size,
+            "dropout": settings.dropout or 0.0,
+            "target_modules": settings.target_modules,
+        }
+        model = load_qalora(backbone, device_map=place, dtype=dtype, **options)
         return Opened(model, load_tokenizer(backbone, model), TASKS["causal-lm"], backbone)
     plan = make_plan(backbone, recipe_of(**quantizing_of(settings, backbone)), with_experts=False)
     base = load_dense(backbone, plan.task, dtype, device, num_labels=plan.recipe.num_labels)
@@ -165,6 +175,7 @@ def lora_config(plan: Plan) -> LoraConfig:
         r=plan.recipe.rank,
         lora_alpha=cast(int, plan.recipe.alpha),
         lora_dropout=plan.recipe.dropout,
+        use_rslora=plan.recipe.rslora,
         modules_to_save=list(plan.modules_to_save) or None,
         task_type=peft_type(plan.task, plan.model),
         **adapted_names(plan),
@@ -241,6 +252,7 @@ def open_to_use(
 
 def _dense_to_use(source: Source, adapter: Path | None, dtype: torch.dtype, device: torch.device) -> tuple[Any, Task]:
     if adapter is None:
+        warn_of_unused(source)
         task = build_meta(source.folder)[1]
         return load_dense(source, task, dtype, device), task
     trained = foreign_adapter(adapter, source.name, source.checkpoint)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loftq.hub.names import repository_of
 from loftq.models.positions import longest_input
 from loftq.models.tasks import Task
 
@@ -20,8 +21,10 @@ class Opened:
     folder: Path
 
     def name_backbone(self, name: str) -> None:
-        """Set the name of the backbone in the adapter's configuration."""
-        self.model.peft_config["default"].base_model_name_or_path = name
+        """Set the name of the backbone, and its revision on the Hub, in the adapter's configuration."""
+        is_here = Path(name).expanduser().is_dir()
+        config = self.model.peft_config["default"]
+        config.base_model_name_or_path, config.revision = (name, None) if is_here else repository_of(name)
 
     @property
     def longest(self) -> int:

@@ -7,34 +7,26 @@ from dataclasses import fields
 from typing import Any
 
 from loftq.errors import OptionError, UnknownNameError
+from loftq.planning.synonyms import SYNONYMS
 from loftq.secrets import find_secret
+from loftq.settings import option_name
 
-# Arguments that have an option of their own.
-OWN = {
-    "output_dir": "--output",
-    "num_train_epochs": "--epochs",
-    "max_steps": "--max-steps",
-    "learning_rate": "--learning-rate",
-    "lr_scheduler_type": "--lr-scheduler",
-    "warmup_steps": "--warmup-steps",
-    "weight_decay": "--weight-decay",
-    "per_device_train_batch_size": "--batch-size",
-    "per_device_eval_batch_size": "--eval-batch-size",
-    "gradient_accumulation_steps": "--gradient-accumulation",
-    "seed": "--seed",
-    "eval_steps": "--eval-steps",
-    "save_steps": "--save-steps",
-    "report_to": "--report-to",
-    "gradient_checkpointing": "--gradient-checkpointing",
-    "activation_checkpointing": "--gradient-checkpointing",
-    "optim": "--optim",
-    "bf16": "--dtype",
-    "fp16": "--dtype",
-    "use_cpu": "--cpu",
-    "push_to_hub": "--push-to-hub",
-    "hub_model_id": "--push-to-hub",
-    "resume_from_checkpoint": "--resume",
-}
+_SAME = (  # arguments of TrainingArguments that are options under the same name
+    "max_steps",
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "seed",
+    "eval_steps",
+    "save_steps",
+    "report_to",
+    "gradient_checkpointing",
+    "optim",
+    "push_to_hub",
+)
+# Names of other programs, and of transformers, that have an option of their own.
+OWN = {name: option_name(row.setting) for name, row in SYNONYMS.items() if row.setting is not None}
+OWN |= {name: option_name(name) for name in _SAME}
 SCHEDULER = "cosine"  # the default, which is not looked up: transformers takes seconds to import
 _FIXED = {"remove_unused_columns": "the examples have no unused columns"}
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from loftq.errors import OptionError
 from loftq.formats.artifact import Artifact
-from loftq.models.tasks import TASKS, build_meta
+from loftq.hub.images import folders_of
+from loftq.models.tasks import IMAGE_TEXT, TASKS, build_meta
 from loftq.models.tokenizers import embedding_rows
 from loftq.training import tasks
 from loftq.training.data import hold_out
@@ -58,6 +59,8 @@ def encoder_for(settings: TrainSettings, opened: Opened) -> Encoder:
         settings.chat_template,
         labels_of(opened.model.config),
         embedding_rows(opened.model),
+        opened.folder if opened.task.name == IMAGE_TEXT else None,
+        folders_of((*settings.data, *settings.eval_data)),
     )
 
 

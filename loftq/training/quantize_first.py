@@ -13,9 +13,11 @@ from loftq.formats.artifact import MANIFEST, Artifact, open_artifact, read_artif
 from loftq.formats.schema import json_text
 from loftq.hub.source import Source
 from loftq.models.expert_offload import refusal
+from loftq.planning.old_start import adopting, find_old_start
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import recipe_of
 from loftq.planning.settings import SAVE_DIR, QuantizeSettings
+from loftq.settings import from_dict
 from loftq.solving.finished import differences
 from loftq.training.model import Model
 from loftq.training.open_model import check_artifact, quantizing_of
@@ -38,6 +40,10 @@ def quantized(settings: TrainSettings, backbone: Model, *, quiet: bool) -> tuple
     if not isinstance(backbone, Source) or settings.adapter == "lora":
         return settings, backbone
     options = quantizing_of(settings, backbone)
+    old = find_old_start(backbone)
+    if old is not None:
+        adopting(old, from_dict(QuantizeSettings, options))  # which refuses what contradicts the folder
+        options = old.settings() | options
     if settings.offload is not None and not make_plan(backbone, recipe_of(**options)).stacks:
         raise OptionError(refusal(settings.model))
     folder = _folder(backbone, options)

@@ -1,15 +1,16 @@
 """Reads recipe files: TOML, YAML or JSON files with the settings of a single run, or of several runs by name.
 
-The keys are those of `TrainSettings`, with dashes or underscores. In a file of tables, each table holds a run. The keys
-of FinLoRA's `finetune_configs.json` are understood too, with the defaults of that program.
+The keys are those of `TrainSettings`, with dashes or underscores, or those of other programs (`planning.synonyms`). In
+a file of tables, each table holds a run. FinLoRA's `finetune_configs.json` gets the defaults of that program.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,13 @@ from loftq.display import one_line
 from loftq.errors import OptionError, UnknownNameError
 from loftq.formats.artifact import MANIFEST
 from loftq.formats.schema import parse_json
+from loftq.planning.synonyms import translated
 
-ALIASES = {
-    "base_model": "model",
-    "dataset_path": "data",
-    "lora_r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "quant_bits": "bits",
-    "num_epochs": "epochs",
-    "gradient_accumulation_steps": "gradient_accumulation",
-}
+_log = logging.getLogger(__name__)
 _DORA = "peft_use_dora"  # a key of FinLoRA; false means a plain LoRA
 _FINLORA = ("base_model", "dataset_path", "lora_r", "quant_bits", "num_epochs", _DORA)  # keys by which it is known
 _FINLORA_ALPHA = 16.0  # its lora_alpha where an entry has none; ours would be the rank
+_FINLORA_FILE = "finetune_configs.json"  # its script reads it in the folder in which it runs
 _TABLES = ("columns", "set")  # settings that are tables themselves
 _LARGEST = 1_000_000  # bytes of a file
 _MOST_VALUES = 100_000  # in a YAML file with all aliases written out
@@ -40,8 +34,8 @@ _PATHS = ("data", "eval_data", "model", "calibration", "train", "evaluate")
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 
 
-def read_recipe(path: str | Path, *words: str) -> dict[str, Any]:
-    """Read the settings of a recipe, by their names in `TrainSettings`.
+def read_recipe(path: str | Path, *words: str, own: Collection[str] = ()) -> dict[str, Any]:
+    """Read the settings of a recipe, by their names in `TrainSettings`, or by those of the settings `own`.
 
     The last of `words` names a run in a file that holds several; a word before it names a model instead of the
     recipe's. A path that does not exist is also looked for beside the file. A run without an `output` gets a folder
@@ -65,11 +59,14 @@ def read_recipe(path: str | Path, *words: str) -> dict[str, Any]:
         )
     settings: dict[str, Any] = {"output": name} if name else {}
     values = {str(key).replace("-", "_"): value for key, value in {**shared, **entries.get(name, {})}.items()}
-    settings |= {ALIASES.get(key, key): value for key, value in values.items()}
-    if settings.pop(_DORA, False):
+    if values.pop(_DORA, False):
         raise OptionError(
             f"--recipe {path}: {_DORA} is true: loftq trains LoRA and has no DoRA: choose a run without it"
         )
+    translation, notes = translated(values, own)
+    for note in notes:
+        _log.info(note)
+    settings |= translation
     for key in _PATHS:
         if key in settings:
             settings[key] = _located(settings[key], path.parent)
@@ -77,6 +74,13 @@ def read_recipe(path: str | Path, *words: str) -> dict[str, Any]:
     if any(key in values for key in _FINLORA) and not (Path(str(settings.get("model"))) / MANIFEST).is_file():
         settings.setdefault("alpha", _FINLORA_ALPHA)  # a folder that is quantized already has its own
     return settings
+
+
+def recipe_with(words: Sequence[str]) -> str | None:
+    """FinLoRA's file in the working directory, if the only word is the name of a run in it and of no folder."""
+    if len(words) != 1 or not Path(_FINLORA_FILE).is_file() or Path(words[0]).exists():
+        return None
+    return _FINLORA_FILE if isinstance(_parse(Path(_FINLORA_FILE)).get(words[0]), Mapping) else None
 
 
 def laid_over(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from loftq.models.tasks import CAUSAL
 from loftq.training.tasks.task import CLASSIFIER
 
 
@@ -51,13 +52,13 @@ def next_steps(folder: Path, training_task: str, model_task: str, base: str | No
     merged = shlex.quote(f"{folder}-merged")
     measure = f" --task {training_task}" if training_task in ("gsm8k", "classification", "summarization") else ""
     steps = [f"loftq evaluate {name}{measure} --data FILE"]
-    if model_task == "causal-lm":
+    if model_task in CAUSAL:
         steps.insert(0, f"loftq chat {name}")
     elif model_task != CLASSIFIER:
         steps.insert(0, f'loftq generate {name} --prompt "..."')
     if base is None:
         steps.append(f"loftq merge {name} --to bf16 --output {merged}")
-        steps += [f"vllm serve {merged}"] if model_task == "causal-lm" else []
-    elif model_task == "causal-lm":
+        steps += [f"vllm serve {merged}"] if model_task in CAUSAL else []
+    elif model_task in CAUSAL:
         steps.append(f"vllm serve {shlex.quote(base)} --enable-lora --lora-modules trained={name}")
     return tuple(steps)

@@ -10,9 +10,9 @@ from typing import Any, TypedDict
 from loftq.errors import OptionError, UnknownNameError
 from loftq.models.choices import COMPUTE_DTYPES, OFFLOADS
 from loftq.planning.settings import QuantizeSettings
+from loftq.planning.synonyms import SYNONYMS
 from loftq.settings import again, check, check_names, from_dict, plain, setting, to_dict
-from loftq.training.other_arguments import OWN, SCHEDULER, check_choices, check_set
-from loftq.training.recipe_files import ALIASES
+from loftq.training.other_arguments import SCHEDULER, check_choices, check_set
 from loftq.training.tasks import TRAINING_TASKS
 
 
@@ -32,7 +32,18 @@ MODES = {
 }
 
 # Settings for a model that must be quantized before it is trained; `loftq quantize` has more of them.
-QUANTIZING = ("bits", "rank", "alpha", "dropout", "target_modules", "method", "calibration", "group_size", "num_labels")
+QUANTIZING = (
+    "bits",
+    "rank",
+    "alpha",
+    "rslora",
+    "dropout",
+    "target_modules",
+    "method",
+    "calibration",
+    "group_size",
+    "num_labels",
+)
 _PROMPTED = ("sft", "gsm8k")  # tasks whose prompts can be written with a chat template
 # They may change in a resumed run, the result does not.
 _FREE = ("report_to", "save_steps", "output", "push_to_hub", "offload")
@@ -100,6 +111,7 @@ class TrainSettings:
     calibration: str | None = again(QuantizeSettings, "calibration")
     rank: int | None = again(QuantizeSettings, "rank", usual=_SAME)
     alpha: float | None = again(QuantizeSettings, "alpha", usual=_SAME)
+    rslora: bool | None = again(QuantizeSettings, "rslora")
     dropout: float | None = again(QuantizeSettings, "dropout", usual=_SAME)
     target_modules: tuple[str, ...] | None = again(QuantizeSettings, "target_modules", usual=_SAME)
     epochs: float = setting(3.0, "Number of passes over the data.", "training", above=0, most=1e6)
@@ -238,6 +250,7 @@ class TrainKeywords(TypedDict, total=False):
     calibration: str | Path | None
     rank: int | None
     alpha: float | None
+    rslora: bool | None
     dropout: float | None
     target_modules: Sequence[str] | None
     epochs: float
@@ -267,8 +280,8 @@ class TrainKeywords(TypedDict, total=False):
     quiet: bool
 
 
-# Names that other programs give to a setting: refused in Python and on the command line, with our name for it.
-_OTHERWISE = {"lr": "learning_rate", **{name: own[2:].replace("-", "_") for name, own in OWN.items()}, **ALIASES}
+# Names that other programs give to a setting: Python refuses them, with our name; commands and recipes take them.
+_OTHERWISE = {name: row.setting for name, row in SYNONYMS.items() if row.setting is not None}
 _MISSING = {
     "model": "name a folder that `loftq quantize` wrote, or a model",
     "data": "name files or a data set with --data",
@@ -278,7 +291,7 @@ _MISSING = {
 
 def settings_of(values: Mapping[str, Any]) -> TrainSettings:
     """Make settings from names and plain values. Raises OptionError for an unknown or a missing name."""
-    check_names(TrainSettings, values, _OTHERWISE, ALIASES)
+    check_names(TrainSettings, values, _OTHERWISE, _OTHERWISE)
     for name, advice in _MISSING.items():
         if not values.get(name):
             raise OptionError(f"no {name} is given: {advice}")

@@ -6,6 +6,7 @@ from typing import TextIO
 
 from transformers import TextStreamer
 
+from loftq.models.tasks import CAUSAL
 from loftq.training.ends import Ends
 from loftq.training.opened import Opened
 
@@ -14,8 +15,8 @@ class Streamer(TextStreamer):
     """Writes each word as soon as it is complete and no beginning of an end. `shown` is what was written so far."""
 
     def __init__(self, opened: Opened, stream: TextIO, ends: Ends) -> None:
-        causal = opened.task.name == "causal-lm"
-        super().__init__(opened.tokenizer, skip_prompt=causal, skip_special_tokens=True)
+        skips = opened.task.name in CAUSAL  # the output of such a model begins with the prompt
+        super().__init__(opened.tokenizer, skip_prompt=skips, skip_special_tokens=True)
         self._stream, self._ends = stream, ends
         self._text = self.shown = ""
 

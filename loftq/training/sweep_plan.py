@@ -76,6 +76,8 @@ def plan_sweep(values: Mapping[str, Any]) -> SweepPlan:
     for name in run:
         if name not in _OF_RUNS:
             raise OptionError(f"{option_name(name)}: a sweep has no such option: leave it out")
+    if shared.get("backbone") is not None:
+        raise OptionError("--backbone: a sweep quantizes, and of a given backbone nothing is quantized: leave it out")
     if "seed" in shared:
         raise OptionError("--seed: a sweep has several: use --seeds")
     if run.get("device") is not None:

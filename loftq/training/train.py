@@ -27,14 +27,15 @@ from loftq.formats.disk import follow_umask, write_whole
 from loftq.hub.destination import find_destination
 from loftq.hub.source import Source
 from loftq.models.adapters import TRAINING_RECORD
+from loftq.models.image_text import copy_processor
 from loftq.planning.run import check_resume
 from loftq.settings import declared, from_dict
 from loftq.training.adapter_card import adapter_card
 from loftq.training.arguments import arguments_of, explain_settings
 from loftq.training.batches import Split
 from loftq.training.callbacks import Permissions, Progress, scores_of
+from loftq.training.collators import collator_for
 from loftq.training.data import explain_cache_errors, read_rows
-from loftq.training.encoding import Collator
 from loftq.training.lengths import sizes
 from loftq.training.memory import fitting_split
 from loftq.training.model import Model, find_model, identity_of
@@ -236,6 +237,7 @@ def _finish(
     """Save the adapter, the tokenizer, the card and the record, and push the model if the settings say so."""
     opened.model.save_pretrained(result.folder, save_embedding_layers=False)  # they do not train
     opened.tokenizer.save_pretrained(result.folder)
+    copy_processor(opened.folder, result.folder)
     follow_umask(result.folder)
     versions = {name: version(name) for name in _VERSIONS}
     figures = {name: value for name, value in result.to_dict().items() if name != "next_steps"}
@@ -258,7 +260,7 @@ def _trainer(settings: TrainSettings, opened: Opened, ready: _Ready, *, quiet: b
             args=ready.arguments,
             train_dataset=ready.train_examples,
             eval_dataset=ready.eval_examples,
-            data_collator=Collator(opened.tokenizer.pad_token_id),
+            data_collator=collator_for(ready.train_examples, opened, (*settings.data, *settings.eval_data)),
             compute_metrics=classified,
             processing_class=opened.tokenizer,
         )

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from loftq.errors import OptionError
-from loftq.training.chat_templates import marked_answers, without_template, write_messages
+from loftq.hub.conversations import Message
+from loftq.models.chat_templates import marked_answers, without_template, write_messages
 from loftq.training.spans import Span, in_common
 
 Piece = tuple[str, bool]  # a text, and whether the model learns to write it
-Message = dict[str, Any]
 _TEXTS = ("content", "reasoning_content", "reasoning", "thinking", "tool_calls")  # keys that hold an answer's texts
 _CHARACTERS = [chr(code) for code in range(0xE000, 0xE100)]  # of no language
 

@@ -20,6 +20,7 @@ from loftq.training.open_model import open_to_use
 from loftq.training.opened import Opened
 from loftq.training.sampling import Sampling
 from loftq.training.streaming import Streamer
+from loftq.training.tasks.task import GENERATORS
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def open_writer(
     device = device_to_run(cpu)
     model, adapter = with_backbone(model, adapter)
     opened = open_to_use(find_model(model), adapter, device, compute_dtype(dtype, device), offload)
-    if opened.task.name not in ("causal-lm", "seq2seq-lm"):
+    if opened.task.name not in GENERATORS:
         raise OptionError(f"{model} is a {opened.task.name} model, which cannot write text: name a language model")
     encoder = Encoder(
         opened.tokenizer,

@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 from loftq.errors import OptionError
-from loftq.training.chat_templates import write_messages
-from loftq.training.conversations import Conversation
-from loftq.training.message_keys import says_something
-from loftq.training.turns import Message, surround
+from loftq.hub.conversations import Conversation, Message
+from loftq.models.chat_templates import write_messages
+from loftq.models.message_keys import says_something
+from loftq.training.turns import surround
 
 _MARK = chr(0xE0FF)  # a character of no language
 _CALLED_BY_NAME = ("tool", "function")

@@ -22,8 +22,8 @@ from loftq.formats.checkpoint import Checkpoint, TensorSpec, read_header
 from loftq.formats.layouts import LAYOUTS
 from loftq.formats.links import refuse_links
 from loftq.formats.schema import number, read_json, whole
+from loftq.hub.names import find_folder, repository_of
 from loftq.hub.repository import open_repository
-from loftq.hub.source import find_folder
 from loftq.models.adapters import TRAINING_RECORD, TRAINING_SCHEMA
 
 _RESULT = {"steps": whole(), "examples": whole(), "train_loss": (number(0), None), "evaluation": dict}
@@ -85,7 +85,7 @@ def inspect(folder: str | Path, *, revision: str | None = None, token: str | Non
 def _find(name: str, revision: str | None, token: str | None) -> _Place:
     folder = find_folder(name, revision)
     if folder is None:
-        repository = open_repository(name, revision, token, _SMALL)
+        repository = open_repository(*repository_of(name, revision), token, _SMALL)
         return _Place(name, repository.commit, repository.folder, repository.files, cache(repository.header))
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 

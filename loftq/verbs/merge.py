@@ -14,7 +14,7 @@ from loftq.formats.artifact import read_artifact
 from loftq.formats.checkpoint import parse_size
 from loftq.formats.disk import explain_os_errors
 from loftq.formats.space import check_space
-from loftq.hub.source import fetch_all, find_source
+from loftq.hub.folder import fetch_folder
 from loftq.merging.dense_gguf import DenseGguf, is_dense
 from loftq.merging.export import Export
 from loftq.merging.logits import checked_difference
@@ -39,7 +39,8 @@ def merge(
     """Merge an adapter (default: the initial one) into the backbone of `folder`, and write `output`.
 
     `to` is one of `TARGETS`. `folder` is one of ours, a GPTQ checkpoint, or that of a trained adapter, which knows its
-    backbone; for `gguf` it may also be a dense model, of transformers or merged before. The other keywords are the
+    backbone; for `gguf` it may also be a dense model, of transformers or merged before. It and `adapter` may be on the
+    Hub: `OWNER/NAME` or `OWNER/NAME@REVISION`. The other keywords are the
     options of `loftq merge --help` with underscores. One linear is in memory at a time; `check` then compares the
     logits of a few tokens before and after, for which each model is loaded once. Raises LoftQError, and leaves no
     output where the check fails.
@@ -91,10 +92,9 @@ def _open(folder: Path, adapter: str | None, to: str, settings: MergeSettings, r
 
 
 def _found(folder: str | Path, adapter: str | Path | None) -> tuple[Path, str | None]:
-    """The folder of the backbone, which is downloaded if an adapter's folder names one on the Hub, and the adapter."""
+    """The folder of the backbone, which is downloaded if its name is that of a repository, and the adapter."""
     name, chosen = with_backbone(str(folder), None if adapter is None else str(adapter))
-    is_named_by_adapter = name != str(folder) and not Path(name).is_dir()
-    return fetch_all(find_source(name)) if is_named_by_adapter else Path(name), chosen
+    return fetch_folder(name), chosen
 
 
 def _check_uses(to: str, settings: MergeSettings) -> MergeSettings:

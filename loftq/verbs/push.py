@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq.artifacts.card_section import read_card, replace_marked
+from loftq.artifacts.given_card import KIND, start_section
 from loftq.artifacts.loading_snippet import loading_lines, loading_section
 from loftq.artifacts.merged_card import merged_section
 from loftq.artifacts.serving import serving_lines
@@ -35,6 +36,7 @@ from loftq.verbs.verify import verify
 _STARTS = ("qlora", "qalora")  # kinds of folders that `loftq quantize` wrote
 _LISTED = {  # the files that a folder of each kind must have
     **dict.fromkeys(_STARTS, (f"{FOLDER}/{CONFIG}", f"{FOLDER}/{WEIGHTS}", CARD, "config.json")),
+    KIND: (f"{FOLDER}/{CONFIG}", f"{FOLDER}/{WEIGHTS}", CARD),
     "merged": (CARD, "config.json"),
     "gguf": (CARD,),
     "adapter": (CARD,),
@@ -163,7 +165,8 @@ def _published(artifact: Artifact, repo_id: str, revision: str | None) -> dict[s
     card = read_card(artifact.folder / CARD)
     changed = {name: public for name in manifest["files"] if (public := _public_config(artifact.folder, name))}
     starts = manifest["kind"] in _STARTS
-    section = (loading_section if starts else merged_section)(manifest, repo_id, revision)
+    sections = {KIND: start_section, **dict.fromkeys(_STARTS, loading_section)}
+    section = sections.get(manifest["kind"], merged_section)(manifest, repo_id, revision)
     changed[CARD] = without_homes(replace_marked(card, section)).encode()
     if starts:
         changed[f"{FOLDER}/{CONFIG}"] = _adapter_config(artifact.adapter, repo_id, revision)
@@ -229,12 +232,16 @@ def _lines(manifest: Mapping[str, Any], repo_id: str, revision: str | None, trai
     """The lines that load a start with its adapter, or those that serve what was merged."""
     if manifest["kind"] in _STARTS:
         return loading_lines(manifest, repo_id, revision, trained)
+    if manifest["kind"] == KIND:
+        return start_section(manifest, repo_id, revision).strip("`").removeprefix("python\n")
     return "".join(f"{line}\n" for line in serving_lines(manifest, repo_id, revision))
 
 
 def _message(artifact: Artifact, adapter: str | None) -> str:
     """The message of the commit."""
     recipe, made_from = artifact.manifest["recipe"], artifact.manifest["source"]
+    if artifact.manifest["kind"] == KIND:
+        return f"{Path(made_from['model']).name}, adapter, by loftq"
     if artifact.manifest["kind"] not in _STARTS:
         return f"{made_from['model']}, {made_from['target']}, by loftq"
     source = Path(made_from["model"]).name

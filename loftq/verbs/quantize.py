@@ -16,23 +16,29 @@ from loftq.formats import artifact
 from loftq.formats.disk import explain_os_errors
 from loftq.formats.space import check_space
 from loftq.hub.destination import find_destination
+from loftq.hub.names import repository_of
 from loftq.hub.source import Source, find_source, side_files
 from loftq.hub.text import find_text
 from loftq.models.devices import explain_full_memory
+from loftq.planning.given_backbone import adapter_recipe
 from loftq.planning.keywords import QuantizeKeywords
+from loftq.planning.old_start import OldStart, adopting, check_modules, find_old_start
 from loftq.planning.plan import Plan
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import Recipe, resolve
 from loftq.planning.run import Run, start
 from loftq.planning.settings import QuantizeSettings, RunSettings
 from loftq.settings import from_dict, split
+from loftq.solving.adopt import Adopter, adoption_notes
 from loftq.solving.allocate import allocate
 from loftq.solving.distill import distill, distilled, distilled_row, reopen
 from loftq.solving.finished import check_source, fingerprint_of, finished_layers
+from loftq.solving.given import AdapterReport
 from loftq.solving.layers import solve_all
 from loftq.solving.memory import needed
 from loftq.solving.report import Report, peak_memory, planned_report, report_of
 from loftq.verbs.push import push as push_folder
+from loftq.verbs.quantize_given import quantize_given
 
 _LESS = (
     "use fewer --workers; on a GPU, use --device cpu; with calibration, use a smaller --sequence-length or --refine 0; "
@@ -46,13 +52,14 @@ def quantize(model: str | None = None, **settings: Unpack[QuantizeKeywords]) -> 
 
     `model` is a folder or the id of a model on the Hub; by default, it is the default model of the zoo. The keywords
     are the options of `loftq quantize --help` with underscores; `iters` is `--iter`. The result is the folder `output`,
-    by default `save_dir/{name}-{bits}bit-{rank}rank`. On the same machine, the same source and settings give the same
-    bytes, with any number of workers, and also if the run was interrupted and resumed. Returns the report. Raises
-    LoftQError.
+    by default `save_dir/{name}-{bits}bit-{rank}rank`; with `backbone`, it is that of an adapter alone. On the same
+    machine, the same source and settings give the same bytes, with any number of workers, and also if the run was
+    interrupted and resumed. Returns the report. Raises LoftQError.
     """
     started = time.perf_counter()
     result_settings, run_settings = split(settings, QuantizeSettings, RunSettings)
-    recipe = resolve(from_dict(QuantizeSettings, result_settings))
+    requested = from_dict(QuantizeSettings, result_settings)
+    recipe = resolve(requested) if requested.backbone is None else adapter_recipe(requested)
     if run_settings.get("device") is not None:
         run_settings["device"] = str(run_settings["device"])  # settings are plain values, not a torch.device
     run_options = from_dict(RunSettings, run_settings)
@@ -60,18 +67,42 @@ def quantize(model: str | None = None, **settings: Unpack[QuantizeKeywords]) -> 
     _check_text(recipe, run)
     if run_options.push is not None:
         find_destination(run_options.push, private=run_options.private, token=run.token).refuse_other_models()
-    source, folder = _find(model, recipe, run_options)
+    source = _find(model, run_options)
+    if recipe.backbone is not None:
+        return _quantize_given(source, recipe, run_options, run)
+    old = find_old_start(source)
+    if old is not None:
+        recipe = resolve(adopting(old, recipe.requested))
+    elif run_options.source is not None:
+        raise OptionError(
+            f"--source {run_options.source}: {source.name} is not a folder of the original LoftQ script: leave it out"
+        )
+    folder = _folder(source, recipe, run_options)
     if run_options.dry_run:
         return planned(source, recipe, run_options)
+    _check_output(folder, run_options)
     plan = make_plan(source, recipe, trust_remote_code=run.trust_remote_code)
+    job = None if old is None else _adopter(plan, old, run_options)
     if run.resume and not is_begun(folder) and (folder / artifact.MANIFEST).is_file():
         result = _Result(plan, *finished_layers(folder, plan, run.trust_remote_code))
     else:
         with explain_full_memory(_LESS):
-            result = _make(plan, folder, run)
+            result = _make(plan, folder, run, job)
     memory, seconds = peak_memory(run.device), time.perf_counter() - started
     report = report_of(result.plan, folder, result.rows, result.totals, memory, seconds)
     return report if run_options.push is None else replace(report, pushed=_push(folder, run_options))
+
+
+def _quantize_given(source: Source, recipe: Recipe, run_options: RunSettings, run: Run) -> AdapterReport:
+    given = str(recipe.backbone)
+    name = Path(repository_of(given)[0]).name
+    folder = Path(run_options.output or Path(run_options.save_dir) / f"{name}-{recipe.rank}rank-adapter")
+    _check_output(folder, run_options)
+    with explain_full_memory(_LESS):
+        report = quantize_given(source, recipe, folder, run, given=given, dry_run=run_options.dry_run)
+    if run_options.push is None or run_options.dry_run:
+        return report
+    return replace(report, pushed=_push(folder, run_options))
 
 
 def planned(source: Source, recipe: Recipe, run_options: RunSettings) -> Report:
@@ -101,25 +132,33 @@ def _check_text(recipe: Recipe, run: Run) -> None:
         )
 
 
-def _find(model: str | None, recipe: Recipe, run_options: RunSettings) -> tuple[Source, Path]:
-    """The model and the output folder. Raises OutputError if the folder exists and must not be overwritten."""
+def _check_output(folder: Path, run_options: RunSettings) -> None:
+    """Raise OutputError if the folder exists and must not be overwritten."""
+    if not run_options.dry_run:
+        check_output(folder, resume=run_options.resume, overwrite=run_options.overwrite)
 
-    def refuse(folder: Path) -> None:
-        if not run_options.dry_run:
-            check_output(folder, resume=run_options.resume, overwrite=run_options.overwrite)
 
+def _find(model: str | None, run_options: RunSettings) -> Source:
+    """The model. Raises OutputError before anything is downloaded if the output must not be overwritten."""
     if run_options.output is not None:
-        refuse(Path(run_options.output))  # before anything is downloaded
-    source = find_source(
+        _check_output(Path(run_options.output), run_options)
+    return find_source(
         model,
         revision=run_options.revision,
         token=run_options.token,
         trust_remote_code=run_options.trust_remote_code,
         headers_only=run_options.dry_run,
     )
-    folder = _folder(source, recipe, run_options)
-    refuse(folder)
-    return source, folder
+
+
+def _adopter(plan: Plan, old: OldStart, run_options: RunSettings) -> Adopter:
+    check_modules(old, plan)
+    original = None
+    if run_options.source is not None:
+        original = find_source(run_options.source, token=run_options.token)
+    job = Adopter(plan, old, original)
+    job.check_first()
+    return job
 
 
 def _folder(source: Source, recipe: Recipe, run_options: RunSettings) -> Path:
@@ -128,8 +167,8 @@ def _folder(source: Source, recipe: Recipe, run_options: RunSettings) -> Path:
     return Path(run_options.save_dir) / f"{source.label}-{recipe.bits:g}bit-{recipe.rank}rank"
 
 
-def _make(plan: Plan, folder: Path, run: Run) -> _Result:
-    """Write the folder, or the missing part of it."""
+def _make(plan: Plan, folder: Path, run: Run, job: Adopter | None) -> _Result:
+    """Write the folder, or the missing part of it. `job` is what adopts layers that are quantized already."""
     recipe = plan.recipe
     with explain_os_errors(folder):
         copied = sum(path.stat().st_size for path in side_files(plan.source.folder, run.trust_remote_code))
@@ -144,7 +183,9 @@ def _make(plan: Plan, folder: Path, run: Run) -> _Result:
     with open_staging(folder, fingerprint, overwrite=run.overwrite) as staging:
         if not staging.ready:
             reopen(staging)
-            solve_all(plan, staging, statistics, run)
+            solve_all(plan, staging, statistics, run, job)
+            if job is not None:
+                plan = replace(plan, notes=(*plan.notes, *adoption_notes(plan, staging)))
             write_configs(plan, staging, folder, run.trust_remote_code)
             if statistics is not None and recipe.refine:
                 distill(plan, staging, statistics, run)

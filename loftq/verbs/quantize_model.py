@@ -21,9 +21,11 @@ from loftq.models.linears import DenseLinear, Linears, select
 from loftq.models.loading import guard_cpu
 from loftq.models.peft_targets import adapt
 from loftq.planning.recipe import Recipe, layer_seed, recipe_of
+from loftq.planning.synonyms import IN_MEMORY, also_named
 from loftq.solving.layers import solve_by
 
 
+@also_named(IN_MEMORY)
 @silenced()
 def quantize_model(
     model: nn.Module,
@@ -55,7 +57,9 @@ def quantize_model(
     are peft's: the function returns a `PeftModel` around `model`. Types and budgets are those of `loftq.quantize`.
     With `quantize=False` the weights stay as they are and the adapters start as plain LoRA (B = 0). With `lora=False`
     the function only quantizes, and returns `model` itself. A linear that is quantized already is not quantized again;
-    it gets a plain LoRA. `compute_dtype` is by default the dtype of each weight. Raises OptionError.
+    it gets a plain LoRA. `compute_dtype` is by default the dtype of each weight. The keywords `module`, `mlp_layers`,
+    `r`, `require_lora` and `use_qlora` mean `model`, `target_modules`, `rank`, `lora` and `quantize`. Raises
+    OptionError.
     """
     if not lora and not quantize:
         raise OptionError("lora=False and quantize=False leave nothing to do")

@@ -19,6 +19,8 @@ from loftq.artifacts.checks import (
     explained,
     model_problems,
 )
+from loftq.artifacts.given_card import KIND
+from loftq.artifacts.given_checks import compare_with_backbone
 from loftq.artifacts.pair import BackboneAndAdapter
 from loftq.artifacts.recompute import compare_with_source, plan_again
 from loftq.artifacts.rows import summed_errors
@@ -35,6 +37,7 @@ from loftq.formats.layouts import LAYOUTS
 from loftq.formats.links import linked_part, links_below
 from loftq.formats.programs import programs_below
 from loftq.formats.scan import scan
+from loftq.hub.folder import fetch_folder
 from loftq.hub.source import Source, find_source
 
 _QUANTIZED = ("qlora", "qalora")  # kinds of folders that have quantized layers and an adapter
@@ -98,15 +101,15 @@ def verify(
 ) -> Verification:
     """Compare a loftq folder with its `loftq.json`: hashes, names, dtypes, shapes, completeness.
 
+    `folder` may also be `OWNER/NAME` or `OWNER/NAME@REVISION` on the Hub, of which all files are then downloaded.
     `source` is the folder or Hub id of the model that the folder was made of. If it is given, the error of every layer
     is computed again from the values that bitsandbytes, or the linear of the format, reads from the files, and compared
     with the reported error; the other tensors are compared with those of the source. `revision` is by default the one
     in `loftq.json`. One tensor is in memory at a time. Changes of the card are allowed. A folder is sound only if
-    `loftq.json` has the hashes of all other files. Raises ArtifactError if the
-    folder is not a loftq folder, SourceError if the source cannot be read, and OptionError if the folder has no errors
-    to compute again.
+    `loftq.json` has the hashes of all other files. Raises ArtifactError if the folder is not a loftq folder,
+    SourceError if it or the source cannot be read, and OptionError if the folder has no errors to compute again.
     """
-    artifact = read_artifact(folder)
+    artifact = read_artifact(fetch_folder(folder, token=token))
     recorded = artifact.manifest.get("source", {})
     if source is not None and "sha256" not in recorded:
         kind = artifact.manifest["kind"]
@@ -142,6 +145,11 @@ def _check(artifact: Artifact, source: Source | None, trust_remote_code: bool, q
     if links:  # what they lead to is not read
         return
     yield from new_zeros(zero_blocks, artifact.manifest)
+    if artifact.manifest["kind"] == KIND and "layers" in artifact.manifest:
+        yield from collected(_check_totals(artifact), MANIFEST)
+        if source is not None:
+            yield from collected(_check_start(artifact, source, trust_remote_code, quiet), source.name)
+        return
     if not _is_quantized(artifact):
         if artifact.manifest["kind"] in _QUANTIZED:
             yield Problem(MANIFEST, "lists no layers of a format that loftq reads")
@@ -202,7 +210,7 @@ def _check_totals(artifact: Artifact) -> Iterator[Problem]:
     manifest = artifact.manifest
     shards = [name for name in artifact.files if name.endswith(".safetensors") and not name.startswith(f"{FOLDER}/")]
     hashes = {name: str(artifact.files[name]["sha256"]) for name in shards if "sha256" in artifact.files[name]}
-    if len(hashes) == len(shards) and combine_hashes(hashes) != manifest["backbone_sha256"]:
+    if shards and len(hashes) == len(shards) and combine_hashes(hashes) != manifest["backbone_sha256"]:
         yield Problem(MANIFEST, "has a hash of the backbone that does not match the hashes of its files")
     if "totals" in manifest:
         for name, value in summed_errors(manifest["layers"]).items():
@@ -218,6 +226,12 @@ def _check_source(
     total = plan.weights + sum(spec.numel for spec in plan.passed.values())
     with tqdm(total=total, unit="w", unit_scale=True, disable=quiet, dynamic_ncols=True, desc="errors") as bar:
         yield from compare_with_source(pair, plan, manifest, bar.update)
+
+
+def _check_start(artifact: Artifact, source: Source, trust: bool, quiet: bool) -> Iterator[Problem]:
+    total = int(artifact.manifest["totals"]["weights"])
+    with tqdm(total=total, unit="w", unit_scale=True, disable=quiet, dynamic_ncols=True, desc="errors") as bar:
+        yield from compare_with_backbone(artifact, source, trust, bar.update)
 
 
 def _notes(artifact: Artifact) -> Iterator[str]:

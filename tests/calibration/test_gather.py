@@ -39,7 +39,7 @@ CASES = [
     ("gpt2", "causal-lm"),
     ("phi3", "causal-lm"),
     ("gemma2", "causal-lm"),
-    ("gemma3", "causal-lm"),
+    ("gemma3", "image-text-to-text"),
     ("mixtral", "causal-lm"),
     ("bert", "masked-lm"),
     ("roberta", "question-answering"),
@@ -300,7 +300,7 @@ def test_a_folder_of_another_model_or_tokenizer_is_refused(plan: Plan, cached: P
 
 def test_a_weight_that_has_changed_is_refused(plan: Plan, gathered: Statistics, tmp_path: Path) -> None:
     for layer in plan.layers:
-        gathered.check_weights({layer.tensor: read_source_weight(plan, layer, torch.device("cpu"))[1]})
+        gathered.check_weights(layer.module, {layer.tensor: read_source_weight(plan, layer, torch.device("cpu"))[1]})
     folder = Path(shutil.copytree(plan.source.folder, tmp_path / "tuned"))
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
@@ -310,7 +310,9 @@ def test_a_weight_that_has_changed_is_refused(plan: Plan, gathered: Statistics, 
     refused = []
     for layer in tuned.layers:
         try:
-            statistics.check_weights({layer.tensor: read_source_weight(tuned, layer, torch.device("cpu"))[1]})
+            statistics.check_weights(
+                layer.module, {layer.tensor: read_source_weight(tuned, layer, torch.device("cpu"))[1]}
+            )
         except ArtifactError as error:
             refused.append(str(error))
     assert [error.split(": ")[0] for error in refused] == [

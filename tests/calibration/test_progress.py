@@ -31,7 +31,7 @@ CASES = [
     ("llama", "causal-lm"),
     ("gpt2", "causal-lm"),
     ("falcon", "causal-lm"),
-    ("gemma3", "causal-lm"),
+    ("gemma3", "image-text-to-text"),
     ("mixtral", "causal-lm"),
     ("bert", "masked-lm"),
     ("deberta-v2", "feature-extraction"),

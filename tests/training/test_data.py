@@ -14,7 +14,8 @@ from hub import Hub, datasets_of, serve
 from rows import sums, write_rows
 
 from loftq.errors import OptionError
-from loftq.training.data import find_columns, hold_out, read_rows
+from loftq.hub.columns import find_columns
+from loftq.training.data import hold_out, read_rows
 from loftq.training.encoding import Encoder
 from loftq.training.tasks import language_modelling
 from loftq.training.tasks.classification import encode

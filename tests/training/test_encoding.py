@@ -16,7 +16,8 @@ from rows import problems, sums
 from tokenizers.processors import TemplateProcessing
 
 from loftq.errors import OptionError
-from loftq.training.encoding import IGNORED, Collator, Encoder, load_tokenizer
+from loftq.training.collators import Collator
+from loftq.training.encoding import IGNORED, Encoder, load_tokenizer
 from loftq.training.labels import Labels
 from loftq.training.tasks import TRAINING_TASKS
 from loftq.training.tasks.gsm8k import final_number

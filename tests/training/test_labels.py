@@ -18,7 +18,8 @@ from transformers import AutoConfig
 
 import loftq
 from loftq.errors import OptionError
-from loftq.training.encoding import Collator, Encoder
+from loftq.training.collators import Collator
+from loftq.training.encoding import Encoder
 from loftq.training.labels import PROBLEMS, Labels, labels_of
 from loftq.training.tasks.classification import check_alike, encode, scores
 

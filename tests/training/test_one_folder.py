@@ -92,7 +92,7 @@ def test_a_name_on_the_hub_stays_a_name(folders: Path, tmp_path: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "user/model"}))
     assert with_backbone(str(adapter)) == ("user/model", str(adapter))
-    assert with_backbone("user/model", "trained") == ("user/model", "trained")
+    assert with_backbone("user/model", str(adapter)) == ("user/model", str(adapter))
     with pytest.raises(OptionError, match="--adapter x: "):
         with_backbone(str(adapter), "x")
 

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from loftq.models import head_loss
 from loftq.models.head_loss import IGNORED
-from loftq.training.encoding import Collator
+from loftq.training.collators import Collator
 from loftq.training.trainer import LeanTrainer
 
 ROWS = [

@@ -19,7 +19,8 @@ from rows import articles, reviews, sums, write_rows
 from tokenizers.processors import TemplateProcessing
 
 from loftq.hub.source import find_source
-from loftq.training.encoding import Collator, Encoder, load_tokenizer
+from loftq.training.collators import Collator
+from loftq.training.encoding import Encoder, load_tokenizer
 from loftq.training.model import find_model
 from loftq.training.open_model import open_to_use, quantizing_of
 from loftq.training.settings import TrainSettings

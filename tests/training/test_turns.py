@@ -1,6 +1,6 @@
 """Which parts of a conversation are learned. Oracle: transformers' own rendering, and the answers written out.
 
-Covers: loftq/training/message_keys.py.
+Covers: loftq/models/message_keys.py.
 """
 
 from __future__ import annotations

@@ -735,3 +735,20 @@ def test_a_damaged_folder_is_not_pushed_and_a_pushed_one_is_sound(
     assert refused.exit_code == 1
     assert shard.name in refused.stderr
     assert "alice/other" not in hub.repos
+
+
+def test_an_adapter_for_another_backbone(hub: WritableHub, pico: Path, made: Path, tmp_path: Path) -> None:
+    backbone = Path(shutil.copytree(made, tmp_path / "quantized"))
+    for name in ("loftq.json", "README.md"):
+        (backbone / name).unlink()
+    shutil.rmtree(backbone / "loftq_init")
+    hub.add("someone/quantized", backbone)
+    start = loftq.quantize(str(pico), backbone="someone/quantized@main", rank=4, output=tmp_path / "start").folder
+    loftq.push(start, "alice/start", token=TOKEN)
+    served = hub.repos["alice/start"].commits[hub.repos["alice/start"].refs["main"]]
+    config = json.loads((served / ADAPTER).read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("someone/quantized", "main")
+    card = ModelCard.load(served / "README.md")
+    assert (card.data.base_model, card.data.library_name) == ("someone/quantized", "peft")
+    assert 'ADAPTER = "alice/start"' in card.text
+    assert str(tmp_path) not in card.content + (served / "loftq.json").read_text()

@@ -5,21 +5,24 @@ from __future__ import annotations
 import importlib.util
 import re
 import warnings
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from loftq.calibration.statistics import Statistics
 from loftq.core.affine import AffineQuantizer
 from loftq.core.grid import Grid
 from loftq.core.solvers.rounded import round_weight
 from loftq.errors import OptionError, UnknownNameError
 from loftq.formats import compressed_tensors
-from loftq.formats.checkpoint import Checkpoint, TensorSpec
-from loftq.merging.calibration import TEXT, check_calibration, gather_statistics
+from loftq.formats.checkpoint import Checkpoint, TensorSpec, read_checkpoint
+from loftq.formats.shard_writer import ShardWriter
+from loftq.merging.calibration import TEXT, Inputs, check_calibration, gather_inputs
+from loftq.merging.checkpoint_names import CheckpointNames, at_expert
 from loftq.merging.model_folder import ModelFolder
 from loftq.models.linears import find_linears, fused_experts
 from loftq.models.tasks import TASKS, auto_class, build_meta
@@ -58,14 +61,18 @@ class CompressedTensors(ModelFolder):
     def _check_linears(self) -> None:
         """Raise OptionError for weights that the layout cannot hold."""
         for stack in self.pair.backbone.stacks:
-            raise OptionError(f"--to compressed-tensors has no place for fused experts ({stack}): use --to bf16")
-        for module, (rows, columns) in self.pair.backbone.shapes.items():
+            if any(tensor.ndim != 2 for tensor in self._first_expert(stack).values()):
+                raise OptionError(
+                    f"--to compressed-tensors needs a tensor for each expert, and checkpoints of this family have one "
+                    f"for all of them ({stack}): use --to bf16"
+                )
+        for module, rows, columns in self._matrices():
             if columns % self._group_size:
                 raise OptionError(
                     f"--to compressed-tensors: groups of {self._group_size} do not divide the {columns} inputs of "
                     f"{module}: use --group-size 32, or --to bf16 if that does not divide them either"
                 )
-            if rows * self.grid(module).bits % compressed_tensors.WORD and self.settings.zero_point == "integer":
+            if rows * self.grid("").bits % compressed_tensors.WORD and self.settings.zero_point == "integer":
                 raise OptionError(
                     f"--to compressed-tensors: the zero-points of the {rows} outputs of {module} do not fill whole "
                     "words: use --zero-point symmetric"
@@ -76,6 +83,18 @@ class CompressedTensors(ModelFolder):
                 f"--to compressed-tensors holds only nn.Linear, and {others[0]} is a Conv1D: use --to bf16"
             )
 
+    def _matrices(self) -> Iterator[tuple[str, int, int]]:
+        """The sides (out, in) of every weight that is rounded, with its module. Those of all experts are alike."""
+        stacks = self.pair.backbone.stacks
+        for module, shape in self.pair.backbone.shapes.items():
+            tensors = self._first_expert(module).values() if module in stacks else ()
+            for rows, columns in [tuple(tensor.shape) for tensor in tensors] or [shape]:
+                yield module, rows, columns
+
+    def _first_expert(self, module: str) -> dict[str, torch.Tensor]:
+        """The tensors of the first of fused experts, on the meta device, by their names in checkpoints."""
+        return self._names.of_expert(module, torch.empty(self.pair.backbone.shapes[module][1:], device="meta"))
+
     def notes(self) -> tuple[str, ...]:
         """Notes for the user."""
         exact = "compressed-tensors has whole zero-points, so a QA-LoRA is rounded too; --to int and mlx are exact"
@@ -83,9 +102,12 @@ class CompressedTensors(ModelFolder):
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that the bytes of the result depend on, the statistics too."""
-        statistics = self._statistics
-        record = {} if statistics is None else {"settings": statistics.settings, "sha256": statistics.record["sha256"]}
-        return {**super().fingerprint(), "statistics": record, "device": self._device.type}
+        statistics = {} if self._inputs is None else self._inputs.fingerprint()
+        return {**super().fingerprint(), "statistics": statistics, "device": self._device.type}
+
+    def name_of(self, name: str) -> str:
+        """The name of a tensor in checkpoints of the model."""
+        return self._names.of(name)
 
     def grid(self, module: str) -> Grid:  # noqa: ARG002
         """The type of all linears."""
@@ -93,48 +115,107 @@ class CompressedTensors(ModelFolder):
         return Grid(f"int{self.settings.bits or 4}", self._group_size, zero_point=zero_point)
 
     def specs(self, module: str) -> list[TensorSpec]:
-        """The tensors of one linear."""
-        return compressed_tensors.specs(module, self.pair.backbone.shapes[module], self.grid(module), self._dtype)
+        """The tensors of one linear, or of fused experts."""
+        backbone, grid = self.pair.backbone, self.grid("")
+        if module not in backbone.stacks:
+            name = self._names.of_linear(module)
+            return compressed_tensors.specs(name, backbone.shapes[module], grid, self._dtype)
+        first = self._first_expert(module)
+        linears = [
+            (at_expert(_linear(name), expert), tensor.shape)
+            for expert in range(backbone.stacks[module])
+            for name, tensor in first.items()
+        ]
+        return [spec for name, shape in linears for spec in compressed_tensors.specs(name, shape, grid, self._dtype)]
 
     def tensors(self, module: str) -> dict[str, torch.Tensor]:
         """Their values."""
-        shape, grid = self.pair.backbone.shapes[module], self.grid(module)
-        quantizer = cast(AffineQuantizer, grid.quantizer(shape[1], self._dtype))
-        weight = self.pair.merged(module).contiguous().to(self._device)
-        moment = None if self._statistics is None else self._statistics.moment(module)
-        codes, scales = round_weight(weight, quantizer, moment)
-        return compressed_tensors.tensors(module, shape, grid, self._dtype, codes, scales)
+        moment = None if self._inputs is None else self._inputs.moment(module)
+        return self._rounded_tensors(self._names.of_linear(module), self.pair.merged(module).contiguous(), moment)
+
+    def write_module(self, module: str, writer: ShardWriter) -> dict[str, str]:
+        """Write the tensors of one linear, or of fused experts, one expert at a time."""
+        if module not in self.pair.backbone.stacks:
+            return super().write_module(module, writer)
+        moments = repeat(None) if self._inputs is None else self._inputs.expert_moments(module, self._device)
+        hashes: dict[str, str] = {}
+        for expert, (weight, moment) in enumerate(zip(self.pair.merged_experts(module), moments, strict=False)):
+            for name, matrix in self._names.of_expert(module, weight, expert).items():
+                tensors = self._rounded_tensors(_linear(name), matrix.contiguous(), moment)
+                hashes |= {key: writer.write(key, tensor) for key, tensor in tensors.items()}
+        return hashes
+
+    def _rounded_tensors(self, name: str, weight: torch.Tensor, moment: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """The tensors of one weight (out, in), under the name of its linear in the checkpoint."""
+        quantizer = cast(AffineQuantizer, self.grid("").quantizer(weight.shape[1], self._dtype))
+        codes, scales = round_weight(weight.to(self._device), quantizer, moment)
+        return compressed_tensors.tensors(name, weight.shape, self.grid(""), self._dtype, codes, scales)
 
     def rounded(self, module: str, written: Checkpoint, weight: torch.Tensor) -> torch.Tensor:
         """The sum, changed by the difference of the written weight from the sum that was rounded."""
-        shape, grid = self.pair.backbone.shapes[module], self.grid(module)
-        stored = compressed_tensors.dense(module, shape, grid, written.read).float()
-        return weight + (stored - self.pair.merged(module))
+        names = self._names
+        if module not in self.pair.backbone.stacks:
+            return weight + (self._stored(names.of_linear(module), written, weight.shape) - self.pair.merged(module))
+        changes = []
+        for expert, merged in enumerate(self.pair.merged_experts(module)):
+            parts = names.of_expert(module, merged, expert)
+            stored = {name: self._stored(_linear(name), written, part.shape) for name, part in parts.items()}
+            changes.append(names.expert_of(module, stored, merged.shape) - merged)
+        return weight + torch.stack(changes)
+
+    def _stored(self, name: str, written: Checkpoint, shape: Sequence[int]) -> torch.Tensor:
+        """A written weight (out, in), by the name of its linear in the checkpoint."""
+        return compressed_tensors.dense(name, shape, self.grid(""), written.read).float()
 
     def load(self, folder: Path) -> Any:
-        """The model with dense weights: transformers 5 cannot load zero-points that stay compressed."""
-        from transformers import CompressedTensorsConfig
+        """The model with dense weights: transformers 5 cannot load zero-points that stay compressed.
 
+        It cannot load most families of mixtures in this format either: our own reader decompresses them.
+        """
+        from transformers import AutoConfig, CompressedTensorsConfig
+
+        if fused_experts(self._model):
+            config = AutoConfig.from_pretrained(folder)
+            del config.quantization_config
+            state = self._decompressed(read_checkpoint(folder))
+            model_class: Any = type(self._model)
+            return model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
         with warnings.catch_warnings():  # about the options that are added to those of the folder
             warnings.simplefilter("ignore", UserWarning)
-            loader = auto_class(TASKS[self.pair.backbone.task])
-            return loader.from_pretrained(
+            return auto_class(TASKS[self.pair.backbone.task]).from_pretrained(
                 folder, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
             )
 
+    def _decompressed(self, written: Checkpoint) -> dict[str, torch.Tensor]:
+        """All tensors of a folder, with dense weights."""
+        of_weights = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+        dense = [name for name in written.tensors if name.rpartition(".")[2] not in of_weights]
+        linears = [_linear(name) for name in written.tensors if name.endswith(".weight_packed")]
+        tensors = {name: written.read(name) for name in dense}
+        for linear in linears:
+            shape = written.read(f"{linear}.weight_shape").tolist()
+            tensors[f"{linear}.weight"] = self._stored(linear, written, shape)
+        return tensors
+
     def config(self) -> dict[str, Any]:
         """The contents of `config.json`."""
-        ignored = [
-            name
-            for name, module in self._model.named_modules()
-            if isinstance(module, nn.Linear) and name not in self.pair.backbone.grids
-        ]
-        experts = {name.rpartition(".")[0] for name in fused_experts(self._model)}
+        stacks = {name.rpartition(".")[0] for name in self.pair.backbone.stacks}
+        experts = {name.rpartition(".")[0] for name in fused_experts(self._model)} - stacks
+        ignored = [self._names.of_linear(name) for name in self._dense_modules()]
         ignored += [f"re:{re.escape(name)}.*" for name in sorted(experts)]
         grid = self.grid("")
         config = {**self.pair.config, "quantization_config": compressed_tensors.quantization_config(grid, ignored)}
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(self._dtype).removeprefix("torch.")
         return config
+
+    def _dense_modules(self) -> list[str]:
+        """The modules with a dense matrix that a server may take for a linear, routers too."""
+        return [
+            name
+            for name, module in self._model.named_modules()
+            if name not in self.pair.backbone.grids
+            and (isinstance(module, nn.Linear) or (self.pair.backbone.stacks and _is_router(module)))
+        ]
 
     @cached_property
     def _group_size(self) -> int:
@@ -148,7 +229,7 @@ class CompressedTensors(ModelFolder):
                 )
             return self.settings.group_size
         shapes = self.pair.backbone.shapes.values()
-        return next((size for size in sizes if all(columns % size == 0 for _, columns in shapes)), sizes[-1])
+        return next((size for size in sizes if all(shape[-1] % size == 0 for shape in shapes)), sizes[-1])
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -164,9 +245,24 @@ class CompressedTensors(ModelFolder):
         return find_linears(self._model)
 
     @cached_property
-    def _statistics(self) -> Statistics | None:
-        return gather_statistics(self.pair, self._group_size, self.settings, self.run)
+    def _names(self) -> CheckpointNames:
+        return CheckpointNames(self._model, mixture=bool(self.pair.backbone.stacks))
+
+    @cached_property
+    def _inputs(self) -> Inputs | None:
+        return gather_inputs(self.pair, self._group_size, self.settings, self.run)
 
     @cached_property
     def _device(self) -> torch.device:
         return start(RunSettings(device=self.settings.device)).device
+
+
+def _linear(tensor: str) -> str:
+    """The name of the linear that a weight of a checkpoint belongs to."""
+    return tensor.rpartition(".")[0]
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether a module has a matrix as its weight, but is no embedding."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from loftq.errors import OptionError
-from loftq.training.data import find_columns, text_of
-from loftq.training.encoding import Collator, Encoder
+from loftq.hub.columns import find_columns, text_of
+from loftq.training.collators import Collator
+from loftq.training.encoding import Encoder
 from loftq.training.labels import NUMBERS, named_values
 from loftq.training.opened import Opened
 from loftq.training.tasks.task import CLASSIFIER, Measure, MeasureSettings, TrainingTask, encoder_of

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from loftq.errors import OptionError
+from loftq.hub.columns import find_columns, text_of
+from loftq.hub.conversations import Conversation
 from loftq.training import encoding
 from loftq.training.answering import answers
-from loftq.training.conversations import Conversation
-from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Encoder
 from loftq.training.ends import Ends, turn_end
 from loftq.training.opened import Opened

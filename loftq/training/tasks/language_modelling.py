@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loftq.errors import OptionError
+from loftq.hub.columns import find_columns, text_of
+from loftq.hub.conversations import BESIDE, ROLES, Conversation, chosen_columns, conversation_of, instruction_of
 from loftq.models.long_texts import tokenized_pieces
+from loftq.models.tasks import CAUSAL
 from loftq.training import encoding
-from loftq.training.conversations import BESIDE, Conversation, conversation_of, instruction_of
-from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Encoder
 from loftq.training.tasks.task import GENERATORS, TrainingTask
 
@@ -21,18 +22,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _log = logging.getLogger(__name__)
+Record = Mapping[str, Any]
 TEXT = {"text": ("text", "content")}  # the role for plain text
-ROLES = {
-    "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat"),
-    "prompt": ("prompt", "instruction", "question", "context", "source"),
-    "response": ("response", "completion", "output", "answer", "target"),
-    "input": ("input",),
-    "system": ("system", "system_prompt"),
-    "history": ("history",),
-    "tools": ("tools", "functions"),
-}
-_OF_MESSAGES = ("messages", "system", "tools")
-_OPTIONAL = ("input", "system", "history", "tools")
 
 
 def pack_blocks(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Dataset:
@@ -92,27 +83,28 @@ def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Datas
 
     Otherwise encode examples of a prompt and its answer.
     """
-    names = _chosen(rows, columns)
+    names = chosen_columns(rows, columns)
     read = conversation_of if "messages" in names else instruction_of
+    if encoder.folder is not None and encoder.image_text is None and _has_images(rows, lambda row: read(row, names)):
+        encoder = encoder.reading_images()
     if encoding.uses_template(encoder, default=True):
         return conversations(rows, lambda row: read(row, names), encoder)
     return encoded(rows, lambda row: encoder.single_turn(read(row, names)))
 
 
-def _chosen(rows: Dataset, columns: Mapping[str, str]) -> dict[str, str]:
-    """The columns of the roles that are read: those of messages, or those of prompts and answers."""
-    names = find_columns(rows, ROLES, columns, optional=tuple(ROLES))
-    if "messages" in names and ("messages" in columns or not {"prompt", "response"} & set(columns)):
-        return {role: name for role, name in names.items() if role in _OF_MESSAGES}
-    names = find_columns(rows, ROLES, columns, optional=("messages", *_OPTIONAL))
-    return {role: name for role, name in names.items() if role != "messages"}
+def _has_images(rows: Dataset, conversation: Callable[[Record], Conversation]) -> bool:
+    """Whether any row has images. A row that cannot be read is reported when it is encoded."""
+    for row in rows:
+        try:
+            if conversation(row).images:
+                return True
+        except OptionError:
+            return False
+    return False
 
 
 def _used(rows: Dataset, columns: Mapping[str, str]) -> list[str]:
-    return [*_chosen(rows, columns).values(), *BESIDE]
-
-
-Record = Mapping[str, Any]
+    return [*chosen_columns(rows, columns).values(), *BESIDE]
 
 
 def conversations(rows: Dataset, conversation: Callable[[Record], Conversation], encoder: Encoder) -> Dataset:
@@ -124,25 +116,34 @@ def conversations(rows: Dataset, conversation: Callable[[Record], Conversation],
                 f"{name} {limit}: with a chat template, --cutoff-len is the only limit: leave the option out, or add "
                 "--no-chat-template for prompts and answers"
             )
-    return encoded(rows, lambda row: encoder.talk(conversation(row)))
+    features = None if encoder.image_text is None else _features()
+    return encoded(rows, lambda row: encoder.talk(conversation(row)), features)
 
 
-def encoded(rows: Dataset, example: Callable[[Record], dict[str, list[int]]]) -> Dataset:
+def _features() -> Any:
+    """The types of the columns of examples with images, which no single example may tell."""
+    from datasets import Features, Value
+
+    ids = [Value("int64")]
+    images = [{"path": Value("string"), "bytes": Value("binary")}]
+    return Features({"input_ids": ids, "labels": ids, "text": Value("string"), "images": images})
+
+
+def encoded(rows: Dataset, example: Callable[[Record], dict[str, Any]], features: Any = None) -> Dataset:
     """Encode an example of each row, and leave out those that have nothing to learn within the limits.
 
     Their number is reported on stderr. Raises OptionError if no example is left; an OptionError for a row names the
     number of the row, from 1.
     """
 
-    def numbered(row: Record, index: int) -> dict[str, list[int]]:
+    def numbered(row: Record, index: int) -> dict[str, Any]:
         try:
             return example(row)
         except OptionError as error:
             raise OptionError(f"row {index + 1}: {error}") from error
 
-    examples = rows.map(
-        numbered, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False, desc="tokenize"
-    )
+    options = {"with_indices": True, "load_from_cache_file": False, "desc": "tokenize", "features": features}
+    examples = rows.map(numbered, remove_columns=rows.column_names, **options)
     kept = [
         index for index, labels in enumerate(examples["labels"]) if any(label != encoding.IGNORED for label in labels)
     ]
@@ -159,7 +160,7 @@ def encoded(rows: Dataset, example: Callable[[Record], dict[str, list[int]]]) ->
 
 TASKS = {
     "clm": TrainingTask(
-        "plain text, packed into blocks of --cutoff-len tokens", ("causal-lm",), TEXT, pack_blocks, shuffled=False
+        "plain text, packed into blocks of --cutoff-len tokens", CAUSAL, TEXT, pack_blocks, shuffled=False
     ),
     "sft": TrainingTask(
         "answers to prompts, or conversations; only answers add to the loss", GENERATORS, ROLES, encode, used=_used

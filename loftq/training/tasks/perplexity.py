@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loftq.errors import OptionError
-from loftq.training.data import find_columns, text_of
+from loftq.hub.columns import find_columns, text_of
 from loftq.training.opened import Opened
 from loftq.training.tasks import language_modelling
 from loftq.training.tasks.task import Measure, MeasureSettings, encoder_of

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loftq.errors import OptionError
+from loftq.hub.columns import find_columns, text_of
 from loftq.training.answering import answers
-from loftq.training.data import find_columns, text_of
 from loftq.training.encoding import Encoder, check_text
 from loftq.training.opened import Opened
 from loftq.training.spans import beginning

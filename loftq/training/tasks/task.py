@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from loftq.hub.columns import find_columns
+from loftq.models.tasks import CAUSAL
 from loftq.models.tokenizers import embedding_rows
-from loftq.training.data import find_columns
 from loftq.training.encoding import Encoder
 from loftq.training.labels import labels_of
 from loftq.training.opened import Opened
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CLASSIFIER = "sequence-classification"
-GENERATORS = ("causal-lm", "seq2seq-lm")
+GENERATORS = (*CAUSAL, "seq2seq-lm")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any
 
 from loftq.display import one_line
 from loftq.errors import OptionError
-from loftq.training.message_keys import says_something
+from loftq.models.message_keys import says_something
 
 SECONDS = 10.0  # in which a template must have written a conversation, which takes milliseconds
 _MEMORY = 2**30  # bytes that it may take

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loftq.errors import OptionError
-from loftq.training.data import text_of
-from loftq.training.turns import Message
+from loftq.hub.columns import Rows, find_columns, text_of
+from loftq.hub.image_messages import read_parts, with_images
+from loftq.hub.images import Source
 
 Row = Mapping[str, Any]
+Message = dict[str, Any]
 _ROLES = dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant") | {"human": "user"}
 _ROLES_OF_SHARE_GPT = {"function_call": "assistant"} | dict.fromkeys(("observation", "function_response"), "tool")
 _WEIGHTS = ("weight", "train", "training", "trainable", "loss")  # keys that tell whether a message is learned
@@ -28,16 +30,43 @@ _VARIABLES = (  # columns with the names that templates give to what they read b
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # names of a column, or a key, of an answer's reasoning
 BESIDE = (*_VARIABLES, "chat_template_kwargs", *_REASONING)  # columns that are read by their own names
 _TURNS = (("input", "output"), ("human", "assistant"), ("user", "assistant"))  # keys of a turn in one piece
-_OTHER_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_OTHER_MEDIA = ("audio", "audios", "video", "videos")
+
+
+ROLES = {
+    "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat"),
+    "prompt": ("prompt", "instruction", "question", "context", "source"),
+    "response": ("response", "completion", "output", "answer", "target"),
+    "input": ("input",),
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
+    "images": ("images", "image"),
+    "tools": ("tools", "functions"),
+}
+_OF_MESSAGES = ("messages", "system", "tools", "images")
+_OPTIONAL = ("input", "system", "history", "tools", "images")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, what the template gets beside them, and for each message whether it may be learned."""
+    """Messages, what the template gets beside them, and for each message whether it may be learned.
+
+    If there are `images`, the content of messages is parts, and each image has its part.
+    """
 
     messages: list[Message]
     variables: dict[str, Any] = field(default_factory=dict)
     learned: list[bool] = field(default_factory=list)
+    images: list[Source] = field(default_factory=list)
+
+
+def chosen_columns(rows: Rows, columns: Mapping[str, str]) -> dict[str, str]:
+    """The columns of the roles that are read: those of messages, or those of prompts and answers."""
+    names = find_columns(rows, ROLES, columns, optional=tuple(ROLES))
+    if "messages" in names and ("messages" in columns or not {"prompt", "response"} & set(columns)):
+        return {role: name for role, name in names.items() if role in _OF_MESSAGES}
+    names = find_columns(rows, ROLES, columns, optional=("messages", *_OPTIONAL))
+    return {role: name for role, name in names.items() if role != "messages"}
 
 
 def conversation_of(row: Row, columns: Mapping[str, str]) -> Conversation:
@@ -53,7 +82,7 @@ def conversation_of(row: Row, columns: Mapping[str, str]) -> Conversation:
             )
         system = []
     learned = [_is_learned(message, number) for number, message in enumerate(given, 1)]
-    return Conversation([*system, *map(_unweighted, given)], _variables(row, columns), [False] * len(system) + learned)
+    return _conversation(row, columns, [*system, *map(_unweighted, given)], [False] * len(system) + learned)
 
 
 def instruction_of(row: Row, columns: Mapping[str, str]) -> Conversation:
@@ -74,7 +103,13 @@ def instruction_of(row: Row, columns: Mapping[str, str]) -> Conversation:
         {"role": "user", "content": f"{prompt}\n\n{extra}" if extra else prompt},
         {"role": "assistant", "content": text_of(row, columns["response"]), **_reasoning(row, columns)},
     ]
-    return Conversation(messages, _variables(row, columns), [True] * len(messages))
+    return _conversation(row, columns, messages, [True] * len(messages))
+
+
+def _conversation(row: Row, columns: Mapping[str, str], messages: list[Message], learned: list[bool]) -> Conversation:
+    column = columns.get("images", "")
+    messages, images = with_images(messages, row.get(column), column)
+    return Conversation(messages, _variables(row, columns), learned, images)
 
 
 def _prompt_of_messages(row: Row, columns: Mapping[str, str]) -> Conversation:
@@ -92,7 +127,7 @@ def _prompt_of_messages(row: Row, columns: Mapping[str, str]) -> Conversation:
     system = [] if asked and asked[0]["role"] == "system" else _system(row, columns)
     learned = [_is_learned(message, number) for number, message in enumerate(answered, 1)]
     messages = [*system, *map(_unweighted, [*asked, *answered])]
-    return Conversation(messages, _variables(row, columns), [False] * (len(messages) - len(learned)) + learned)
+    return _conversation(row, columns, messages, [False] * (len(messages) - len(learned)) + learned)
 
 
 def _messages(value: Any, column: str) -> list[Message]:
@@ -145,15 +180,9 @@ def _renamed(given: Any) -> Message:
     if isinstance(message.get("function_call"), dict):
         message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
     if isinstance(content, list):
-        message["content"] = "".join(_text_of_part(part) for part in content)
+        message["content"] = read_parts(content)
     message["role"] = roles.get(role, role)
     return message
-
-
-def _text_of_part(part: Any) -> str:
-    if isinstance(part, dict) and part.get("type", "text") != "text":
-        raise OptionError(f"a message has a part of type {part['type']!r:.40}, but only texts are learned: remove it")
-    return str(part) if isinstance(part, str) else str(part["text"])
 
 
 def _calls(value: str) -> list[dict[str, Any]]:
@@ -167,7 +196,7 @@ def _has_text(message: Message) -> bool:
     content = message.get("content")
     if content is None:  # beside calls, or beside reasoning that was not answered yet
         return message["role"] == "assistant" and bool(message.get("tool_calls"))
-    return isinstance(content, str)
+    return isinstance(content, (str, list))
 
 
 def _is_learned(message: Message, number: int) -> bool:

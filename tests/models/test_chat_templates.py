@@ -15,8 +15,8 @@ from conftest import byte_tokenizer
 
 import loftq
 from loftq.errors import OptionError
-from loftq.training import chat_templates
-from loftq.training.chat_templates import write_messages
+from loftq.models import chat_templates
+from loftq.models.chat_templates import write_messages
 
 Run = Callable[..., Any]
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
