@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from loftq.display import few_of
 from loftq.formats.prequantized import DenseView
+from loftq.models import coverage
 from loftq.models.families import family_of
 from loftq.models.language_part import language_part
 from loftq.models.linears import Linears
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def notes_on(plan: Plan, linears: Linears, names: NameMap) -> Iterator[str]:
     """Notes on the model, on what loads the result, and on what stays unquantized."""
     dtype = plan.recipe.compute_dtype
-    if not family_of(plan.model_type).tested:
+    if not family_of(plan.model_type).tested and not coverage.rows_of(plan.model_type):
         part = language_part(plan.model, plan.task.name, list(linears.candidates))
         which = "its modules" if part is None else "its language model, unless --target-modules names others,"
         yield f"model type {plan.model_type} is not in the table of families: every linear of {which} is quantized"
