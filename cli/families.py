@@ -62,8 +62,7 @@ def _row(model_type: str) -> dict[str, Any]:
         "tested": bool(seen),
         "loader": "no" if refusals else passed[0]["loads"] if passed else "as its modules need",
         "nearer": passed and all(row["nearer"] < 1 for row in passed),
-        "trains": passed
-        and ("yes" if all(got == all_ for got, all_ in (row["trains"] for row in passed)) else "partly"),
+        "trains": passed and ("yes" if complete else "partly"),
         "calibrates": passed and passed[0]["calibrates"],
         "kept": passed and passed[0]["kept"],
         "group": seen[0]["group"] if seen else None,
