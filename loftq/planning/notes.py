@@ -48,10 +48,11 @@ def notes_on(plan: Plan, linears: Linears, names: NameMap) -> Iterator[str]:
 
 
 def _kept_by(plan: Plan, left_out: Sequence[str]) -> str:
-    """The share of the checkpoint that is left out, and the task that would keep it, if that is another one."""
+    """The share of the checkpoint that is left out, and the task that would keep it, unless the task is its own."""
     own = own_task(plan.source.folder)
-    if own is None or own == plan.task.name:
+    if own == plan.task.name:
         return ""
     sizes = {name: spec.numel for name, spec in plan.source.checkpoint.tensors.items()}
     share = sum(sizes[name] for name in left_out) / sum(sizes.values())
-    return f" ({share:.1%} of the weights; --task {own} keeps them)"
+    advice = f"; --task {own} keeps them" if own else ""
+    return f" ({share:.1%} of the weights{advice})"

@@ -192,6 +192,24 @@ def test_shards_and_ties_change_nothing(name: str, tmp_path: Path) -> None:
     assert len(copies) == (1 if tied else 2)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "advice"), [("LlamaForCausalLM", "; --task causal-lm keeps them"), ("LlamaForNothing", "")]
+)
+def test_weights_that_a_task_has_no_place_for_are_named_with_their_share(
+    architecture: str, advice: str, tmp_path: Path
+) -> None:
+    """Oracle: the number of weights in the head of the checkpoint."""
+    model = pico_model("llama", "causal-lm")
+    source = save_model(model, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text()) | {"architectures": [architecture]}
+    (source / "config.json").write_text(json.dumps(config))
+    share = model.lm_head.weight.numel() / sum(
+        tensor.numel() for tensor in load_file(source / "model.safetensors").values()
+    )
+    report = quantize(source, tmp_path / "out", task="feature-extraction", dry_run=True)
+    assert f"not a part of the model, left out: lm_head.weight ({share:.1%} of the weights{advice})" in report.notes
+
+
 OWN_CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
 
