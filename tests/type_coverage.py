@@ -117,10 +117,12 @@ def examine(group: str, kind: str, task: str, folder: Path) -> dict[str, Any]:
     full = auto_class(TASKS[task]).from_pretrained(source, dtype=dtype_of(kind)).eval()
     base = auto_class(TASKS[task]).from_pretrained(report.folder, dtype=dtype_of(kind))
     guard_cpu(base)
-    model = PeftModel.from_pretrained(base, report.folder, subfolder="loftq_init", is_trainable=True).eval()
+    with warnings.catch_warnings():  # about patterns of ranks that name parameters, which peft honours all the same
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+        model = PeftModel.from_pretrained(base, report.folder, subfolder="loftq_init", is_trainable=True).eval()
     row["loads"] = "stock" if LAYOUTS[open_artifact(report.folder).manifest["format"]].STOCK else "loftq"
     names = model.peft_config["default"].target_modules
-    row["targets"] = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
+    row["targets"] = sorted({re.sub(r".*\.(?=\D)", "", name) for name in names})  # `up_proj`, `fc.0`
     row["nearer"] = _nearer(kind, task, full, base, model)
     row["trains"] = _trains(kind, task, base, model)
     row["calibrates"] = _calibrates(source, folder)
