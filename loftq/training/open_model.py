@@ -257,10 +257,9 @@ def _dense_to_use(source: Source, adapter: Path | None, dtype: torch.dtype, devi
         task = build_meta(source.folder)[1]
         return load_dense(source, task, dtype, device), task
     trained = foreign_adapter(adapter, source.name, source.checkpoint)
+    own = build_meta(source.folder)[1]
     alike = [task for task in TASKS.values() if task.peft_type == str(trained.config.get("task_type"))]
-    own = own_task(source.folder)
-    task = next((task for task in alike if task.name == own), alike[0] if alike else None)
-    task = task or build_meta(source.folder)[1]
+    task = own if own in alike or not alike else alike[0]
     rows = [trained.shapes[name][0] for name in trained.saved.values() if len(trained.shapes[name]) == 2]
     # If a head has two layers, the last one has as many rows as there are labels.
     labels = min(rows) if rows and task.name.endswith("-classification") else None
