@@ -17,6 +17,7 @@ import torch
 from perplexity import perplexity
 
 import loftq
+from loftq.formats.model_config import config_text, read_config, with_old_names
 
 _LLAMA_CPP = """
 import math, os, sys
@@ -102,9 +103,19 @@ def by_llama_cpp_with_lora(python: str, output: Path, source: Path, windows: tor
 
 
 def by_mlx(output: Path, source: Path, windows: torch.Tensor) -> float:
-    """By mlx-lm in float32, dequantized by MLX; an adapter on the full-precision model."""
-    adapter = (output / "adapters.safetensors").is_file()
-    return _in_a_process(_MLX, windows, *((source, output) if adapter else (output, "")))
+    """By mlx-lm in float32, dequantized by MLX; an adapter on the full-precision model.
+
+    That model gets the names of the rotary settings that mlx-lm reads.
+    """
+    if not (output / "adapters.safetensors").is_file():
+        return _in_a_process(_MLX, windows, output, "")
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Path(scratch)
+        for path in source.iterdir():
+            (base / path.name).symlink_to(path)
+        (base / "config.json").unlink()
+        (base / "config.json").write_text(config_text(with_old_names(read_config(source))), encoding="utf-8")
+        return _in_a_process(_MLX, windows, base, output)
 
 
 def _in_a_process(code: str, windows: torch.Tensor, first: Path, *more: object, python: str = sys.executable) -> float:

@@ -11,8 +11,7 @@ For a linear (out, in) of b bits in groups of g consecutive inputs (mlx.core.qua
 
 Tensors have the names of the transformers checkpoint. `config.json` gives the width and the group size under
 `quantization`, and again under `quantization_config`, which the Hub and other readers look at; mlx-lm does the same.
-transformers 5 describes the rotary embedding in `rope_parameters`. The export repeats this as `rope_theta` and
-`rope_scaling`, because most models of mlx-lm read only these, and silently use a default if they are missing.
+The rotary embedding has its old names too (`model_config.with_old_names`).
 
 Scales and biases are float32, although mlx itself would write them in the 16-bit type of the checkpoint. A bias is as
 large as 2^(b−1) steps of the grid. Rounding it to bfloat16 would move the weights by up to 1/32 of a step at 4 bits,
@@ -30,6 +29,7 @@ from loftq.core.affine import AffineWeight
 from loftq.core.packing import pack
 from loftq.errors import OptionError
 from loftq.formats.checkpoint import TensorSpec
+from loftq.formats.model_config import with_old_names
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -82,17 +82,7 @@ def config(
     """
     entry: dict[str, object] = _entry(bits, group_size)
     entry |= {module: _entry(other, group_size) for module, other in (widths or {}).items()}
-    return {**_rope(source), **source, "quantization": entry, "quantization_config": entry}
-
-
-def _rope(source: Mapping[str, object]) -> dict[str, object]:
-    """The settings of the rotary embedding, under the names that mlx-lm's models read."""
-    rope = source.get("rope_parameters")
-    if not isinstance(rope, Mapping):
-        return {}
-    rotary = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-    scaled = rope.get("rope_type", "default") != "default"
-    return rotary | ({"rope_scaling": {**rope, "type": rope["rope_type"]}} if scaled else {})
+    return {**with_old_names(source), "quantization": entry, "quantization_config": entry}
 
 
 def _entry(bits: int, group_size: int) -> dict[str, object]:

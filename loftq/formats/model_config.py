@@ -75,6 +75,19 @@ def check_beside(folder: Path, error: type[LoftQError] = SourceError) -> None:
             read_json(folder / name, schema, error=error, advice=_AGAIN, foreign=True)
 
 
+def with_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the settings of the rotary embedding also under the names of transformers before 5.
+
+    Many other readers, mlx-lm among them, know only these and take their own default for what is in `rope_parameters`.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping):
+        return dict(config)
+    rotary = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    scaled = rope.get("rope_type", "default") != "default"
+    return {**rotary, **({"rope_scaling": {**rope, "type": rope["rope_type"]}} if scaled else {}), **config}
+
+
 def config_text(config: Mapping[str, Any]) -> str:
     """The text of a `config.json`. transformers reads infinities from objects, because JSON has no infinities."""
     return json_text(_tagged(config), indent=2, sort_keys=True) + "\n"

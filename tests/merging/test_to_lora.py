@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import pico_llama
+from conftest import pico_llama, save_model
 from mlx_runner import run_mlx
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -110,6 +110,19 @@ def test_mlx_lm_reads_it(pair: tuple[Path, Path], pico: Path, tmp_path: Path) ->
     original = AutoModelForCausalLM.from_pretrained(pico, dtype=torch.float32)
     wanted = logits_of(PeftModel.from_pretrained(original, tmp_path / "peft"))
     assert (torch.from_numpy(found["logits"]) - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_mlx_lm_finds_the_rotary_base(tmp_path: Path) -> None:
+    """Oracle: the logits by transformers, which writes the base of the rotary embedding where mlx-lm does not look."""
+    model = pico_llama(rope_parameters={"rope_type": "default", "rope_theta": 300.0})
+    source = save_model(model, tmp_path / "source")
+    folder = loftq.quantize(str(source), output=tmp_path / "folder", rank=4, iters=1, quiet=True).folder
+    loftq.merge(folder, to="bf16", output=tmp_path / "dense", quiet=True)
+    found = run_mlx("logits", tmp_path / "dense", tmp_path / "out.npz", *TOKENS)
+    wanted = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32))
+    assert (torch.from_numpy(found["logits"]) - wanted).norm() < 0.02 * wanted.norm()
+    report = loftq.merge(folder, to="mlx-lora", output=tmp_path / "adapter", quiet=True)
+    assert any("mlx-lm read rope_theta (300.0) only at the top of config.json" in note for note in report.notes)
 
 
 def test_a_gguf_lora(pair: tuple[Path, Path], tmp_path: Path) -> None:

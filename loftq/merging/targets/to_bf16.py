@@ -9,6 +9,7 @@ import torch
 
 from loftq.formats.artifact import DENSE
 from loftq.formats.checkpoint import Checkpoint, TensorSpec
+from loftq.formats.model_config import with_old_names
 from loftq.formats.shard_writer import ShardWriter
 from loftq.merging.checkpoint_names import CheckpointNames, at_expert, is_whole
 from loftq.merging.model_folder import ModelFolder
@@ -79,6 +80,7 @@ class Dense(ModelFolder):
 
     def config(self) -> dict[str, Any]:
         """The contents of `config.json`."""
-        config = {key: value for key, value in self.pair.config.items() if key != "quantization_config"}
+        own = {key: value for key, value in self.pair.config.items() if key != "quantization_config"}
+        config = with_old_names(own)
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = "bfloat16"
         return config

@@ -13,6 +13,7 @@ import torch
 
 from loftq.errors import OptionError
 from loftq.formats.checkpoint import TensorSpec
+from loftq.formats.model_config import with_old_names
 from loftq.merging.targets.to_lora import PlainLora
 
 _IN_BLOCK = re.compile(r"(.*?layers\.)(\d+)\.(.+)")
@@ -37,6 +38,16 @@ class MlxLora(PlainLora):
         for module in self.pair.adapter.modules:
             if not _IN_BLOCK.fullmatch(module):
                 raise OptionError(f"--to {self.name}: {module} lies in no numbered block: use --to lora")
+
+    def notes(self) -> tuple[str, ...]:
+        """Notes for the user, also on a setting that models of mlx-lm look for in one place."""
+        read_at_the_top = with_old_names(self.pair.config)
+        missing = {name: value for name, value in read_at_the_top.items() if name not in self.pair.config}
+        if not missing:
+            return super().notes()
+        values = ", ".join(f"{name} ({value})" for name, value in missing.items())
+        note = f"most models of mlx-lm read {values} only at the top of config.json: if your base has it in "
+        return (*super().notes(), f"{note}rope_parameters alone, add it there too")
 
     def specs(self, module: str) -> list[TensorSpec]:
         """The tensors of one module."""
