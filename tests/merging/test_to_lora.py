@@ -115,6 +115,8 @@ def test_mlx_lm_reads_it(pair: tuple[Path, Path], pico: Path, tmp_path: Path) ->
 def test_mlx_lm_finds_the_rotary_base(tmp_path: Path) -> None:
     """Oracle: the logits by transformers, which writes the base of the rotary embedding where mlx-lm does not look."""
     model = pico_llama(rope_parameters={"rope_type": "default", "rope_theta": 300.0})
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 30  # so that it matters where a token stands
     source = save_model(model, tmp_path / "source")
     folder = loftq.quantize(str(source), output=tmp_path / "folder", rank=4, iters=1, quiet=True).folder
     loftq.merge(folder, to="bf16", output=tmp_path / "dense", quiet=True)
