@@ -38,10 +38,10 @@ def families(model_type: str | None, wide: bool, as_json: bool) -> None:
     The tests make a small model of each type. They quantize it with its default settings and look at what comes out.
     "Loads with" is "stock" if transformers and peft alone load the folder, "loftq" if they need `import loftq` first,
     and "no" for a type that is refused. "Nearer" says whether the adapter brings the outputs nearer to those of the
-    full-precision model, "trains" whether every factor of the adapter gets a gradient. "Calibrates" says what a
-    calibrated start can use: text, text that reaches only a part of the linears ("partly"), or nothing. "In 16 bits" is
-    the share of the weights that is not quantized, in a model of the size that the type has by default. In any other
-    model type, every linear of its modules is quantized.
+    full-precision model, "trains" whether every factor of the adapter gets a gradient, or a part of them.
+    "Calibrates" says what a calibrated start can use: text, text that reaches only a part of the linears ("partly"),
+    or nothing. "In 16 bits" is the share of the weights that is not quantized, in a model of the size that the type
+    has by default. In any other model type, every linear of its modules is quantized.
     """
     shown = [*coverage.types(), _OTHER] if model_type is None else [model_type]
     rows = [_row(name) for name in shown]
@@ -56,12 +56,13 @@ def _row(model_type: str) -> dict[str, Any]:
     family, seen = family_of(model_type), coverage.rows_of(model_type)
     refusals = [row["refused"] for row in seen if "refused" in row]
     passed = None if refusals or not seen else seen
+    complete = all(row["trains"][0] == row["trains"][1] for row in passed or ())
     return {
         "model type": model_type,
         "tested": bool(seen),
         "loader": "no" if refusals else passed[0]["loads"] if passed else "as its modules need",
         "nearer": passed and all(row["nearer"] < 1 for row in passed),
-        "trains": passed and all(row["trains"][0] == row["trains"][1] for row in passed),
+        "trains": passed and ("yes" if complete else "partly"),
         "calibrates": passed and passed[0]["calibrates"],
         "kept": passed and passed[0]["kept"],
         "group": seen[0]["group"] if seen else None,

@@ -42,8 +42,13 @@ adapter, “refine” the training steps in which the adapter is distilled.
 """
 _FAMILIES = """# Model types
 
-`loftq families` prints the same table. “Loads with” says whether stock transformers and peft load the default format
-(“stock”), or need `import loftq` first (“loftq”). Embeddings, norms and heads always stay unquantized.
+`loftq families` prints the same table. Tests write its rows: they make a small model of each type, quantize it, and
+look at what comes out. “Loads with” says whether stock transformers and peft load the default format (“stock”), or
+need `import loftq` first (“loftq”). “Nearer” says whether the adapter brings the outputs nearer to those of the
+full-precision model, “trains” whether every factor of the adapter, or a part of them, gets a gradient. “Calibrates”
+says what a calibrated start can use: text, text that reaches only a part of the linears (“partly”), or nothing. “In
+16 bits” is the share of the weights that is not quantized, in a model of the size that the type has by default.
+Embeddings, norms and heads always stay unquantized.
 
 """
 

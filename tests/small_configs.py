@@ -17,61 +17,75 @@ END = 5  # the token that some classifiers look for
 _SIZES: tuple[tuple[int, str], ...] = (
     (
         LAYERS,
-        """num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_encoder_layers
-        num_decoder_layers depth encoder_depth layers num_blocks vision_layers resampler_depth num_hidden_groups_
-        decoder_num_hidden_layers memory_attention_num_layers num_kv_shared_layers_""",
+        """
+        num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_encoder_layers
+        num_decoder_layers depth encoder_depth layers num_blocks vision_layers resampler_depth
+        decoder_num_hidden_layers memory_attention_num_layers
+        """,
     ),
     (
         WIDTH,
-        """hidden_size d_model n_embd dim embed_dim word_embed_proj_dim d_embed embedding_size embedding_dim
-        out_hidden_size encoder_hidden_size output_hidden_size vision_hidden_size dim_model d_model_size_ input_dim_ text_hidden_size projection_dim
-        projection_size emb_dim lru_width attention_hidden_size classifier_proj_size decoder_hidden_size pooler_hidden_size
-        pooler_output_size hidden_size_global embed_hidden_size vision_output_dim text_embed_dim encoder_hidden_dim
-        head_hidden_size moe_latent_size codebook_dim fusion_hidden_size patch_embed_hidden_size""",
+        """
+        hidden_size d_model n_embd dim embed_dim word_embed_proj_dim d_embed embedding_size embedding_dim
+        out_hidden_size encoder_hidden_size output_hidden_size vision_hidden_size dim_model text_hidden_size
+        projection_dim projection_size emb_dim lru_width attention_hidden_size classifier_proj_size
+        decoder_hidden_size pooler_hidden_size pooler_output_size hidden_size_global embed_hidden_size
+        vision_output_dim text_embed_dim encoder_hidden_dim head_hidden_size moe_latent_size codebook_dim
+        fusion_hidden_size patch_embed_hidden_size
+        """,
     ),
     (
         INNER,
-        """intermediate_size ffn_dim d_ff n_inner hidden_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size d_inner
-        shared_expert_intermediate_size moe_intermediate_size block_ff_dim dff dim_ff moe_shared_expert_intermediate_size
-        intermediate_size_mlp shared_intermediate_size mlp_dim ffn_size dense_intermediate_size linear_units
-        moe_shared_intermediate_size block_dim_""",
+        """
+        intermediate_size ffn_dim d_ff n_inner hidden_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size
+        d_inner shared_expert_intermediate_size moe_intermediate_size block_ff_dim dff dim_ff
+        moe_shared_expert_intermediate_size intermediate_size_mlp shared_intermediate_size mlp_dim ffn_size
+        dense_intermediate_size linear_units moe_shared_intermediate_size
+        """,
     ),
     (
         HEADS,
-        """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads
+        """
+        num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads
         attention_heads num_encoder_attention_heads num_decoder_attention_heads decoder_num_attention_heads
-        vision_heads swa_num_attention_heads linear_num_heads""",
+        vision_heads swa_num_attention_heads linear_num_heads
+        """,
     ),
     (
         KV_HEADS,
-        """num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads linear_num_value_heads
-        vision_num_key_value_heads cross_num_key_value_heads_""",
+        """
+        num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads linear_num_value_heads
+        vision_num_key_value_heads
+        """,
     ),
     (VOCABULARY, "vocab_size decoder_vocab_size vocab_size_per_layer_input src_vocab_size tgt_vocab_size"),
-    (EXPERTS, """num_experts num_local_experts n_routed_experts moe_num_experts expert_num"""),
+    (EXPERTS, "num_experts num_local_experts n_routed_experts moe_num_experts expert_num"),
     (
         16,
-        """head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim d_kv swa_head_dim kv_lora_rank linear_key_head_dim
+        """
+        head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim d_kv swa_head_dim kv_lora_rank linear_key_head_dim
         linear_value_head_dim linear_head_dim attention_head_dim index_head_dim global_head_dim mamba_d_state
-        state_size mamba_head_dim mamba_d_head ssm_state_size hidden_size_per_layer_input dim_head
-        num_mel_bins_ kda_head_dim""",
+        state_size mamba_head_dim mamba_d_head ssm_state_size hidden_size_per_layer_input dim_head kda_head_dim
+        """,
     ),
     (40, "max_source_positions"),
-    (32, "q_lora_rank qk_head_dim image_size_ sliding_window attention_window_ index_topk local_attention"),
-    (
-        128,
-        "max_target_positions max_position_embeddings n_positions n_ctx max_sequence_length max_seq_len context_length_",
-    ),
+    (32, "q_lora_rank qk_head_dim sliding_window index_topk local_attention"),
+    (128, "max_target_positions max_position_embeddings n_positions n_ctx max_sequence_length max_seq_len"),
     (
         2,
-        """num_experts_per_tok num_experts_per_token moe_top_k moe_topk moe_k top_k_experts num_hash_layers
-        num_conv_pos_embeddings num_conv_pos_embedding_groups index_n_heads n_shared_experts_ moe_layer_interval_""",
+        """
+        num_experts_per_tok num_experts_per_token moe_top_k moe_topk moe_k top_k_experts num_hash_layers
+        num_conv_pos_embeddings num_conv_pos_embedding_groups index_n_heads
+        """,
     ),
+    (1, "n_shared_experts num_shared_experts n_group topk_group moe_num_shared_experts"),
     (
-        1,
-        "n_shared_experts num_shared_experts n_group topk_group n_groups_ num_nextn_predict_layers_ moe_num_shared_experts",
+        0,
+        """
+        first_k_dense_replace num_dense_layers moe_layer_start_index layerdrop encoder_layerdrop
+        decoder_layerdrop
+        """,
     ),
-    (0, "first_k_dense_replace num_dense_layers moe_layer_start_index layerdrop encoder_layerdrop decoder_layerdrop"),
 )
 _DERIVED = ("transformers_version", "dtype", "out_features", "out_indices", "stage_names", "per_layer_config")
 _SIZE_OF = {name: size for size, names in _SIZES for name in names.split()}
@@ -139,8 +153,8 @@ def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
     parts = {key: part for key, part in vars(config).items() if isinstance(part, PretrainedConfig)}
     values = {key: value for key, value in values.items() if key not in parts}
     small = {key: _size(key, value) for key, value in values.items()}
-    small |= _lists(values, small)
-    small |= _heads(values, small)
+    small |= _lists(values)
+    small |= _heads(values)
     if "pad_token_id" in small and small["pad_token_id"] is None:
         small["pad_token_id"] = 0
     if small.get("eos_token_id") is not None:
@@ -161,7 +175,7 @@ def _size(key: str, value: Any) -> Any:
     return min(value, size) if size < 3 or value < size else size
 
 
-def _heads(values: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+def _heads(values: Mapping[str, Any]) -> dict[str, Any]:
     """As many heads for keys and values as for queries where the default has as many, and one where it has one."""
     heads = next((values[key] for key in ("num_attention_heads", "n_head", "num_heads") if values.get(key)), None)
     return {
@@ -171,7 +185,7 @@ def _heads(values: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def _lists(values: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+def _lists(values: Mapping[str, Any]) -> dict[str, Any]:
     """Lists with an entry for each layer: one of each kind, where there are two kinds."""
     lengths = {values[key] for key in values if _SIZE_OF.get(key) == LAYERS and isinstance(values[key], int)}
     return {

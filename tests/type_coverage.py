@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from peft import PeftModel
 from small_configs import default_config
 from small_models import architecture_of, dtype_of, output_of, save_small
 from transformers import CONFIG_MAPPING
+from vision_models import PICOS, save_vision, vision_inputs
 
 import loftq
 from loftq.errors import LoftQError
@@ -29,7 +31,7 @@ from loftq.formats.disk import write_whole
 from loftq.formats.layouts import LAYOUTS
 from loftq.models import coverage
 from loftq.models.loading import guard_cpu
-from loftq.models.tasks import TASKS, auto_class
+from loftq.models.tasks import IMAGE_TEXT, TASKS, auto_class
 from loftq.planning.planner import make_plan
 from loftq.planning.recipe import recipe_of
 from loftq.verbs.zoo import config_source
@@ -47,9 +49,9 @@ _GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         "decoder",
         (_CAUSAL,),
-        """smollm3 olmo olmo2 olmo3 falcon gptj granite stablelm codegen cohere cohere2 starcoder2 glm glm4 exaone4 ernie4_5
-        helium persimmon nemotron seed_oss arcee gpt_bigcode xglm biogpt mpt modernbert-decoder ministral3 gpt_neo
-        openai-gpt smollm3 apertus""",
+        """smollm3 olmo olmo2 olmo3 falcon gptj granite stablelm codegen cohere cohere2 starcoder2 glm glm4 exaone4
+        ernie4_5 helium persimmon nemotron seed_oss arcee gpt_bigcode xglm biogpt mpt modernbert-decoder ministral3
+        gpt_neo openai-gpt apertus""",
     ),
     (
         "mixture",
@@ -81,6 +83,7 @@ _GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
     ("vision", ("image-classification", "feature-extraction"), "vit deit beit swin"),
     ("vision", ("image-classification",), "dinov2 dinov3_vit clip siglip segformer pvt vit_msn ijepa convnext"),
+    ("image-text", (IMAGE_TEXT,), " ".join(PICOS)),
     ("speech", ("speech-seq2seq",), "whisper speech_to_text"),
     (
         "speech",
@@ -105,7 +108,8 @@ def type_has(kind: str, task: str) -> bool:
 def examine(group: str, kind: str, task: str, folder: Path) -> dict[str, Any]:
     """The row of a type and a task. `refused` is the line of an error in place of the rest."""
     row: dict[str, Any] = {"type": kind, "group": group, "task": task}
-    source = save_small(kind, task, folder / "source")
+    save = partial(save_vision, kind) if task == IMAGE_TEXT else partial(save_small, kind, task)
+    source = save(folder / "source")
     try:
         report = loftq.quantize(str(source), output=folder / "out", **OPTIONS)
     except LoftQError as error:
@@ -113,33 +117,40 @@ def examine(group: str, kind: str, task: str, folder: Path) -> dict[str, Any]:
     full = auto_class(TASKS[task]).from_pretrained(source, dtype=dtype_of(kind)).eval()
     base = auto_class(TASKS[task]).from_pretrained(report.folder, dtype=dtype_of(kind))
     guard_cpu(base)
-    model = PeftModel.from_pretrained(base, report.folder, subfolder="loftq_init", is_trainable=True).eval()
+    with warnings.catch_warnings():  # about patterns of ranks that name parameters, which peft honours all the same
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+        model = PeftModel.from_pretrained(base, report.folder, subfolder="loftq_init", is_trainable=True).eval()
     row["loads"] = "stock" if LAYOUTS[open_artifact(report.folder).manifest["format"]].STOCK else "loftq"
     names = model.peft_config["default"].target_modules
-    row["targets"] = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
-    row["nearer"] = _nearer(full, base, model)
-    row["trains"] = _trains(base, model)
+    row["targets"] = sorted({re.sub(r".*\.(?=\D)", "", name) for name in names})  # `up_proj`, `fc.0`
+    row["nearer"] = _nearer(kind, task, full, base, model)
+    row["trains"] = _trains(kind, task, base, model)
     row["calibrates"] = _calibrates(source, folder)
     row["kept"] = kept_share(kind, task, folder / "default")
     return row
 
 
-def _nearer(full: Any, base: Any, model: Any) -> float:
-    """The distance of the outputs to those of the full-precision model, relative to the distance without the adapter."""
+def _output(kind: str, task: str, model: Any, base: Any) -> torch.Tensor:
+    """What a model answers to texts, images, sounds, or texts with an image each."""
+    return model(**vision_inputs(kind)).logits.float() if task == IMAGE_TEXT else output_of(model, base)
+
+
+def _nearer(kind: str, task: str, full: Any, base: Any, model: Any) -> float:
+    """The distance of the outputs to those of the full model, relative to the distance without the adapter."""
     with torch.no_grad():
-        wanted, adapted = output_of(full), output_of(model, base)
+        wanted, adapted = _output(kind, task, full, full), _output(kind, task, model, base)
         with model.disable_adapter():
             for wrapper in base.modules():  # the head is the adapter's: off, it would be one begun anew
                 if hasattr(wrapper, "modules_to_save"):
                     wrapper.original_module.load_state_dict(wrapper.modules_to_save["default"].state_dict())
-            alone = output_of(model, base)
+            alone = _output(kind, task, model, base)
     return round(float((adapted - wanted).norm() / (alone - wanted).norm()), 3)
 
 
-def _trains(base: Any, model: Any) -> list[int]:
+def _trains(kind: str, task: str, base: Any, model: Any) -> list[int]:
     """The number of factors that get a gradient, and the number of factors."""
     model.train()
-    output_of(model, base).square().mean().backward()
+    _output(kind, task, model, base).square().mean().backward()
     factors = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
     return [sum(factor.grad is not None and bool(factor.grad.any()) for factor in factors), len(factors)]
 
@@ -153,12 +164,18 @@ def _calibrates(source: Path, folder: Path) -> str:
     return "partly" if any("never reached" in note for note in report.notes) else "text"
 
 
-def kept_share(kind: str, task: str, folder: Path) -> float:
-    """The share of the weights that stays in 16 bits, in a model of the size that the type has by default."""
+def kept_share(kind: str, task: str, folder: Path) -> float | None:
+    """The share of the weights that stays in 16 bits, in a model of the size that the type has by default.
+
+    None if transformers cannot build a model of that size, or if it does not fit the default settings.
+    """
     config = default_config(kind)
     config.architectures, config.dtype = [architecture_of(config, task)], torch.bfloat16
     config.save_pretrained(folder)
-    plan = make_plan(config_source(kind, folder), recipe_of(task=task))
+    try:
+        plan = make_plan(config_source(kind, folder), recipe_of(task=task))
+    except LoftQError:
+        return None
     total = sum(spec.numel for spec in plan.source.checkpoint.tensors.values())
     return round(1 - plan.weights / total, 3)
 

@@ -16,8 +16,9 @@ def rows() -> tuple[dict[str, Any], ...]:
     entry of its row. `loads` is "stock" or "loftq". `nearer` is the distance of the outputs to those of the
     full-precision model, relative to the distance without the adapter. `trains` is the number of factors that get a
     gradient, and of all factors. `calibrates` is "text", "partly" if text does not reach every linear, or "no". `kept`
-    is the share of the weights that stays in 16 bits, at the size that the type has by default. `targets` are the ends
-    of the names of the quantized linears.
+    is the share of the weights that stays in 16 bits, at the size that the type has by default (null if
+    that cannot be built). `targets` are the last
+    parts of the names of the quantized linears.
     """
     file = resources.files("loftq.models").joinpath("data", "coverage.json")
     return tuple(json.loads(file.read_text(encoding="utf-8")))

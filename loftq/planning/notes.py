@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from loftq.display import few_of
 from loftq.formats.prequantized import DenseView
+from loftq.models import coverage
 from loftq.models.families import family_of
 from loftq.models.language_part import language_part
 from loftq.models.linears import Linears
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def notes_on(plan: Plan, linears: Linears, names: NameMap) -> Iterator[str]:
     """Notes on the model, on what loads the result, and on what stays unquantized."""
     dtype = plan.recipe.compute_dtype
-    if not family_of(plan.model_type).tested:
+    if not family_of(plan.model_type).tested and not coverage.rows_of(plan.model_type):
         part = language_part(plan.model, plan.task.name, list(linears.candidates))
         which = "its modules" if part is None else "its language model, unless --target-modules names others,"
         yield f"model type {plan.model_type} is not in the table of families: every linear of {which} is quantized"
@@ -47,10 +48,11 @@ def notes_on(plan: Plan, linears: Linears, names: NameMap) -> Iterator[str]:
 
 
 def _kept_by(plan: Plan, left_out: Sequence[str]) -> str:
-    """The share of the checkpoint that is left out, and the task that would keep it, if that is another one."""
+    """The share of the checkpoint that is left out, and the task that would keep it, unless the task is its own."""
     own = own_task(plan.source.folder)
-    if own is None or own == plan.task.name:
+    if own == plan.task.name:
         return ""
     sizes = {name: spec.numel for name, spec in plan.source.checkpoint.tensors.items()}
     share = sum(sizes[name] for name in left_out) / sum(sizes.values())
-    return f" ({share:.1%} of the weights; --task {own} keeps them)"
+    advice = f"; --task {own} keeps them" if own else ""
+    return f" ({share:.1%} of the weights{advice})"

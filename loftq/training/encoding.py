@@ -15,7 +15,14 @@ from loftq.hub.image_messages import in_parts
 from loftq.hub.images import Source
 from loftq.models.chat_templates import is_single_turn, write_messages
 from loftq.models.image_text import ImageText, read_processor
-from loftq.models.tokenizers import check_ids, embedding_rows, has_tokenizer, read_tokenizer, special_tokens
+from loftq.models.tokenizers import (
+    check_ids,
+    embedding_rows,
+    has_token_embeddings,
+    has_tokenizer,
+    read_tokenizer,
+    special_tokens,
+)
 from loftq.training.labels import Labels
 from loftq.training.spans import Span, tokenize
 from loftq.training.turns import Piece, check_roles, turns
@@ -260,6 +267,8 @@ def load_tokenizer(folder: Path, model: nn.Module, adapter: str | None = None) -
     """
     trained = adapter is not None and has_tokenizer(Path(adapter))
     tokenizer = read_tokenizer(Path(str(adapter)) if trained else folder)
+    if not has_token_embeddings(model):  # a model of images or sound
+        return tokenizer
     config: Any = model.config
     rows = embedding_rows(model)
     # The classifier of an encoder-decoder looks for the end of text, so padding must be another token.

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from loftq.errors import ArtifactError, OptionError
-from loftq.formats.artifact import Artifact
+from loftq.formats.artifact import Artifact, refuse_start
 from loftq.formats.model_config import check_beside, read_config
 from loftq.formats.prequantized import READABLE
 from loftq.hub.source import Source, find_recorded
@@ -88,6 +88,7 @@ def check_artifact(settings: TrainSettings, artifact: Artifact) -> None:
 
     Raises ArtifactError for a merged folder, which has no adapter to train.
     """
+    refuse_start(artifact)
     kind, recipe = artifact.manifest["kind"], artifact.manifest["recipe"]
     if kind not in WITH_ADAPTER:
         raise ArtifactError(

@@ -16,6 +16,7 @@ import torch
 from conftest import byte_tokenizer, pico_llama, save_model
 from picos import save_pico
 from safetensors.torch import load_file, save_file
+from small_models import save_small
 from torch import nn
 
 from loftq.calibration import block_weights, windows
@@ -408,6 +409,24 @@ def test_a_model_that_does_not_read_text_is_refused(tmp_path: Path) -> None:
     plan = plan_of(save_pico("vit", "image-classification", tmp_path / "model"))
     with pytest.raises(SourceError, match="does not read text"):
         prepare(plan)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "said"),
+    [
+        ("clip", "feature-extraction", "does not read text"),  # its input is tokens, and its embeddings lie in a part
+        ("whisper", "speech-seq2seq", "does not read text"),
+        ("bros", "token-classification", "fails on the calibration text .*bbox"),
+    ],
+)
+def test_a_model_that_needs_more_than_text_is_refused_in_one_line(
+    kind: str, task: str, said: str, tmp_path: Path
+) -> None:
+    plan = plan_of(save_small(kind, task, tmp_path / "model"), task=task)
+    with pytest.raises(SourceError, match=said) as refused:
+        gather(plan, small(plan), tmp_path / "cache", quiet=True)
+    assert "quantize it without --calibration" in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
 
 
 def test_tasks_of_the_table_are_known() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import output_of, save_small
 
 import loftq
 
@@ -67,3 +68,13 @@ def test_copies_are_the_model(options: dict[str, Any], pico: Path, tmp_path: Pat
     for name, other in copies.items():
         for found, wanted in zip(outcome(other), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=0, atol=0, msg=f"{name}: differs")
+
+
+def test_embeddings_that_return_more_than_one_tensor_train(tmp_path: Path) -> None:
+    """BEiT's also return the size of the image."""
+    source = save_small("beit", "image-classification", tmp_path / "source")
+    folder = loftq.quantize(str(source), output=tmp_path / "out", rank=8, iters=1, quiet=True).folder
+    model = loftq.load_qlora(folder).train()
+    model.gradient_checkpointing_enable()
+    output_of(model, model.base_model.model).square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if ".lora_" in name)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from picos import pico_config
+from small_configs import small_config
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.integrations import replace_with_bnb_linear
@@ -186,3 +187,16 @@ def test_which_models_bear_linears_without_a_weight(name: str, borne: bool) -> N
     targets = list(find_linears(model).candidates)
     assert bears_other_linears(model, targets) == borne
     assert list(find_linears(model).candidates) == targets  # tried on a copy
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "head"),
+    [("siglip", "image-classification", "classifier"), ("t5", "question-answering", "qa_outputs")],
+)
+def test_a_head_beside_the_parts_of_a_base_model_is_one(kind: str, task: str, head: str) -> None:
+    """In these models no module is the base model."""
+    with torch.device("meta"):
+        model = auto_class(TASKS[task]).from_config(small_config(kind))
+    found = find_linears(model)
+    assert head in found.heads
+    assert head not in found.candidates

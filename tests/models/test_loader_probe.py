@@ -9,13 +9,14 @@ import pytest
 import torch
 from conftest import SIZES, save_model
 from picos import pico_model
+from small_models import small_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import loftq
 from loftq.errors import SourceError
 from loftq.formats.artifact import open_artifact
 from loftq.models.linears import find_linears
-from loftq.models.loader_probe import keeps_modules, runs_packed
+from loftq.models.loader_probe import keeps_modules, runs_packed, unpackable
 
 LLAMA4 = {"num_local_experts": 4, "intermediate_size_mlp": 64, "head_dim": 16, "pad_token_id": 0}
 RWKV = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "context_length": 64, "intermediate_size": 128}
@@ -53,3 +54,23 @@ def test_models_that_run_are_not_refused(name: str, task: str) -> None:
     model = pico_model(name, task).to("meta")
     assert keeps_modules(model, "bitsandbytes")
     assert runs_packed(model, find_linears(model).candidates)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "ends", "why"),
+    [
+        ("wavlm", "ctc", {"q_proj", "k_proj", "v_proj", "out_proj"}, "directly"),  # torch's function of attention
+        ("jamba", "causal-lm", {"dt_proj"}, "directly"),
+        ("longt5", "seq2seq-lm", {"wo"}, "casts inputs"),
+        ("whisper", "speech-seq2seq", set(), ""),
+        ("beit", "image-classification", set(), ""),
+    ],
+)
+def test_linears_that_the_code_needs_dense_are_found(kind: str, task: str, ends: set[str], why: str) -> None:
+    """Oracle: the code of transformers."""
+    model = small_model(kind, task).to("meta")
+    found = unpackable(model, find_linears(model).candidates)
+    assert {name.rpartition(".")[2] for name in found} == ends
+    assert all(why in reason for reason in found.values())
+    assert runs_packed(model, find_linears(model).candidates.keys() - found.keys())
+    assert runs_packed(model, find_linears(model).candidates) == (why != "directly")

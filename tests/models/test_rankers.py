@@ -29,9 +29,7 @@ def load_stock(auto: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, PeftMo
     return base, PeftModel.from_pretrained(base, folder, subfolder="loftq_init", is_trainable=True).eval()
 
 
-@pytest.mark.parametrize(
-    ("kind",), thinned(((kind,) for kind in RANKERS), lambda kind: kind in ("qwen3", "xlm-roberta"))
-)
+@pytest.mark.parametrize("kind", thinned(((kind,) for kind in RANKERS), lambda kind: kind in ("qwen3", "xlm-roberta")))
 def test_a_model_of_one_score_is_quantized_and_learns_from_pairs(kind: str, tmp_path: Path) -> None:
     source = save_small(kind, "sequence-classification", tmp_path / "source", num_labels=1)
     report = loftq.quantize(str(source), output=tmp_path / "out", **OPTIONS)
@@ -64,7 +62,7 @@ def test_a_model_of_one_score_is_quantized_and_learns_from_pairs(kind: str, tmp_
     assert loss() < before
 
 
-@pytest.mark.parametrize(("kind",), thinned(((kind,) for kind in EMBEDDERS), lambda kind: kind == "qwen3"))
+@pytest.mark.parametrize("kind", thinned(((kind,) for kind in EMBEDDERS), lambda kind: kind == "qwen3"))
 def test_embeddings_of_the_last_token_come_nearer(kind: str, tmp_path: Path) -> None:
     source = save_small(kind, "feature-extraction", tmp_path / "source")
     report = loftq.quantize(str(source), output=tmp_path / "out", **OPTIONS)

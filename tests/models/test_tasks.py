@@ -13,6 +13,7 @@ from peft import PeftModel
 from picos import output_of, pico_model, save_pico
 from processes import run_python
 from safetensors.torch import load_file
+from small_models import small_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -57,7 +58,7 @@ def test_the_task_is_that_of_the_architecture(task: str, tmp_path: Path) -> None
         "image-classification": "vit",
         "image-text-to-text": "gemma3",
     }.get(task, "bert")
-    model = pico_model(name, task)
+    model = small_model(name, task)
     model.config.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [type(model).__name__]}))
@@ -189,6 +190,24 @@ def test_shards_and_ties_change_nothing(name: str, tmp_path: Path) -> None:
     shape = list(embeddings.shape)
     copies = [key for key, tensor in load_file(one / "model.safetensors").items() if list(tensor.shape) == shape]
     assert len(copies) == (1 if tied else 2)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "advice"), [("LlamaForCausalLM", "; --task causal-lm keeps them"), ("LlamaForNothing", "")]
+)
+def test_weights_that_a_task_has_no_place_for_are_named_with_their_share(
+    architecture: str, advice: str, tmp_path: Path
+) -> None:
+    """Oracle: the number of weights in the head of the checkpoint."""
+    model = pico_model("llama", "causal-lm")
+    source = save_model(model, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text()) | {"architectures": [architecture]}
+    (source / "config.json").write_text(json.dumps(config))
+    share = model.lm_head.weight.numel() / sum(
+        tensor.numel() for tensor in load_file(source / "model.safetensors").values()
+    )
+    report = quantize(source, tmp_path / "out", task="feature-extraction", dry_run=True)
+    assert f"not a part of the model, left out: lm_head.weight ({share:.1%} of the weights{advice})" in report.notes
 
 
 OWN_CODE = """
