@@ -25,7 +25,7 @@ from loftq.models.loading import guard_cpu, load_base, load_qalora, load_qlora
 from loftq.models.merged import WITH_ADAPTER, load_merged
 from loftq.models.peft_targets import adapt, load_adapter
 from loftq.models.refusals import explain_loading
-from loftq.models.tasks import TASKS, Task, auto_class, build_meta, peft_type, recorded_task
+from loftq.models.tasks import TASKS, Task, auto_class, build_meta, own_task, peft_type, recorded_task
 from loftq.planning.old_start import warn_of_unused
 from loftq.planning.plan import Plan, adapted_names
 from loftq.planning.planner import make_plan
@@ -257,9 +257,10 @@ def _dense_to_use(source: Source, adapter: Path | None, dtype: torch.dtype, devi
         task = build_meta(source.folder)[1]
         return load_dense(source, task, dtype, device), task
     trained = foreign_adapter(adapter, source.name, source.checkpoint)
-    own = build_meta(source.folder)[1]
     alike = [task for task in TASKS.values() if task.peft_type == str(trained.config.get("task_type"))]
-    task = own if own in alike or not alike else alike[0]
+    own = own_task(source.folder)
+    fitting = [*(task for task in alike if task.name == own), *alike]
+    task = fitting[0] if fitting else build_meta(source.folder)[1]
     rows = [trained.shapes[name][0] for name in trained.saved.values() if len(trained.shapes[name]) == 2]
     # If a head has two layers, the last one has as many rows as there are labels.
     labels = min(rows) if rows and task.name.endswith("-classification") else None

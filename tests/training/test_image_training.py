@@ -114,7 +114,7 @@ def test_images_are_learned_and_the_processor_stays_with_the_model(quantized: Pa
     names = draw(tmp_path / "pictures", 2)
     texts = dict(zip(names, "ab", strict=True))
     talks = [{"image": f"pictures/{name}", "prompt": "<image>?", "response": text} for name, text in texts.items()]
-    data = rows_in(tmp_path, talks * 8)
+    data = rows_in(tmp_path, talks * 4)
     options: dict[str, Any] = {"epochs": 12, "learning_rate": 2e-2, "batch_size": 4, "eval_data": (data,)}
     loftq.train(quantized, data=(data,), output=tmp_path / "trained", quiet=True, **options)
     shown = run("train", quantized, "--data", data, "--output", tmp_path / "none", "--dry-run")
