@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow check docs format coverage zoo bench
+.PHONY: install tools demo test test-slow check docs format coverage zoo bench
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,7 +21,20 @@ demo: install  ## quantize the default model, load it with stock libraries, show
 test: install  # torch's threads of two processes would wait for each other
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
+.tools/llama-factory/installed: PACKAGE = llamafactory==0.9.5
+.tools/axolotl/installed: PACKAGE = axolotl==0.19.0
+.tools/ms-swift/installed: PACKAGE = ms-swift==4.6.0
+.tools/%/installed:
+	$(PYTHON) -m venv .tools/$*
+	.tools/$*/bin/pip install -q torch==2.13.0
+	.tools/$*/bin/pip install -q torch==2.13.0 bitsandbytes==0.50.2 $(PACKAGE)
+	.tools/$*/bin/pip uninstall -q -y torchvision torchaudio  # their packages are for another build of torch
+	touch $@
+
+tools: .tools/llama-factory/installed .tools/axolotl/installed .tools/ms-swift/installed  ## other training tools, each in an environment of its own
+
 test-slow: install  ## everything, the slow tests included
+	-$(MAKE) --keep-going tools  # where a tool cannot be installed, its tests are skipped
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m ""
 
 check: install  ## lint, format, types

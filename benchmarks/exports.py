@@ -139,10 +139,11 @@ class Bench:
 
     def start(self, name: str) -> tuple[Path, Path]:
         """The folder of a start and its trained adapter, made once."""
-        folder, trained = self.work / name, self.work / f"{name}-trained"
+        steps, windows = self.options.steps, self.options.windows
+        folder, trained = self.work / name, self.work / f"{name}-trained-{steps}-after-{windows}"
         if not trained.is_dir():
             loftq.quantize(self.options.model, output=folder, quiet=True, overwrite=folder.is_dir(), **_STARTS[name])
-            train(folder, name, trained, self.options.steps, 256, self.windows.numel())
+            train(folder, name, trained, steps, 256, self.windows.numel())
         return folder, trained
 
     def before(self, name: str) -> None:

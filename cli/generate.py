@@ -17,6 +17,7 @@ _EPILOG = """\b
 Examples:
   loftq generate MODEL_DIR --prompt "Why is the sky blue?"
   loftq generate MODEL_DIR --adapter trained --prompt - < question.txt
+  loftq generate MODEL_DIR --image cat.png --prompt "What is this?"
   loftq generate MODEL_DIR --prompt "Once upon a time" --no-chat-template --temperature 0.8
 """
 
@@ -24,6 +25,7 @@ Examples:
 @click.command(cls=Command, epilog=_EPILOG)
 @click.argument("model", metavar="DIR|REPO_ID", type=click.Path())
 @option("--prompt", group="data", required=True, help="Text to begin with; `-` reads it from the standard input.")
+@option("--image", "images", group="data", multiple=True, help="Image before the prompt, for models that read images.")
 @option("--system", group="data", help="System message, for models with a chat template.")
 @option(
     "--chat-template/--no-chat-template",

@@ -13,7 +13,7 @@ from loftq.settings import GROUPS, Declared, declared, from_dict, split
 
 from .output import Context
 
-_PATHS = ("DIR", "FILE", "TEXT", "MODEL")  # metavars of what may be a file or a folder
+_PATHS = ("DIR", "DIR|REPO_ID", "FILE", "TEXT", "MODEL")  # metavars of what may be a file or a folder
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 Decorator = Callable[[_Command], _Command]
 

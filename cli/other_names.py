@@ -71,4 +71,6 @@ def _read(rest: Sequence[str]) -> list[tuple[str, str]]:
 def _written(name: str, value: Any) -> list[str]:
     """A setting as arguments of the command line."""
     option = f"--{name.replace('_', '-')}"
+    if name == "set":
+        return [word for key, part in value.items() for word in (option, f"{key}={part}")]
     return [] if value is False else [option] if value is True else [option, str(value)]

@@ -70,11 +70,14 @@ WRONG = {  # lines of usage that are refused, and a part of the message
     "chat": "Missing argument",
     "sweep model --method lotfq": "did you mean loftq",
     "push folder": "Missing argument",
+    "config folder --for axolot": "did you mean axolotl",
+    "config folder --for axolotl --stage dpo": "it ignores lora_model_dir",
     "zoo build nothing": "unknown recipe",
 }
 TYPED = {  # words before the cursor, and what completes the last of them
     "quantize --method cal": "calibrated",
     "quantize --format gp": "gptq",
+    "config my-model --for llama": "llama-factory",
     "zoo build qwen3-1": "qwen3-14b",
     "zoo show llama-2-7": "llama-2-7b",
     "families distil": "distilbert",

@@ -25,7 +25,7 @@ from loftq.planning.given_backbone import GivenBackbone, settings_of
 from loftq.planning.given_gguf import is_gguf
 from loftq.planning.plan import Plan
 
-KIND = "start"  # of an adapter without a backbone of its own
+KIND = artifact.START
 
 
 def write_adapter_config(plan: Plan, staging: Staging, base: str, revision: str | None) -> None:

@@ -1,8 +1,7 @@
 """Other training tools: what each of them can start from, and the configuration that starts it.
 
 A row of TOOLS is a tool. Its writer turns a `Start` into a file that the tool reads as it is; only the names of data
-and outputs are left to the user. `ran` says what stands behind a row: the tool was run, or its
-source was read.
+and outputs are left to the user. `ran` says what stands behind a row: the tool was run, or its source was read.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+
+from loftq.errors import OptionError, UnknownNameError
 
 SFT, DPO = "sft", "dpo"
 STAGES = {SFT: "supervised fine-tuning", DPO: "direct preference optimization"}
@@ -202,3 +203,13 @@ TOOLS: Mapping[str, Tool] = {
         refused={DPO: "its reference may be the backbone alone: use trl"},
     ),
 }
+
+
+def check_names(tool: str, stage: str) -> None:
+    """Raise OptionError unless there is such a tool, and it can do this stage with our start."""
+    if tool not in TOOLS:
+        raise UnknownNameError("tool", tool, TOOLS)
+    if stage not in STAGES:
+        raise UnknownNameError("stage", stage, STAGES)
+    if stage in TOOLS[tool].refused:
+        raise OptionError(f"--for {tool} --stage {stage}: {TOOLS[tool].refused[stage]}")

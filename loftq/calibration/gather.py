@@ -7,7 +7,7 @@ outside the blocks and one activation for each token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from loftq.calibration.block_weights import BlockWeights, changed_tensors
+from loftq.calibration.conversations import prepare_conversations
 from loftq.calibration.observer import InputObserver, advice_on_dtype
 from loftq.calibration.progress import PROGRESS, Progress
 from loftq.calibration.routed_tokens import PRIOR
@@ -112,12 +113,13 @@ def _gather_into(
         raise
     progress.finish()
     unreached = [module for module in plan.observed if module not in modules]
+    files = {row["file"] for row in modules.values()} | (set() if calibration.examples else {TEACHER})
     record = {
         **head,
         "weights": weights.digests,
         "modules": {**modules, **{name: {"file": None, "count": 0} for name in unreached}},
         "notes": [*calibration.notes, *_never_reached(unreached), *_rarely_reached(modules, plan)],
-        "sha256": {name: hash_of(folder / name) for name in {TEACHER, *(row["file"] for row in modules.values())}},
+        "sha256": {name: hash_of(folder / name) for name in files},
     }
     write_whole(folder / RECORD, json_text(record, indent=1, sort_keys=True) + "\n")
     return True
@@ -145,7 +147,9 @@ def _run(
 ) -> dict[str, dict[str, Any]]:
     """Run the model and write moments and answers. Returns the file and the number of input vectors of each module."""
     size = max(1, BATCH_TOKENS // calibration.sequence_length)
-    batches = [_batch(plan, weights, part) for part in torch.split(calibration.windows, size)]
+    batches = [_on_device(example, weights) for example in calibration.examples] or [
+        _batch(plan, weights, part) for part in torch.split(calibration.windows, size)
+    ]
     steps, served = (len(batches) * rounds for rounds in (max(1, len(weights.blocks)), progress.rounds))
     bar = tqdm(total=steps, initial=served, unit="block", disable=quiet, dynamic_ncols=True, desc="calibration")
     answers: list[dict[str, torch.Tensor]] = [{} for _ in batches]
@@ -154,6 +158,10 @@ def _run(
         with observer.watching(), explain_forward(plan.source.name, plan.model_type):
             run_in_lockstep(weights.core, batches, weights.blocks, observer, progress)
         observer.save(None)
+    if calibration.examples:  # of different lengths, and with images
+        if any(bool(tensor.isnan().any()) for answer in answers for tensor in answer.values()):
+            raise SourceError(f"calibration: {plan.source.name} answers with NaN {advice_on_dtype(weights)}")
+        return observer.modules
     token_ids = {name: tensor.int() for name, tensor in _joined(batches).items() if name.endswith("_ids")}
     answer_tensors = _joined(answers)
     if any(bool(tensor.isnan().any()) for tensor in answer_tensors.values()):
@@ -198,6 +206,14 @@ def _batch(plan: Plan, weights: BlockWeights, windows: torch.Tensor) -> dict[str
     return batch
 
 
+def _on_device(example: Mapping[str, torch.Tensor], weights: BlockWeights) -> dict[str, torch.Tensor]:
+    """The inputs of a conversation, with images in the dtype of the model."""
+    return {
+        name: tensor.to(weights.device, weights.dtype if tensor.is_floating_point() else None)
+        for name, tensor in example.items()
+    }
+
+
 def _joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([part[name] for part in parts]).cpu().contiguous() for name in parts[0]}
 
@@ -217,13 +233,13 @@ def calibrate(plan: Plan, folder: Path, run: Run) -> Statistics | None:
 
 
 def windows_of(plan: Plan, trust_remote_code: bool) -> Calibration:
-    """The calibration text of a plan's recipe, cut into windows."""
+    """The calibration text of a plan's recipe, cut into windows, or its conversations with images."""
     recipe = plan.recipe
-    return prepare(
-        plan,
-        cast(str, recipe.calibration),
-        tokens=cast(int, recipe.calibration_tokens),
-        sequence_length=cast(int, recipe.sequence_length),
-        seed=recipe.seed,
-        trust_remote_code=trust_remote_code,
-    )
+    text = cast(str, recipe.calibration)
+    options: dict[str, Any] = {
+        "tokens": recipe.calibration_tokens,
+        "sequence_length": recipe.sequence_length,
+        "seed": recipe.seed,
+        "trust_remote_code": trust_remote_code,
+    }
+    return prepare_conversations(plan, text, **options) or prepare(plan, text, **options)

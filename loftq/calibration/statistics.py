@@ -109,6 +109,11 @@ class Statistics:
             raise ArtifactError(f"{path} is damaged (SHA-256 mismatch): {AGAIN}")
         return path
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether the answers of the model were kept. Those to conversations with images are not."""
+        return TEACHER in self.record.get("sha256", {TEACHER: None})
+
     def check_weights(self, module: str, digests: Mapping[str, str]) -> None:
         """Raise ArtifactError unless the SHA-256 of a module's tensors are those that the model was run with.
 

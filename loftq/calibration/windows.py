@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -28,7 +28,8 @@ _SURPLUS = 16  # this many times the number of tokens is read, and the windows a
 class Calibration:
     """The text that a model is calibrated on.
 
-    `windows` are token ids (windows, sequence length), including special tokens.
+    `windows` are token ids (windows, sequence length), including special tokens. Conversations with images are in
+    `examples`, the inputs of the model for each, and `windows` then are all of their tokens in one row.
     """
 
     text: str  # its name, as given by the user
@@ -38,6 +39,7 @@ class Calibration:
     text_sha256: str  # hash of the part that was read
     tokenizer_sha256: str
     notes: tuple[str, ...] = ()
+    examples: tuple[Mapping[str, torch.Tensor], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -46,8 +48,9 @@ class Calibration:
 
     @property
     def sequence_length(self) -> int:
-        """Number of tokens in a window."""
-        return self.windows.shape[1]
+        """Number of tokens in a window, or in the longest conversation."""
+        lengths = [example["input_ids"].shape[1] for example in self.examples]
+        return max(lengths, default=self.windows.shape[1])
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -110,9 +113,7 @@ def prepare(
         notes.append(f"calibrated on {windows.numel()} tokens instead of {tokens}: {reason}")
     if longest < sequence_length:
         notes.append(f"calibrated on windows of {longest} tokens, the most that the model accepts")
-    return Calibration(
-        text, windows, plan.task.name, seed, text_hash.hexdigest(), _fingerprint(tokenizer), tuple(notes)
-    )
+    return Calibration(text, windows, plan.task.name, seed, text_hash.hexdigest(), fingerprint(tokenizer), tuple(notes))
 
 
 def check_calibratable(plan: Plan, tokens: int) -> None:
@@ -125,7 +126,7 @@ def check_calibratable(plan: Plan, tokens: int) -> None:
         )
 
 
-def _fingerprint(tokenizer: Any) -> str:
+def fingerprint(tokenizer: Any) -> str:
     """A hash of the vocabulary and the special tokens."""
     parts = [sorted(tokenizer.get_vocab().items()), special_tokens(tokenizer), tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -8,8 +8,8 @@ through
 since E‖(W − Q) x‖² = tr((W − Q) H (W − Q)ᵀ) (arXiv 2410.06040, eq. 9; GPTQ's Hessian, arXiv 2210.17323, is 2 n H).
 Products are float32, their sum over batches is float64.
 
-H is symmetric, so each panel of rows is computed and stored only from the block on its diagonal to the right: this
-takes little more than half of the work and of the memory.
+H is symmetric, so each panel of rows is computed and stored only from the block on its diagonal to the right, and on a
+CPU only the upper half of this block is computed: this takes half of the work and little more than half of the memory.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ from collections.abc import Sequence
 from typing import Self
 
 import torch
+from scipy.linalg.blas import ssyrk
 
 PANEL = 512  # rows that are computed at a time: with fewer rows, matrix products get slower
+WHOLE = 2048  # entries up to which all panels are computed by one product
 ROWS = 4096  # vectors whose products are summed in float32 before they are added to a sum in float64
 
 
 class Moment:
-    """A running sum of x xᵀ over `count` vectors of `size` entries, in panels (rows, size − first row), float64."""
+    """A running sum of x xᵀ over `count` vectors of `size` entries, in panels (rows, size − first row), float64.
+
+    What lies below the diagonal has no meaning until `mean`.
+    """
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
         self.size = size
@@ -37,9 +42,15 @@ class Moment:
     def add(self, inputs: torch.Tensor) -> None:
         """Add vectors (..., size) of any floating dtype."""
         x = inputs.reshape(-1, self.size).float()  # (n, in)
+        whole = _upper_half(x) if self.size <= WHOLE else None
         for start, panel in zip(range(0, self.size, PANEL), self.panels, strict=True):
-            rest = x[:, start:]
-            panel += rest[:, : panel.shape[0]].t() @ rest
+            rows = panel.shape[0]
+            if whole is not None:
+                panel += whole[start : start + rows, start:]
+                continue
+            own, others = x[:, start : start + rows], x[:, start + rows :]
+            panel[:, :rows] += _upper_half(own)
+            panel[:, rows:] += own.t() @ others
         self.count += len(x)
 
     def merge(self, other: Moment) -> Self:
@@ -58,7 +69,18 @@ class Moment:
 
     def mean(self) -> list[torch.Tensor]:
         """The panels of H, float32 on the CPU."""
-        return [(panel / self.count).float().cpu() for panel in self.panels]
+        means = [(panel / self.count).float().cpu() for panel in self.panels]
+        for mean in means:
+            block = mean[:, : len(mean)]
+            block.copy_(block.triu() + block.triu(1).t())
+        return means
+
+
+def _upper_half(x: torch.Tensor) -> torch.Tensor:
+    """The sum of x xᵀ (in, in) over vectors (n, in), float32; on a CPU, values below the diagonal are zero."""
+    if x.device.type != "cpu" or not len(x):
+        return x.t() @ x
+    return torch.from_numpy(ssyrk(1.0, x.detach().numpy().T))
 
 
 def weighted_moment(vectors: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

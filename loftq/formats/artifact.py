@@ -23,6 +23,7 @@ from loftq.formats.schema import Limited, check_value, number, one_of, read_json
 MANIFEST = "loftq.json"
 CARD = "README.md"  # the user may edit it
 VERSION = 1
+START = "start"  # the kind of an adapter for a backbone that another program quantized
 DENSE = "dense"  # the format of a merged model in 16 bits
 
 _AGAIN = "copy or download the folder again"
@@ -193,6 +194,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
     check_value(manifest, {"kind": str}, path, advice=_AGAIN)
     check_value(manifest, _SCHEMAS.get(manifest["kind"], _OTHER), path, advice=_AGAIN)
     return manifest
+
+
+def refuse_start(artifact: Artifact) -> None:
+    """Raise ArtifactError for the folder of an adapter whose backbone is another program's."""
+    if artifact.manifest["kind"] != START:
+        return
+    base = artifact.manifest.get("backbone", {}).get("model", "its backbone")
+    line = f'PeftModel.from_pretrained(base, "{artifact.folder}", subfolder="{adapter.FOLDER}")'
+    raise ArtifactError(
+        f"{artifact.folder} is an adapter for {base}, which loftq did not write: load that model with transformers, "
+        f"and the adapter with peft ({line})"
+    )
 
 
 def combine_hashes(hashes: Mapping[str, str]) -> str:

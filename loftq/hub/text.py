@@ -51,6 +51,16 @@ def read_text(source: str) -> Iterator[str]:
     return _column(_parse(path, source), source)
 
 
+def read_records(source: str) -> Iterator[Mapping[str, Any]] | None:
+    """Read the rows of a .jsonl or .json file, or of a data set on the Hub; None for a text. Raises OptionError."""
+    if source == DEFAULT:
+        return None
+    path = find_text(source)
+    if path is None:
+        return _hub_rows(source)
+    return None if path.suffix.lower() == ".txt" else (row for row in _parse(path, source) if isinstance(row, Mapping))
+
+
 def find_text(source: str) -> Path | None:
     """Return the file of a text, or None for the text of this package and for a name that can only be a data set.
 

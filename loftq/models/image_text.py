@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from loftq.display import one_line
 from loftq.errors import OptionError, SourceError
@@ -45,7 +45,7 @@ def read_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
         )
     lacking = [name for name in ("PIL", "torchvision") if not _is_installed(name)]
     try:
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        processor: Any = cast(Any, AutoProcessor).from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a processor's own class may raise anything
         if lacking and not isinstance(error, OSError):
             raise OptionError(

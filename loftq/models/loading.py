@@ -16,7 +16,7 @@ from loftq.chatter import silenced
 from loftq.errors import ArtifactError, OptionError, UnknownNameError
 from loftq.formats import gptq
 from loftq.formats.adapter import open_adapter
-from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
+from loftq.formats.artifact import MANIFEST, Artifact, open_artifact, refuse_start
 from loftq.formats.checkpoint import dtype_of, read_checkpoint
 from loftq.formats.model_config import FILE, check_beside, read_config
 from loftq.hub.folder import fetch_adapter, fetch_folder
@@ -135,6 +135,7 @@ def load_qalora(
 
 def _open(folder: str | Path, kind: str) -> Artifact:
     artifact = open_artifact(fetch_folder(folder))
+    refuse_start(artifact)
     actual = artifact.manifest["kind"]
     if actual != kind:
         loader = f"load_{actual}" if actual in ("qlora", "qalora") else "from_pretrained"

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from loftq.models.first_factor import keep_inputs_once
 from loftq.models.head_loss import LOGITS, HiddenStates
 from loftq.models.lockstep import find_blocks
 from loftq.models.tasks import CAUSAL
@@ -84,6 +85,7 @@ def _live_bytes(model: Any, batch: tuple[int, int], tasks: Sequence[str], checkp
         return tensor
 
     streamed = streams_logits(model, tasks)
+    keep_inputs_once(model)
     model.train()
     with _entering(blocks) as inside, _fused_attention(), torch.autograd.graph.saved_tensors_hooks(keep, _same):
         _run(inner, torch.zeros(batch, dtype=torch.int64, device="meta"), tasks, keep, streamed=streamed)

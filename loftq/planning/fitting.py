@@ -54,7 +54,8 @@ class Fitting:
         kinds = ((peft_targets.refused, "peft refuses them"), (peft_targets.redirected, "peft adapts experts instead"))
         for function, reason in kinds:
             self._drop(dict.fromkeys(function(model, self.targets), reason))
-        if not family_of(str(model.config.model_type)).tested:  # type: ignore[union-attr]
+        config = getattr(model, "config", None)  # only models of transformers have code that is not known
+        if config is not None and not family_of(str(config.model_type)).tested:
             self._drop(unpackable(model, self.targets))
         if not self.targets:
             raise OptionError(f"no linear is left to quantize: {next(iter(self.reasons.values()))}")

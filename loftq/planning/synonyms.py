@@ -34,6 +34,10 @@ def _means(setting: str, *names: str) -> dict[str, Synonym]:
     return dict.fromkeys(names, Synonym(setting))
 
 
+def _passed(*names: str) -> dict[str, Synonym]:
+    return dict.fromkeys(names, Synonym("set"))
+
+
 def _ignored(note: str, *names: str, flag: bool = False) -> dict[str, Synonym]:
     return dict.fromkeys(names, Synonym(flag=flag, note=note))
 
@@ -73,6 +77,7 @@ SYNONYMS: Mapping[str, Synonym] = {
     **_means("save_steps", "save_step"),
     **_means("eval_steps", "eval_step"),
     **_means("push_to_hub", "hub_model_id"),
+    **_passed("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "data_seed", "dataloader_num_workers"),
     "use_qalora": Synonym("adapter", flag=True, value="qalora"),
     "lora_init": Synonym("method", flag=True, value="qlora"),
     "bf16": Synonym("dtype", flag=True, value="bfloat16"),
@@ -90,7 +95,17 @@ SYNONYMS: Mapping[str, Synonym] = {
     **_ignored(_READS, "use_slow_tokenizer", "overwrite_cache", "no_keep_linebreaks", flag=True),
     **_ignored(_READS, "preprocessing_num_workers", "num_workers", "instruct_template"),
     **_ignored("weights are always read one after the other", "low_cpu_mem_usage", flag=True),
-    **_ignored("sampling belongs to `loftq generate` and `loftq evaluate`", "temperature", "k", "p"),
+    **_ignored("sampling belongs to `loftq generate` and `loftq evaluate`", "temperature", "k", "p", "max_new_tokens"),
+    **_ignored("tasks are measured by `loftq evaluate`", "do_mmlu_eval", flag=True),
+    **_ignored("the last twentieth of the data, at most 500 examples, is evaluated", "eval_dataset_size"),
+    **_ignored("`loftq evaluate` has --max-examples", "max_eval_samples", "max_train_samples"),
+    **_ignored("examples are drawn in random order", "group_by_length", flag=True),
+    **_ignored("examples have no unused columns", "remove_unused_columns"),
+    **_ignored("all linears are adapted, unless --target-modules names some", "lora_modules"),
+    **_ignored("NF4 up to 4 bits; `loftq quantize` has other types", "quant_type"),
+    **_ignored("`loftq quantize --double-quant` stores scales in 8 bits", "double_quant", flag=True),
+    **_ignored("the login of `hf auth login` is used", "use_auth", "use_auth_token", flag=True),
+    **_ignored("files of the Hub lie where HF_HOME says", "cache_dir"),
     **_ignored("quantized weights need no sharding: start several processes with torchrun", "ds_config", "deepspeed"),
     **_ignored("torchrun sets it in the environment", "local_rank"),
     **_refused(_LOGIN, "token", "hub_token"),
@@ -129,8 +144,9 @@ OPTIONS: Mapping[str, Callable[[str | None], bool]] = {
 def translated(values: Mapping[str, Any], own: Collection[str] = ()) -> tuple[dict[str, Any], list[str]]:
     """Settings by our names, from those of any of these scripts, and notes for the user. Ours stay as they are.
 
-    `own` are settings of a command that other scripts have too, in another sense. A name of ours wins over another for
-    the same setting. Raises OptionError for a name that something replaces.
+    An argument of TrainingArguments without an option becomes a part of `set`. `own` are settings of a command that
+    other scripts have too, in another sense. A name of ours wins over another for the same setting. Raises OptionError
+    for a name that something replaces.
     """
     settings: dict[str, Any] = {}
     notes: list[str] = []
@@ -142,7 +158,9 @@ def translated(values: Mapping[str, Any], own: Collection[str] = ()) -> tuple[di
             raise OptionError(f"{name}: {row.refusal}")
         if row.note is not None:
             notes.append(f"{name}: {row.note}")
-        if row.setting is not None:
+        if row.setting == "set":
+            settings["set"] = {**settings.get("set", {}), name: value}
+        elif row.setting is not None:
             settings.setdefault(row.setting, row.value if row.flag or row.note else value)
     foreign = {*SYNONYMS, *_CONFIGS} - set(own)
     settings |= {name: value for name, value in values.items() if name not in foreign}

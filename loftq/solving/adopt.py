@@ -31,6 +31,10 @@ from loftq.planning.old_start import BLOCK, CODEBOOK, OldStart
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.weights import digest_of
 
+ADOPTED = (
+    "adopted from the original LoftQ script: codes and adapter are those of the source, and errors are distances from "
+    "its weights, which lie on NF4 already, not from those of the full-precision model"
+)
 _GROWTH = math.sqrt(2)  # by which alternations make singular values larger, from 1 to 2: the middle
 _TELLS = 1.5  # scalings that differ less cannot be told apart without the original weights
 
@@ -60,7 +64,12 @@ class Adopter:
         }
 
     def check_first(self) -> None:
-        """Raise SourceError if the weights of the first layer do not lie on NF4, before anything is written."""
+        """Raise SourceError before anything is written if the folder cannot be adopted, by its first layer."""
+        if torch.float32 != self._plan.layout.SCALE_DTYPE:
+            raise SourceError(
+                f"{self._old.source.name} cannot be adopted: the format {self._plan.format}, which its linears need, "
+                "has 16-bit scales, which would change the weights: quantize the original model instead"
+            )
         self._read(self._plan.layers[0])
 
     def _read(self, layer: Layer) -> tuple[torch.Tensor, Solved]:
@@ -101,10 +110,7 @@ class Adopter:
 
 def adoption_notes(plan: Plan, staging: Staging) -> list[str]:
     """What a user must know of an adopted folder: what its errors mean, and whether the scaling fits the factors."""
-    notes = [
-        "adopted from the original LoftQ script: codes and adapter are those of the source, and errors are distances "
-        "from its weights, which lie on NF4 already, not from those of the full-precision model"
-    ]
+    notes = [ADOPTED]
     records = [staging.done[layer.tensor].get("scalings", {}) for layer in plan.layers]
     own = plan.recipe.scaling
     if all("own" in record for record in records):

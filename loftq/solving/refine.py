@@ -32,7 +32,9 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from loftq.formats.adapter import Adapter, open_adapter
 from loftq.formats.artifact import Artifact
+from loftq.models.first_factor import keep_inputs_once
 from loftq.models.head_loss import HiddenStates, chunked
+from loftq.models.heap import own_pages
 from loftq.models.loading import load_base
 from loftq.models.peft_targets import load_adapter
 from loftq.models.tasks import part_before_head, recorded_task
@@ -69,6 +71,7 @@ def refine(
     # products in float32 are faster on a CPU
     base = load_base(artifact, True, {"": device}, torch.float32 if device.type == "cpu" else None)
     model = load_adapter(base, artifact.adapter, is_trainable=True)
+    keep_inputs_once(model)
     adapter = open_adapter(artifact.adapter)
     if _weights(adapter) > LARGE:
         cast(Any, model).gradient_checkpointing_enable()
@@ -255,6 +258,7 @@ def _train(
         trainer.core, trainer.states = core, states
         for printing in (PrinterCallback, ProgressCallback):  # they print to stdout, which is the report's
             trainer.remove_callback(printing)
-        with tqdm(total=steps, unit="step", disable=quiet, dynamic_ncols=True, desc="refine") as bar:
+        bar = tqdm(total=steps, unit="step", disable=quiet, dynamic_ncols=True, desc="refine")
+        with bar, own_pages(device):
             trainer.add_callback(_Steps(bar))
             trainer.train()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loftq.errors import OptionError
@@ -58,9 +58,13 @@ def write_answers(
     ends: Ends,
     *,
     streamer: Any = None,
+    beside: Mapping[str, Any] | None = None,
     **sampling: Any,
 ) -> list[str]:
-    """Return the answers to a batch of prompts, of at most `max_new_tokens` each, without their ends."""
+    """Return the answers to a batch of prompts, of at most `max_new_tokens` each, without their ends.
+
+    `beside` are other inputs of the model, such as those of images.
+    """
     import torch
     from transformers import GenerationConfig
 
@@ -85,6 +89,7 @@ def write_answers(
             attention_mask=torch.tensor(masks, device=model.device),
             generation_config=settings,
             streamer=streamer,
+            **(beside or {}),
             **({"tokenizer": tokenizer} if texts else {}),
         )
     new = output if opened.task.name == "seq2seq-lm" else output[:, longest:]

@@ -150,13 +150,18 @@ class Encoder:
 
     def talk(self, conversation: Conversation) -> dict[str, list[int]]:
         """Encode a conversation with the chat template, which must write all of it; its answers are learned."""
+        if conversation.images and self.image_text is None:
+            raise OptionError(
+                f"it holds images, and a {self.task} model reads text alone: name an image-text-to-text model, or "
+                "remove the images"
+            )
         check_roles(conversation.messages)
         if self.image_text is not None:
             conversation = replace(conversation, messages=in_parts(conversation.messages))
         check_written(self.tokenizer, conversation)
         pieces = turns(self.tokenizer, conversation.messages, conversation.variables, conversation.learned)
-        if conversation.images or self.image_text is not None:
-            return self.with_images(pieces, conversation.images)
+        if self.image_text is not None:
+            return self._with_images(self.image_text, pieces, conversation.images)
         return self.conversation(pieces)
 
     def reading_images(self) -> Encoder:
@@ -164,19 +169,14 @@ class Encoder:
         processor = read_processor(cast(Path, self.folder))
         return replace(self, image_text=ImageText(processor, self.tokenizer, self.data_folders))
 
-    def with_images(self, pieces: Sequence[Piece], images: Sequence[Source]) -> dict[str, Any]:
+    def _with_images(self, image_text: ImageText, pieces: Sequence[Piece], images: Sequence[Source]) -> dict[str, Any]:
         """Encode the text that a chat template wrote for images. If an image is cut off, nothing is learned.
 
         The example keeps the text and the images, from which the collator makes the model's inputs again.
         """
-        if self.image_text is None:
-            raise OptionError(
-                f"it holds images, and a {self.task} model reads text alone: name an image-text-to-text model, or "
-                "remove the images"
-            )
         text, spans = joined(pieces)
         check_text(text)
-        expanded = self.image_text.encode(text, images)
+        expanded = image_text.encode(text, images)
         ids, learned = tokenize(self.tokenizer, expanded.text, expanded.moved(spans))
         if ids != expanded.inputs["input_ids"][0].tolist():
             raise OptionError("the processor writes other tokens than the tokenizer: data of this model can be texts")

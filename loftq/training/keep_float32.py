@@ -40,16 +40,16 @@ class KeepFloat32(TrainerCallback):
                 why = f"trains in {str(trained[0].dtype).removeprefix('torch.')}: make the callback before the trainer"
             raise OptionError(f"KeepFloat32: no parameter is float32, the model {why}")
 
-    def on_init_end(self, _args: Any, _state: Any, _control: Any, **context: Any) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Restore, before the model is wrapped and an optimizer is created."""
         if not self._kept:
             raise OptionError("this KeepFloat32 was used by another trainer already: make one for each trainer")
-        self._restore(context["model"])
+        self._restore(kwargs["model"])
 
-    def on_train_begin(self, _args: Any, _state: Any, _control: Any, **context: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Restore, if the callback was added to a trainer that existed already."""
         if self._kept:
-            self._restore(context["model"])
+            self._restore(kwargs["model"])
 
     def _restore(self, model: nn.Module) -> None:
         kept, self._kept = self._kept, []  # DeepSpeed and FSDP free the values that they copy

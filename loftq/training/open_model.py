@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from loftq.errors import ArtifactError, OptionError
-from loftq.formats.artifact import Artifact
+from loftq.formats.artifact import Artifact, refuse_start
 from loftq.formats.model_config import check_beside, read_config
 from loftq.formats.prequantized import READABLE
 from loftq.hub.source import Source, find_recorded
@@ -88,6 +88,7 @@ def check_artifact(settings: TrainSettings, artifact: Artifact) -> None:
 
     Raises ArtifactError for a merged folder, which has no adapter to train.
     """
+    refuse_start(artifact)
     kind, recipe = artifact.manifest["kind"], artifact.manifest["recipe"]
     if kind not in WITH_ADAPTER:
         raise ArtifactError(
@@ -256,8 +257,9 @@ def _dense_to_use(source: Source, adapter: Path | None, dtype: torch.dtype, devi
         task = build_meta(source.folder)[1]
         return load_dense(source, task, dtype, device), task
     trained = foreign_adapter(adapter, source.name, source.checkpoint)
-    tasks_by_type = {task.peft_type: task for task in TASKS.values() if task.peft_type}
-    task = tasks_by_type.get(str(trained.config.get("task_type"))) or build_meta(source.folder)[1]
+    own = build_meta(source.folder)[1]
+    alike = [task for task in TASKS.values() if task.peft_type == str(trained.config.get("task_type"))]
+    task = own if own in alike or not alike else alike[0]
     rows = [trained.shapes[name][0] for name in trained.saved.values() if len(trained.shapes[name]) == 2]
     # If a head has two layers, the last one has as many rows as there are labels.
     labels = min(rows) if rows and task.name.endswith("-classification") else None

@@ -25,7 +25,7 @@ _SAME = (  # arguments of TrainingArguments that are options under the same name
     "push_to_hub",
 )
 # Names of other programs, and of transformers, that have an option of their own.
-OWN = {name: option_name(row.setting) for name, row in SYNONYMS.items() if row.setting is not None}
+OWN = {name: option_name(row.setting) for name, row in SYNONYMS.items() if row.setting not in (None, "set")}
 OWN |= {name: option_name(name) for name in _SAME}
 SCHEDULER = "cosine"  # the default, which is not looked up: transformers takes seconds to import
 _FIXED = {"remove_unused_columns": "the examples have no unused columns"}

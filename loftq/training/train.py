@@ -27,6 +27,8 @@ from loftq.formats.disk import follow_umask, write_whole
 from loftq.hub.destination import find_destination
 from loftq.hub.source import Source
 from loftq.models.adapters import TRAINING_RECORD
+from loftq.models.first_factor import keep_inputs_once
+from loftq.models.heap import own_pages
 from loftq.models.image_text import copy_processor
 from loftq.planning.run import check_resume
 from loftq.settings import declared, from_dict
@@ -130,7 +132,8 @@ def _train_in(output: Path, settings: TrainSettings, run: TrainRun) -> Result:
                 give_up_after(last, output)
             else:
                 begin(output, record)
-        trained = trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        with own_pages(ready.arguments.device):
+            trained = trainer.train(resume_from_checkpoint=None if last is None else str(last))
         base = backbone.name if isinstance(backbone, Source) else None
         result = Result(
             output,
@@ -218,6 +221,7 @@ def _opened(settings: TrainSettings, backbone: Model, arguments: TrainingArgumen
     """Open the model with its adapter, and report how many parameters train."""
     set_seed(settings.seed)  # a new adapter begins with random values
     opened = open_to_train(settings, backbone, arguments.device)
+    keep_inputs_once(opened.model)
     opened.name_backbone(str(opened.folder.resolve()))  # peft reads this folder whenever it saves
     if _reports():
         trainable, total = count_parameters(opened.model)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any, TextIO, cast
 
 from transformers import set_seed
 
 from loftq.errors import OptionError
+from loftq.hub.conversations import Message
+from loftq.hub.image_messages import in_parts, with_images
+from loftq.models.chat_templates import write_messages
 from loftq.models.devices import compute_dtype, device_to_run
+from loftq.models.image_text import ImageText
+from loftq.models.tasks import IMAGE_TEXT
 from loftq.models.tokenizers import embedding_rows
 from loftq.models.trained_folder import with_backbone
 from loftq.training.answering import room_for, write_answers
@@ -38,6 +44,31 @@ class Writer:
         room = room_for(self.opened, [ids], self.sampling.max_new_tokens)
         options: dict[str, Any] = self.sampling.arguments()
         return write_answers(self.opened, [ids], room, self.ends, streamer=stream, **options)[0]
+
+    def answer_with_images(
+        self, messages: Sequence[Message], images: Sequence[str], stream: Streamer | None = None
+    ) -> str:
+        """The answer to messages, with images before the text of the first prompt.
+
+        Raises OptionError for a model that reads no images, and for images that cannot be read.
+        """
+        if self.encoder.folder is None or not self.templated:
+            why = "reads text alone" if self.encoder.folder is None else "needs its chat template for images"
+            raise OptionError(f"--image {images[0]}: the model {why}: leave the option out, or name another model")
+        placed, sources = with_images(messages, list(images), "--image")
+        encoder = self.encoder.reading_images()
+        text = write_messages(self.opened.tokenizer, in_parts(placed), answer=True)
+        inputs = cast(ImageText, encoder.image_text).encode(text, sources).inputs
+        ids = inputs.pop("input_ids")[0].tolist()
+        encoder.check(ids)
+        del inputs["attention_mask"]
+        model, room = self.opened.model, room_for(self.opened, [ids], self.sampling.max_new_tokens)
+        placed_inputs = {
+            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+            for name, tensor in inputs.items()
+        }
+        options: dict[str, Any] = self.sampling.arguments()
+        return write_answers(self.opened, [ids], room, self.ends, streamer=stream, beside=placed_inputs, **options)[0]
 
     def streamer(self, stream: TextIO) -> Streamer:
         """What shows the next answer on a stream."""
@@ -70,6 +101,8 @@ def open_writer(
         opened.longest,
         chat_template=chat_template,
         embeddings=embedding_rows(opened.model),
+        folder=opened.folder if opened.task.name == IMAGE_TEXT else None,
+        data_folders=(Path(),),
     )
     templated = uses_template(encoder, default=True)
     set_seed(sampling.seed)

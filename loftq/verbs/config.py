@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq.artifacts.tools import STAGES, TOOLS, Start, Tool
-from loftq.errors import ArtifactError, OptionError, OutputError, UnknownNameError
+from loftq.artifacts.tools import TOOLS, Start, Tool, check_names
+from loftq.errors import ArtifactError, OptionError, OutputError
 from loftq.formats.adapter import open_adapter
 from loftq.formats.artifact import Artifact, open_artifact
 from loftq.formats.disk import explain_os_errors, write_whole
 from loftq.formats.layouts import LAYOUTS
+from loftq.models.merged import WITH_ADAPTER
 
 _TASK = "causal-lm"  # what the tools train
 _WIDTHS = (4, 8)  # those of bitsandbytes, which is all that tools without loftq are known to take
@@ -50,15 +51,10 @@ def config(
     written to a file. Raises ArtifactError if the folder is not one, OptionError if the tool cannot start from it, and
     OutputError if the file exists already.
     """
-    if tool not in TOOLS:
-        raise UnknownNameError("tool", tool, TOOLS)
-    if stage not in STAGES:
-        raise UnknownNameError("stage", stage, STAGES)
+    check_names(tool, stage)
     if data is not None and (not data or not data.isprintable()):
         raise OptionError(f"--data {data!r}: expected the name of a file or a data set")
     row = TOOLS[tool]
-    if stage in row.refused:
-        raise OptionError(f"--for {tool} --stage {stage}: {row.refused[stage]}")
     artifact = open_artifact(folder)
     _check(artifact, tool, row)
     written = None if output is None else Path(output).expanduser()
@@ -79,8 +75,11 @@ def config(
 def _check(artifact: Artifact, tool: str, row: Tool) -> None:
     """Raise unless the tool can start from the folder."""
     folder, manifest = artifact.folder, artifact.manifest
-    if manifest["kind"] not in ("qlora", "qalora"):
-        raise ArtifactError(f"{folder} is a {manifest['kind']} folder: name one that `loftq quantize` wrote")
+    if manifest["kind"] not in WITH_ADAPTER:
+        raise ArtifactError(
+            f"{folder} is a {manifest['kind']} folder: name one with a backbone and its initial adapter, which "
+            "`loftq quantize` writes"
+        )
     task = manifest["source"]["task"]
     if task != _TASK:
         raise OptionError(f"--for {tool}: {folder} is for {task}, and these configurations train {_TASK} models")

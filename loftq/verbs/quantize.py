@@ -29,7 +29,7 @@ from loftq.planning.recipe import Recipe, resolve
 from loftq.planning.run import Run, start
 from loftq.planning.settings import QuantizeSettings, RunSettings
 from loftq.settings import from_dict, split
-from loftq.solving.adopt import Adopter, adoption_notes
+from loftq.solving.adopt import ADOPTED, Adopter, adoption_notes
 from loftq.solving.allocate import allocate
 from loftq.solving.distill import distill, distilled, distilled_row, reopen
 from loftq.solving.finished import check_source, fingerprint_of, finished_layers
@@ -67,6 +67,8 @@ def quantize(model: str | None = None, **settings: Unpack[QuantizeKeywords]) -> 
     _check_text(recipe, run)
     if run_options.push is not None:
         find_destination(run_options.push, private=run_options.private, token=run.token).refuse_other_models()
+    if run_options.source is not None and recipe.backbone is not None:
+        raise OptionError("--source and --backbone exclude each other: with --backbone, MODEL is the source")
     source = _find(model, run_options)
     if recipe.backbone is not None:
         return _quantize_given(source, recipe, run_options, run)
@@ -79,7 +81,8 @@ def quantize(model: str | None = None, **settings: Unpack[QuantizeKeywords]) -> 
         )
     folder = _folder(source, recipe, run_options)
     if run_options.dry_run:
-        return planned(source, recipe, run_options)
+        report = planned(source, recipe, run_options)
+        return report if old is None else replace(report, notes=(ADOPTED, *report.notes))
     _check_output(folder, run_options)
     plan = make_plan(source, recipe, trust_remote_code=run.trust_remote_code)
     job = None if old is None else _adopter(plan, old, run_options)
@@ -187,7 +190,7 @@ def _make(plan: Plan, folder: Path, run: Run, job: Adopter | None) -> _Result:
             if job is not None:
                 plan = replace(plan, notes=(*plan.notes, *adoption_notes(plan, staging)))
             write_configs(plan, staging, folder, run.trust_remote_code)
-            if statistics is not None and recipe.refine:
+            if statistics is not None and statistics.has_answers and recipe.refine:
                 distill(plan, staging, statistics, run)
             check_source(plan, fingerprint, run.trust_remote_code)
             calibration = statistics.settings if statistics else None

@@ -19,6 +19,7 @@ from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.formats.disk import explain_os_errors, write_whole
 from loftq.formats.schema import json_text
 from loftq.models.adapters import check_adapter
+from loftq.models.merged import WITH_ADAPTER
 from loftq.models.trained_folder import backbone_name, is_adapter_folder
 from loftq.settings import plain
 
@@ -47,45 +48,52 @@ class Relocation:
 def relocate(folder: str | Path, *, backbone: str | Path | None = None) -> Relocation:
     """Write the full path of a backbone into its adapter's configuration.
 
-    `folder` is one that `loftq quantize` wrote: then its own adapter names it, and `loftq.json` has the new hash. Or it
-    is the folder of a trained adapter, whose backbone is `backbone`, or the one that it finds by itself. Raises
-    ArtifactError if the folder is neither, or the adapter belongs to another backbone, and OptionError if the backbone
-    is not a folder.
+    `folder` is one that `loftq quantize` wrote: then its own adapter names it. Or it is the folder of another adapter,
+    such as a trained one, whose backbone is `backbone`, or the one that it finds by itself. A `loftq.json` has the new
+    hash. Raises ArtifactError if the folder is neither, or the adapter belongs to another backbone, and OptionError if
+    the backbone is not a folder.
     """
     folder = Path(folder).expanduser()
     with explain_os_errors(folder, option="folder"):
-        if folder.name == FOLDER and (folder.parent / MANIFEST).is_file():
-            folder = folder.parent
-        elif is_adapter_folder(folder):
-            return _point(folder, _found(folder) if backbone is None else _named(folder, Path(backbone).expanduser()))
-        if backbone is not None:
-            raise OptionError(f"--backbone {backbone}: the adapter of {folder} belongs to {folder}: leave it out")
-        return _within(open_artifact(folder))
+        adapter = folder if is_adapter_folder(folder) else folder / FOLDER
+        if not is_adapter_folder(adapter):
+            kind = open_artifact(folder).manifest["kind"]
+            raise ArtifactError(f"{folder} is a {kind} folder without an adapter: nothing in it names a place")
+        artifact = _listing(adapter)
+        if artifact is not None and artifact.manifest["kind"] in WITH_ADAPTER:
+            if backbone is not None:
+                raise OptionError(f"--backbone {backbone}: {adapter} belongs to {artifact.folder}: leave it out")
+            return _point(adapter, artifact.folder.resolve(), artifact)
+        target = _found(adapter) if backbone is None else _named(adapter, Path(backbone).expanduser())
+        return _point(adapter, target, artifact)
 
 
-def _within(artifact: Artifact) -> Relocation:
-    """Let the initial adapter of a folder name this folder."""
-    name = f"{FOLDER}/{CONFIG}"
-    if name not in artifact.files:
-        raise ArtifactError(f"{artifact.folder} has no adapter in {FOLDER}: nothing in it names a place")
-    target, config = str(artifact.folder.resolve()), artifact.adapter / CONFIG
-    recorded = artifact.files[name].get("sha256")
-    if read_config(artifact.adapter).get(_KEY) != target and _hash(config.read_bytes()) != recorded:
-        raise ArtifactError(f"{config} differs from its hash in {MANIFEST}: copy or download it again")
-    done = _point(artifact.adapter, artifact.folder.resolve())
-    content = config.read_bytes()
-    manifest = plain(artifact.manifest)
-    manifest["files"][name] = {"bytes": len(content), "sha256": _hash(content)}
-    write_whole(artifact.folder / MANIFEST, json_text(manifest, indent=1, sort_keys=True) + "\n")
-    return done
+def _listing(adapter: Path) -> Artifact | None:
+    """The folder whose `loftq.json` lists the configuration of an adapter; None if there is none."""
+    root = adapter.parent if adapter.name == FOLDER else adapter
+    artifact = open_artifact(root) if (root / MANIFEST).is_file() else None
+    return artifact if artifact is not None and _name_in(artifact, adapter) in artifact.files else None
 
 
-def _point(adapter: Path, backbone: Path) -> Relocation:
-    config = read_config(adapter)
+def _name_in(artifact: Artifact, adapter: Path) -> str:
+    return (adapter / CONFIG).relative_to(artifact.folder).as_posix()
+
+
+def _point(adapter: Path, backbone: Path, artifact: Artifact | None) -> Relocation:
+    """Write the place of the backbone, and the hash of the configuration where one is listed."""
+    config, path = read_config(adapter), adapter / CONFIG
     before = config.get(_KEY)
     if before != str(backbone):
-        text = json_text({**config, _KEY: str(backbone)}, indent=2, sort_keys=True) + "\n"
-        write_whole(adapter / CONFIG, text)
+        if artifact is not None and _hash(path) != artifact.files[_name_in(artifact, adapter)].get("sha256"):
+            raise ArtifactError(f"{path} differs from its hash in {MANIFEST}: copy or download it again")
+        write_whole(path, json_text({**config, _KEY: str(backbone)}, indent=2, sort_keys=True) + "\n")
+    if artifact is not None:
+        manifest = plain(artifact.manifest)
+        given = manifest.get("backbone", {})  # of an adapter for a backbone of others
+        if given.get("model") == before:
+            given["model"] = str(backbone)
+        manifest["files"][_name_in(artifact, adapter)] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
+        write_whole(artifact.folder / MANIFEST, json_text(manifest, indent=1, sort_keys=True) + "\n")
     return Relocation(adapter, backbone, before)
 
 
@@ -105,5 +113,5 @@ def _named(adapter: Path, backbone: Path) -> Path:
     return backbone.resolve()
 
 
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -159,3 +159,12 @@ def test_it_warns_that_an_adapter_belongs_to_its_backbone(pico: Path, tmp_path: 
     assert "The adapter belongs to this backbone, and so does every adapter that is trained from it." in text
     assert f"| bits per weight of the linears | {bits:.3f} |" in text
     assert "loftq quantize pico-llama --bits 4 --rank 4 --iter 1\n" in text
+
+
+@pytest.mark.parametrize(("method", "warned"), [("loftq", True), ("qlora", False)])
+def test_only_a_backbone_that_needs_its_adapter_warns_of_loading_it_alone(
+    method: str, warned: bool, pico: Path, tmp_path: Path
+) -> None:
+    """QLoRA's start adds nothing to its backbone."""
+    folder = loftq.quantize(str(pico), output=tmp_path / "out", rank=4, method=method, quiet=True).folder
+    assert ("**Always load the adapter too.**" in (folder / "README.md").read_text()) is warned

@@ -111,3 +111,53 @@ def test_the_vision_tower_can_be_a_target(name: str, tmp_path: Path, monkeypatch
         with model.disable_adapter():
             alone = model(**inputs).logits.float()
     assert (adapted - wanted).norm() < (alone - wanted).norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "lost"),
+    [("mllama", "causal-lm", ("vision", "projector")), ("llava", "feature-extraction", ("lm_head",))],
+)
+def test_what_another_task_leaves_out_is_said(name: str, task: str, lost: tuple[str, ...], tmp_path: Path) -> None:
+    """Oracle: the tensors of the checkpoint that the class of the task has no place for."""
+    source = save_vision(name, tmp_path / "source", tie_word_embeddings=False)
+    tensors = load_file(source / "model.safetensors")
+    report = loftq.quantize(str(source), output=tmp_path / "out", task=task, dry_run=True, **OPTIONS)
+    (note,) = (note for note in report.notes if "left out" in note)
+    gone = sum(tensor.numel() for key, tensor in tensors.items() if any(part in key for part in lost))
+    share = gone / sum(tensor.numel() for tensor in tensors.values())
+    assert lost[0] in note
+    assert f"({share:.1%} of the weights; --task image-text-to-text keeps them)" in note
+
+
+def test_text_refines_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the divergence that the report has, which falls, and the vision tower, which stays as it is."""
+    monkeypatch.setattr("loftq.calibration.windows.MIN_TOKENS", 256)
+    source = save_vision("llava", tmp_path / "source")
+    text = {"calibration": "default", "calibration_tokens": 2048, "sequence_length": 64, "refine": 8, "bits": 2}
+    report = loftq.quantize(str(source), output=tmp_path / "out", **text, **OPTIONS)
+    assert report.totals["refine_steps"] == 8
+    assert report.totals["divergence"] < report.totals["divergence_before"]
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, report.folder))
+    tower = {key: tensor for key, tensor in before.items() if key.startswith("vision_tower.")}
+    assert tower
+    assert all(torch.equal(tensor, after[f"model.{key}"]) for key, tensor in tower.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PICOS)
+def test_a_folder_goes_through_the_commands(name: str, tmp_path: Path) -> None:
+    """Trained on text, asked, measured and merged. Oracle: logits for images before and after the merge."""
+    (tmp_path / "data.jsonl").write_text('{"prompt": "Hi?", "response": "Hello."}\n' * 4)
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 8)
+    folder = loftq.quantize(str(save_vision(name, tmp_path / "source")), output=tmp_path / "out", **OPTIONS).folder
+    trained, options = tmp_path / "trained", {"max_steps": 1, "batch_size": 2, "quiet": True}
+    loftq.train(folder, data=(str(tmp_path / "data.jsonl"),), output=trained, **options)
+    assert isinstance(loftq.generate(str(trained), "Hi?", max_new_tokens=2), str)
+    loftq.evaluate(str(trained), task="perplexity", data=(str(tmp_path / "text.txt"),), quiet=True)
+    loftq.merge(trained, to="bf16", output=tmp_path / "merged", quiet=True)
+    merged = auto_class(TASKS[TASK]).from_pretrained(tmp_path / "merged", dtype=torch.bfloat16).eval()
+    adapted = loftq.load_qlora(folder, trained, is_trainable=False).eval()
+    inputs = vision_inputs(name)
+    with torch.no_grad():
+        wanted, found = adapted(**inputs).logits.float(), merged(**inputs).logits.float()
+    assert (found - wanted).norm() < 0.05 * wanted.norm()

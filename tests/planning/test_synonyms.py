@@ -75,6 +75,52 @@ LOFTQ_WIKITEXT = """
     --report_to tensorboard
     --block_size 1024
 """
+QLORA = """
+    --model_name_or_path meta-llama/Llama-2-7b-hf
+    --use_auth
+    --output_dir ./output/llama-2-guanaco-7b
+    --logging_steps 10
+    --save_strategy steps
+    --data_seed 42
+    --save_steps 500
+    --save_total_limit 40
+    --evaluation_strategy steps
+    --eval_dataset_size 1024
+    --max_eval_samples 1000
+    --per_device_eval_batch_size 1
+    --max_new_tokens 32
+    --dataloader_num_workers 1
+    --group_by_length
+    --logging_strategy steps
+    --remove_unused_columns False
+    --do_train
+    --do_eval
+    --do_mmlu_eval
+    --lora_r 64
+    --lora_alpha 16
+    --lora_modules all
+    --double_quant
+    --quant_type nf4
+    --bf16
+    --bits 4
+    --warmup_ratio 0.03
+    --lr_scheduler_type constant
+    --gradient_checkpointing
+    --dataset oasst1
+    --source_max_len 16
+    --target_max_len 512
+    --per_device_train_batch_size 1
+    --gradient_accumulation_steps 16
+    --max_steps 1875
+    --eval_steps 187
+    --learning_rate 0.0002
+    --adam_beta2 0.999
+    --max_grad_norm 0.3
+    --lora_dropout 0.1
+    --weight_decay 0.0
+    --seed 0
+    --cache_dir /gscratch/zlab/llama2
+"""
 QALORA = """
     --base_model "TheBloke/Llama-2-13b-GPTQ"
     --output_dir "PATH_TO_OUTPUT_DIR"
@@ -175,6 +221,23 @@ def test_the_training_commands_of_loftq(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("hub")
+def test_the_command_of_qlora(run: Run) -> None:
+    command = QLORA.replace("--lora_r 64", "--lora_r 16")  # the pico is smaller than 64
+    found, told = planned(run, command)
+    split = {"batch_size": 1, "gradient_accumulation": 16, "gradient_checkpointing": True}
+    assert (found["steps"], found["split"]) == (1875, split)
+    assert "quant_type: NF4 up to 4 bits" in told
+    settings, _ = translated(dict(_pairs(QLORA)))
+    assert settings["set"] == {
+        "data_seed": "42",
+        "dataloader_num_workers": "1",
+        "adam_beta2": "0.999",
+        "max_grad_norm": "0.3",
+    }
+    assert (settings["data"], settings["task"]) == ("timdettmers/openassistant-guanaco", "clm")
+
+
+@pytest.mark.usefixtures("hub")
 def test_the_command_of_peft_for_qalora(run: Run) -> None:
     found, told = planned(run, QALORA)
     assert found["split"]["batch_size"] == 1
@@ -236,7 +299,7 @@ def test_every_name_means_a_setting_or_says_why_not() -> None:
 
 def test_the_page_has_these_commands() -> None:
     page = (Path(__file__).parents[2] / "docs" / "commands-of-scripts.md").read_text(encoding="utf-8")
-    for command in (LOFTQ_QUANTIZE, LOFTQ_LLAMA, LOFTQ_WIKITEXT, QALORA, FINLORA):
+    for command in (LOFTQ_QUANTIZE, LOFTQ_LLAMA, LOFTQ_WIKITEXT, QLORA, QALORA, FINLORA):
         assert " ".join(command.split()) in " ".join(page.split())
 
 

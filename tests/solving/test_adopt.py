@@ -19,8 +19,9 @@ import torch
 from conftest import Result, byte_tokenizer, pico_llama
 from hub import Hub, client_of, serve
 from peft import PeftModel
+from picos import pico_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import loftq
 from loftq.core.recovered import recover
@@ -44,13 +45,20 @@ def fake_quantized(weight: torch.Tensor, rank: int, iterations: int) -> tuple[to
 
 
 def write_old(
-    folder: Path, *, rank: int = 8, alpha: float = 2, iterations: int = 2, dtype: torch.dtype = torch.bfloat16
+    folder: Path,
+    *,
+    rank: int = 8,
+    alpha: float = 2,
+    iterations: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
+    model: PreTrainedModel | None = None,
+    targets: tuple[str, ...] = TARGETS,
 ) -> Path:
-    """A folder as `quantize_save.py` leaves it, of the pico llama."""
-    model = pico_llama().to(dtype)
+    """A folder as `quantize_save.py` leaves it, of the pico llama or another model."""
+    model = (model or pico_llama()).to(dtype)
     factors = {}
     for name, module in model.named_modules():
-        if name.endswith(TARGETS):
+        if name.endswith(targets):
             q, a, b = fake_quantized(module.weight.data, rank, iterations)
             module.weight.data = q
             factors[f"base_model.model.{name}.lora_A.weight"], factors[f"base_model.model.{name}.lora_B.weight"] = a, b
@@ -60,8 +68,8 @@ def write_old(
     adapter.mkdir()
     save_file(factors, adapter / "adapter_model.safetensors")
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(folder), "r": rank,
-        "lora_alpha": alpha, "lora_dropout": 0.1, "target_modules": list(TARGETS), "bias": "none",
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": str(folder), "r": rank,
+        "lora_alpha": alpha, "lora_dropout": 0.1, "target_modules": list(targets), "bias": "none",
         "init_lora_weights": True, "inference_mode": True,
         "loftq_config": {},
     }  # fmt: skip
@@ -99,6 +107,29 @@ def test_the_weights_are_the_same_to_the_bit(dtype: torch.dtype, iterations: int
     factors = [load_file(place / "loftq_init" / "adapter_model.safetensors") for place in (folder, made)]
     assert factors[0].keys() == factors[1].keys()
     assert all(torch.equal(factors[0][name], factors[1][name]) for name in factors[0])
+
+
+def test_an_encoder_decoder(tmp_path: Path) -> None:
+    """BART, which the original script quantizes in float32."""
+    targets = ("q_proj", "k_proj", "v_proj", "fc1", "fc2", "out_proj")
+    bart = pico_model("bart", "seq2seq-lm")
+    folder = write_old(tmp_path / "old", model=bart, targets=targets, dtype=torch.float32)
+    made = loftq.quantize(str(folder), output=tmp_path / "made").folder
+    before = load_file(folder / "model.safetensors")
+    names = [name for name in before if name.removesuffix(".weight").endswith(targets) and name.endswith(".weight")]
+    assert len(names) == 2 * (6 + 10)
+    for name in names:
+        assert torch.equal(decoded(made, name.removesuffix(".weight"), torch.float32), before[name]), name
+    assert loftq.verify(made, folder).sound
+
+
+def test_a_format_with_narrow_scales_is_refused(tmp_path: Path) -> None:
+    """Stock loaders of bitsandbytes leave Falcon's linears alone, and our own format rounds scales to 16 bits."""
+    targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+    folder = write_old(tmp_path / "old", model=pico_model("falcon", "causal-lm"), targets=targets)
+    with pytest.raises(SourceError, match="cannot be adopted: the format loftq, which its linears need, has 16-bit"):
+        loftq.quantize(str(folder), output=tmp_path / "made")
+    assert not (tmp_path / "made").exists()
 
 
 def test_it_answers_as_the_old_folder_does_with_stock_peft(tmp_path: Path, run: Run) -> None:
@@ -220,6 +251,7 @@ def test_what_is_not_such_a_folder(old: Path, pico: Path, tmp_path: Path, run: R
     planned = run("quantize", old, "--dry-run", "--output", tmp_path / "made")
     assert planned.exit_code == 0
     assert "rank 8" in planned.stdout
+    assert "adopted from the original LoftQ script" in planned.stdout
     assert not (tmp_path / "made" / "loftq.json").exists()
 
 

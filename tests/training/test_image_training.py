@@ -222,3 +222,51 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def _refuse(*_: Any, **__: Any) -> None:
     raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
+
+
+def test_generate_looks_at_images(quantized: Path, pico: Path, tmp_path: Path, run: Any) -> None:
+    """Oracle: greedy generation of stock transformers with the same adapter."""
+    (name,) = draw(tmp_path, 1)
+    image = str(tmp_path / name)
+    answered = run("generate", quantized, "--image", image, "--prompt", "?", "--max-new-tokens", "5", "--json", "--cpu")
+    assert answered.exit_code == 0, answered.stderr
+    model = loftq.load_qlora(quantized, is_trainable=False).eval()
+    processor = AutoProcessor.from_pretrained(quantized)
+    opened = Pictures.open(image).convert("RGB")
+    inputs = processor(text=["<user><image>?</s><assistant>"], images=[opened], return_tensors="pt")
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    written = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    expected = processor.tokenizer.decode(written, skip_special_tokens=True)
+    assert json.loads(answered.stdout)["answer"] == expected
+    blind = run("generate", pico, "--image", image, "--prompt", "?")
+    assert blind.exit_code == 2
+    assert "the model reads text alone" in blind.stderr
+    gone = run("generate", quantized, "--image", tmp_path / "gone.png", "--prompt", "?", "--cpu")
+    assert gone.exit_code == 2
+    assert "no such image" in gone.stderr
+
+
+def test_commands_for_text_take_these_folders(quantized: Path, tmp_path: Path, run: Any) -> None:
+    """Oracle: the exit codes, and the perplexity of stock transformers' loss is finite."""
+    (tmp_path / "t.txt").write_text("The quick brown fox jumps over the lazy dog. " * 8)
+    measured = run("evaluate", quantized, "--task", "perplexity", "--data", tmp_path / "t.txt", "--cpu", "--json")
+    assert measured.exit_code == 0, measured.stderr
+    said = run("generate", quantized, "--prompt", "?", "--max-new-tokens", "3", "--cpu")
+    assert said.exit_code == 0, said.stderr
+    assert run("verify", quantized).exit_code == 0
+    assert run("inspect", quantized).exit_code == 0
+    card = (quantized / "README.md").read_text()
+    assert "AutoModelForImageTextToText" in card
+
+
+def test_a_plain_lora_is_used_on_its_model(tmp_path: Path, run: Any) -> None:
+    """The adapter names its task as that of a causal model; the checkpoint tells that it reads images."""
+    source = save_with_processor("llava", tmp_path / "llava")
+    (image,) = draw(tmp_path, 1)
+    data = rows_in(tmp_path, [{"messages": TALK, "images": [image]}] * 4)
+    options: dict[str, Any] = {"adapter": "lora", "rank": 4, "max_steps": 1, "quiet": True}
+    loftq.train(source, data=(data,), output=tmp_path / "trained", **options)
+    asked = run(
+        "generate", tmp_path / "trained", "--image", tmp_path / image, "--prompt", "?", "--max-new-tokens", "2", "--cpu"
+    )
+    assert asked.exit_code == 0, asked.stderr

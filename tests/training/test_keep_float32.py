@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import byte_tokenizer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 import loftq
 from loftq.errors import OptionError
@@ -88,6 +90,14 @@ def test_what_trains_stays_float32(kind: str, folder: Path, scorer: Path, tmp_pa
     if kind != "GRPO":  # its rewards may be the same for all answers: then nothing is learned
         assert moved(before, trained(trainer.model)) > 0.95
     assert {state["exp_avg"].dtype for state in trainer.optimizer.state.values()} == {torch.float32}
+
+
+def test_stock_loading_is_enough(folder: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(base, folder, subfolder="loftq_init", is_trainable=True)
+    before = trained(model)
+    begun = trained(made("SFT", model, tmp_path, [loftq.KeepFloat32(model)]).model)
+    assert all(value.dtype == torch.float32 and torch.equal(value, before[name]) for name, value in begun.items())
 
 
 def test_trl_freezes_most_entries_without_it(folder: Path, tmp_path: Path) -> None:

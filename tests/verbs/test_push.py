@@ -21,15 +21,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import Result
 from hub import Answer, client_of, serve
 from huggingface_hub import ModelCard, constants, utils
 from peft import PeftConfig
 from processes import run_python, start_python
+from transformers import AutoModelForCausalLM
 from writable_hub import SETTLED, WritableHub
 
 import loftq
 from loftq.errors import HubError, LoftQError
+from loftq.models.loading import guard_cpu
 
 TOKEN, READER, STRANGER = "hf_TheTokenThatWrites", "hf_TheTokenThatReads", "hf_TheTokenOfSomebodyElse"
 ADAPTER = "loftq_init/adapter_config.json"
@@ -167,7 +170,16 @@ def test_what_is_downloaded_is_a_folder_of_ours(made: Path, hub: WritableHub, ru
     for name, entry in listed.items():
         content = (folder / name).read_bytes()
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    assert loftq.load_qlora(folder).peft_config["default"].base_model_name_or_path == "alice/pico"
+    model = loftq.load_qlora(folder, is_trainable=False)
+    assert model.peft_config["default"].base_model_name_or_path == "alice/pico"
+    in_one_call = AutoModelForCausalLM.from_pretrained(
+        "alice/pico", dtype=torch.bfloat16, token=TOKEN, adapter_kwargs={"subfolder": "loftq_init"}
+    )
+    guard_cpu(in_one_call)
+    tokens = torch.arange(20).view(2, 10)
+    expected = model.eval()(tokens).logits
+    found = in_one_call.eval()(tokens).logits
+    assert float((found - expected).norm() / expected.norm()) < 0.02  # its factors are in bfloat16
 
 
 def test_paths_in_files_of_others_stay_behind(pico: Path, hub: WritableHub, run: Run, tmp_path: Path) -> None:

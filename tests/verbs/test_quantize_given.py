@@ -23,10 +23,10 @@ from bitsandbytes.nn import Linear4bit
 from conftest import Result, byte_tokenizer, pico_llama, save_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import loftq
-from loftq.errors import OptionError, OutputError, SourceError
+from loftq.errors import ArtifactError, OptionError, OutputError, SourceError
 from loftq.models.loading import guard_cpu
 
 Run = Callable[..., Result]
@@ -43,6 +43,23 @@ def save_bitsandbytes(source: Path, folder: Path, **options: Any) -> Path:
     return folder
 
 
+def save_fp8(source: Path, folder: Path) -> Path:
+    """The linears in float8, with a scale for each block of 32 x 32."""
+    shutil.copytree(source, folder)
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        blocks = tensors[name].float().unfold(0, 32, 32).unfold(1, 32, 32)  # (out / 32, in / 32, 32, 32)
+        scales = blocks.abs().amax(dim=(2, 3)) / 448
+        spread = scales.repeat_interleave(32, 0).repeat_interleave(32, 1)
+        tensors[name] = (tensors[name].float() / spread).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    entry = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": entry}))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def backbones(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with backbones in it. Do not write to it."""
@@ -55,6 +72,7 @@ def backbones(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             codes, state = bnb.quantize_4bit(module.weight.data, blocksize=64, quant_type="nf4")
             module.weight.data = bnb.dequantize_4bit(codes, state)
     save_model(dense, here / "dense")
+    save_fp8(pico, here / "fp8")
     options: Any = {"bits": 4, "quant_type": "int", "format": "gptq", "group_size": 32, "rank": 1, "iters": 1}
     made = loftq.quantize(str(pico), output=here / "gptq", **options).folder
     for name in ("loftq.json", "README.md"):
@@ -92,7 +110,22 @@ def gptq_weights(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-READ = {"nf4": bitsandbytes_weights, "fp4": bitsandbytes_weights, "gptq": gptq_weights, "dense": source_weights}
+def fp8_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """As transformers dequantizes them."""
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config = {**config.quantization_config, "dequantize": True}
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.bfloat16)
+    state = model.state_dict()
+    return {n.removesuffix(".weight"): w.double() for n, w in state.items() if n.endswith("_proj.weight")}
+
+
+READ = {
+    "fp8": fp8_weights,
+    "nf4": bitsandbytes_weights,
+    "fp4": bitsandbytes_weights,
+    "gptq": gptq_weights,
+    "dense": source_weights,
+}
 
 
 @pytest.mark.parametrize("kind", READ)
@@ -224,6 +257,11 @@ def test_our_commands_take_the_folder(backbones: Path, pico: Path, tmp_path: Pat
     answers = [run("generate", *names, *words) for names in ((out,), both)]
     assert answers[0].exit_code == 0, answers[0].stderr
     assert answers[0].stdout == answers[1].stdout != ""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "Why?", "response": "So."}\n' * 4)
+    for use in (lambda: loftq.load_qlora(out), lambda: loftq.train(out, data=data, output=tmp_path / "trained")):
+        with pytest.raises(ArtifactError, match=r"is an adapter for .*nf4, which loftq did not write: load that model"):
+            use()
     shown = run("inspect", out)
     assert shown.exit_code == 0, shown.stderr
     assert "rank 8" in shown.stdout
@@ -293,6 +331,7 @@ def test_what_is_refused(backbones: Path, pico: Path, tmp_path: Path) -> None:
     (unknown / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "hqq"}}))
     refused(SourceError, r"is quantized with hqq, which cannot be read: expected fp8, mxfp4, bitsandbytes", unknown)
     refused(SourceError, "no such folder", tmp_path / "missing")
+    refused(OptionError, "--source and --backbone exclude each other", source=str(pico))
     refused(OptionError, r"--bits 2: the weights of --backbone .* stay as they are", bits=2)
     refused(OptionError, r"--method cloq: with --backbone only the adapter is computed", method="cloq")
     mixed = save_bitsandbytes(

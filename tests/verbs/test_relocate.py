@@ -139,6 +139,23 @@ def test_a_trained_adapter_is_told_where_its_backbone_is(moved: Path, tmp_path: 
     assert loftq.relocate(inside).backbone == moved.resolve()
 
 
+def test_adapters_that_have_a_manifest_of_their_own_stay_whole(pico: Path, folder: Path, tmp_path: Path) -> None:
+    """One for the full-precision model, and one for a backbone that was quantized by others."""
+    moved = Path(shutil.copytree(pico, tmp_path / "moved"))
+    exported = tmp_path / "lora"
+    loftq.merge(folder, to="lora", output=exported, quiet=True)
+    given = tmp_path / "given"
+    loftq.quantize(str(pico), backbone=str(folder), rank=4, output=given, quiet=True)
+    for made, adapter in ((exported, exported), (given, given / "loftq_init")):
+        result = loftq.relocate(made, backbone=moved)
+        assert (result.adapter, result.backbone) == (adapter, moved)
+        assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(moved)
+        assert loftq.verify(made, quiet=True).sound
+    assert json.loads((given / "loftq.json").read_text())["backbone"]["model"] == str(moved)
+    with pytest.raises(ArtifactError, match="is a start folder: name one with a backbone and its initial adapter"):
+        loftq.config(given, "trl")
+
+
 def _set(folder: Path, **values: object) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
