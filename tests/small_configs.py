@@ -121,6 +121,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"n_group": 1},
     "falcon": {"ffn_hidden_size": 128},
     "mpt": {"expansion_ratio": 2},
+    "mobilebert": {"embedding_size": 32},  # else its head has a weight of no columns
     "xlnet": {"d_head": 16},
     "swin": {"num_heads": [4], "depths": [2]},
     "whisper": {"max_source_positions": 20, "max_target_positions": 64, "suppress_tokens": None},

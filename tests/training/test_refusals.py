@@ -17,6 +17,7 @@ import yaml
 from conftest import byte_tokenizer
 from rows import sums, write_rows
 from safetensors.torch import load_file, save_file
+from small_models import save_small
 
 import loftq
 from loftq.errors import CheckpointError, OptionError, OutputError, SourceError
@@ -141,3 +142,22 @@ def test_only_what_goes_on_says_so(
         program.main([command])
     assert ended.value.code == 130
     assert capsys.readouterr().err.strip() == said
+
+
+@pytest.mark.parametrize(("kind", "task"), [("whisper", "speech-seq2seq"), ("hubert", "ctc")])
+def test_models_of_speech_are_refused_in_one_line(kind: str, task: str, tmp_path: Path, run: Run) -> None:
+    source = save_small(kind, task, tmp_path / "source")
+    folder = loftq.quantize(str(source), output=tmp_path / "out", rank=8, iters=1, quiet=True).folder
+    data = write_rows(tmp_path / "data.jsonl", sums(4))
+    for words in (
+        ("train", source, "--data", data, "--output", tmp_path / "trained"),
+        ("train", folder, "--data", data, "--output", tmp_path / "trained"),
+        ("evaluate", folder, "--data", data),
+        ("generate", folder, "--prompt", "hi"),
+    ):
+        ended = run(*words)
+        assert ended.exit_code == 2, words
+        last = ended.stderr.strip().splitlines()[-1]  # after the progress of reading the rows
+        assert last.startswith("Error: ")
+        assert f"is a {task} model" in last
+    assert not (tmp_path / "trained").exists()
