@@ -1,9 +1,8 @@
 """The adapter folder as peft reads it: `adapter_config.json` and `adapter_model.safetensors`.
 
 Only fields that every peft since 0.10 supports are written, because older releases refuse unknown fields. The factors
-of fused experts need peft 0.19 (`expert_factors`).
-`init_lora_weights` is true, because any other value makes peft initialize the adapter again when it is loaded.
-`loftq_config` is an empty object, because null has crashed loaders.
+of fused experts need peft 0.19 (`expert_factors`). `init_lora_weights` is true, because any other value makes peft
+initialize the adapter again when it is loaded. `loftq_config` is an empty object, because null has crashed loaders.
 """
 
 from __future__ import annotations
@@ -215,12 +214,8 @@ class Adapter:
     @cached_property
     def copies(self) -> dict[str, str]:
         """Second copies, which peft adds for resized embeddings and never reads, and the tensors that it reads."""
-        plain = {
-            name: name.replace(part, ".")
-            for name in self.shapes
-            for part in (".modules_to_save.", ".original_module.")
-            if part in name
-        }
+        parts = (".modules_to_save.", ".original_module.")
+        plain = {name: name.replace(part, ".") for name in self.shapes for part in parts if part in name}
         return {name: right for name, right in plain.items() if right in self.shapes}
 
     def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -47,18 +46,17 @@ def make_plan(
 ) -> Plan:
     """Make the plan of a recipe for a source. Raises SourceError or OptionError, with the change that is needed.
 
-    Unless `with_experts`, fused experts stay as they are.
-
-    `widths` are the bits of each module under `--allocation auto`. Until they are known, the plan has the same size as
-    the final one.
+    Unless `with_experts`, fused experts stay as they are. `widths` are the bits of each module under `--allocation
+    auto`; until they are known, the plan has the same size as the final one.
     """
     source = _with_dense_weights(source)
-    settings: dict[str, Any] = {
-        "task": recipe.task,
-        "num_labels": recipe.num_labels,
-        "trust_remote_code": trust_remote_code,
-    }
-    model, task = build_meta(source.folder, **settings, tensors=len(source.checkpoint.tensors))
+    model, task = build_meta(
+        source.folder,
+        task=recipe.task,
+        num_labels=recipe.num_labels,
+        trust_remote_code=trust_remote_code,
+        tensors=len(source.checkpoint.tensors),
+    )
     if family_of(str(model.config.model_type)).float32:  # type: ignore[union-attr]
         recipe = replace(recipe, compute_dtype="float32")
     model_linears = linears.find_linears(model)
