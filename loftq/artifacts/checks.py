@@ -39,7 +39,7 @@ def backbone_problems(backbone: Backbone, manifest: Mapping[str, Any]) -> Iterat
     """Check the quantized linears, the other tensors, and the quantization entry of `config.json`."""
     dtype = getattr(torch, manifest["recipe"]["compute_dtype"])
     entry = backbone.config.get("quantization_config") or {}
-    if entry.get("quant_method") != backbone.format:
+    if entry.get("quant_method") != LAYOUTS[backbone.format].METHOD:
         method = entry.get("quant_method", "no quantization method")
         yield Problem("config.json", f"names {method}, {MANIFEST} names {backbone.format}")
     layout, stored = LAYOUTS[backbone.format], backbone.checkpoint.tensors

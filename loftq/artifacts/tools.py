@@ -37,7 +37,8 @@ class Start:
 class Tool:
     """A training tool.
 
-    `imports_loftq` says whether it can start from formats that need `import loftq`. With `adapter_alone` it is told the
+    `imports_loftq` says whether it can start from formats that need `import loftq`; `format` is the only one that it
+    takes, if there is such a one. With `adapter_alone` it is told the
     adapter, and finds the backbone by the adapter's configuration. `data` is what stands for the user's data, `refused`
     has stages that it cannot do with our start, and why.
     """
@@ -47,6 +48,7 @@ class Tool:
     ran: bool
     write: Callable[[Start], str]
     imports_loftq: bool = False
+    format: str | None = None
     adapter_alone: bool = False
     data: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({SFT: "chats.jsonl", DPO: "pairs.jsonl"}))
     refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -172,6 +174,23 @@ swift {command} \\
 """
 
 
+def _accelerate_fsdp(start: Start) -> str:
+    return f"""# Write the script with `loftq config {shlex.quote(start.folder)} --for trl --output train.py`, then:
+# accelerate launch --config_file THIS_FILE train.py
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+num_machines: 1
+num_processes: 2  # the number of GPUs
+mixed_precision: bf16
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_reshard_after_forward: true
+  fsdp_cpu_ram_efficient_loading: false  # it would load the codes without what belongs to them
+  fsdp_state_dict_type: FULL_STATE_DICT
+"""
+
+
 def _rate(start: Start) -> str:
     """A usual learning rate, in a form that YAML takes for a number."""
     return "0.0001" if start.stage == SFT else "0.000005"
@@ -184,6 +203,7 @@ def _quoted(text: str) -> str:
 
 _DATA_NAMES = MappingProxyType({SFT: "my_data", DPO: "my_pairs"})
 TOOLS: Mapping[str, Tool] = {
+    "accelerate-fsdp": Tool("accelerate", "1.15.0", False, _accelerate_fsdp, format="bitsandbytes-fsdp"),
     "axolotl": Tool(
         "axolotl",
         "0.19.0",

@@ -30,7 +30,7 @@ class Layout(Protocol):
     that a user needs to load a folder.
     """
 
-    METHOD: str  # its name: that of --format, and `quant_method` in `config.json`
+    METHOD: str  # `quant_method` in `config.json`
     BLOCK_SIZES: tuple[int, ...]
     SIDES: int  # both sides of a linear must be multiples of this number
     SCALE_DTYPE: torch.dtype
@@ -97,12 +97,19 @@ LAYOUTS: Mapping[str, Layout] = LazyTable(  # the first that holds a type is its
         "gptq": "loftq.formats.gptq",
         OURS: "loftq.formats.native",
         "loftq-trellis": "loftq.formats.trellis_streams",
+        "bitsandbytes-fsdp": "loftq.formats.bitsandbytes_fsdp",  # never a default: bitsandbytes holds the same types
     }
 )
 if TYPE_CHECKING:
-    from loftq.formats import bitsandbytes, gptq, native, trellis_streams
+    from loftq.formats import bitsandbytes, bitsandbytes_fsdp, gptq, native, trellis_streams
 
-    _COMPLETE: tuple[Layout, ...] = (bitsandbytes, gptq, native, trellis_streams)  # the type checker compares them
+    _COMPLETE: tuple[Layout, ...] = (
+        bitsandbytes,
+        bitsandbytes_fsdp,
+        gptq,
+        native,
+        trellis_streams,
+    )  # the type checker compares them
 
 
 def choose(

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-OWN_PAGES = 1 << 20  # bytes of a block from which it has pages of its own
+OWN_PAGES = 1 << 21  # bytes of a block from which it has pages of its own
 _USUAL = 1 << 25  # the largest value that glibc gives the threshold by itself, and so the value after a while
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 

@@ -10,6 +10,7 @@ from loftq.artifacts.tools import TOOLS, Start, Tool, check_names
 from loftq.errors import ArtifactError, OptionError, OutputError
 from loftq.formats.adapter import open_adapter
 from loftq.formats.artifact import Artifact, open_artifact
+from loftq.formats.bitsandbytes import METHOD as BITSANDBYTES
 from loftq.formats.disk import explain_os_errors, write_whole
 from loftq.formats.layouts import LAYOUTS
 from loftq.models.merged import WITH_ADAPTER
@@ -83,9 +84,13 @@ def _check(artifact: Artifact, tool: str, row: Tool) -> None:
     task = manifest["source"]["task"]
     if task != _TASK:
         raise OptionError(f"--for {tool}: {folder} is for {task}, and these configurations train {_TASK} models")
-    stock = manifest["format"] == "bitsandbytes" and manifest["recipe"]["bits"] in _WIDTHS
+    if row.format not in (None, manifest["format"]):
+        raise OptionError(
+            f"--for {tool}: {folder} is in the format {manifest['format']}: quantize with --format {row.format}"
+        )
+    stock = LAYOUTS[manifest["format"]].METHOD == BITSANDBYTES and manifest["recipe"]["bits"] in _WIDTHS
     if not stock and not row.imports_loftq:
-        reads = LAYOUTS["bitsandbytes"].HOLDS
+        reads = LAYOUTS[BITSANDBYTES].HOLDS
         taken = ", ".join(name for name, other in TOOLS.items() if other.imports_loftq)
         raise OptionError(
             f"--for {tool}: {folder} is in the format {manifest['format']}, which {row.title} cannot load, because it "

@@ -13,6 +13,7 @@ from loftq.formats.layouts import LAYOUTS
 
 CASES = [
     *(("bitsandbytes", Grid("nf4", 64, double)) for double in (False, True)),
+    *(("bitsandbytes-fsdp", Grid("nf4", 64, double)) for double in (False, True)),
     ("bitsandbytes", Grid("int8", ROW, zero_point="symmetric")),
     *(("gptq", Grid(f"int{b}", 32, zero_point=zero)) for b in (2, 3, 4, 8) for zero in ("symmetric", "integer")),
     *(("loftq", Grid(f"nf{bits}", 32, double)) for bits in (2, 3, 4) for double in (False, True)),

@@ -75,6 +75,19 @@ def test_llama_factory_quantizes_nothing_and_has_its_reference(folder: Path) -> 
     assert isinstance(pairs["learning_rate"], float)
 
 
+def test_accelerate_reads_its_configuration(folder: Path, pico: Path, tmp_path: Path) -> None:
+    """Oracle: accelerate's own reader, which refuses what it does not know."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    with pytest.raises(OptionError, match="is in the format bitsandbytes: quantize with --format bitsandbytes-fsdp"):
+        loftq.config(folder, "accelerate-fsdp")
+    options: dict[str, Any] = {"rank": 4, "iters": 1, "format": "bitsandbytes-fsdp", "quiet": True}
+    made = loftq.quantize(str(pico), output=tmp_path / "made", **options).folder
+    found = load_config_from_file(str(loftq.config(made, "accelerate-fsdp", output=tmp_path / "fsdp.yaml").output))
+    assert (found.distributed_type, found.fsdp_config["fsdp_version"]) == ("FSDP", 2)
+    assert values(made, "axolotl")["base_model"] == str(made)
+
+
 @pytest.mark.parametrize(("stage", "references"), [("sft", 0), ("dpo", 1)])
 def test_ms_swift_is_one_command(stage: str, references: int, folder: Path) -> None:
     text = loftq.config(folder, "ms-swift", stage=stage).text
@@ -116,7 +129,7 @@ def test_unsloth_gets_the_adapter_which_must_name_its_backbone(folder: Path, tmp
 
 def test_formats_of_ours_go_where_loftq_is_imported(two_bits: Path) -> None:
     ast.parse(loftq.config(two_bits, "trl").text)
-    for tool in (name for name, row in TOOLS.items() if not row.imports_loftq):
+    for tool in (name for name, row in TOOLS.items() if not row.imports_loftq and row.format is None):
         with pytest.raises(OptionError, match=rf"--for {tool}: .* is in the format loftq.*use --for trl"):
             loftq.config(two_bits, tool)
 
