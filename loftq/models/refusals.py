@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from loftq.display import one_line
 from loftq.errors import ArtifactError, LoftQError, SourceError
 from loftq.formats.model_config import FILE
@@ -36,7 +38,8 @@ def explain_forward(name: str, model_type: str) -> Iterator[None]:
     except LoftQError:
         raise
     except Exception as error:  # the code of a model may raise anything for inputs that it does not expect
-        if is_full_memory(error) or (isinstance(error, OSError) and error.errno is not None):
+        of_the_disk = isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno is not None)
+        if is_full_memory(error) or of_the_disk:  # statistics are written between the blocks of a model
             raise
         raise SourceError(
             f"{name} cannot be calibrated: the code of {model_type} in transformers fails on the calibration text "
