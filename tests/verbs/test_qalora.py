@@ -237,7 +237,7 @@ def test_the_other_loader_is_named(pico: Path, tmp_path: Path) -> None:
         loftq.load_qalora(pooled, backend="cuda")
     with pytest.raises(loftq.LoftQError, match="pip install gptqmodel optimum"):
         loftq.load_qalora(pooled, backend="gptqmodel")
-    with pytest.raises(loftq.LoftQError, match="no such folder: .*nowhere"):
+    with pytest.raises(loftq.LoftQError, match=r"no such folder: .*nowhere"):
         loftq.load_qalora(tmp_path / "nowhere")
 
 
