@@ -121,4 +121,4 @@ def test_one_width_a_folder() -> None:
     grids = [Grid(f"int{bits}", 64, zero_point="integer") for bits in (2, 4)]
     with pytest.raises(OptionError, match="one width a folder: use --format loftq"):
         choose(grids, "gptq")
-    assert set(LAYOUTS) == {"bitsandbytes", "gptq", "loftq", "loftq-trellis"}
+    assert set(LAYOUTS) == {"bitsandbytes", "bitsandbytes-fsdp", "gptq", "loftq", "loftq-trellis"}

@@ -184,7 +184,7 @@ def test_same_bytes_on_any_number_of_workers(pico: Path, tmp_path: Path) -> None
     ("options", "said"),
     [
         (["--bits", "2", "--format", "bitsandbytes"], ["--format bitsandbytes holds nf4", "not nf2", "--format loftq"]),
-        (["--bits", "4", "--format", "gguf"], ["unknown format 'gguf'", "bitsandbytes, gptq, loftq"]),
+        (["--bits", "4", "--format", "gguf"], ["unknown format 'gguf'", "bitsandbytes-fsdp, gptq, loftq"]),
         (["--bits", "2", "--block-size", "48"], ["--format loftq", "block size 48", "use one of 8, 16, 32, 64"]),
         (["--bits", "2", "--block-size", "4096"], ["--block-size 4096", "q_proj", "use --block-size 64"]),
     ],
