@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from bitsandbytes.nn import Linear4bit
 from conftest import Result, byte_tokenizer, pico_llama, save_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, CompressedTensorsConfig
 
 import loftq
 from loftq.errors import ArtifactError, OptionError, OutputError, SourceError
@@ -74,10 +75,13 @@ def backbones(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(dense, here / "dense")
     save_fp8(pico, here / "fp8")
     options: Any = {"bits": 4, "quant_type": "int", "format": "gptq", "group_size": 32, "rank": 1, "iters": 1}
-    made = loftq.quantize(str(pico), output=here / "gptq", **options).folder
-    for name in ("loftq.json", "README.md"):
-        (made / name).unlink()
-    shutil.rmtree(made / "loftq_init")
+    loftq.quantize(str(pico), output=here / "gptq", **options)
+    start = loftq.quantize(str(pico), output=here / "int8", bits=8, rank=1, iters=0).folder
+    loftq.merge(start, to="compressed-tensors", output=here / "integers", zero_point="integer", check=False, quiet=True)
+    for made in (here / "gptq", here / "int8", here / "integers"):  # as others make them
+        for name in ("loftq.json", "README.md"):
+            (made / name).unlink()
+        shutil.rmtree(made / "loftq_init", ignore_errors=True)
     return here
 
 
@@ -119,7 +123,27 @@ def fp8_weights(folder: Path) -> dict[str, torch.Tensor]:
     return {n.removesuffix(".weight"): w.double() for n, w in state.items() if n.endswith("_proj.weight")}
 
 
+def int8_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """As bitsandbytes dequantizes them, in the dtype of the model."""
+    tensors = load_file(folder / "model.safetensors")
+    modules = [name.removesuffix(".SCB") for name in tensors if name.endswith(".SCB")]
+    weights = {m: bnb.int8_vectorwise_dequant(tensors[f"{m}.weight"], tensors[f"{m}.SCB"]) for m in modules}
+    return {m: weight.bfloat16().double() for m, weight in weights.items()}
+
+
+def compressed_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """As transformers decompresses them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about the options that are added to those of the folder
+        config = CompressedTensorsConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
+    state = model.state_dict()
+    return {n.removesuffix(".weight"): w.double() for n, w in state.items() if n.endswith("_proj.weight")}
+
+
 READ = {
+    "int8": int8_weights,
+    "integers": compressed_weights,
     "fp8": fp8_weights,
     "nf4": bitsandbytes_weights,
     "fp4": bitsandbytes_weights,
