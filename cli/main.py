@@ -103,6 +103,7 @@ def main(args: list[str] | None = None) -> Any:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     if args is None and not sys.warnoptions:
         _silence_libraries()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch makes large blocks of huge pages, which is faster
     gc.set_threshold(100_000)  # torch and transformers make a million objects that stay
     arguments = sys.argv[1:] if args is None else args
     try:

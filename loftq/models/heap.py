@@ -2,7 +2,8 @@
 
 The forward pass leaves tensors for the backward pass between temporaries of all sizes. glibc serves blocks of up to
 32 MB from one heap once such blocks were freed, and a heap with holes between blocks that live on cannot shrink: it
-grows to twice what is in it. Blocks with pages of their own are returned as soon as they are freed.
+grows to twice what is in it. Blocks with pages of their own are returned as soon as they are freed, at the price of new
+pages for each: the smaller they are, the more of the time goes into pages.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-OWN_PAGES = 1 << 21  # bytes of a block from which it has pages of its own
+OWN_PAGES = 1 << 22  # bytes of a block from which it has pages of its own
 _USUAL = 1 << 25  # the largest value that glibc gives the threshold by itself, and so the value after a while
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
