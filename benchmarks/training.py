@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -146,7 +147,9 @@ def main() -> None:
         for _ in range(options.repeats):
             for name, runs in found.items():
                 command = [sys.executable, __file__, str(folder), "--run", name, *words]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                own = {"THP_MEM_ALLOC_ENABLE": "1"} if name == "ours" else {}  # as the command line sets it
+                environment = {**os.environ, **own}
+                done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
                 runs.append(json.loads(done.stdout.splitlines()[-1]))
     seconds = {name: median(run["seconds"] for run in runs) for name, runs in found.items()}
     peaks = {name: median(run["peak"] for run in runs) for name, runs in found.items()}
