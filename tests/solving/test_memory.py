@@ -53,7 +53,8 @@ def test_more_tokens_and_a_higher_rank_need_more(name: str, tmp_path: Path) -> N
     more = (65536 - 8192) * 256 * 6  # tokens, and their likeliest answers
     assert many["calibrating"] - few["calibrating"] >= more
     assert many["refining"] - few["refining"] == more
-    assert many["solving"] == few["solving"]
+    # while experts are solved, the tokens of their layer are in memory
+    assert (many["solving"] > few["solving"]) == (name == "mixtral")
     assert wide["refining"] > few["refining"]
 
 

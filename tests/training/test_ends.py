@@ -67,12 +67,14 @@ def test_a_trained_model_stops(template: str, special: bool, tmp_path: Path) -> 
     folder = loftq.quantize(str(tmp_path / "model"), output=tmp_path / "out", rank=4, iters=1, quiet=True).folder
     rows = "".join(json.dumps({"prompt": letter, "response": "ok"}) + "\n" for letter in "abcd")
     (tmp_path / "rows.jsonl").write_text(rows)
-    options: dict[str, Any] = {"max_steps": 60, "learning_rate": 2e-2, "eval_steps": 999, "save_steps": 999}
+    steps = 150 if template == templates.PHI_3 else 60
+    options: dict[str, Any] = {"max_steps": steps, "learning_rate": 2e-2, "eval_steps": 999, "save_steps": 999}
     loftq.train(
         str(folder), data=[str(tmp_path / "rows.jsonl")], output=tmp_path / "trained", quiet=True, cpu=True, **options
     )
     (folder / "chat_template.jinja").write_text(templates.LABELLED)
     stream = io.StringIO()
     asked = {"adapter": str(tmp_path / "trained"), "max_new_tokens": 20, "cpu": True}
-    assert loftq.generate(str(folder), "a", stream=stream, **asked) == "ok"
-    assert stream.getvalue() == "ok\n"
+    before = " " if template == templates.LLAMA_2 else ""  # it begins answers with a space
+    assert loftq.generate(str(folder), "a", stream=stream, **asked) == f"{before}ok"
+    assert stream.getvalue() == f"{before}ok\n"
