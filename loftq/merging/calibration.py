@@ -45,7 +45,7 @@ def check_calibration(settings: MergeSettings) -> None:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class LayerInputs:
     """The statistics of the inputs of all linears and experts, and the plan of the model that was run."""
 
     plan: Plan
@@ -67,7 +67,9 @@ class Inputs:
         return {"settings": self.statistics.settings, "sha256": self.statistics.record["sha256"]}
 
 
-def gather_inputs(pair: BackboneAndAdapter, group_size: int, settings: MergeSettings, run: MergeRun) -> Inputs | None:
+def gather_inputs(
+    pair: BackboneAndAdapter, group_size: int, settings: MergeSettings, run: MergeRun
+) -> LayerInputs | None:
     """The statistics of the inputs of all linears, gathered now or before; None without a text.
 
     Raises OptionError if the full-precision model is unknown, and ArtifactError if its linears are not those of the
@@ -99,7 +101,7 @@ def gather_inputs(pair: BackboneAndAdapter, group_size: int, settings: MergeSett
             )
     statistics_run = start(RunSettings(device=settings.device, statistics=settings.statistics, quiet=run.quiet))
     statistics = calibrate(plan, Path(run.output), statistics_run)
-    return None if statistics is None else Inputs(plan, statistics)
+    return None if statistics is None else LayerInputs(plan, statistics)
 
 
 def _find_source(backbone: Backbone, settings: MergeSettings) -> Source:

@@ -20,8 +20,9 @@ from loftq.core.solvers.rounded import round_weight
 from loftq.errors import OptionError, UnknownNameError
 from loftq.formats import compressed_tensors
 from loftq.formats.checkpoint import Checkpoint, TensorSpec, read_checkpoint
+from loftq.formats.given_compressed import compressed_view
 from loftq.formats.shard_writer import ShardWriter
-from loftq.merging.calibration import TEXT, Inputs, check_calibration, gather_inputs
+from loftq.merging.calibration import TEXT, LayerInputs, check_calibration, gather_inputs
 from loftq.merging.checkpoint_names import CheckpointNames, at_expert
 from loftq.merging.model_folder import ModelFolder
 from loftq.models.linears import find_linears, fused_experts
@@ -72,7 +73,7 @@ class CompressedTensors(ModelFolder):
                     f"--to compressed-tensors: groups of {self._group_size} do not divide the {columns} inputs of "
                     f"{module}: use --group-size 32, or --to bf16 if that does not divide them either"
                 )
-            if rows * self.grid("").bits % compressed_tensors.WORD and self.settings.zero_point == "integer":
+            if rows * self._grid.bits % compressed_tensors.WORD and self.settings.zero_point == "integer":
                 raise OptionError(
                     f"--to compressed-tensors: the zero-points of the {rows} outputs of {module} do not fill whole "
                     "words: use --zero-point symmetric"
@@ -111,12 +112,11 @@ class CompressedTensors(ModelFolder):
 
     def grid(self, module: str) -> Grid:  # noqa: ARG002
         """The type of all linears."""
-        zero_point = self.settings.zero_point or "symmetric"
-        return Grid(f"int{self.settings.bits or 4}", self._group_size, zero_point=zero_point)
+        return self._grid
 
     def specs(self, module: str) -> list[TensorSpec]:
         """The tensors of one linear, or of fused experts."""
-        backbone, grid = self.pair.backbone, self.grid("")
+        backbone, grid = self.pair.backbone, self._grid
         if module not in backbone.stacks:
             name = self._names.of_linear(module)
             return compressed_tensors.specs(name, backbone.shapes[module], grid, self._dtype)
@@ -147,9 +147,9 @@ class CompressedTensors(ModelFolder):
 
     def _rounded_tensors(self, name: str, weight: torch.Tensor, moment: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """The tensors of one weight (out, in), under the name of its linear in the checkpoint."""
-        quantizer = cast(AffineQuantizer, self.grid("").quantizer(weight.shape[1], self._dtype))
+        quantizer = cast(AffineQuantizer, self._grid.quantizer(weight.shape[1], self._dtype))
         codes, scales = round_weight(weight.to(self._device), quantizer, moment)
-        return compressed_tensors.tensors(name, weight.shape, self.grid(""), self._dtype, codes, scales)
+        return compressed_tensors.tensors(name, weight.shape, self._grid, self._dtype, codes, scales)
 
     def rounded(self, module: str, written: Checkpoint, weight: torch.Tensor) -> torch.Tensor:
         """The sum, changed by the difference of the written weight from the sum that was rounded."""
@@ -165,7 +165,7 @@ class CompressedTensors(ModelFolder):
 
     def _stored(self, name: str, written: Checkpoint, shape: Sequence[int]) -> torch.Tensor:
         """A written weight (out, in), by the name of its linear in the checkpoint."""
-        return compressed_tensors.dense(name, shape, self.grid(""), written.read).float()
+        return compressed_tensors.dense(name, shape, self._grid, written.read).float()
 
     def load(self, folder: Path) -> Any:
         """The model with dense weights: transformers 5 cannot load zero-points that stay compressed.
@@ -176,8 +176,9 @@ class CompressedTensors(ModelFolder):
 
         if fused_experts(self._model):
             config = AutoConfig.from_pretrained(folder)
+            view = compressed_view(read_checkpoint(folder), config.quantization_config, torch.float32)
             del config.quantization_config
-            state = self._decompressed(read_checkpoint(folder))
+            state = {name: view.read(name) for name in view.tensors}
             model_class: Any = type(self._model)
             return model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
         with warnings.catch_warnings():  # about the options that are added to those of the folder
@@ -186,24 +187,13 @@ class CompressedTensors(ModelFolder):
                 folder, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
             )
 
-    def _decompressed(self, written: Checkpoint) -> dict[str, torch.Tensor]:
-        """All tensors of a folder, with dense weights."""
-        of_weights = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-        dense = [name for name in written.tensors if name.rpartition(".")[2] not in of_weights]
-        linears = [_linear(name) for name in written.tensors if name.endswith(".weight_packed")]
-        tensors = {name: written.read(name) for name in dense}
-        for linear in linears:
-            shape = written.read(f"{linear}.weight_shape").tolist()
-            tensors[f"{linear}.weight"] = self._stored(linear, written, shape)
-        return tensors
-
     def config(self) -> dict[str, Any]:
         """The contents of `config.json`."""
         stacks = {name.rpartition(".")[0] for name in self.pair.backbone.stacks}
         experts = {name.rpartition(".")[0] for name in fused_experts(self._model)} - stacks
         ignored = [self._names.of_linear(name) for name in self._dense_modules()]
         ignored += [f"re:{re.escape(name)}.*" for name in sorted(experts)]
-        grid = self.grid("")
+        grid = self._grid
         config = {**self.pair.config, "quantization_config": compressed_tensors.quantization_config(grid, ignored)}
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(self._dtype).removeprefix("torch.")
         return config
@@ -216,6 +206,12 @@ class CompressedTensors(ModelFolder):
             if name not in self.pair.backbone.grids
             and (isinstance(module, nn.Linear) or (self.pair.backbone.stacks and _is_router(module)))
         ]
+
+    @cached_property
+    def _grid(self) -> Grid:
+        """The type of all weights that are rounded."""
+        zero_point = self.settings.zero_point or "symmetric"
+        return Grid(f"int{self.settings.bits or 4}", self._group_size, zero_point=zero_point)
 
     @cached_property
     def _group_size(self) -> int:
@@ -249,7 +245,7 @@ class CompressedTensors(ModelFolder):
         return CheckpointNames(self._model, mixture=bool(self.pair.backbone.stacks))
 
     @cached_property
-    def _inputs(self) -> Inputs | None:
+    def _inputs(self) -> LayerInputs | None:
         return gather_inputs(self.pair, self._group_size, self.settings, self.run)
 
     @cached_property
