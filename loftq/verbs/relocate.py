@@ -7,7 +7,6 @@ started, not from the adapter's, so only a full path works from anywhere.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from loftq.errors import ArtifactError, OptionError
 from loftq.formats.adapter import CONFIG, FOLDER, read_config
 from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.formats.disk import explain_os_errors, write_whole
+from loftq.formats.scan import hash_of
 from loftq.formats.schema import json_text
 from loftq.models.adapters import check_adapter
 from loftq.models.merged import WITH_ADAPTER
@@ -84,7 +84,7 @@ def _point(adapter: Path, backbone: Path, artifact: Artifact | None) -> Relocati
     config, path = read_config(adapter), adapter / CONFIG
     before = config.get(_KEY)
     if before != str(backbone):
-        if artifact is not None and _hash(path) != artifact.files[_name_in(artifact, adapter)].get("sha256"):
+        if artifact is not None and hash_of(path) != artifact.files[_name_in(artifact, adapter)].get("sha256"):
             raise ArtifactError(f"{path} differs from its hash in {MANIFEST}: copy or download it again")
         write_whole(path, json_text({**config, _KEY: str(backbone)}, indent=2, sort_keys=True) + "\n")
     if artifact is not None:
@@ -92,7 +92,7 @@ def _point(adapter: Path, backbone: Path, artifact: Artifact | None) -> Relocati
         given = manifest.get("backbone", {})  # of an adapter for a backbone of others
         if given.get("model") == before:
             given["model"] = str(backbone)
-        manifest["files"][_name_in(artifact, adapter)] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
+        manifest["files"][_name_in(artifact, adapter)] = {"bytes": path.stat().st_size, "sha256": hash_of(path)}
         write_whole(artifact.folder / MANIFEST, json_text(manifest, indent=1, sort_keys=True) + "\n")
     return Relocation(adapter, backbone, before)
 
@@ -111,7 +111,3 @@ def _named(adapter: Path, backbone: Path) -> Path:
     if (backbone / MANIFEST).is_file():
         check_adapter(open_artifact(backbone), adapter)
     return backbone.resolve()
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
