@@ -21,7 +21,7 @@ from loftq.formats.adapter import CONFIG, FOLDER, config_text
 from loftq.formats.schema import json_text
 from loftq.hub.text import public_name
 from loftq.planning.command_line import command_line
-from loftq.planning.given_backbone import GivenBackbone, settings_of
+from loftq.planning.given_backbone import GivenBackbone, recorded_settings
 from loftq.planning.given_gguf import is_gguf
 from loftq.planning.plan import Plan
 
@@ -71,7 +71,7 @@ def write_adapter_manifest(
             "target": "adapter",
         },
         "backbone": {"model": base, "revision": backbone.revision, "kind": backbone.title},
-        "recipe": settings_of(plan.recipe),
+        "recipe": recorded_settings(plan.recipe),
     }
     totals = totals_of_adapter(plan, rows)
     staging.write_text(artifact.CARD, _card(plan, backbone, heading, totals))

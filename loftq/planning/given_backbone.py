@@ -96,7 +96,7 @@ def adapter_recipe(requested: QuantizeSettings) -> Recipe:
     return replace(decided, requested=requested)
 
 
-def settings_of(recipe: Recipe) -> dict[str, Any]:
+def recorded_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings of a recipe that the adapter depends on, as `loftq.json` holds them."""
     return {name: getattr(recipe, name) for name in SETTINGS if name != "backbone"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,36 +19,36 @@ from loftq.planning.plan import Plan
 from loftq.planning.weights import digest_of, source_digest
 from loftq.settings import plain
 
+ANOTHER = "add --overwrite instead of --resume to make it again, or name another --output"
+
 
 def finished_layers(folder: Path, plan: Plan, trust_remote_code: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The layers and totals of a complete folder. Raises OutputError if it is the result of another run."""
     finished = artifact.open_artifact(folder)
     manifest = finished.manifest
     if differing := differences(manifest, plan):
-        raise OutputError(
-            f"{folder} is finished, but its {', '.join(differing)} differs: "
-            "add --overwrite instead of --resume to make it again, or name another --output"
-        )
+        raise OutputError(f"{folder} is finished, but its {', '.join(differing)} differs: {ANOTHER}")
     if _is_changed(plan, manifest["source"]):
         raise OutputError(
             f"the weights of {plan.source.name} have changed since {folder} was made from it: make it again "
             f"(`loftq quantize {plan.source.name} ... --output {folder} --overwrite`) or remove it"
         )
-    for name, entry in finished.files.items():
-        difference = listed_difference(folder, name, entry)
-        if difference is not None:
-            raise OutputError(
-                f"{folder} is finished, but its {name} {difference}: "
-                "add --overwrite instead of --resume to make it again, or name another --output"
-            )
+    check_files(folder, finished)
     text = plan.recipe.calibration
     calibrated = manifest.get("calibration")
     if text and calibrated and find_text(text) and windows_of(plan, trust_remote_code).settings != calibrated:
         raise OutputError(
-            f"{folder} was calibrated on another text or with another tokenizer than {text} is now: "
-            "add --overwrite instead of --resume to make it again, or name another --output"
+            f"{folder} was calibrated on another text or with another tokenizer than {text} is now: {ANOTHER}"
         )
     return list(manifest["layers"]), dict(manifest["totals"])
+
+
+def check_files(folder: Path, finished: artifact.Artifact) -> None:
+    """Raise OutputError for a file of a complete folder that is not as its manifest lists it."""
+    for name, entry in finished.files.items():
+        difference = listed_difference(folder, name, entry)
+        if difference is not None:
+            raise OutputError(f"{folder} is finished, but its {name} {difference}: {ANOTHER}")
 
 
 def differences(manifest: Mapping[str, Any], plan: Plan) -> list[str]:
@@ -89,15 +89,23 @@ def fingerprint_of(
 
 def check_source(plan: Plan, fingerprint: Mapping[str, Any], trust_remote_code: bool) -> None:
     """Raise SourceError if a file of the source is not the one that it was when the fingerprint was made."""
-    source = fingerprint["source"]
-    before = {**source["files"], **source["side_files"]}
+    recorded = fingerprint["source"]
+    check_unchanged(
+        plan.source.folder,
+        {**recorded["files"], **recorded["side_files"]},
+        lambda: {**plan.source.file_states(), **plan.source.side_states(trust_remote_code)},
+        "restore the source and run again with --resume, or start again with --overwrite",
+    )
+
+
+def check_unchanged(
+    folder: Path, before: Mapping[str, Any], states: Callable[[], Mapping[str, Any]], advice: str
+) -> None:
+    """Raise SourceError if the states of files in a folder are not those `before`."""
     try:
-        now = {**plan.source.file_states(), **plan.source.side_states(trust_remote_code)}
+        now = states()
     except FileNotFoundError as error:
-        raise SourceError(f"{error.filename} was removed during the run: {_AGAIN}") from error
+        raise SourceError(f"{error.filename} was removed during the run: {advice}") from error
     changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if changed:
-        raise SourceError(f"{plan.source.folder / changed[0]} was changed during the run: {_AGAIN}")
-
-
-_AGAIN = "restore the source and run again with --resume, or start again with --overwrite"
+        raise SourceError(f"{folder / changed[0]} was changed during the run: {advice}")

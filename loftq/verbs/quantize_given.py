@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ from loftq.artifacts.given_card import (
     write_adapter_manifest,
 )
 from loftq.artifacts.staging import is_begun, open_staging
-from loftq.artifacts.written import listed_difference
 from loftq.calibration.gather import calibrate
 from loftq.calibration.statistics import Statistics
-from loftq.errors import OutputError, SourceError
+from loftq.errors import OutputError
 from loftq.formats import artifact
 from loftq.formats.disk import explain_os_errors
 from loftq.formats.space import check_space
@@ -28,13 +26,13 @@ from loftq.planning.given_backbone import (
     base_name,
     find_backbone,
     plan_adapter,
-    settings_of,
+    recorded_settings,
 )
 from loftq.planning.plan import Plan
 from loftq.planning.recipe import Recipe
 from loftq.planning.run import Run
 from loftq.settings import plain
-from loftq.solving.finished import check_source, fingerprint_of
+from loftq.solving.finished import ANOTHER, check_files, check_source, check_unchanged, fingerprint_of
 from loftq.solving.given import AdapterReport, AdapterSolver
 from loftq.solving.layers import solve_all
 from loftq.solving.memory import needed
@@ -79,7 +77,8 @@ def _make(plan: Plan, backbone: GivenBackbone, folder: Path, run: Run, given: st
             solve_all(plan, staging, statistics, run, AdapterSolver(plan, backbone, statistics, run.device))
             write_adapter_config(plan, staging, base, revision)
             check_source(plan, fingerprint, run.trust_remote_code)
-            _check_backbone(backbone, fingerprint["backbone"]["files"])
+            given_source, advice = backbone.source, "start again with --overwrite"
+            check_unchanged(given_source.folder, fingerprint["backbone"]["files"], given_source.file_states, advice)
             rows = [staging.done[layer.tensor]["row"] for layer in plan.layers]
             write_adapter_manifest(plan, backbone, staging, rows, base, statistics.settings if statistics else None)
         rows = [staging.done[layer.tensor]["row"] for layer in plan.layers]
@@ -87,24 +86,13 @@ def _make(plan: Plan, backbone: GivenBackbone, folder: Path, run: Run, given: st
     return plan, rows
 
 
-def _check_backbone(backbone: GivenBackbone, before: Mapping[str, Any]) -> None:
-    """Raise SourceError if a file of the backbone is not the one that it was when the run began."""
-    now = backbone.source.file_states()
-    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    if changed:
-        raise SourceError(
-            f"{backbone.source.folder / changed[0]} was changed during the run: start again with --overwrite"
-        )
-
-
 def _finished(plan: Plan, backbone: GivenBackbone, folder: Path) -> list[dict[str, Any]]:
     """The rows of a complete folder. Raises OutputError if it is the result of another run."""
     finished = artifact.open_artifact(folder)
     manifest = finished.manifest
-    again = "add --overwrite instead of --resume to make it again, or name another --output"
     if manifest["kind"] != KIND:
-        raise OutputError(f"{folder} is finished, but it is a {manifest['kind']} folder: {again}")
-    planned = plain(settings_of(plan.recipe))
+        raise OutputError(f"{folder} is finished, but it is a {manifest['kind']} folder: {ANOTHER}")
+    planned = plain(recorded_settings(plan.recipe))
     differing = [name for name, value in planned.items() if manifest["recipe"].get(name) != value]
     of_source = manifest["source"]
     if (of_source.get("model"), of_source.get("revision")) != (plan.source.name, plan.source.revision):
@@ -114,11 +102,8 @@ def _finished(plan: Plan, backbone: GivenBackbone, folder: Path) -> list[dict[st
     if (of_backbone.get("model"), of_backbone.get("revision")) != (name, backbone.revision):
         differing.append("backbone")
     if differing:
-        raise OutputError(f"{folder} is finished, but its {', '.join(differing)} differs: {again}")
-    for name, entry in finished.files.items():
-        difference = listed_difference(folder, name, entry)
-        if difference is not None:
-            raise OutputError(f"{folder} is finished, but its {name} {difference}: {again}")
+        raise OutputError(f"{folder} is finished, but its {', '.join(differing)} differs: {ANOTHER}")
+    check_files(folder, finished)
     return list(manifest["layers"])
 
 
@@ -130,7 +115,7 @@ def _report(
         model=plan.source.name,
         backbone=f"{backbone.source.name}, {backbone.title}",
         task=plan.task.name,
-        recipe=settings_of(plan.recipe),
+        recipe=recorded_settings(plan.recipe),
         totals=totals_of_adapter(plan, rows),
         layers=rows or [{"name": layer.module, "shape": list(layer.shape)} for layer in plan.layers],
         notes=plan.notes,
