@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 import loftq
-from loftq.artifacts.tools import STAGES, TOOLS, check_names
+from loftq.artifacts.tools import STAGES, TOOLS, check_tool
 from loftq.display import visible
 
 from .options import Command, as_json, debug, names_of, option, overwrite
@@ -50,7 +50,7 @@ def config(
 
     DIR is a folder that `loftq quantize` wrote. The page on other tools in the documentation says what to mind in each.
     """
-    check_names(tool, stage)  # before torch is imported
+    check_tool(tool, stage)  # before torch is imported
     result = loftq.config(folder, tool, stage=stage, data=data, output=output, overwrite=overwrite)
     if as_json:
         echo_json(result.to_dict())

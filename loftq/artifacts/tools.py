@@ -225,7 +225,7 @@ TOOLS: Mapping[str, Tool] = {
 }
 
 
-def check_names(tool: str, stage: str) -> None:
+def check_tool(tool: str, stage: str) -> None:
     """Raise OptionError unless there is such a tool, and it can do this stage with our start."""
     if tool not in TOOLS:
         raise UnknownNameError("tool", tool, TOOLS)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq.artifacts.tools import TOOLS, Start, Tool, check_names
+from loftq.artifacts.tools import TOOLS, Start, Tool, check_tool
 from loftq.errors import ArtifactError, OptionError, OutputError
 from loftq.formats.adapter import open_adapter
 from loftq.formats.artifact import Artifact, open_artifact
@@ -52,7 +52,7 @@ def config(
     written to a file. Raises ArtifactError if the folder is not one, OptionError if the tool cannot start from it, and
     OutputError if the file exists already.
     """
-    check_names(tool, stage)
+    check_tool(tool, stage)
     if data is not None and (not data or not data.isprintable()):
         raise OptionError(f"--data {data!r}: expected the name of a file or a data set")
     row = TOOLS[tool]
