@@ -7,7 +7,7 @@ outside the blocks and one activation for each token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +40,7 @@ from loftq.errors import ArtifactError, SourceError
 from loftq.formats.disk import explain_os_errors, move_into_place, scratch_beside, write_whole
 from loftq.formats.scan import hash_of
 from loftq.formats.schema import json_text
+from loftq.models.image_text import placed
 from loftq.models.lockstep import run as run_in_lockstep
 from loftq.models.refusals import explain_forward
 from loftq.planning.plan import Plan
@@ -147,7 +148,7 @@ def _run(
 ) -> dict[str, dict[str, Any]]:
     """Run the model and write moments and answers. Returns the file and the number of input vectors of each module."""
     size = max(1, BATCH_TOKENS // calibration.sequence_length)
-    batches = [_on_device(example, weights) for example in calibration.examples] or [
+    batches = [placed(example, weights.device, weights.dtype) for example in calibration.examples] or [
         _batch(plan, weights, part) for part in torch.split(calibration.windows, size)
     ]
     steps, served = (len(batches) * rounds for rounds in (max(1, len(weights.blocks)), progress.rounds))
@@ -158,15 +159,12 @@ def _run(
         with observer.watching(), explain_forward(plan.source.name, plan.model_type):
             run_in_lockstep(weights.core, batches, weights.blocks, observer, progress)
         observer.save(None)
-    if calibration.examples:  # of different lengths, and with images
-        if any(bool(tensor.isnan().any()) for answer in answers for tensor in answer.values()):
-            raise SourceError(f"calibration: {plan.source.name} answers with NaN {advice_on_dtype(weights)}")
+    if any(bool(tensor.isnan().any()) for answer in answers for tensor in answer.values()):
+        raise SourceError(f"calibration: {plan.source.name} answers with NaN {advice_on_dtype(weights)}")
+    if calibration.examples:  # of different lengths, and with images: they teach nothing later
         return observer.modules
     token_ids = {name: tensor.int() for name, tensor in _joined(batches).items() if name.endswith("_ids")}
-    answer_tensors = _joined(answers)
-    if any(bool(tensor.isnan().any()) for tensor in answer_tensors.values()):
-        raise SourceError(f"calibration: {plan.source.name} answers with NaN {advice_on_dtype(weights)}")
-    save_file({**token_ids, **answer_tensors}, folder / TEACHER)
+    save_file({**token_ids, **_joined(answers)}, folder / TEACHER)
     return observer.modules
 
 
@@ -204,14 +202,6 @@ def _batch(plan: Plan, weights: BlockWeights, windows: torch.Tensor) -> dict[str
     if plan.model_type == "gemma3":
         batch["token_type_ids"] = torch.zeros_like(ids)  # all tokens are text
     return batch
-
-
-def _on_device(example: Mapping[str, torch.Tensor], weights: BlockWeights) -> dict[str, torch.Tensor]:
-    """The inputs of a conversation, with images in the dtype of the model."""
-    return {
-        name: tensor.to(weights.device, weights.dtype if tensor.is_floating_point() else None)
-        for name, tensor in example.items()
-    }
 
 
 def _joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

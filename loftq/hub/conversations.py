@@ -16,7 +16,7 @@ from typing import Any
 from loftq.errors import OptionError
 from loftq.hub.columns import Rows, find_columns, text_of
 from loftq.hub.image_messages import read_parts, with_images
-from loftq.hub.images import Source
+from loftq.hub.images import ImageSource
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]
@@ -57,7 +57,7 @@ class Conversation:
     messages: list[Message]
     variables: dict[str, Any] = field(default_factory=dict)
     learned: list[bool] = field(default_factory=list)
-    images: list[Source] = field(default_factory=list)
+    images: list[ImageSource] = field(default_factory=list)
 
 
 def chosen_columns(rows: Rows, columns: Mapping[str, str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loftq.errors import OptionError
-from loftq.hub.images import Source, source_of
+from loftq.hub.images import ImageSource, source_of
 
 Message = dict[str, Any]
 PLACE = "<image>"
@@ -26,7 +26,7 @@ def read_parts(parts: Sequence[Any]) -> str | list[dict[str, Any]]:
     return read
 
 
-def with_images(messages: Sequence[Message], beside: Any, column: str) -> tuple[list[Message], list[Source]]:
+def with_images(messages: Sequence[Message], beside: Any, column: str) -> tuple[list[Message], list[ImageSource]]:
     """The messages with a part for each image, and the images in the order of these parts; `beside` is the column's.
 
     Without images, the messages stay as they are. Raises OptionError for a column that holds no images, and for images
@@ -79,7 +79,7 @@ def _part(part: Any) -> dict[str, Any]:
     return {"type": "image", "source": source}
 
 
-def _column(beside: Any, column: str) -> list[Source]:
+def _column(beside: Any, column: str) -> list[ImageSource]:
     """The images of a column: one, or a list of them."""
     if beside is None or beside == "":
         return []

@@ -14,11 +14,11 @@ from loftq.errors import OptionError
 if TYPE_CHECKING:
     from PIL import Image
 
-Source = Mapping[str, Any]  # the `path` or address of an image, or its `bytes`
+ImageSource = Mapping[str, Any]  # the `path` or address of an image, or its `bytes`
 _ADDRESS = re.compile(r"https?://|data:image/")
 
 
-def source_of(value: Any) -> Source | None:
+def source_of(value: Any) -> ImageSource | None:
     """What data hold of one image, as a path or as bytes; None for a value that is no image."""
     if isinstance(value, str):
         return {"path": value, "bytes": b""} if value else None
@@ -34,7 +34,7 @@ def source_of(value: Any) -> Source | None:
     return None
 
 
-def open_image(source: Source, folders: Sequence[Path] = ()) -> Image.Image:
+def open_image(source: ImageSource, folders: Sequence[Path] = ()) -> Image.Image:
     """The image of a source, in RGB. A relative path begins in one of `folders`, those of the files of the data.
 
     Raises OptionError for a file that does not exist or is no image.

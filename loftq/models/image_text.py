@@ -7,7 +7,7 @@ between the placeholders, which the processor leaves as they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfile
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from loftq.display import one_line
 from loftq.errors import OptionError, SourceError
-from loftq.hub.images import Source, open_image
+from loftq.hub.images import ImageSource, open_image
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,11 @@ def read_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise SourceError(f"the processor in {folder} ({type(processor).__name__}) does not read texts with images")
     return processor
+
+
+def placed(inputs: Mapping[str, torch.Tensor], device: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The inputs of a model on its device, with images in its dtype."""
+    return {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in inputs.items()}
 
 
 def copy_processor(folder: Path, output: Path) -> None:
@@ -106,18 +111,20 @@ class ImageText:
         places = (getattr(owner, name, None) for owner in (processor, tokenizer) for name in _PLACEHOLDERS)
         self._placeholders = [place for place in dict.fromkeys(places) if isinstance(place, str) and place]
 
-    def encode(self, text: str, images: Sequence[Source]) -> Expanded:
+    def encode(self, text: str, images: Sequence[ImageSource]) -> Expanded:
         """The inputs for a text that a template wrote. Raises OptionError for images that cannot be read or placed."""
         recorder = _Recorder(self._tokenizer)
         inputs = self._run(recorder, [text], [images])
         longer = recorder.text
         return Expanded(inputs, longer, self._shifts(text, longer, len(images)))
 
-    def batch(self, texts: Sequence[str], images: Sequence[Sequence[Source]]) -> dict[str, torch.Tensor]:
+    def batch(self, texts: Sequence[str], images: Sequence[Sequence[ImageSource]]) -> dict[str, torch.Tensor]:
         """The inputs for several texts, padded on the right."""
         return self._run(self._tokenizer, list(texts), images)
 
-    def _run(self, tokenizer: Any, texts: list[str], images: Sequence[Sequence[Source]]) -> dict[str, torch.Tensor]:
+    def _run(
+        self, tokenizer: Any, texts: list[str], images: Sequence[Sequence[ImageSource]]
+    ) -> dict[str, torch.Tensor]:
         opened = [[open_image(source, self._folders) for source in sources] for sources in images]
         processor = self._processor
         processor.tokenizer = tokenizer

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from loftq.errors import OptionError
 from loftq.hub.conversations import Conversation
 from loftq.hub.image_messages import in_parts
-from loftq.hub.images import Source
+from loftq.hub.images import ImageSource
 from loftq.models.chat_templates import is_single_turn, write_messages
 from loftq.models.image_text import ImageText, read_processor
 from loftq.models.tokenizers import (
@@ -169,7 +169,9 @@ class Encoder:
         processor = read_processor(cast(Path, self.folder))
         return replace(self, image_text=ImageText(processor, self.tokenizer, self.data_folders))
 
-    def _with_images(self, image_text: ImageText, pieces: Sequence[Piece], images: Sequence[Source]) -> dict[str, Any]:
+    def _with_images(
+        self, image_text: ImageText, pieces: Sequence[Piece], images: Sequence[ImageSource]
+    ) -> dict[str, Any]:
         """Encode the text that a chat template wrote for images. If an image is cut off, nothing is learned.
 
         The example keeps the text and the images, from which the collator makes the model's inputs again.

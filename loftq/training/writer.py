@@ -14,7 +14,7 @@ from loftq.hub.conversations import Message
 from loftq.hub.image_messages import in_parts, with_images
 from loftq.models.chat_templates import write_messages
 from loftq.models.devices import compute_dtype, device_to_run
-from loftq.models.image_text import ImageText
+from loftq.models.image_text import ImageText, placed
 from loftq.models.tasks import IMAGE_TEXT
 from loftq.models.tokenizers import embedding_rows
 from loftq.models.trained_folder import with_backbone
@@ -55,20 +55,17 @@ class Writer:
         if self.encoder.folder is None or not self.templated:
             why = "reads text alone" if self.encoder.folder is None else "needs its chat template for images"
             raise OptionError(f"--image {images[0]}: the model {why}: leave the option out, or name another model")
-        placed, sources = with_images(messages, list(images), "--image")
+        parted, sources = with_images(messages, list(images), "--image")
         encoder = self.encoder.reading_images()
-        text = write_messages(self.opened.tokenizer, in_parts(placed), answer=True)
+        text = write_messages(self.opened.tokenizer, in_parts(parted), answer=True)
         inputs = cast(ImageText, encoder.image_text).encode(text, sources).inputs
         ids = inputs.pop("input_ids")[0].tolist()
         encoder.check(ids)
         del inputs["attention_mask"]
         model, room = self.opened.model, room_for(self.opened, [ids], self.sampling.max_new_tokens)
-        placed_inputs = {
-            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
-            for name, tensor in inputs.items()
-        }
+        beside = placed(inputs, model.device, model.dtype)
         options: dict[str, Any] = self.sampling.arguments()
-        return write_answers(self.opened, [ids], room, self.ends, streamer=stream, beside=placed_inputs, **options)[0]
+        return write_answers(self.opened, [ids], room, self.ends, streamer=stream, beside=beside, **options)[0]
 
     def streamer(self, stream: TextIO) -> Streamer:
         """What shows the next answer on a stream."""
