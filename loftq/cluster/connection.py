@@ -31,7 +31,7 @@ def import_ray() -> Any:
     """The module `ray`. Raises OptionError if it is not installed."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    if importlib.util.find_spec("ray") is None:
+    if not all(map(importlib.util.find_spec, ("ray", "threadpoolctl"))):
         raise OptionError("--cluster needs Ray, which is not installed: pip install 'loftq[cluster]'")
     import ray
 
@@ -42,9 +42,9 @@ def import_ray() -> Any:
 def connected(address: str, cores: int | None = None) -> Iterator[Any]:
     """Ray, connected to the cluster at an address, HOST:PORT. It is disconnected at the end.
 
-    `auto` is the cluster that RAY_ADDRESS names, or the one that runs on this machine, or else a new one with all GPUs
-    and `cores` of the CPU, which ends with the connection. A connection that the program has already is used and kept.
-    Raises OptionError for an address where no cluster can be joined.
+    `auto` is the cluster that RAY_ADDRESS names, or the one that `ray start` has started on this machine, or else a new
+    one with all GPUs and `cores` of the CPU, which ends with the connection. A connection that the program has already
+    is used and kept. Raises OptionError for an address where no cluster can be joined.
     """
     ray = import_ray()
     if ray.is_initialized():
@@ -55,11 +55,12 @@ def connected(address: str, cores: int | None = None) -> Iterator[Any]:
         address = os.environ.get("RAY_ADDRESS") or AUTO
     with _silenced():
         try:
-            if address == AUTO:
-                _join_or_start(ray, cores, quiet)
+            found = _started_here() if address == AUTO else address
+            if found is None:
+                ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
             else:
-                _check_address(address)
-                ray.init(address=address, **quiet)
+                _check_address(found)
+                ray.init(address=found, **quiet)
         except (RuntimeError, ValueError, OSError, SystemExit) as error:
             raise OptionError(f"--cluster {address}: Ray cannot be joined there: {one_line(error, 300)}") from error
         try:
@@ -83,11 +84,21 @@ def _silenced() -> Iterator[None]:
             setattr(worker, name, printing)
 
 
-def _join_or_start(ray: Any, cores: int | None, quiet: dict[str, Any]) -> None:
+def _started_here() -> str | None:
+    """The address of the cluster that `ray start` has started on this machine, if it is still there.
+
+    Ray's own `auto` would also join what another program has started for itself, which ends with that program, and
+    would wait for minutes for a cluster that was killed.
+    """
+    from ray._private import services
+
+    address = services.find_bootstrap_address(None)
     try:
-        ray.init(address="auto", **quiet)
-    except ConnectionError:  # no cluster runs on this machine
-        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+        if address:
+            _check_address(address)
+    except OptionError:
+        return None
+    return address or None
 
 
 def _check_address(address: str) -> None:
