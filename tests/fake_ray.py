@@ -33,11 +33,11 @@ class RayTaskError(RayError):
 
 
 class RuntimeEnvSetupError(RayError):
-    """Not raised here."""
+    """Its worker could not be prepared, or its node has left."""
 
 
 class TaskUnschedulableError(RayError):
-    """Not raised here."""
+    """Its worker could not be prepared, or its node has left."""
 
 
 class Reference:

@@ -31,6 +31,7 @@ from loftq.solving.distill import RefineFolder
 from loftq.solving.layers import RunJobs
 from loftq.solving.memory import kept_inputs_bytes, needed, solving_bytes
 
+_NOTHING = Need(0, 0, 0)  # of a task that asks a node for what it has
 _ONE_DEVICE = "so that the bytes do not depend on the number of workers, which would each add to the gradients"
 
 
@@ -77,21 +78,15 @@ class Cluster:
 
     def check(self, plan: Plan) -> None:
         """Raise LoftQError unless all nodes can do the work: they need its versions, its source, memory and GPUs."""
-        nodes = self.nodes
-        check_need(nodes, self._largest_need(plan), "the largest layer")
-        light = Need(0, 0, 0)
-        expected = version_probe()()
-        for node, found in self._ask(version_probe(), nodes, light, None):
-            check_versions(expected, found, node.address)
-        for _, refusal in self._ask(check_task, nodes, light, self.job(plan)):
+        nodes = self._checked_nodes(self._largest_need(plan))
+        for _, refusal in self._ask(check_task, nodes, _NOTHING, self.job(plan)):
             if refusal:
                 raise OptionError(refusal)
 
     def estimate(self, plan: Plan) -> dict[str, Any]:
         """The nodes, and the seconds that each part of a run is expected to take. A worker of each node is measured."""
-        nodes, need = self.nodes, self._largest_need(plan)
-        check_need(nodes, need, "the largest layer")
-        rates = {}
+        need, rates = self._largest_need(plan), {}
+        nodes = [node for node in self._checked_nodes(need) if need.places(node)]
         for node, found in self._ask(rates_task, nodes, Need(1, need.gpus, 0), Sample.of(plan, self.run.device)):
             if isinstance(found, Failure):
                 raise found.error()
@@ -107,9 +102,8 @@ class Cluster:
         if plan.recipe.calibration is None:
             return None
         nodes, device = self.nodes, self.run.device
-        # with as many threads as this process would use: the last bits of products depend on it
-        threads = threads_here().at_most(max(node.cores for node in nodes)) if device.type == "cpu" else threads_here()
-        cores = threads.torch if device.type == "cpu" else 1
+        threads = threads_here()  # the last bits of products depend on their numbers
+        cores = min(threads.torch, max(node.cores for node in nodes)) if device.type == "cpu" else 1
         nbytes = needed(plan, 1, device)["calibrating"] + kept_inputs_bytes(plan, device)
         need = self.need(nbytes, cores)
         check_need(nodes, need, "calibrating")
@@ -140,6 +134,14 @@ class Cluster:
     def _refines_here(self) -> bool:
         return self.run.device.type == "cpu" or find_gpu() is not None
 
+    def _checked_nodes(self, need: Need) -> list[Node]:
+        """The nodes, whose versions are those of this process, and one of which has what a task asks for."""
+        nodes, expected = self.nodes, version_probe()()
+        check_need(nodes, need, "the largest layer")
+        for node, found in self._ask(version_probe(), nodes, _NOTHING, None):
+            check_versions(expected, found, node.address)
+        return nodes
+
     def _largest_need(self, plan: Plan) -> Need:
         """What the task of the largest layer asks for."""
         return self.need(max(solving_bytes(plan, layer) for layer in plan.layers))
@@ -157,6 +159,8 @@ class Cluster:
         for node, answer in answers:
             try:
                 yield node, self.ray.get(answer)
+            except self.ray.exceptions.TaskUnschedulableError:
+                continue  # it has left
             except self.ray.exceptions.RayError as error:
                 explain(self.ray, f"node {node.address}", error)  # if it died, its tasks run elsewhere
 

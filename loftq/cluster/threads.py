@@ -14,10 +14,6 @@ class Threads:
     torch: int
     blas: int
 
-    def at_most(self, cores: int) -> Threads:
-        """The same, but no more than a node has cores."""
-        return Threads(min(self.torch, cores), min(self.blas, cores))
-
     def use(self) -> None:
         """Compute with these numbers in this thread and, as for BLAS, in this process, from now on."""
         from threadpoolctl import threadpool_limits

@@ -9,6 +9,7 @@ loftq/cluster/spread.py, loftq/cluster/threads.py, loftq/cluster/work.py.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,9 +22,11 @@ import torch
 from conftest import pico_llama, save_model
 from fake_ray import FakeRay, node
 from folders import Files, hashes
+from mixtures import save_mixture
+from pico_processors import draw, save_with_processor
 
 import loftq
-from loftq.calibration import windows
+from loftq.calibration import conversations, windows
 from loftq.cluster import cluster, jobs, work
 from loftq.cluster.jobs import SharedFolder
 from loftq.cluster.part import Part
@@ -116,11 +119,57 @@ def test_a_calibration_does_not_depend_on_the_number_of_workers(
 ) -> None:
     """Oracle: also the moments of a calibration in one process."""
     settings = {**CALIBRATED, "calibration": str(text), "statistics": tmp_path / "statistics"}
-    ray = FakeRay(node("10.0.0.2", workers))
+    ray = FakeRay(node("10.0.0.2", workers * torch.get_num_threads()))
     there, statistics = quantize(ray, **settings), hashes(tmp_path / "statistics")
     assert sum(name == "actor" for name, _ in ray.log) == min(workers, 2)  # two batches of 2048 tokens
     shutil.rmtree(tmp_path / "statistics")
     assert quantize(**settings) == there
+    assert hashes(tmp_path / "statistics") == statistics
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_experts_get_the_tokens_of_all_workers(
+    quantize: Quantize, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bool
+) -> None:
+    """Oracle: also the statistics, which hold the tokens of each experts module. With `sent`, tasks bring them."""
+    mixture = save_mixture("qwen3_moe", tmp_path / "mixture")
+    settings = {**CALIBRATED, "calibration": str(text), "statistics": tmp_path / "statistics"}
+    settings |= {"block_size": 32, "expert_rank": 2}
+    ray = FakeRay(node("10.0.0.2", 2 * torch.get_num_threads()))
+    if sent:
+        monkeypatch.setattr(jobs, "_statistics_here", lambda *_: None)
+        monkeypatch.setattr(SharedFolder, "is_seen", lambda _: False)
+    there, statistics = quantize(ray, mixture, **settings), hashes(tmp_path / "statistics")
+    assert any(name.startswith("tokens-") for name in statistics)
+    shutil.rmtree(tmp_path / "statistics")
+    assert quantize(None, mixture, **settings) == there
+    assert hashes(tmp_path / "statistics") == statistics
+
+
+def test_conversations_with_images_are_split_too(
+    quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversations, "MIN_TOKENS", 64)
+    model = save_with_processor("llava", tmp_path / "llava")
+    rows = [
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image", "path": image}, {"type": "text", "text": "What is it?" * 3}],
+                }
+            ]
+        }
+        for image in draw(tmp_path, 3)
+    ]
+    talks = tmp_path / "talks.jsonl"
+    talks.write_text("\n".join(map(json.dumps, rows)))
+    settings = {"calibration": str(talks), "calibration_tokens": 4096, "statistics": tmp_path / "statistics"}
+    ray = FakeRay(node("10.0.0.2", 2 * torch.get_num_threads()))
+    there, statistics = quantize(ray, model, **settings), hashes(tmp_path / "statistics")
+    assert sum(name == "actor" for name, _ in ray.log) == 2
+    shutil.rmtree(tmp_path / "statistics")
+    assert quantize(None, model, **settings) == there
     assert hashes(tmp_path / "statistics") == statistics
 
 
@@ -184,6 +233,11 @@ def test_a_node_that_does_not_see_the_source_is_named(quantize: Quantize, monkey
     monkeypatch.setattr(jobs, "find_source", missing)
     with pytest.raises(OptionError, match=r"^node 10\.0\.0\.2 cannot read the model: the folder does not exist$"):
         quantize(FakeRay())
+
+
+def test_a_node_that_leaves_before_it_is_asked_does_no_harm(quantize: Quantize) -> None:
+    ray = FakeRay(lose=lambda number: fake_ray.TaskUnschedulableError("it has left") if number <= 2 else None)
+    assert quantize(ray) == quantize()
 
 
 def test_a_cluster_that_is_too_small_is_refused(quantize: Quantize) -> None:

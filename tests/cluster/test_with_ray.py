@@ -121,19 +121,24 @@ def test_a_node_that_dies_costs_only_its_tasks(
     here = quantize()
     after(3, Progress, "end", lambda *_: two_nodes.kill(two_nodes.nodes[0]), monkeypatch)
     after(5, Progress, "end", lambda *_: two_nodes.nodes.append(two_nodes.add()), monkeypatch)
-    after(8, Staging, "note", lambda *_: two_nodes.kill(two_nodes.nodes[1]), monkeypatch)
+    after(8, Staging, "note", lambda *_: two_nodes.kill(two_nodes.nodes.pop(1)), monkeypatch)
     assert quantize(two_nodes.address) == here
+    assert len(two_nodes.nodes) == 2  # of three
 
 
 def test_a_worker_that_dies_loses_its_task_only(
     two_nodes: TwoNodes, quantize: Quantize, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = quantize()
-    workers: list[int] = []
-    after(6, Rates, "add", lambda *args: os.kill(args[3], signal.SIGKILL), monkeypatch)
-    for count in (1, 20, 40):
-        after(count, Rates, "add", lambda *args: workers.append(args[3]), monkeypatch)
+    killed: list[int] = []
+
+    def kill(*args: Any) -> None:
+        os.kill(args[3], signal.SIGKILL)
+        killed.append(args[3])
+
+    after(6, Rates, "add", kill, monkeypatch)
     assert quantize(two_nodes.address) == here
+    assert len(killed) == 1
 
 
 def test_a_node_that_joins_is_used(two_nodes: TwoNodes, quantize: Quantize, monkeypatch: pytest.MonkeyPatch) -> None:
