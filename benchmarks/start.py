@@ -3,8 +3,8 @@
     python benchmarks/start.py [--repeats 5] [--before PATH_OF_ANOTHER_loftq] [--folder DIR]
 
 The dry run is of the default model. It builds the model with transformers' class and asks peft what it can adapt, so
-the line that imports both is its floor. Each line is the median of several processes in seconds, after one that warms the
-disk's cache. With `--before` the same is run with another installation in turns. `--folder` is a folder that `loftq
+the line that imports both is its floor. Each line is the median of several processes in seconds, after one that warms
+the disk's cache. With `--before` the same is run with another installation in turns. `--folder` is a folder that `loftq
 quantize` wrote, to be inspected.
 """
 
