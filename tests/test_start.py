@@ -23,7 +23,7 @@ from loftq.tables import LazyTable
 from loftq_cli.output import fitting_lines
 
 Run = Callable[..., Any]
-HEAVY = ("torch", "transformers", "peft", "numba", "scipy", "numpy", "bitsandbytes", "datasets", "accelerate")
+HEAVY = ("torch", "transformers", "peft", "numba", "scipy", "numpy", "bitsandbytes", "datasets", "accelerate", "ray")
 _NAMES = ("loftq_cli.main", "loftq")
 PROGRAM = """
 import contextlib, io, json, os, sys

@@ -22,14 +22,13 @@ from loftq.planning.weights import check_finite, digest_of
 class BlockWeights:
     """A model whose blocks are on the meta device, except the one that is loaded. Weights outside blocks stay loaded.
 
-    `core` is the part that is run: the whole model, or the part before the head of a task. It computes in `dtype`:
-    float32 on the CPU, where that is fastest, and the compute dtype of the recipe elsewhere. `digests` holds the
-    SHA-256 of each tensor that was read so far.
+    `core` is the part that is run: the whole model, or the part before the head of a task. It computes in `dtype`.
+    `digests` holds the SHA-256 of each tensor that was read so far.
     """
 
     def __init__(self, plan: Plan, device: torch.device, *, trust_remote_code: bool = False) -> None:
         self.device = device
-        self.dtype = torch.float32 if device.type == "cpu" else plan.recipe.dtype
+        self.dtype = computing_dtype(plan, device)
         self.digests: dict[str, str] = {}
         self._plan = plan
         self.model = _build(plan, self.dtype, trust_remote_code)
@@ -117,6 +116,11 @@ class BlockWeights:
             module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         else:
             module._buffers[name] = tensor
+
+
+def computing_dtype(plan: Plan, device: torch.device) -> torch.dtype:
+    """The dtype in which the full-precision model runs: float32 on the CPU, where that is fastest, or the recipe's."""
+    return torch.float32 if device.type == "cpu" else plan.recipe.dtype
 
 
 def changed_tensors(plan: Plan, digests: Mapping[str, str]) -> Iterator[str]:

@@ -7,7 +7,7 @@ outside the blocks and one activation for each token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from loftq.calibration.block_weights import BlockWeights, changed_tensors
+from loftq.calibration.block_weights import changed_tensors, computing_dtype
 from loftq.calibration.conversations import prepare_conversations
-from loftq.calibration.observer import InputObserver, advice_on_dtype
+from loftq.calibration.forward import Forward, ForwardHere, WorkerLostError
+from loftq.calibration.input_files import InputFiles, advice_on_dtype
 from loftq.calibration.progress import PROGRESS, Progress
 from loftq.calibration.routed_tokens import PRIOR
 from loftq.calibration.statistics import (
@@ -40,9 +41,7 @@ from loftq.errors import ArtifactError, SourceError
 from loftq.formats.disk import explain_os_errors, move_into_place, scratch_beside, write_whole
 from loftq.formats.scan import hash_of
 from loftq.formats.schema import json_text
-from loftq.models.image_text import placed
-from loftq.models.lockstep import run as run_in_lockstep
-from loftq.models.refusals import explain_forward
+from loftq.models.lockstep import Batch, find_blocks
 from loftq.planning.plan import Plan
 from loftq.planning.run import Run
 
@@ -57,14 +56,15 @@ def gather(
     *,
     trust_remote_code: bool = False,
     quiet: bool = False,
+    forward: Forward | None = None,
 ) -> Statistics:
     """Gather the statistics of a plan's model on the windows of a calibration in a folder, and open them.
 
     A folder that already has them is reused; one of the same model and calibration that lacks a layer is replaced. If
     another run is gathering into the folder, this one waits for it; an interrupted run is continued. The model runs in
-    float32 on the CPU and in the compute dtype elsewhere, with a progress bar on stderr unless `quiet`. Raises the
-    errors of `open_statistics` for a folder of another model or calibration, SourceError for a model whose activations
-    are not finite, and OutputError if the disk is full.
+    float32 on the CPU and in the compute dtype elsewhere, with a progress bar on stderr unless `quiet`. `forward` runs
+    it, by default in this process. Raises the errors of `open_statistics` for a folder of another model or calibration,
+    SourceError for a model whose activations are not finite, and OutputError if the disk is full.
     """
     statistics = _complete_statistics(plan, calibration, folder)
     if statistics is not None:
@@ -73,7 +73,8 @@ def gather(
         statistics = _complete_statistics(plan, calibration, folder)  # another run may have gathered them meanwhile
         if statistics is not None:
             return statistics
-        arguments = scratch, plan, calibration, torch.device(device), trust_remote_code, quiet
+        here = ForwardHere(plan, torch.device(device), trust_remote_code)
+        arguments = scratch, plan, calibration, torch.device(device), quiet, forward or here
         if not _gather_into(*arguments):
             _gather_into(*arguments)  # from the beginning
         move_into_place(scratch, folder)
@@ -97,27 +98,31 @@ def _complete_statistics(plan: Plan, calibration: Calibration, folder: Path) -> 
 
 
 def _gather_into(
-    folder: Path, plan: Plan, calibration: Calibration, device: torch.device, trust_remote_code: bool, quiet: bool
+    folder: Path, plan: Plan, calibration: Calibration, device: torch.device, quiet: bool, forward: Forward
 ) -> bool:
     """Gather the statistics. Returns False, and empties the folder, if an interrupted run could not be continued."""
-    weights = BlockWeights(plan, device, trust_remote_code=trust_remote_code)
-    head = _head(plan, calibration, weights)
+    dtype = computing_dtype(plan, device)
+    head = _head(plan, calibration, dtype)
     inputs = {"files": plan.source.file_states(), "modules": list(plan.observed)}
-    progress = Progress(folder, {**head, **inputs, "device": device.type})
-    resumed = progress.rounds > 0
-    try:
-        modules = _run(folder, plan, calibration, weights, progress, quiet)
-    except Exception as error:
-        progress.forget()
-        if resumed and not isinstance(error, (OSError, MemoryError)):
-            return False
-        raise
+    while True:
+        progress = Progress(folder, {**head, **inputs, "device": device.type})
+        resumed = progress.rounds > 0
+        try:
+            modules, digests = _run(folder, plan, calibration, dtype, progress, quiet, forward)
+            break
+        except WorkerLostError:
+            continue
+        except Exception as error:
+            progress.forget()
+            if resumed and not isinstance(error, (OSError, MemoryError)):
+                return False
+            raise
     progress.finish()
     unreached = [module for module in plan.observed if module not in modules]
     files = {row["file"] for row in modules.values()} | (set() if calibration.examples else {TEACHER})
     record = {
         **head,
-        "weights": weights.digests,
+        "weights": digests,
         "modules": {**modules, **{name: {"file": None, "count": 0} for name in unreached}},
         "notes": [*calibration.notes, *_never_reached(unreached), *_rarely_reached(modules, plan)],
         "sha256": {name: hash_of(folder / name) for name in files},
@@ -126,7 +131,7 @@ def _gather_into(
     return True
 
 
-def _head(plan: Plan, calibration: Calibration, weights: BlockWeights) -> dict[str, Any]:
+def _head(plan: Plan, calibration: Calibration, dtype: torch.dtype) -> dict[str, Any]:
     """The part of a record that is known before the model runs."""
     return {
         "version": VERSION,
@@ -138,34 +143,41 @@ def _head(plan: Plan, calibration: Calibration, weights: BlockWeights) -> dict[s
         },
         "text": calibration.text,
         "settings": calibration.settings,
-        "dtype": str(weights.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("loftq", "torch", "transformers")},
     }
 
 
 def _run(
-    folder: Path, plan: Plan, calibration: Calibration, weights: BlockWeights, progress: Progress, quiet: bool
-) -> dict[str, dict[str, Any]]:
-    """Run the model and write moments and answers. Returns the file and the number of input vectors of each module."""
+    folder: Path,
+    plan: Plan,
+    calibration: Calibration,
+    dtype: torch.dtype,
+    progress: Progress,
+    quiet: bool,
+    forward: Forward,
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Run the model and write moments and answers.
+
+    Returns the file and the number of input vectors of each module, and the SHA-256 of each tensor that was read.
+    """
     size = max(1, BATCH_TOKENS // calibration.sequence_length)
-    batches = [placed(example, weights.device, weights.dtype) for example in calibration.examples] or [
-        _batch(plan, weights, part) for part in torch.split(calibration.windows, size)
+    batches: Sequence[Batch] = calibration.examples or [
+        _batch(plan, part) for part in torch.split(calibration.windows, size)
     ]
-    steps, served = (len(batches) * rounds for rounds in (max(1, len(weights.blocks)), progress.rounds))
+    blocks = find_blocks(plan.model, [layer.module for layer in plan.linears])
+    steps, served = (len(batches) * rounds for rounds in (max(1, len(blocks)), progress.rounds))
     bar = tqdm(total=steps, initial=served, unit="block", disable=quiet, dynamic_ncols=True, desc="calibration")
-    answers: list[dict[str, torch.Tensor]] = [{} for _ in batches]
+    files = InputFiles(folder, plan, dtype, progress)
     with bar:
-        observer = InputObserver(plan, weights, folder, bar, answers, progress)
-        with observer.watching(), explain_forward(plan.source.name, plan.model_type):
-            run_in_lockstep(weights.core, batches, weights.blocks, observer, progress)
-        observer.save(None)
+        answers, digests = forward(batches, files, progress, bar)
     if any(bool(tensor.isnan().any()) for answer in answers for tensor in answer.values()):
-        raise SourceError(f"calibration: {plan.source.name} answers with NaN {advice_on_dtype(weights)}")
+        raise SourceError(f"calibration: {plan.source.name} answers with NaN {advice_on_dtype(dtype)}")
     if calibration.examples:  # of different lengths, and with images: they teach nothing later
-        return observer.modules
+        return files.modules, digests
     token_ids = {name: tensor.int() for name, tensor in _joined(batches).items() if name.endswith("_ids")}
     save_file({**token_ids, **_joined(answers)}, folder / TEACHER)
-    return observer.modules
+    return files.modules, digests
 
 
 def _never_reached(modules: list[str]) -> Iterator[str]:
@@ -190,11 +202,10 @@ def _rarely_reached(modules: dict[str, dict[str, Any]], plan: Plan) -> Iterator[
         )
 
 
-def _batch(plan: Plan, weights: BlockWeights, windows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The inputs of the model for some windows."""
-    ids = windows.to(weights.device)
+def _batch(plan: Plan, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The inputs of the model for some windows of token ids."""
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    config: Any = weights.model.config
+    config: Any = plan.model.config
     if config.is_encoder_decoder:
         tokens = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad"))
         start = next((token for token in tokens if token is not None), 0)
@@ -204,14 +215,14 @@ def _batch(plan: Plan, weights: BlockWeights, windows: torch.Tensor) -> dict[str
     return batch
 
 
-def _joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _joined(parts: Sequence[Batch]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([part[name] for part in parts]).cpu().contiguous() for name in parts[0]}
 
 
-def calibrate(plan: Plan, folder: Path, run: Run) -> Statistics | None:
+def calibrate(plan: Plan, folder: Path, run: Run, forward: Forward | None = None) -> Statistics | None:
     """The statistics of the layers' inputs, gathered now or by an earlier run. None if the recipe has no text.
 
-    They are kept beside the output `folder`, unless the run names another folder.
+    They are kept beside the output `folder`, unless the run names another folder. `forward` is that of `gather`.
     """
     if plan.recipe.calibration is None:
         return None
@@ -219,7 +230,15 @@ def calibrate(plan: Plan, folder: Path, run: Run) -> Statistics | None:
     statistics_folder = (
         Path(run.statistics) if run.statistics else folder.parent / f"{plan.source.label}-calibration-{text.key}"
     )
-    return gather(plan, text, statistics_folder, run.device, trust_remote_code=run.trust_remote_code, quiet=run.quiet)
+    return gather(
+        plan,
+        text,
+        statistics_folder,
+        run.device,
+        trust_remote_code=run.trust_remote_code,
+        quiet=run.quiet,
+        forward=forward,
+    )
 
 
 def windows_of(plan: Plan, trust_remote_code: bool) -> Calibration:

@@ -37,14 +37,15 @@ _SCHEMA = {
 class Progress:
     """The progress that an earlier run of the same `identity` left in a folder, and that this run writes there.
 
-    `rounds` is the number of completed rounds (`lockstep.run`), `modules` the file and count of each module, `files`
-    the number of files so far, and `digests` the hashes of the tensors that were read.
+    `due` says whether the outputs of the current block are written. `rounds` is the number of completed rounds
+    (`lockstep.run`), `modules` the file and count of each module, `files` the number of files so far, and `digests` the
+    hashes of the tensors that were read.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self._folder, self._identity = folder, plain(identity)
         self._kept: set[int] = set()  # batches of the current round whose output is written
-        self._due, self._last = False, time.monotonic()
+        self.due, self._last = False, time.monotonic()
         self._lost: dict[int, Any] = {}
         self._turn = 0  # which of the two sets of state files is valid
         self.rounds, self.files = 0, 0
@@ -64,31 +65,31 @@ class Progress:
     def lost(self, index: int) -> Any:
         """The same structure filled with NaN, in place of an earlier block's output, which is no longer known."""
         if index not in self._lost:
-            self._lost[index] = _mapped(self.output(index), _filled_with_nan)
+            self._lost[index] = filled_with_nan(self.output(index))
         return self._lost[index]
 
     def begin(self) -> None:
         """Start a round: decide whether the outputs of its block are written."""
-        self._due = time.monotonic() - self._last >= _EVERY
+        self.due = time.monotonic() - self._last >= _EVERY
         self._kept.clear()
 
     def keep(self, index: int, output: Any) -> None:
         """Write the output of the block for a batch, if this round is written."""
-        if not self._due or not _is_plain(output):
+        if not self.due or not is_plain(output):
             return
         try:
-            torch.save(_mapped(output, torch.clone), self._state(1 - self._turn, index))
+            torch.save(mapped(output, torch.clone), self._state(1 - self._turn, index))
             sync(self._state(1 - self._turn, index))
             self._kept.add(index)
         except (OSError, RuntimeError):  # the disk is full: the run continues without writing its progress
-            self._due, self._last = False, math.inf
+            self.due, self._last = False, math.inf
             self._remove(f"state-{1 - self._turn}-*")
 
     def end(
         self, rounds: int, batches: int, modules: Mapping[str, Any], digests: Mapping[str, str], files: int
     ) -> None:
         """All `batches` have passed the block: the new outputs and record replace the older ones."""
-        if not self._due or len(self._kept) < batches:
+        if not self.due or len(self._kept) < batches:
             return
         self._turn = 1 - self._turn
         record = {"identity": self._identity, "rounds": rounds, "turn": self._turn, "batches": batches}
@@ -131,24 +132,29 @@ class Progress:
         return record if usable else {}
 
 
-def _filled_with_nan(tensor: torch.Tensor) -> torch.Tensor:
+def filled_with_nan(output: Any) -> Any:
+    """The output of a block with NaN in place of all its values."""
+    return mapped(output, _nan_like)
+
+
+def _nan_like(tensor: torch.Tensor) -> torch.Tensor:
     value = torch.nan if tensor.is_floating_point() else 0
     return torch.full((), value, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
-def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """The output of a block with `change` applied to all of its tensors."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, (tuple, list)):
-        return type(value)(_mapped(part, change) for part in value)
-    return {key: _mapped(part, change) for key, part in value.items()} if isinstance(value, dict) else value
+        return type(value)(mapped(part, change) for part in value)
+    return {key: mapped(part, change) for key, part in value.items()} if isinstance(value, dict) else value
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Whether a value can be read back without running any code."""
     if type(value) in (tuple, list):
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     if type(value) is dict:
-        return all(type(key) is str and _is_plain(part) for key, part in value.items())
+        return all(type(key) is str and is_plain(part) for key, part in value.items())
     return value is None or type(value) in (torch.Tensor, bool, int, float, str)

@@ -6,7 +6,7 @@ bfloat16 and with the experts that each was sent to, take about 4 KB each, and a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class RoutedTokens:
         )
 
     @classmethod
-    def joined(cls, parts: list[RoutedTokens]) -> RoutedTokens:
+    def joined(cls, parts: Sequence[RoutedTokens]) -> RoutedTokens:
         """Several batches as one."""
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in _NAMES))
 

@@ -25,6 +25,28 @@ WHOLE = 2048  # entries up to which all panels are computed by one product
 ROWS = 4096  # vectors whose products are summed in float32 before they are added to a sum in float64
 
 
+def panel_groups(size: int) -> list[range]:
+    """The panels of a moment of `size` entries, in groups that are computed together."""
+    count = -(-size // PANEL)
+    return [range(count)] if size <= WHOLE else [range(index, index + 1) for index in range(count)]
+
+
+def zero_panel(size: int, index: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """A panel (rows, size − first row) of an empty sum, float64."""
+    start = index * PANEL
+    return torch.zeros(min(PANEL, size - start), size - start, dtype=torch.float64, device=device)
+
+
+def products(x: torch.Tensor, group: range) -> list[torch.Tensor]:
+    """What vectors x (n, size), float32, add to each panel of a group. Below the diagonal it has no meaning."""
+    if x.shape[1] <= WHOLE:
+        whole = _upper_half(x)
+        return [whole[start : start + PANEL, start:] for start in range(0, x.shape[1], PANEL)]
+    start = group.start * PANEL
+    own, others = x[:, start : start + PANEL], x[:, start + PANEL :]
+    return [torch.cat([_upper_half(own), own.t() @ others], 1)]
+
+
 class Moment:
     """A running sum of x xᵀ over `count` vectors of `size` entries, in panels (rows, size − first row), float64.
 
@@ -34,23 +56,14 @@ class Moment:
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
         self.size = size
         self.count = 0
-        self.panels = [
-            torch.zeros(min(PANEL, size - start), size - start, dtype=torch.float64, device=device)
-            for start in range(0, size, PANEL)
-        ]
+        self.panels = [zero_panel(size, index, device) for group in panel_groups(size) for index in group]
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add vectors (..., size) of any floating dtype."""
         x = inputs.reshape(-1, self.size).float()  # (n, in)
-        whole = _upper_half(x) if self.size <= WHOLE else None
-        for start, panel in zip(range(0, self.size, PANEL), self.panels, strict=True):
-            rows = panel.shape[0]
-            if whole is not None:
-                panel += whole[start : start + rows, start:]
-                continue
-            own, others = x[:, start : start + rows], x[:, start + rows :]
-            panel[:, :rows] += _upper_half(own)
-            panel[:, rows:] += own.t() @ others
+        for group in panel_groups(self.size):
+            for index, product in zip(group, products(x, group), strict=True):
+                self.panels[index] += product
         self.count += len(x)
 
     def merge(self, other: Moment) -> Self:

@@ -24,11 +24,14 @@ _PIECE = 2**22  # bytes that are read at once
 class ShardWriter:
     """Writes tensors into the planned shards of a folder. It is thread-safe, and a context manager.
 
-    The files `kept` are complete: their tensors are not written again.
+    The files `kept` are complete: their tensors are not written again. With `join` all files exist already: another
+    process has reserved their bytes.
     """
 
-    def __init__(self, folder: Path, shards: Iterable[Shard], kept: Collection[str] = ()) -> None:
-        self._folder = folder
+    def __init__(
+        self, folder: Path, shards: Iterable[Shard], kept: Collection[str] = (), *, join: bool = False
+    ) -> None:
+        self._folder, self._join = folder, join
         self._shards = list(shards)
         self._kept = kept
         self._places = {name: (shard, *place) for shard in self._shards for name, place in shard.offsets.items()}
@@ -40,13 +43,17 @@ class ShardWriter:
         try:
             for shard in (shard for shard in self._shards if shard.file not in self._kept):
                 path = self._folder / shard.file
+                if self._join:
+                    self._descriptors[shard.file] = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+                    continue
                 path.parent.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
                 self._descriptors[shard.file] = descriptor
                 _reserve(descriptor, shard.nbytes)
                 _write_at(descriptor, shard.header, 0)
                 self._unsynced.add(shard.file)
-            for folder in {self._folder, *(path.parent for path in map(self._folder.joinpath, self._descriptors))}:
+            created = () if self._join else self._descriptors
+            for folder in {self._folder, *(path.parent for path in map(self._folder.joinpath, created))}:
                 sync(folder)
         except BaseException:
             self.__exit__()

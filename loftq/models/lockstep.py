@@ -35,8 +35,8 @@ class Visitor(Protocol):
     def leave(self, block: str, rounds: int) -> None:
         """Called after the last batch ran through a block. `rounds` counts the rounds that all blocks have served."""
 
-    def passed(self, block: str | None) -> None:
-        """Called after one batch ran through a block, or from one block to the next (None)."""
+    def passed(self, block: str | None, rounds: int) -> None:
+        """Called after one batch ran through a block, or from one block to the next (None), after so many rounds."""
 
     def finish(self, index: int, output: Any) -> None:
         """Called with the output of the model for a batch."""
@@ -104,7 +104,7 @@ def _serve(walks: Sequence[_Walk], blocks: Mapping[str, nn.Module], visitor: Vis
     entered: str | None = None
     rounds = 0
     for index, walk in enumerate(walks):
-        _advance(walk, index, None, visitor)
+        _advance(walk, index, None, visitor, rounds)
     while waiting := [walk for walk in walks if walk.call is not None]:
         name = min((walk.call.block for walk in waiting if walk.call), key=order.__getitem__)
         replayed = past is not None and rounds < past.rounds
@@ -120,17 +120,17 @@ def _serve(walks: Sequence[_Walk], blocks: Mapping[str, nn.Module], visitor: Vis
                 else:
                     output = walk.call.run()
                     visitor.keep(index, output)
-                    visitor.passed(name)
-                _advance(walk, index, output, visitor)
+                    visitor.passed(name, rounds)
+                _advance(walk, index, output, visitor, rounds)
                 del output  # so that it takes no memory while the next batch runs
         rounds += 1
     if entered is not None:
         visitor.leave(entered, rounds)
 
 
-def _advance(walk: _Walk, index: int, value: Any, visitor: Visitor) -> None:
+def _advance(walk: _Walk, index: int, value: Any, visitor: Visitor, rounds: int) -> None:
     walk.advance(value)
-    visitor.passed(None)
+    visitor.passed(None, rounds)
     if walk.call is None:
         output, walk.output = walk.output, None
         visitor.finish(index, output)

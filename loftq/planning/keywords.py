@@ -59,5 +59,6 @@ class QuantizeKeywords(TypedDict, total=False):
     private: bool
     device: str | torch.device | None
     workers: int | None
+    cluster: str | None
     dry_run: bool
     quiet: bool

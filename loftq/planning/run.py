@@ -14,7 +14,10 @@ from loftq.planning.settings import RunSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Run settings of which none is left open. They are passed as a single value to each part of the work."""
+    """Run settings of which none is left open. They are passed as a single value to each part of the work.
+
+    On a `cluster`, at most `tasks` run at the same time; None is no limit.
+    """
 
     device: torch.device
     workers: int
@@ -24,6 +27,8 @@ class Run:
     token: str | None = None
     trust_remote_code: bool = False
     statistics: str | None = None
+    cluster: str | None = None
+    tasks: int | None = None
 
 
 def start(settings: RunSettings) -> Run:
@@ -34,7 +39,7 @@ def start(settings: RunSettings) -> Run:
     check_resume(settings.resume, settings.overwrite)
     if settings.private and settings.push is None:
         raise OptionError("--private: applies only to a repository: name one with --push")
-    device = _device(settings.device)
+    device = _device(settings.device) if settings.cluster is None else _kind_of_device(settings.device)
     usual = min(os.cpu_count() or 1, 8) if device.type == "cpu" else 1
     return Run(
         device=device,
@@ -45,6 +50,8 @@ def start(settings: RunSettings) -> Run:
         token=settings.token,
         trust_remote_code=settings.trust_remote_code,
         statistics=settings.statistics,
+        cluster=settings.cluster,
+        tasks=settings.workers if settings.cluster is not None else None,
     )
 
 
@@ -65,4 +72,15 @@ def _device(name: str | None) -> torch.device:
         raise OptionError(
             f"--device {name}: not available here ({reason}): use --device cpu, which is always available"
         ) from error
+    return device
+
+
+def _kind_of_device(name: str | None) -> torch.device:
+    """The kind of device that each task of a cluster gets. Until the cluster is known, it is the CPU by default."""
+    try:
+        device = torch.device(name or "cpu")
+    except RuntimeError as error:
+        raise OptionError(f"--device {name}: expected cpu or cuda with --cluster") from error
+    if device.index is not None:
+        raise OptionError(f"--device {name}: each task of a cluster gets a GPU of its own: use --device {device.type}")
     return device

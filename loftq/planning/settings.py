@@ -254,7 +254,14 @@ class RunSettings:
         "run",
         least=1,
         most=1024,
-        usual="the number of cores, at most 8; 1 on a GPU",
+        usual="the number of cores, at most 8; 1 on a GPU; on a cluster as many as fit",
+    )
+    cluster: str | None = setting(
+        None,
+        "Work on a cluster of Ray: auto (the cluster of RAY_ADDRESS, or all cores or GPUs of this machine), or the "
+        "HOST:PORT of a cluster to which this machine belongs.",
+        "run",
+        metavar="ADDRESS",
     )
     dry_run: bool = setting(False, "Show the plan; only headers are read, and nothing is written.", "run")
     quiet: bool = setting(True, "Show no progress bar.", "run")

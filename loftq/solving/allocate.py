@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from tqdm import tqdm
 
@@ -12,13 +14,18 @@ from loftq.planning.run import Run
 from loftq.planning.weights import read_source_weight
 from loftq.solving.layers import one_thread_each, run_jobs, solve_layer
 
+MeasureErrors = Callable[[Sequence[str], Callable[[str, list[float]], None]], None]  # of modules, in other processes
 
-def allocate(plan: Plan, statistics: Statistics | None, run: Run) -> dict[str, float]:
+
+def allocate(
+    plan: Plan, statistics: Statistics | None, run: Run, measure_elsewhere: MeasureErrors | None = None
+) -> dict[str, float]:
     """The width of each linear under the plan's budget, so that the sum of squared errors with the adapter is least.
 
     A layer's error at a width is the error after one alternation: later alternations lower the errors of all layers by
     nearly the same factor. If there are statistics of the inputs, it is the relative error of the outputs times the
-    number of weights: the perplexity that a layer costs was measured to grow with its size.
+    number of weights: the perplexity that a layer costs was measured to grow with its size. Layers are measured in
+    threads of this process, unless `measure_elsewhere` does it.
     """
     recipe = plan.recipe
     layers = {layer.module: layer for layer in plan.linears}
@@ -26,19 +33,24 @@ def allocate(plan: Plan, statistics: Statistics | None, run: Run) -> dict[str, f
     total = sum(layer.weights for layer in plan.linears)
     bar = tqdm(total=total, unit="w", unit_scale=True, disable=run.quiet, dynamic_ncols=True, desc="widths")
 
+    def measured(name: str, of_widths: list[float]) -> None:
+        errors[name] = of_widths
+        bar.update(layers[name].weights)
+
     def measure(name: str) -> None:
-        layer = layers[name]
-        errors[name] = _errors(plan, layer, statistics, run.device)
-        bar.update(layer.weights)
+        measured(name, errors_of_widths(plan, layers[name], statistics, run.device))
 
     with bar, one_thread_each():
-        run_jobs(measure, list(layers), run.workers)
+        if measure_elsewhere is None:
+            run_jobs(measure, list(layers), run.workers)
+        else:
+            measure_elsewhere(list(layers), measured)
     by_width = {width: [errors[layer.module][i] for layer in plan.linears] for i, width in enumerate(recipe.widths)}
     chosen = least_error([layer.weights for layer in plan.linears], by_width, recipe.bits)
     return dict(zip(layers, chosen, strict=True))
 
 
-def _errors(plan: Plan, layer: Layer, statistics: Statistics | None, device: torch.device) -> list[float]:
+def errors_of_widths(plan: Plan, layer: Layer, statistics: Statistics | None, device: torch.device) -> list[float]:
     """The squared error of a layer at each width."""
     recipe = plan.recipe
     weight, _ = read_source_weight(plan, layer, device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,27 @@ def reopen(staging: Staging) -> None:
         start.replace(weights)
 
 
-def distill(plan: Plan, staging: Staging, statistics: Statistics, run: Run) -> None:
-    """Refine the adapter in the partial folder, unless that is done, and record the remaining error of each layer."""
+RefineFolder = Callable[[Path, Path], dict[str, Any]]  # refines a folder from a start, in another process
+
+
+def distill(
+    plan: Plan,
+    staging: Staging,
+    statistics: Statistics,
+    run: Run,
+    refine_elsewhere: RefineFolder | None = None,
+) -> None:
+    """Refine the adapter in the partial folder, unless that is done, and record the remaining error of each layer.
+
+    It is refined in this process, unless `refine_elsewhere` does it.
+    """
     start, name = staging.folder / _START, f"{FOLDER}/{WEIGHTS}"
     if staging.distilled is None:
         _copy(staging.folder / name, start)
-        record = _distill(plan, staging, start, statistics, run)
+        if refine_elsewhere is None:
+            record = refine_folder(plan, staging.folder, start, statistics, run.device, quiet=run.quiet)
+        else:
+            record = refine_elsewhere(staging.folder, start)
         digest = hash_of(staging.folder / name)
         staging.note_distilled({**record, "adapter_sha256": digest})
         staging.hashes[name] = digest
@@ -76,25 +91,26 @@ def distilled_row(staging: Staging, row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, **errors.get(row["name"], {})}
 
 
-def _distill(plan: Plan, staging: Staging, start: Path, statistics: Statistics, run: Run) -> dict[str, Any]:
+def refine_folder(
+    plan: Plan, folder: Path, start: Path, statistics: Statistics, device: torch.device, *, quiet: bool
+) -> dict[str, Any]:
+    """Refine the adapter of a partial folder, whose factors are in the file `start`. Returns what was measured."""
     from loftq.solving.refine import refine  # imports transformers' trainer, which takes seconds
 
-    artifact = Artifact(staging.folder, heading(plan))
+    artifact = Artifact(folder, heading(plan))
     refinement, factors = refine(
-        artifact, statistics.teacher(), plan.recipe.refine, run.device, seed=plan.recipe.seed, quiet=run.quiet
+        artifact, statistics.teacher(), plan.recipe.refine, device, seed=plan.recipe.seed, quiet=quiet
     )
     record = {"refine_steps": refinement.steps, "divergence_before": refinement.before, "divergence": refinement.after}
     if not (math.isfinite(refinement.before) and math.isfinite(refinement.after)):
         raise OptionError("the distillation measures a divergence that is NaN or Inf: use --refine 0")
     if not factors:
         return record
-    with replacing(staging.folder / FOLDER / WEIGHTS) as scratch:
+    with replacing(folder / FOLDER / WEIGHTS) as scratch:
         save_file({**load_file(start), **factors}, scratch, {"format": "pt"})
-    adapter, checkpoint = open_adapter(artifact.adapter), read_checkpoint(staging.folder)
+    adapter, checkpoint = open_adapter(artifact.adapter), read_checkpoint(folder)
     return record | {
-        "errors": {
-            layer.module: _errors(plan, layer, adapter, checkpoint, statistics, run.device) for layer in plan.layers
-        }
+        "errors": {layer.module: _errors(plan, layer, adapter, checkpoint, statistics, device) for layer in plan.layers}
     }
 
 

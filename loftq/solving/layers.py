@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from tqdm import tqdm
@@ -42,43 +42,79 @@ from loftq.solving.expert_inputs import expert_inputs
 Job = Callable[[Layer, ShardWriter], dict[str, Any]]  # writes the tensors of a layer, and returns its record
 
 
-def solve_all(plan: Plan, staging: Staging, statistics: Statistics | None, run: Run, job: Job | None = None) -> None:
+class Finished(Protocol):
+    """Called when a job is done and its tensors are written."""
+
+    def __call__(self, name: str, record: Mapping[str, Any], shown: str = "") -> None:
+        """Record the job in the journal. What is `shown` stands beside the progress bar."""
+
+
+RunJobs = Callable[[Sequence[str], ShardWriter, Finished], None]  # runs the jobs of tensors in other processes
+
+
+def solve_all(
+    plan: Plan,
+    staging: Staging,
+    statistics: Statistics | None,
+    run: Run,
+    job: Job | None = None,
+    run_elsewhere: RunJobs | None = None,
+) -> None:
     """Run a job for each tensor that is not in place yet, with a progress bar on stderr.
 
     `statistics` are those of the layers' inputs, where text was given. `job` does the work of a layer if it is not to
-    be solved by the method of the recipe.
+    be solved by the method of the recipe. Jobs run in threads of this process, unless `run_elsewhere` runs them.
     """
-    layers = {layer.tensor: layer for layer in plan.layers}
-    # embeddings come first: at the end one worker would be busy with them while the others wait
-    kept = {name: spec.numel for name, spec in {**plan.created, **plan.passed}.items()}
-    sizes = {**kept, **{name: layer.weights for name, layer in layers.items()}}
+    sizes = sizes_of_jobs(plan)
     everything = sum(sizes.values())
     with one_thread_each(), staging.writing([*plan.backbone, plan.adapter]) as writer:
         left = [name for name in sizes if name not in staging.done]
         begun = everything - sum(sizes[name] for name in left)
         bar = tqdm(total=everything, initial=begun, unit="w", unit_scale=True, disable=run.quiet, dynamic_ncols=True)
 
-        def work(name: str) -> None:
-            layer = layers.get(name)
-            if layer is not None and job is not None:
-                record = job(layer, writer)
-            elif layer is not None and layer.experts:
-                record = _solve_experts(plan, layer, statistics, writer, run.device)
-            elif layer is not None:
-                record = _solve_layer(plan, layer, statistics, writer, run.device)
-            elif name in plan.passed:
-                record = _pass_through(plan, name, writer)
-            else:
-                record = _create(plan, name, writer)
+        def finished(name: str, record: Mapping[str, Any], shown: str = "") -> None:
             staging.note(name, record)
-            bar.set_postfix_str(layer.module if layer else name, refresh=False)
+            bar.set_postfix_str(shown or name.removesuffix(".weight"), refresh=False)
             bar.update(sizes[name])
+
+        def work(name: str) -> None:
+            finished(name, run_job(plan, name, statistics, writer, run.device, job))
 
         with bar:
             # in this thread: they are drawn from torch's own generator, which all threads share
             for name in [name for name in left if name in plan.created]:
                 work(name)
-            run_jobs(work, [name for name in left if name not in plan.created], run.workers)
+            rest = [name for name in left if name not in plan.created]
+            if run_elsewhere is None:
+                run_jobs(work, rest, run.workers)
+            else:
+                run_elsewhere(rest, writer, finished)
+
+
+def sizes_of_jobs(plan: Plan) -> dict[str, int]:
+    """The number of values of the tensor that each job makes, by the name of the job, in the order of the jobs."""
+    # embeddings come first: at the end one worker would be busy with them while the others wait
+    kept = {name: spec.numel for name, spec in {**plan.created, **plan.passed}.items()}
+    return {**kept, **{layer.tensor: layer.weights for layer in plan.layers}}
+
+
+def run_job(
+    plan: Plan,
+    name: str,
+    statistics: Statistics | None,
+    writer: ShardWriter,
+    device: torch.device,
+    job: Job | None = None,
+) -> dict[str, Any]:
+    """Do the job of a tensor of the source, or of a parameter that no tensor provides. Returns its record."""
+    layer = next((layer for layer in plan.layers if layer.tensor == name), None)
+    if layer is not None and job is not None:
+        return job(layer, writer)
+    if layer is not None and layer.experts:
+        return _solve_experts(plan, layer, statistics, writer, device)
+    if layer is not None:
+        return _solve_layer(plan, layer, statistics, writer, device)
+    return _pass_through(plan, name, writer) if name in plan.passed else _create(plan, name, writer)
 
 
 @contextmanager

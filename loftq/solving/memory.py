@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 
+from loftq.calibration.block_weights import computing_dtype
 from loftq.calibration.gather import BATCH_TOKENS
 from loftq.calibration.observer import TOP, VOCABULARY
 from loftq.calibration.windows import check_calibratable
@@ -41,20 +42,21 @@ def needed(plan: Plan, workers: int, device: torch.device) -> dict[str, int]:
     if plan.recipe.calibration is None:
         return {"solving": _solving(plan, workers)}
     check_calibratable(plan, _tokens(plan))
-    dtype = torch.float32 if device.type == "cpu" else plan.recipe.dtype
-    parts = {"calibrating": _calibrating(plan, dtype), "solving": _solving(plan, workers)}
+    dtype = computing_dtype(plan, device)
+    parts = {"calibrating": calibrating_bytes(plan, dtype), "solving": _solving(plan, workers)}
     refining = _refining(plan, dtype, device) if plan.recipe.refine else None
     return parts if refining is None else {**parts, "refining": refining}
 
 
 def _solving(plan: Plan, workers: int) -> int:
-    largest = max(_layer(plan, layer) for layer in plan.layers)
+    largest = max(solving_bytes(plan, layer) for layer in plan.layers)
     tensors = plan.source.checkpoint.tensors
     copied = max((2 * tensors[name].nbytes for name in plan.passed), default=0)
     return workers * max(largest, copied)
 
 
-def _layer(plan: Plan, layer: Layer) -> int:
+def solving_bytes(plan: Plan, layer: Layer) -> int:
+    """Bytes that a worker needs to solve a layer."""
     rows, columns = layer.matrix
     one = rows * columns  # the weights that are solved together
     calibrated = plan.recipe.calibration is not None
@@ -70,7 +72,8 @@ def _routed(plan: Plan, layer: Layer) -> int:
     return 2 * _tokens(plan) * plan.observed[layer.owner]
 
 
-def _calibrating(plan: Plan, dtype: torch.dtype) -> int:
+def calibrating_bytes(plan: Plan, dtype: torch.dtype) -> int:
+    """Bytes that a process needs to run a plan's model in a dtype over all tokens of the calibration."""
     model: Any = plan.model
     blocks = find_blocks(model, [layer.module for layer in plan.linears])
     sizes = {name: _parameters(model.get_submodule(name)) * dtype.itemsize for name in blocks}
@@ -86,6 +89,18 @@ def _calibrating(plan: Plan, dtype: torch.dtype) -> int:
     activations = _tokens(plan) * embedding_width(model) * dtype.itemsize
     logits = BATCH_TOKENS * _vocabulary(plan) * (dtype.itemsize + 4) if plan.task.name in VOCABULARY else 0
     return outside + activations + max(max(sizes.values(), default=0), logits) + _answers(plan)
+
+
+def kept_inputs_bytes(plan: Plan, device: torch.device) -> int:
+    """Bytes of the inputs of one block's linears for all tokens, each of which modules of the same owner share."""
+    blocks = find_blocks(cast(Any, plan.model), [layer.module for layer in plan.linears])
+    widths: dict[str, dict[tuple[str, int], int]] = {name: {} for name in blocks}
+    for layer in plan.linears:
+        block = next((name for name in blocks if layer.module.startswith(f"{name}.")), None)
+        if block is not None:
+            widths[block][layer.owner, layer.matrix[1]] = layer.matrix[1]
+    largest = max((sum(found.values()) for found in widths.values()), default=0)
+    return largest * _tokens(plan) * computing_dtype(plan, device).itemsize
 
 
 def _refining(plan: Plan, dtype: torch.dtype, device: torch.device) -> int | None:

@@ -22,8 +22,8 @@ class Report:
     """The result of `loftq.quantize`.
 
     After a dry run the layers have no errors, `seconds` is None, and `parts` estimates the memory in bytes that each
-    part of the run needs; `memory` is the largest of them. `pushed` is the report of `loftq.push`, if the folder was
-    pushed.
+    part of the run needs; `memory` is the largest of them. `cluster` has the nodes of a cluster and the seconds that
+    each part is expected to take there. `pushed` is the report of `loftq.push`, if the folder was pushed.
     """
 
     folder: Path
@@ -36,6 +36,7 @@ class Report:
     memory: int
     seconds: float | None = None
     parts: Mapping[str, int] | None = None
+    cluster: Mapping[str, Any] | None = None
     pushed: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,6 +51,7 @@ class Report:
             "notes": list(self.notes),
             "memory_bytes": self.memory,
             **({} if self.parts is None else {"memory_bytes_of_parts": dict(self.parts)}),
+            **({} if self.cluster is None else {"cluster": dict(self.cluster)}),
             "seconds": self.seconds,
             **({} if self.pushed is None else {"pushed": dict(self.pushed)}),
         }
@@ -76,6 +78,7 @@ class Report:
             rows += [("plan", line) for line in _kinds(self.layers)]
             parts = ", ".join(f"{size(nbytes)} while {part}" for part, nbytes in self.parts.items())
             rows.append(("memory", f"about {parts} (planned, nothing was written)"))
+            rows += _lines_of(self.cluster) if self.cluster is not None else []
         else:
             before, after = sums["plain_error"], sums["error"]
             gain = f" ({1 - after / before:.1%} less)" if before > after else ""
@@ -123,13 +126,39 @@ def report_of(
     return Report(folder, plan.source.name, plan.task.name, recipe, sums, rows, plan.notes, memory, seconds)
 
 
-def planned_report(plan: Plan, folder: Path, parts: Mapping[str, int]) -> Report:
-    """The report of a plan, with the bytes of memory that the parts of a run need."""
+def planned_report(
+    plan: Plan, folder: Path, parts: Mapping[str, int], cluster: Mapping[str, Any] | None = None
+) -> Report:
+    """The report of a plan: the bytes of memory that the parts of a run need, and the estimate for a cluster."""
     rows, recipe = [planned_row(plan, layer) for layer in plan.layers], plan.recipe.to_dict()
     memory = max(parts.values())
     return Report(
-        folder, plan.source.name, plan.task.name, recipe, totals_of(plan), rows, plan.notes, memory, parts=parts
+        folder,
+        plan.source.name,
+        plan.task.name,
+        recipe,
+        totals_of(plan),
+        rows,
+        plan.notes,
+        memory,
+        parts=parts,
+        cluster=cluster,
     )
+
+
+def _lines_of(cluster: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Nodes of the same kind, counted, the tasks that run on them at the same time, and the expected seconds."""
+    kinds = Counter((node["cores"], node["gpus"], node["memory"]) for node in cluster["nodes"])
+    rows = [
+        ("nodes", f"{count} x {cores} cores, {gpus} GPUs, {size(memory)}")
+        for (cores, gpus, memory), count in kinds.items()
+    ]
+    parts = ", ".join(f"{seconds:,.0f} s {part}" for part, seconds in cluster["seconds_of_parts"].items())
+    rows += [
+        ("tasks", f"{cluster['tasks']} at a time, {size(cluster['task_memory_bytes'])} each"),
+        ("time", f"about {parts} (from rates measured on the nodes)"),
+    ]
+    return [*rows, ("refining", cluster["refining"])] if "refining" in cluster else rows
 
 
 def _kinds(layers: Sequence[Mapping[str, Any]]) -> list[str]:

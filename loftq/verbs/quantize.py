@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from loftq.artifacts.manifest import write_configs, write_manifest
 from loftq.artifacts.staging import Staging, check_output, is_begun, open_staging
@@ -40,6 +42,9 @@ from loftq.solving.report import Report, peak_memory, planned_report, report_of
 from loftq.verbs.push import push as push_folder
 from loftq.verbs.quantize_given import quantize_given
 
+if TYPE_CHECKING:
+    from loftq.cluster.cluster import Cluster
+
 _LESS = (
     "use fewer --workers; on a GPU, use --device cpu; with calibration, use a smaller --sequence-length or --refine 0; "
     "--dry-run shows how much memory each part needs"
@@ -71,9 +76,11 @@ def quantize(model: str | None = None, **settings: Unpack[QuantizeKeywords]) -> 
         raise OptionError("--source and --backbone exclude each other: with --backbone, MODEL is the source")
     source = _find(model, run_options)
     if recipe.backbone is not None:
+        _refuse_cluster(run, f"--backbone {recipe.backbone}", "an adapter for a given model")
         return _quantize_given(source, recipe, run_options, run)
     old = find_old_start(source)
     if old is not None:
+        _refuse_cluster(run, source.name, "a folder of the original LoftQ script")
         recipe = resolve(adopting(old, recipe.requested))
     elif run_options.source is not None:
         raise OptionError(
@@ -89,8 +96,9 @@ def quantize(model: str | None = None, **settings: Unpack[QuantizeKeywords]) -> 
     if run.resume and not is_begun(folder) and (folder / artifact.MANIFEST).is_file():
         result = _Result(plan, *finished_layers(folder, plan, run.trust_remote_code))
     else:
-        with explain_full_memory(_LESS):
-            result = _make(plan, folder, run, job)
+        any_device = run_options.device is None
+        with explain_full_memory(_LESS), _joined(run, None if model is None else source.name, any_device) as cluster:
+            result = _make(plan, folder, run if cluster is None else cluster.run, job, cluster)
     memory, seconds = peak_memory(run.device), time.perf_counter() - started
     report = report_of(result.plan, folder, result.rows, result.totals, memory, seconds)
     return report if run_options.push is None else replace(report, pushed=_push(folder, run_options))
@@ -113,7 +121,29 @@ def planned(source: Source, recipe: Recipe, run_options: RunSettings) -> Report:
     run = start(run_options)
     _check_text(recipe, run)
     plan = make_plan(source, recipe, trust_remote_code=run.trust_remote_code)
-    return planned_report(plan, _folder(source, recipe, run_options), needed(plan, run.workers, run.device))
+    folder = _folder(source, recipe, run_options)
+    with _joined(run, source.name, run_options.device is None) as cluster:
+        if cluster is None:
+            return planned_report(plan, folder, needed(plan, run.workers, run.device))
+        return planned_report(plan, folder, needed(plan, 1, cluster.run.device), cluster.estimate(plan))
+
+
+@contextmanager
+def _joined(run: Run, model: str | None, any_device: bool) -> Iterator[Cluster | None]:
+    """The cluster on which a run works on a model, the default one if it is None; None if it works in this process."""
+    if run.cluster is None:
+        yield None
+        return
+    from loftq.cluster.cluster import joined  # imports nothing of Ray until it is called
+
+    with joined(run, model, any_device=any_device) as cluster:
+        yield cluster
+
+
+def _refuse_cluster(run: Run, what: str, work: str) -> None:
+    """Raise OptionError for work that is not spread over a cluster."""
+    if run.cluster is not None:
+        raise OptionError(f"--cluster: {work} is worked on in one process ({what}): leave out --cluster")
 
 
 @dataclass(frozen=True)
@@ -170,15 +200,17 @@ def _folder(source: Source, recipe: Recipe, run_options: RunSettings) -> Path:
     return Path(run_options.save_dir) / f"{source.label}-{recipe.bits:g}bit-{recipe.rank}rank"
 
 
-def _make(plan: Plan, folder: Path, run: Run, job: Adopter | None) -> _Result:
+def _make(plan: Plan, folder: Path, run: Run, job: Adopter | None, cluster: Cluster | None) -> _Result:
     """Write the folder, or the missing part of it. `job` is what adopts layers that are quantized already."""
     recipe = plan.recipe
     with explain_os_errors(folder):
         copied = sum(path.stat().st_size for path in side_files(plan.source.folder, run.trust_remote_code))
         check_space(folder, plan.backbone_bytes + plan.adapter.nbytes + copied)
-    statistics = calibrate(plan, folder, run)
+    if cluster is not None:
+        cluster.check(plan)
+    statistics = calibrate(plan, folder, run, None if cluster is None else cluster.forward(plan))
     if recipe.allocation == "auto":
-        widths = allocate(plan, statistics, run)
+        widths = allocate(plan, statistics, run, None if cluster is None else cluster.measure(plan, statistics))
         plan = make_plan(plan.source, recipe, trust_remote_code=run.trust_remote_code, widths=widths)
     if statistics is not None:
         plan = replace(plan, notes=(*plan.notes, *statistics.notes))
@@ -186,12 +218,25 @@ def _make(plan: Plan, folder: Path, run: Run, job: Adopter | None) -> _Result:
     with open_staging(folder, fingerprint, overwrite=run.overwrite) as staging:
         if not staging.ready:
             reopen(staging)
-            solve_all(plan, staging, statistics, run, job)
+            solve_all(
+                plan,
+                staging,
+                statistics,
+                run,
+                job,
+                None if cluster is None else cluster.solve(plan, staging, statistics),
+            )
             if job is not None:
                 plan = replace(plan, notes=(*plan.notes, *adoption_notes(plan, staging)))
             write_configs(plan, staging, folder, run.trust_remote_code)
             if statistics is not None and statistics.has_answers and recipe.refine:
-                distill(plan, staging, statistics, run)
+                distill(
+                    plan,
+                    staging,
+                    statistics,
+                    run,
+                    None if cluster is None else cluster.refine(plan, staging, statistics),
+                )
             check_source(plan, fingerprint, run.trust_remote_code)
             calibration = statistics.settings if statistics else None
             write_manifest(plan, staging, _rows(plan, staging), distilled(staging), calibration)

@@ -1,6 +1,7 @@
 """Calibration statistics against stock transformers models in float64, whole in memory, with hooks on their linears.
 
-Covers: loftq/calibration/block_weights.py, loftq/calibration/observer.py.
+Covers: loftq/calibration/block_weights.py, loftq/calibration/forward.py, loftq/calibration/input_files.py,
+loftq/calibration/observer.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from small_models import save_small
 from torch import nn
 
 from loftq.calibration import block_weights, windows
+from loftq.calibration import forward as forwarding
 from loftq.calibration import gather as gathering
 from loftq.calibration.gather import gather
 from loftq.calibration.observer import VOCABULARY
@@ -207,7 +209,7 @@ def test_one_block_at_a_time_has_its_weights(family: str, tmp_path: Path, monkey
     blocks = built.blocks
     assert len(blocks) == (7 if family == "t5" else 5)
     assert all(p.is_meta for block in blocks.values() for p in block.parameters())
-    monkeypatch.setattr(gathering, "BlockWeights", lambda *_, **__: built)
+    monkeypatch.setattr(forwarding, "BlockWeights", lambda *_, **__: built)
     monkeypatch.setattr(lockstep._Call, "run", spy)
     gather(plan, small(plan), tmp_path / "cache", quiet=True)
     assert {len(names) for names in held} == {1}
@@ -235,7 +237,7 @@ def no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the model runs")
 
-    monkeypatch.setattr(gathering, "run_in_lockstep", refuse)
+    monkeypatch.setattr(forwarding, "run_in_lockstep", refuse)
 
 
 @pytest.mark.usefixtures("no_run")

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from loftq.calibration import forward, windows
 from loftq.calibration import gather as gathering
-from loftq.calibration import windows
 from loftq.calibration.gather import gather
 from loftq.calibration.windows import prepare
 from loftq.formats.disk import move_into_place, scratch_beside
@@ -81,7 +81,7 @@ def test_an_interrupted_run_leaves_nothing(plan: Plan, tmp_path: Path, monkeypat
 def test_of_runs_side_by_side_one_gathers(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: how often the model runs; both have its statistics."""
     calibration = prepare(plan, tokens=512, sequence_length=64)
-    both, seen, runs, known, run = Barrier(2), local(), [], gathering._complete_statistics, gathering.run_in_lockstep
+    both, seen, runs, known, run = Barrier(2), local(), [], gathering._complete_statistics, forward.run_in_lockstep
 
     def look(*arguments: Any) -> Any:
         """Neither begins until both have found nothing."""
@@ -95,7 +95,7 @@ def test_of_runs_side_by_side_one_gathers(plan: Plan, tmp_path: Path, monkeypatc
         return run(*arguments)
 
     monkeypatch.setattr(gathering, "_complete_statistics", look)
-    monkeypatch.setattr(gathering, "run_in_lockstep", count)
+    monkeypatch.setattr(forward, "run_in_lockstep", count)
     with ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(gather, plan, calibration, tmp_path / "known", quiet=True) for _ in range(2)]
         found = [future.result() for future in asked]

@@ -75,7 +75,7 @@ class Log:
         self.events.append(f"leave {block}")
         self.rounds = rounds
 
-    def passed(self, block: str | None) -> None:
+    def passed(self, block: str | None, rounds: int) -> None:  # noqa: ARG002
         if block is not None:
             self.events.append(block)
 
@@ -151,7 +151,7 @@ def test_an_interrupt_ends_all_threads() -> None:
     model = Model()
 
     class Interrupted(Log):
-        def passed(self, block: str | None) -> None:
+        def passed(self, block: str | None, rounds: int) -> None:  # noqa: ARG002
             if block == "first.1":
                 raise KeyboardInterrupt
 

@@ -1,0 +1,199 @@
+"""Calibrates on a cluster: the batches are split over workers, which the driver leads from block to block."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+
+from loftq.calibration.forward import Answers, WorkerLostError
+from loftq.calibration.input_files import InputFiles, Sharing
+from loftq.calibration.progress import Progress
+from loftq.calibration.routed_tokens import RoutedTokens
+from loftq.cluster.jobs import Job
+from loftq.cluster.nodes import Need
+from loftq.cluster.part import Part, Past, Step, Visit
+from loftq.cluster.sent import routed_tokens
+from loftq.cluster.tasks import Failure, Slots, explain
+from loftq.cluster.threads import Threads
+from loftq.core.moments import Moment, panel_groups
+from loftq.display import one_line
+from loftq.errors import LoftQError, SourceError
+from loftq.models.lockstep import Batch
+
+_MOST_LOSSES = 20  # of workers, in one calibration
+_PATIENCE = 60.0  # seconds to wait for a node on which a worker can start
+_IN_FLIGHT = 8  # groups of panels that pass through the workers at the same time
+
+
+@dataclass
+class Calibrating:
+    """Runs the model over batches on a cluster. It is the `forward` of `gather`. Workers compute with `threads`."""
+
+    ray: Any
+    job: Job
+    need: Need
+    threads: Threads
+    most: int | None
+    _losses: int = field(default=0, init=False)
+
+    def __call__(
+        self, batches: Sequence[Batch], files: InputFiles, progress: Progress, bar: Any
+    ) -> tuple[Answers, dict[str, str]]:
+        """Write the files. Returns the answers, and the SHA-256 of each tensor that was read.
+
+        Raises WorkerLostError if a worker died, until too many have died.
+        """
+        parts: list[Any] = []
+        try:
+            parts = self._start(batches, progress)
+            return _Lead(self.ray, parts, len(batches), files, progress, bar).run()
+        except self.ray.exceptions.RayError as error:
+            explain(self.ray, "calibration", error)
+            self._losses += 1
+            if self._losses > _MOST_LOSSES:
+                raise LoftQError(
+                    f"calibration: {self._losses} workers of the cluster died ({one_line(error, 200)}): if their "
+                    "memory was full, use a smaller --sequence-length or nodes with more memory; run again to continue"
+                ) from error
+            raise WorkerLostError from error
+        finally:
+            for part in parts:
+                self.ray.kill(part)
+
+    def _start(self, batches: Sequence[Batch], progress: Progress) -> list[Any]:
+        """The workers, each with the batches that follow those of the one before."""
+        slots = Slots(self.ray, self.need, self.most)
+        until = time.monotonic() + _PATIENCE
+        while not (count := min(slots.count(), len(batches))):
+            if time.monotonic() > until:
+                raise LoftQError("calibration: no node of the cluster has room for a worker: run again to continue")
+            time.sleep(1.0)
+        actor = self.ray.remote(max_restarts=0, scheduling_strategy="SPREAD")(Part).options(**self.need.options())
+        job = self.ray.put(self.job)
+        parts = []
+        for i in range(count):
+            begin, end = (len(batches) * bound // count for bound in (i, i + 1))
+            outputs = {j - begin: progress.output(j) for j in range(begin, end)} if progress.rounds else {}
+            parts.append(actor.remote(job, list(batches[begin:end]), Past(progress.rounds, outputs), self.threads))
+        return parts
+
+
+class _Lead:
+    """Leads the workers from block to block, and writes what they have summed up."""
+
+    def __init__(
+        self, ray: Any, parts: list[Any], batches: int, files: InputFiles, progress: Progress, bar: Any
+    ) -> None:
+        self._ray, self._parts, self._batches = ray, parts, batches
+        self._files, self._progress, self._bar = files, progress, bar
+
+    def run(self) -> tuple[Answers, dict[str, str]]:
+        """Run all blocks. Returns the answers in the order of the batches, and the hashes of the tensors."""
+        digests = dict(self._progress.digests)
+        while True:
+            self._progress.begin()
+            steps = self._step()
+            for step in steps:
+                _merge(digests, step.digests)
+            block, rounds = steps[0].block, steps[0].rounds
+            if any((step.block, step.rounds) != (block, rounds) for step in steps):
+                raise SourceError(
+                    "calibration: the blocks of this model run in an order that depends on the text, which the workers "
+                    "of a cluster cannot follow: calibrate without --cluster"
+                )
+            self._files.save(self._sums(steps), _routed(steps))
+            self._bar.update(sum(step.passes for step in steps))
+            self._bar.set_postfix_str(f"{len(self._parts)} workers", refresh=False)
+            if block is None:
+                return [answer for step in steps for answer in step.answers], digests
+            self._keep(steps)
+            self._progress.end(rounds, self._batches, self._files.modules, digests, self._files.count)
+
+    def _step(self) -> list[Step]:
+        """The next block of every worker."""
+        steps = self._ray.get([part.step.remote(self._progress.due) for part in self._parts])
+        for step in steps:
+            if isinstance(step, Failure):
+                raise step.error()
+        return cast(list[Step], steps)
+
+    def _keep(self, steps: Sequence[Step]) -> None:
+        """Write the outputs of the block, if they are due."""
+        begin = 0
+        for i, step in enumerate(steps):
+            for index, output in step.outputs.items():
+                self._progress.keep(begin + index, output)
+            begin = self._batches * (i + 1) // len(self._parts)
+
+    def _sums(self, steps: Sequence[Step]) -> dict[Sharing, Moment]:
+        """The sums of a block by the modules that share an input."""
+        sizes = {visit: size for step in steps for visit, size in step.sizes.items()}
+        moments: dict[Sharing, Moment] = {}
+        flying: deque[tuple[Sharing, range, Any]] = deque()
+        for modules, group, panels in self._passed_through(steps, sizes):
+            moments.setdefault(modules, Moment(sizes[next(visit for visit in sizes if visit.modules == modules)]))
+            flying.append((modules, group, panels))
+            if len(flying) > _IN_FLIGHT:
+                self._land(moments, *flying.popleft())
+        while flying:
+            self._land(moments, *flying.popleft())
+        for visit in sizes:
+            moments[visit.modules].count += sum(step.counts.get(visit, 0) for step in steps)
+        return moments
+
+    def _passed_through(self, steps: Sequence[Step], sizes: dict[Visit, int]) -> Iterator[tuple[Sharing, range, Any]]:
+        """Each group of panels of each sum, as it leaves the last worker.
+
+        The products of a group are asked for before the sums of the group before it, so that no worker waits.
+        """
+        visits: dict[Sharing, list[Visit]] = {}
+        for visit in sorted(sizes, key=lambda visit: visit.rounds):  # stable: in the order of a single process
+            visits.setdefault(visit.modules, []).append(visit)
+        groups = [(modules, group) for modules in visits for group in panel_groups(sizes[visits[modules][0]])]
+        for i, (modules, group) in enumerate(groups):
+            if not i:
+                self._compute(steps, visits[modules], group)
+            if i + 1 < len(groups):
+                following, next_group = groups[i + 1]
+                self._compute(steps, visits[following], next_group)
+            panels: Any = None
+            for visit in visits[modules]:
+                for part, step in zip(self._parts, steps, strict=True):
+                    if visit in step.sizes:
+                        panels = part.add.remote(visit, group, panels)
+            yield modules, group, panels
+
+    def _compute(self, steps: Sequence[Step], visits: Sequence[Visit], group: range) -> None:
+        for visit in visits:
+            for part, step in zip(self._parts, steps, strict=True):
+                if visit in step.sizes:
+                    part.compute.remote(visit, group)
+
+    def _land(self, moments: dict[Sharing, Moment], modules: Sharing, group: range, panels: Any) -> None:
+        for index, panel in zip(group, self._ray.get(panels), strict=True):
+            moments[modules].panels[index].copy_(torch.from_numpy(panel.copy()))
+
+
+def _routed(steps: Sequence[Step]) -> dict[str, list[RoutedTokens]]:
+    """The tokens of experts modules, in the order of a single process."""
+    routed: dict[str, list[RoutedTokens]] = {}
+    visits = {visit: None for step in steps for visit in step.routed}
+    for visit in sorted(visits, key=lambda visit: visit.rounds):
+        found = [step.routed[visit] for step in steps if visit in step.routed]
+        routed.setdefault(visit.modules[0], []).extend(map(routed_tokens, found))
+    return routed
+
+
+def _merge(digests: dict[str, str], found: dict[str, str]) -> None:
+    """Add the hashes that a worker has seen. Raises SourceError if another worker has read other bytes."""
+    for name, digest in found.items():
+        if digests.setdefault(name, digest) != digest:
+            raise SourceError(
+                f"calibration: nodes of the cluster have different bytes in tensor {name!r}: copy the same files to "
+                "all nodes, or name a folder that all nodes see"
+            )
