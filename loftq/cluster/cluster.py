@@ -15,7 +15,7 @@ from loftq.calibration.statistics import Statistics, headers_digest
 from loftq.cluster.calibrating import Calibrating
 from loftq.cluster.connection import connected
 from loftq.cluster.estimate import Sample, estimate, rates_task
-from loftq.cluster.jobs import Job, SharedFolder, check_versions, sizes_of, version_probe
+from loftq.cluster.jobs import Job, SharedFolder, check_versions, machine_here, sizes_of, version_probe
 from loftq.cluster.nodes import PROCESS_BYTES, Need, Node, check_need, nodes_of
 from loftq.cluster.spread import measuring, refining, solving
 from loftq.cluster.tasks import Failure, explain
@@ -68,6 +68,7 @@ class Cluster:
             widths={layer.module: layer.bits for layer in plan.linears} if measured else None,
             device=self.run.device.type,
             versions=version_probe()(),
+            machine=machine_here(),
             output=output,
             statistics=statistics,
         )
@@ -135,9 +136,10 @@ class Cluster:
         return self.run.device.type == "cpu" or find_gpu() is not None
 
     def _checked_nodes(self, need: Need) -> list[Node]:
-        """The nodes, whose versions are those of this process, and one of which has what a task asks for."""
+        """The nodes that have cores or GPUs for a task, and whose versions are those of this process."""
         nodes, expected = self.nodes, version_probe()()
         check_need(nodes, need, "the largest layer")
+        nodes = [node for node in nodes if replace(need, memory=0).places(node)]
         for node, found in self._ask(version_probe(), nodes, _NOTHING, None):
             check_versions(expected, found, node.address)
         return nodes

@@ -90,15 +90,20 @@ def _started_here() -> str | None:
     Ray's own `auto` would also join what another program has started for itself, which ends with that program, and
     would wait for minutes for a cluster that was killed.
     """
-    from ray._private import services
-
-    address = services.find_bootstrap_address(None)
+    address = _bootstrap_address()
     try:
         if address:
             _check_address(address)
     except OptionError:
         return None
     return address or None
+
+
+def _bootstrap_address() -> str:
+    """The address that `ray start` has left on this machine, or an empty one."""
+    from ray._private import services
+
+    return str(services.find_bootstrap_address(None) or "")
 
 
 def _check_address(address: str) -> None:
@@ -122,7 +127,12 @@ def _check_address(address: str) -> None:
             f"--cluster {address}: nothing listens there ({error.strerror or one_line(error)}): start a cluster with "
             "`ray start --head`, or use --cluster auto"
         ) from error
-    if len(answer) < 4 or answer[3] != _SETTINGS_FRAME:
+    if not _is_encrypted() and (len(answer) < 4 or answer[3] != _SETTINGS_FRAME):
         raise OptionError(
             f"--cluster {address}: what listens there is not Ray: expected the HOST:PORT that `ray start --head` prints"
         )
+
+
+def _is_encrypted() -> bool:
+    """Whether Ray is set up to speak TLS, so that its greeting cannot be read."""
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")

@@ -6,6 +6,7 @@ process that started the run.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ class Job:
 
     `model` and `revision` are those of `find_source`; `headers` and `sizes` are a hash of the names and shapes of the
     source's tensors, and the sizes of its files. `widths` are the bits of each layer, where they were measured.
-    `versions` are those of the driver.
+    `versions` are those of the driver, and `machine` is the one on which it runs.
     """
 
     key: str
@@ -63,6 +64,7 @@ class Job:
     widths: Mapping[str, float] | None
     device: str
     versions: Mapping[str, str | None]
+    machine: str
     output: SharedFolder | None = None
     statistics: Statistics | None = None
 
@@ -133,6 +135,12 @@ def address_here() -> str:
     import ray
 
     return str(ray.util.get_node_ip_address())
+
+
+def machine_here() -> str:
+    """What tells this machine from others. Containers of one machine share it, like the files that it has cached."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text() if boot.is_file() else platform.node()
 
 
 def version_probe() -> Callable[..., dict[str, str | None]]:

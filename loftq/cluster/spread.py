@@ -34,6 +34,7 @@ def solving(ray: Any, new_job: NewJob, plan: Plan, staging: Staging, needs: Mapp
 
         def done(name: str, result: Solved) -> None:
             write_pieces(writer, result.pieces)
+            writer.include(result.record["written"])
             finished(name, result.record, rates.add(name, result.node, result.worker, result.seconds))
 
         with _shared(staging) as output:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq.calibration.statistics import Statistics
-from loftq.cluster.jobs import Job, OpenedJob, address_here, open_job, plan_here
+from loftq.cluster.jobs import Job, OpenedJob, address_here, machine_here, open_job, plan_here
 from loftq.cluster.sent import Array, Bytes, BytesWriter, SentStatistics
 from loftq.cluster.tasks import Failure, failure_of
 from loftq.display import one_line
@@ -61,7 +61,8 @@ def solve_task(job: Job, name: str, inputs: Mapping[str, Array] | None) -> Solve
             explained = explain_os_errors(Path(job.output.folder).parent) if job.output else nullcontext()
             with one_thread_each(), explained:
                 record = run_job(opened.plan, name, statistics, writer, opened.device)
-                writer.sync()  # before the driver records it
+                if machine_here() != job.machine:
+                    writer.sync()  # before the driver records it; on its own machine, the driver does it
     except LoftQError as error:
         return failure_of(error)
     pieces = writer.pieces if isinstance(writer, BytesWriter) else []

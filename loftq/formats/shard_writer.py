@@ -107,6 +107,10 @@ class ShardWriter:
             offset += len(piece)
         return digest.hexdigest() == sha256
 
+    def include(self, names: Iterable[str]) -> None:
+        """Let the next `sync` wait also for tensors that another process of this machine has written."""
+        self._unsynced |= {self._places[name][0].file for name in names} - set(self._kept)
+
     def sync(self) -> None:
         """Wait until the bytes of all tensors that were written before this call are on the disk."""
         while self._unsynced:

@@ -4,7 +4,7 @@ The oracle is `loftq.quantize` without a cluster to the same path: the SHA-256 o
 the same on Ray itself.
 
 Covers: loftq/cluster/calibrating.py, loftq/cluster/jobs.py, loftq/cluster/part.py, loftq/cluster/sent.py,
-loftq/cluster/spread.py, loftq/cluster/threads.py, loftq/cluster/work.py.
+loftq/cluster/spread.py, loftq/cluster/work.py.
 """
 
 from __future__ import annotations

@@ -139,6 +139,23 @@ def test_files_may_be_reopened_and_keep_what_is_written(tmp_path: Path) -> None:
     assert all(same(tensor, tensors[name]) for name, tensor in load_file(tmp_path / SINGLE).items())
 
 
+def test_a_second_writer_joins_what_is_there_already(tmp_path: Path) -> None:
+    """Each writes some of the tensors, and the first waits for the disk for both. One that finds no file is refused."""
+    tensors = mixture([torch.float32])
+    shards = lay_out([specs_of(tensors)], LIMIT)
+    names = sorted(tensors)
+    with pytest.raises(FileNotFoundError), ShardWriter(tmp_path, shards, join=True):
+        pass
+    with ShardWriter(tmp_path, shards) as first, ShardWriter(tmp_path, shards, join=True) as second:
+        first.sync()
+        for name in names:
+            (second if name in names[:3] else first).write(name, tensors[name])
+        first.sync()
+        first.include(names[:3])
+        assert first._unsynced == {SINGLE}
+    assert all(same(tensor, tensors[name]) for name, tensor in load_file(tmp_path / SINGLE).items())
+
+
 def test_tensors_need_not_be_contiguous(tmp_path: Path) -> None:
     tensors = {
         "a": torch.arange(12.0).view(3, 4).t(),
