@@ -93,8 +93,9 @@ def test_codes_can_be_freed_after_a_forward(name: str, pico: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("name", "program"), [*((name, "FSDP 2") for name in FORMATS), ("nf2", "ZeRO-3"), ("trellis", "ZeRO-3")]
+)
 def test_two_processes_hold_half_of_the_codes_each(name: str, program: str, pico: Path, tmp_path: Path) -> None:
     if program == "ZeRO-3" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
