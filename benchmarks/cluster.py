@@ -1,6 +1,6 @@
 """Ray against threads: the time of calibrating and of solving with one and with two cores, and whether bytes agree.
 
-    python benchmarks/cluster.py [MODEL ...] [--layers 3] [--skip-model] [--tokens 16384] [--length 512] [--iters 2]
+    python benchmarks/cluster.py [MODEL ...] [--layers 3] [--skip-model] [--tokens 8192] [--length 512] [--iters 2]
 
 For each model four processes work one after another: threads of one process with 1 and with 2 cores, and Ray with 1
 and with 2 nodes of one core each on this machine (`ray.cluster_utils`). The models are those given (by default the
@@ -156,15 +156,16 @@ def work(task: dict[str, Any]) -> None:
     print(json.dumps(found))
 
 
-def measure(name: str, model: str | None, small: str, scratch: str, options: argparse.Namespace) -> None:
+def measure(name: str, model: str | None, small: str, scratch: str, tokens: int, options: argparse.Namespace) -> None:
     """Measure a model in all modes, and print a table."""
+    name = f"{name}, {tokens} tokens"
     shared = {"bits": 4, "rank": options.rank}
     task: dict[str, Any] = {"model": model, "small": small, "scratch": scratch}
     task["solving"] = {**shared, "iters": options.iters}
     task["calibrating"] = {
         **shared,
         "calibration": options.data,
-        "calibration_tokens": options.tokens,
+        "calibration_tokens": tokens,
         "sequence_length": options.length,
     }
     results: dict[tuple[str, int], dict[str, Any]] = {}
@@ -208,7 +209,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--iters", type=int, default=2)
     parser.add_argument("--data", default="default")
-    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--shapes-tokens", type=int, default=4096, help="for the synthetic checkpoint")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -226,12 +228,14 @@ def main() -> None:
         )
         small = str(make_checkpoint(Path(scratch) / "small", config, "cpu"))
         for model in options.model or ([] if options.skip_model else [None]):
-            measure(Path(model or "SmolLM2-135M").name, model, small, scratch, options)
+            measure(Path(model or "SmolLM2-135M").name, model, small, scratch, options.tokens, options)
         if options.layers:
             config = config_of(options.layers, mixture=False)
             shapes = str(make_checkpoint(Path(scratch) / "llama-2-7b-shapes", config, "cpu"))
-            measure(f"Llama-2-7B's shapes, {options.layers} layers", shapes, small, scratch, options)
-    print(f"{options.tokens} tokens in windows of {options.length}, rank {options.rank}, {options.iters} iterations")
+            measure(
+                f"Llama-2-7B's shapes, {options.layers} layers", shapes, small, scratch, options.shapes_tokens, options
+            )
+    print(f"windows of {options.length}, rank {options.rank}, {options.iters} iterations")
     print(f"{describe('cpu')}")
 
 

@@ -101,7 +101,7 @@ def _write(artifact: Artifact, backbone: Backbone, format: str, staging: Staging
         staging.copy(artifact.folder / name, name)
     config = backbone.config
     entry = LAYOUTS[format].quantization_config(
-        next(iter(backbone.grids.values())), backbone.dtype, config["quantization_config"][_SKIPPED]
+        next(iter(backbone.grids.values())), backbone.dtype, config["quantization_config"][_SKIPPED], {}, (), ()
     )
     staging.write_text("config.json", config_text({**config, "quantization_config": entry}))
     adapter = {**read_config(artifact.adapter), "base_model_name_or_path": str(staging.output.resolve())}
