@@ -129,9 +129,9 @@ def test_what_ray_says_of_a_cluster_is_one_line(started: Started, monkeypatch: p
         raise RuntimeError("Version mismatch: the cluster was started with:\n    Ray: 2.1.0\n    Python: 3.12.1")
 
     monkeypatch.setattr(started, "init", refuse)
-    with pytest.raises(OptionError, match=r"^--cluster auto: Ray cannot be joined there: Version mismatch.*Ray: 2.1.0"):
-        with connection.connected("auto"):
-            pass
+    line = r"^--cluster auto: Ray cannot be joined there: Version mismatch.*Ray: 2.1.0"
+    with pytest.raises(OptionError, match=line), connection.connected("auto"):
+        pass
 
 
 def test_ray_is_imported_in_functions_only() -> None:
