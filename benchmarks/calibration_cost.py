@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe, table
-from memory import make_checkpoint
+from memory import config_of, make_checkpoint
 
 from loftq.display import size
 
@@ -51,7 +51,11 @@ def main() -> None:
         if options.layers is None:
             model = options.model[:1]
         else:
-            model = [make_checkpoint(Path(scratch) / "llama-2-7b-shapes", options.layers, options.device)]
+            model = [
+                make_checkpoint(
+                    Path(scratch) / "llama-2-7b-shapes", config_of(options.layers, mixture=False), options.device
+                )
+            ]
         shared = [*model, "--bits", options.bits, "--rank", options.rank, "--device", options.device]
         text = ["--calibration", options.data, "--calibration-tokens", options.tokens]
         text += ["--sequence-length", options.length, "--statistics", f"{scratch}/statistics"]

@@ -28,6 +28,7 @@ _COMMANDS = {
     "generate": "Write text with a model and its adapter.",
     "chat": "Talk with a model and its adapter.",
     "config": "Write the configuration of another training tool.",
+    "convert": "Write a folder in another format with the same codes.",
     "merge": "Merge an adapter into the backbone that it was trained on.",
     "push": "Upload a folder to the Hub.",
     "relocate": "Let an adapter name its backbone again, after a move.",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from loftq.training.sweep import sweep as sweep
     from loftq.training.train import train as train
     from loftq.verbs.config import config as config
+    from loftq.verbs.convert import convert as convert
     from loftq.verbs.inspect import inspect as inspect
     from loftq.verbs.merge import merge as merge
     from loftq.verbs.push import push as push
@@ -41,6 +42,7 @@ __all__ = [
     "KeepFloat32",
     "LoftQError",
     "config",
+    "convert",
     "evaluate",
     "generate",
     "inspect",
@@ -61,6 +63,7 @@ _HOMES = {
     "KeepFloat32": "loftq.training.keep_float32",
     "LoftQError": "loftq.errors",
     "config": "loftq.verbs.config",
+    "convert": "loftq.verbs.convert",
     "evaluate": "loftq.training.evaluate",
     "generate": "loftq.training.generate",
     "inspect": "loftq.verbs.inspect",

@@ -37,10 +37,10 @@ class Start:
 class Tool:
     """A training tool.
 
-    `imports_loftq` says whether it can start from formats that need `import loftq`; `format` is the only one that it
-    takes, if there is such a one. With `adapter_alone` it is told the
-    adapter, and finds the backbone by the adapter's configuration. `data` is what stands for the user's data, `refused`
-    has stages that it cannot do with our start, and why.
+    `imports_loftq` says whether it can start from formats that need `import loftq`; `instead` has the formats that it
+    cannot use, and those to quantize to instead. With `adapter_alone` it is told the adapter, and finds the backbone by
+    the adapter's configuration. `data` is what stands for the user's data, `refused` has stages that it cannot do with
+    our start, and why.
     """
 
     title: str
@@ -48,7 +48,7 @@ class Tool:
     ran: bool
     write: Callable[[Start], str]
     imports_loftq: bool = False
-    format: str | None = None
+    instead: Mapping[str, str] = field(default_factory=dict)
     adapter_alone: bool = False
     data: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({SFT: "chats.jsonl", DPO: "pairs.jsonl"}))
     refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -175,7 +175,9 @@ swift {command} \\
 
 
 def _accelerate_fsdp(start: Start) -> str:
-    return f"""# Write the script with `loftq config {shlex.quote(start.folder)} --for trl --output train.py`, then:
+    folder = shlex.quote(start.folder)
+    return f"""# accelerate launch --config_file THIS_FILE -m loftq_cli.main train {folder} --data FILE --output trained
+# or, with a script that `loftq config {folder} --for trl --output train.py` writes:
 # accelerate launch --config_file THIS_FILE train.py
 compute_environment: LOCAL_MACHINE
 distributed_type: FSDP
@@ -202,8 +204,9 @@ def _quoted(text: str) -> str:
 
 
 _DATA_NAMES = MappingProxyType({SFT: "my_data", DPO: "my_pairs"})
+_SPLIT = MappingProxyType({"bitsandbytes": "bitsandbytes-fsdp"})  # FSDP splits numbers of bitsandbytes, and no bytes
 TOOLS: Mapping[str, Tool] = {
-    "accelerate-fsdp": Tool("accelerate", "1.15.0", False, _accelerate_fsdp, format="bitsandbytes-fsdp"),
+    "accelerate-fsdp": Tool("accelerate", "1.15.0", False, _accelerate_fsdp, True, instead=_SPLIT),
     "axolotl": Tool(
         "axolotl",
         "0.19.0",

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 from loftq.core.kernels import dispatch, viterbi
+from loftq.core.kernels.compiled import lent
 from loftq.core.scales import Scales
 
 LENGTH = 12  # bits of a state
@@ -133,7 +134,7 @@ def decode(
     begins, rows = begins + first * widths.long(), rows[first:last]
     out = torch.empty(len(columns), len(rows), dtype=torch.float32, device=codes.device)
     if dispatch.on_cpu(codes):
-        arrays = (codes.numpy().view(np.uint32), begins.numpy(), widths.numpy(), tables().numpy().reshape(-1))
+        arrays = (lent(codes).view(np.uint32), begins.numpy(), widths.numpy(), tables().numpy().reshape(-1))
         viterbi.decode(*arrays, columns.float().numpy(), rows.float().contiguous().numpy(), LENGTH, out.numpy())
     elif dispatch.on_gpu(codes):
         from loftq.core.kernels import gpu_trellis

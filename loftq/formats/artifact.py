@@ -24,6 +24,7 @@ MANIFEST = "loftq.json"
 CARD = "README.md"  # the user may edit it
 VERSION = 1
 START = "start"  # the kind of an adapter for a backbone that another program quantized
+SAME_CODES = "same_codes"  # the hashes of backbones in other formats from which this one was converted
 DENSE = "dense"  # the format of a merged model in 16 bits
 
 _AGAIN = "copy or download the folder again"
@@ -87,6 +88,7 @@ _COMMON = {
     "backbone_sha256": str,
     "versions?": {str: str},
     "notes?": [str],
+    f"{SAME_CODES}?": [str],
     "files": {str: {"bytes": whole(), "sha256?": str}},
 }
 _QUANTIZED = {
@@ -131,6 +133,10 @@ class Artifact:
     def backbone_hash(self) -> str:
         """The hash of the quantized backbone. An adapter belongs to exactly one backbone."""
         return str(self.manifest["backbone_sha256"])
+
+    def has_codes_of(self, backbone_hash: str) -> bool:
+        """Whether an adapter of the backbone with this hash fits: it is this one, or was converted into this one."""
+        return backbone_hash in (self.backbone_hash, *self.manifest.get(SAME_CODES, ()))
 
 
 def open_artifact(folder: Path | str) -> Artifact:

@@ -142,7 +142,7 @@ def other_backbone(artifact: Artifact, adapter: Adapter) -> str | None:
         trained = str(base_model), open_artifact(base_model).backbone_hash
     if trained is None:
         return trained_on_original(adapter, artifact.manifest["source"]["model"])
-    return None if trained[1] == artifact.backbone_hash else trained[0]
+    return None if artifact.has_codes_of(trained[1]) else trained[0]
 
 
 def trained_on_original(adapter: Adapter, source: str | None) -> str | None:

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
 from accelerate.utils import broadcast_object_list
 from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -35,7 +36,7 @@ from loftq.settings import declared, from_dict
 from loftq.training.adapter_card import adapter_card
 from loftq.training.arguments import arguments_of, explain_settings
 from loftq.training.batches import Split
-from loftq.training.callbacks import Permissions, Progress, scores_of
+from loftq.training.callbacks import Permissions, Progress
 from loftq.training.collators import collator_for
 from loftq.training.data import explain_cache_errors, read_rows
 from loftq.training.lengths import sizes
@@ -60,9 +61,10 @@ from loftq.training.run_folder import (
     write_record,
 )
 from loftq.training.settings import TrainKeywords, TrainRun, TrainSettings, settings_of
+from loftq.training.sharding import check_launcher, whole_adapter
 from loftq.training.steps import shorten_warmup, steps_of
 from loftq.training.tasks import TRAINING_TASKS
-from loftq.training.trainer import LeanTrainer
+from loftq.training.trainer import LeanTrainer, last_loss, last_scores
 from loftq.verbs.push import push
 
 _log = logging.getLogger(__name__)
@@ -140,15 +142,16 @@ def _train_in(output: Path, settings: TrainSettings, run: TrainRun) -> Result:
             *count_parameters(opened.model),
             steps=trainer.state.global_step,
             examples=len(ready.train_examples),
-            train_loss=_last_loss(trainer, trained.training_loss),
-            evaluation={} if ready.eval_examples is None else _measured(trainer),
+            train_loss=last_loss(trainer, trained.training_loss),
+            evaluation={} if ready.eval_examples is None else last_scores(trainer),
             seconds=time.perf_counter() - started,
             next_steps=next_steps(output, settings.task, opened.task.name, base),
         )
+        weights = whole_adapter(trainer)
         if trainer.is_world_process_zero():
             if not Path(ready_settings.model).expanduser().is_dir():
                 opened.name_backbone(ready_settings.model)  # the name is an id on the Hub
-            _finish(opened, settings, backbone, record, result, trainer.state.log_history)
+            _finish(opened, settings, backbone, {**record, "history": trainer.state.log_history}, result, weights)
     return result
 
 
@@ -162,6 +165,7 @@ def _ready(output: Path, settings: TrainSettings, *, resume: bool) -> _Ready:
     hashes = _checked_rows(output, settings, rows, evaluation, resume=resume)
     backbone = find_model(settings.model, headers_only=True)
     mode = mode_of(settings, backbone)
+    check_launcher(backbone)
     arguments_of(settings, mode)  # which refuses some settings, before the data are encoded
     check_push(settings, backbone)
     if settings.push_to_hub is not None:
@@ -236,16 +240,19 @@ def _finish(
     backbone: Model,
     record: dict[str, Any],
     result: Result,
-    history: list[dict[str, Any]],
+    weights: dict[str, torch.Tensor] | None,
 ) -> None:
-    """Save the adapter, the tokenizer, the card and the record, and push the model if the settings say so."""
-    opened.model.save_pretrained(result.folder, save_embedding_layers=False)  # they do not train
+    """Save the adapter, the tokenizer, the card and the record, and push the model if the settings say so.
+
+    `weights` are the tensors of the adapter if the model itself has only parts of them.
+    """
+    opened.model.save_pretrained(result.folder, state_dict=weights, save_embedding_layers=False)  # they do not train
     opened.tokenizer.save_pretrained(result.folder)
     copy_processor(opened.folder, result.folder)
     follow_umask(result.folder)
     versions = {name: version(name) for name in _VERSIONS}
     figures = {name: value for name, value in result.to_dict().items() if name != "next_steps"}
-    finished = {**record, "result": figures, "history": history, "versions": versions}
+    finished = {**record, "result": figures, "versions": versions}
     write_whole(result.folder / CARD, adapter_card(settings, backbone, finished))  # peft's own is an empty template
     write_record(result.folder, finished)
     if settings.push_to_hub is not None:
@@ -284,15 +291,3 @@ def _classified(
     # An encoder-decoder returns hidden states after the logits.
     logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
     return scores(logits, output.label_ids, problem)
-
-
-def _last_loss(trainer: Trainer, mean: float) -> float:
-    """The loss that was logged last, or the mean of the run if none was logged."""
-    return float([mean, *(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)][-1])
-
-
-def _measured(trainer: Trainer) -> dict[str, float]:
-    """The evaluation after the last step: the logged one if there is one, otherwise a new one."""
-    last = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1:]
-    is_current = last and last[0]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end
-    return scores_of(last[0] if is_current else trainer.evaluate())

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Trainer
 
 from loftq.models.head_loss import HiddenStates, next_token_loss
+from loftq.training.callbacks import scores_of
 
 
 class LeanTrainer(Trainer):
@@ -58,3 +59,15 @@ class LeanTrainer(Trainer):
         if self.args.average_tokens_across_devices:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size() if self.args.n_gpu <= 1 else 1)
         return loss
+
+
+def last_loss(trainer: Trainer, mean: float) -> float:
+    """The loss that was logged last, or the mean of the run if none was logged."""
+    return float([mean, *(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)][-1])
+
+
+def last_scores(trainer: Trainer) -> dict[str, float]:
+    """The evaluation after the last step: the logged one if there is one, otherwise a new one."""
+    last = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1:]
+    is_current = last and last[0]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end
+    return scores_of(last[0] if is_current else trainer.evaluate())

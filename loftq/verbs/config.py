@@ -84,9 +84,10 @@ def _check(artifact: Artifact, tool: str, row: Tool) -> None:
     task = manifest["source"]["task"]
     if task != _TASK:
         raise OptionError(f"--for {tool}: {folder} is for {task}, and these configurations train {_TASK} models")
-    if row.format not in (None, manifest["format"]):
+    instead = row.instead.get(manifest["format"])
+    if instead is not None:
         raise OptionError(
-            f"--for {tool}: {folder} is in the format {manifest['format']}: quantize with --format {row.format}"
+            f"--for {tool}: {folder} is in the format {manifest['format']}: quantize with --format {instead}"
         )
     stock = LAYOUTS[manifest["format"]].METHOD == BITSANDBYTES and manifest["recipe"]["bits"] in _WIDTHS
     if not stock and not row.imports_loftq:

@@ -6,10 +6,12 @@ The oracle is `loftq.quantize` without a cluster to the same path: the SHA-256 o
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -184,3 +186,25 @@ def test_a_damaged_weight_is_one_line(two_nodes: TwoNodes, tmp_path: Path) -> No
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert "model.layers.1.mlp.up_proj.weight" in done.stderr
+
+
+def test_nodes_die_at_ten_random_moments(two_nodes: TwoNodes, quantize: Quantize) -> None:
+    """Each time another node joins. As many runs as it takes, each with the bytes of this process."""
+    here = quantize()
+    moments, deaths, ended = random.Random(0), [0], threading.Event()
+
+    def kill() -> None:
+        while deaths[0] < 10 and not ended.wait(moments.uniform(0.5, 12.0)):
+            two_nodes.kill(two_nodes.nodes.pop(moments.randrange(2)))
+            two_nodes.nodes.append(two_nodes.add())
+            deaths[0] += 1
+
+    killing = threading.Thread(target=kill)
+    killing.start()
+    try:
+        while deaths[0] < 10 and killing.is_alive():
+            assert quantize(two_nodes.address) == here
+    finally:
+        ended.set()
+        killing.join()
+    assert deaths == [10]

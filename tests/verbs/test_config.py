@@ -86,6 +86,8 @@ def test_accelerate_reads_its_configuration(folder: Path, pico: Path, tmp_path: 
     found = load_config_from_file(str(loftq.config(made, "accelerate-fsdp", output=tmp_path / "fsdp.yaml").output))
     assert (found.distributed_type, found.fsdp_config["fsdp_version"]) == ("FSDP", 2)
     assert values(made, "axolotl")["base_model"] == str(made)
+    packed = loftq.quantize(str(pico), output=tmp_path / "packed", rank=4, iters=1, bits=2, quiet=True).folder
+    assert f"train {packed} --data" in loftq.config(packed, "accelerate-fsdp").text
 
 
 @pytest.mark.parametrize(("stage", "references"), [("sft", 0), ("dpo", 1)])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from loftq.core.kernels.compiled import LANES, TILE, TINY, compiled, flat, for_block, over_blocks
+from loftq.core.kernels.compiled import LANES, TILE, TINY, compiled, flat, for_block, lent, over_blocks
 
 _HALF, _BIT, _BELOW = np.uint32(16), np.uint32(1), np.uint32(0x7FFF)
 _ZERO, _ONE, _SIXTEEN = np.float32(0), np.float32(1), np.float32(16)
@@ -281,7 +281,7 @@ def dequantize_blocks(
     """
     halved = out.dtype == torch.bfloat16
     target = out.view(-1).view(torch.int16).numpy().view(np.uint16) if halved else flat(out)
-    source, s, levels = packed.numpy(), flat(scales), table.numpy()
+    source, s, levels = lent(packed), flat(scales), table.numpy()
     t, shifted = (s, False) if shifts is None else (flat(shifts), True)
     loop = for_block(_dequantize, block)
     over_blocks(len(s), block, lambda first, last: loop(source, s, t, shifted, levels, target, halved, first, last))

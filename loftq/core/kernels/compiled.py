@@ -129,3 +129,11 @@ def over_blocks(blocks: int, block: int, work: Callable[[int, int], None]) -> No
 def flat(tensor: torch.Tensor) -> np.ndarray:
     """The values of a contiguous tensor as a one-dimensional array that shares its memory."""
     return tensor.detach().view(-1).numpy()
+
+
+def lent(tensor: torch.Tensor) -> np.ndarray:
+    """The values of stored codes as an array that shares their memory. FSDP can free and fill that memory again.
+
+    `Tensor.numpy` would make it impossible: after that call, torch refuses to resize the storage.
+    """
+    return np.from_dlpack(tensor.detach())

@@ -1,0 +1,243 @@
+"""Ray against threads: the time of calibrating and of solving with one and with two cores, and whether bytes agree.
+
+    python benchmarks/cluster.py [MODEL ...] [--layers 3] [--skip-model] [--tokens 8192] [--length 512] [--iters 2]
+
+For each model four processes work one after another: threads of one process with 1 and with 2 cores, and Ray with 1
+and with 2 nodes of one core each on this machine (`ray.cluster_utils`). The models are those given (by default the
+installed SmolLM2-135M), and a synthetic checkpoint with so many layers of Llama-2-7B's shapes.
+
+What Ray needs to start is left out: a small model is quantized first, so that workers have imported everything, and
+calibrating is timed from the end of the first block to the end of the last. CPU seconds are those of all processes in
+that time. The SHA-256 of the folder and of the statistics must be those of one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from machine import describe, table
+from memory import config_of, make_checkpoint
+from transformers import LlamaConfig
+
+MODES = (("threads", 1), ("threads", 2), ("Ray", 1), ("Ray", 2))
+
+
+class _EnoughError(Exception):
+    """Ends a run after its calibration."""
+
+
+class _Clock:
+    """The wall time and the CPU seconds between two moments, of this process and of all that it has started."""
+
+    def __init__(self) -> None:
+        self.first: tuple[float, float] | None = None
+        self.last = (0.0, 0.0)
+
+    def tick(self, *_: Any) -> None:
+        """Note this moment, the first or the last one so far."""
+        here, spent = psutil.Process(), 0.0
+        for process in (here, *here.children(recursive=True)):
+            try:
+                times = process.cpu_times()
+            except psutil.Error:
+                continue
+            spent += times.user + times.system
+        self.last = time.perf_counter(), spent
+        self.first = self.first or self.last
+
+    def spent(self) -> list[float]:
+        """Seconds of the wall and of the CPUs."""
+        first = self.first or self.last
+        return [after - before for before, after in zip(first, self.last, strict=True)]
+
+
+def _after(owner: Any, name: str, action: Callable[[], None]) -> None:
+    method = getattr(owner, name)
+
+    def followed(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        action()
+        return result
+
+    setattr(owner, name, followed)
+
+
+def _solve(model: str | None, settings: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Quantize without a text. The time is that of the jobs."""
+    import loftq
+    from loftq.verbs import quantize
+
+    clock, solve_all = _Clock(), quantize.solve_all
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        clock.tick()
+        result = solve_all(*args, **kwargs)
+        clock.tick()
+        return result
+
+    quantize.solve_all = timed
+    try:
+        report = loftq.quantize(model, output=output, quiet=True, **settings)
+    finally:
+        quantize.solve_all = solve_all
+    found = {"spent": clock.spent(), "weights": report.totals["weights"], "sha256": _hash(output)}
+    shutil.rmtree(output)
+    return found
+
+
+def _calibrate(model: str | None, settings: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Gather statistics. The time is that of all blocks but the first."""
+    import loftq
+    from loftq.calibration.progress import Progress
+    from loftq.verbs import quantize
+
+    clock = _Clock()
+    _after(Progress, "end", clock.tick)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise _EnoughError
+
+    quantize.solve_all = stop
+    statistics = output.with_name("statistics")
+    with suppress(_EnoughError):
+        loftq.quantize(model, output=output, statistics=statistics, refine=0, quiet=True, **settings)
+    found = {"spent": clock.spent(), "sha256": _hash(statistics)}
+    shutil.rmtree(output)
+    shutil.rmtree(statistics)
+    return found
+
+
+def _hash(folder: Path) -> str:
+    total = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and ".loftq-partial" not in path.parts):
+        total.update(path.relative_to(folder).as_posix().encode() + hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def work(task: dict[str, Any]) -> None:
+    """What one process does: print its measurements as JSON."""
+    cores, scratch = task["cores"], Path(task["scratch"])
+    cluster, more = None, {"workers": cores}
+    torch.set_num_threads(1 if task["mode"] == "Ray" else cores)
+    if task["mode"] == "Ray":
+        from ray.cluster_utils import Cluster
+
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        for _ in range(cores):
+            cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        more = {"cluster": cluster.address}
+    solving = {**task["solving"], **more, "device": "cpu"}
+    calibrating = {**task["calibrating"], **more, "device": "cpu"}
+    from loftq.cluster.connection import connected
+
+    try:
+        with connected(cluster.address) if cluster else nullcontext():
+            _solve(task["small"], solving, scratch / "out")
+            found = {"solving": _solve(task["model"], solving, scratch / "out")}
+            found["calibrating"] = _calibrate(task["model"], calibrating, scratch / "out")
+    finally:
+        if cluster is not None:
+            cluster.shutdown()
+    print(json.dumps(found))
+
+
+def measure(name: str, model: str | None, small: str, scratch: str, tokens: int, options: argparse.Namespace) -> None:
+    """Measure a model in all modes, and print a table."""
+    name = f"{name}, {tokens} tokens"
+    shared = {"bits": 4, "rank": options.rank}
+    task: dict[str, Any] = {"model": model, "small": small, "scratch": scratch}
+    task["solving"] = {**shared, "iters": options.iters}
+    task["calibrating"] = {
+        **shared,
+        "calibration": options.data,
+        "calibration_tokens": tokens,
+        "sequence_length": options.length,
+    }
+    results: dict[tuple[str, int], dict[str, Any]] = {}
+    for mode, cores in MODES:
+        threads = "1" if mode == "Ray" else str(cores)
+        command = [sys.executable, __file__, "--task", json.dumps({**task, "mode": mode, "cores": cores})]
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise SystemExit(done.stderr[-3000:])
+        results[mode, cores] = json.loads(done.stdout.splitlines()[-1])
+    base = results["threads", 1]
+    for part in ("calibrating", "solving"):
+        rows: list[tuple[str, ...]] = [
+            (f"{name}: {part}", "cores", "time", "speed-up", "of threads", "CPU time", "bytes")
+        ]
+        for (mode, cores), found in results.items():
+            wall, spent = found[part]["spent"]
+            alone, beside = results[mode, 1][part]["spent"][0], results["threads", cores][part]["spent"][0]
+            same = "same" if found[part]["sha256"] == base[part]["sha256"] else "differ"
+            rows.append(
+                (
+                    mode,
+                    str(cores),
+                    f"{wall:.1f} s",
+                    f"{alone / wall:.2f}x",
+                    f"{wall / beside:.2f}x",
+                    f"{spent:.1f} s",
+                    same,
+                )
+            )
+        print(f"{table(rows)}\n", flush=True)
+
+
+def main() -> None:
+    """Run, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model", nargs="*", help="[default: the installed SmolLM2-135M]")
+    parser.add_argument("--skip-model", action="store_true", help="only the synthetic checkpoint")
+    parser.add_argument("--layers", type=int, default=3, help="of Llama-2-7B's shapes; 0 leaves them out")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--iters", type=int, default=2)
+    parser.add_argument("--data", default="default")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--shapes-tokens", type=int, default=4096, help="for the synthetic checkpoint")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.task:
+        work(options.task)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        config = LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            vocab_size=512,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+        )
+        small = str(make_checkpoint(Path(scratch) / "small", config, "cpu"))
+        for model in options.model or ([] if options.skip_model else [None]):
+            measure(Path(model or "SmolLM2-135M").name, model, small, scratch, options.tokens, options)
+        if options.layers:
+            config = config_of(options.layers, mixture=False)
+            shapes = str(make_checkpoint(Path(scratch) / "llama-2-7b-shapes", config, "cpu"))
+            measure(
+                f"Llama-2-7B's shapes, {options.layers} layers", shapes, small, scratch, options.shapes_tokens, options
+            )
+    print(f"windows of {options.length}, rank {options.rank}, {options.iters} iterations")
+    print(f"{describe('cpu')}")
+
+
+if __name__ == "__main__":
+    main()
