@@ -257,6 +257,14 @@ _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floord
 _IN_PLACE.add("__setitem__")
 
 
+def keeps_less(device: torch.device) -> bool:
+    """Whether training on a device recomputes cheap activations: on a CPU, where that takes next to no time.
+
+    On a GPU, the functions are short, and recording them would take longer than many of them.
+    """
+    return device.type == "cpu"
+
+
 @contextmanager
 def recomputing_cheap_activations() -> Iterator[Callable[[torch.Tensor], Any]]:
     """Within this context, a forward pass keeps cheap activations as the functions that they came from."""
