@@ -1,13 +1,15 @@
-"""A Trainer that computes the loss of a causal model without the logits of a whole batch (`models.head_loss`)."""
+"""A Trainer that needs less memory: no logits of a whole batch (`models.head_loss`), fewer activations on a CPU."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import Trainer
 
+from loftq.models.cheap_activations import keeps_less, recomputing_cheap_activations
 from loftq.models.head_loss import HiddenStates, next_token_loss
 from loftq.training.callbacks import scores_of
 
@@ -31,8 +33,14 @@ class LeanTrainer(Trainer):
         """The mean loss of the tokens that are learned, in nats; with the outputs without logits if they are asked."""
         loss = self._streamed(model, inputs, num_items_in_batch)
         if loss is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with self._keeping(model):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _keeping(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """The context in which a model that learns runs."""
+        less = model.training and not self.args.torch_compile and keeps_less(self.args.device)
+        return recomputing_cheap_activations() if less else nullcontext()
 
     def _streamed(
         self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None
@@ -47,7 +55,8 @@ class LeanTrainer(Trainer):
             self._states = HiddenStates(inner)
         states = self._states
         others = {name: value for name, value in inputs.items() if name != "labels"}
-        output = states.of(lambda: model(**others))
+        with self._keeping(model):
+            output = states.of(lambda: model(**others))
         if output is None:
             return None
         smoothing = float(self.args.label_smoothing_factor)
