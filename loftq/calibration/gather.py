@@ -35,6 +35,7 @@ from loftq.calibration.statistics import (
     read_record,
 )
 from loftq.calibration.windows import Calibration, prepare
+from loftq.core.kernels.products import fast_products
 from loftq.display import few_of
 from loftq.errors import ArtifactError, SourceError
 from loftq.formats.disk import explain_os_errors, move_into_place, scratch_beside, write_whole
@@ -156,7 +157,7 @@ def _run(
     answers: list[dict[str, torch.Tensor]] = [{} for _ in batches]
     with bar:
         observer = InputObserver(plan, weights, folder, bar, answers, progress)
-        with observer.watching(), explain_forward(plan.source.name, plan.model_type):
+        with fast_products(), observer.watching(), explain_forward(plan.source.name, plan.model_type):
             run_in_lockstep(weights.core, batches, weights.blocks, observer, progress)
         observer.save(None)
     if any(bool(tensor.isnan().any()) for answer in answers for tensor in answer.values()):

@@ -20,8 +20,11 @@ from typing import Self
 import torch
 from scipy.linalg.blas import ssyrk
 
+from loftq.core.kernels import products
+
 PANEL = 512  # rows that are computed at a time: with fewer rows, matrix products get slower
 WHOLE = 2048  # entries up to which all panels are computed by one product
+STRIP = 192  # rows of a panel that one of the fast products computes
 ROWS = 4096  # vectors whose products are summed in float32 before they are added to a sum in float64
 
 
@@ -42,6 +45,9 @@ class Moment:
     def add(self, inputs: torch.Tensor) -> None:
         """Add vectors (..., size) of any floating dtype."""
         x = inputs.reshape(-1, self.size).float()  # (n, in)
+        if products.are_fast() and x.device.type == "cpu":
+            self._add_strips(x)
+            return
         whole = _upper_half(x) if self.size <= WHOLE else None
         for start, panel in zip(range(0, self.size, PANEL), self.panels, strict=True):
             rows = panel.shape[0]
@@ -51,6 +57,14 @@ class Moment:
             own, others = x[:, start : start + rows], x[:, start + rows :]
             panel[:, :rows] += _upper_half(own)
             panel[:, rows:] += own.t() @ others
+        self.count += len(x)
+
+    def _add_strips(self, x: torch.Tensor) -> None:
+        """Add vectors (n, in), by products of strips so narrow that few entries below the diagonal are computed."""
+        for start, panel in zip(range(0, self.size, PANEL), self.panels, strict=True):
+            for first in range(0, len(panel), STRIP):
+                strip = slice(start + first, start + min(first + STRIP, len(panel)))
+                panel[first : first + STRIP, first:] += x[:, strip].t() @ x[:, strip.start :]
         self.count += len(x)
 
     def merge(self, other: Moment) -> Self:
