@@ -32,7 +32,7 @@ from loftq.errors import OptionError
 
 Norms = tuple[float, float]  # the norm of an error in the weights, and in the outputs
 _DEPTH = 10  # Krylov steps of a factorization; the steep spectrum of a whitened residual needs no more
-_DEPTH_WARM = 4  # the same from the factors of the turn before
+_DEPTH_FED, _DEPTH_WARM = 5, 3  # the same for an error fed into the factors' directions, at the first turn and later
 ROUNDS = 2  # passes of coordinate descent per iteration
 
 
@@ -83,7 +83,8 @@ def solve_calibrated(
             solved = _again(weight - product, quantizer, method, h, solved, pulls)
             residual = left_by(solved, weight, quantizer)
             whitened = metric.whiten(residual)
-        factors = lowrank.factorize(whitened, rank, _DEPTH if factors is None else _DEPTH_WARM, factors, generator)
+        depth = _DEPTH if directions is None else _DEPTH_FED if t == 1 else _DEPTH_WARM
+        factors = lowrank.factorize(whitened, rank, depth, factors, generator)
         objective = math.sqrt(lowrank.rest(squared(whitened), whitened, factors, rank))
         right = factors.left[:, :rank].T @ residual
         product = factors.left[:, :rank] @ right
@@ -187,4 +188,4 @@ def _directions(
     """The directions in which inputs are largest, (in, rank): a rank-r adapter in the metric corrects mostly these."""
     if moment is None or method.rounding != "intrinsic" or not rank:
         return None
-    return lowrank.factorize(moment.float(), rank, _DEPTH, None, generator).left[:, :rank]
+    return lowrank.factorize(moment.float(), rank, _DEPTH_FED, None, generator).left[:, :rank]
