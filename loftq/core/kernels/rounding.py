@@ -186,7 +186,12 @@ def _carry(wanted, changes, coefficients, start, first, last):  # type: ignore[n
             for k in range(0, done, 4):
                 j0, j1, j2, j3 = changed[k], changed[k + 1], changed[k + 2], changed[k + 3]
                 c0, c1, c2, c3 = changes[r, j0], changes[r, j1], changes[r, j2], changes[r, j3]
-                h0, h1, h2, h3 = coefficients[j0, side], coefficients[j1, side], coefficients[j2, side], coefficients[j3, side]
+                h0, h1, h2, h3 = (
+                    coefficients[j0, side],
+                    coefficients[j1, side],
+                    coefficients[j2, side],
+                    coefficients[j3, side],
+                )
                 for i in range(sums.shape[0]):
                     sums[i] += (c0 * h0[i] + c1 * h1[i]) + (c2 * h2[i] + c3 * h3[i])
             for k in range(done, count):
