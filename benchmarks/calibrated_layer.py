@@ -4,10 +4,10 @@
                                           [--before CHECKOUT] [--linears down_proj]
 
 Makes a random layer of transformers' Llama, runs it in float32 on random activations, sums up the moments of its
-linears' inputs, and solves its seven linears at NF4 by the method `calibrated`, without its refinement. Forward pass and
-moments cost as much for every token, so few tokens suffice: their times are also given for 65,536. Each part runs on one
-thread. `--before` runs another checkout of loftq in turns, in processes of their own, and prints ratios. `--linears` only
-solves linears of these names.
+linears' inputs, and solves its seven linears at NF4 by the method `calibrated`, without its refinement. All of it runs on
+one thread. Forward pass and moments cost as much for every token, so they are measured on few, and given for 65,536.
+`--before` runs another checkout of loftq first, in a process of its own, and prints ratios. `--linears` solves only the
+linears of these names.
 """
 
 from __future__ import annotations
@@ -120,11 +120,7 @@ def main() -> None:
         times["solving"] = sum(times[name] for name in solved)
         parts = ("forward pass of 65,536 tokens", "moments of 65,536 tokens", "solving")
         times["all"] = sum(times[name] for name in parts)
-    heads = (
-        ("before", "now", "ratio", "error of outputs, before and now")
-        if options.before
-        else ("now", "error of outputs")
-    )
+    heads = ("before", "now", "ratio", "errors of outputs") if options.before else ("now", "error of outputs")
     rows: list[tuple[str, ...]] = [(f"{options.width} and {options.inner} wide, rank {options.rank}", *heads)]
     for name in [*solved, "solving", "forward pass of 65,536 tokens", "moments of 65,536 tokens", "all"]:
         errors = ", ".join(f"{times[f'{name} error']:.5f}" for times in found if f"{name} error" in times)

@@ -7,10 +7,9 @@ Runs `loftq quantize` four times, each in a process of its own: LoftQ without te
 calibrated again, with the statistics that are there; and that with the distillation, unless `--refine 0`. `--layers`
 takes random weights of so many layers of Llama-2-7B's shapes, and bytes for tokens.
 
-The processor time of all threads disturbs less than the wall time when other work runs. The difference between the second
-run and the third is what gathering the statistics costs. It is printed as a multiple of the model's forward pass over as
-many tokens by transformers, logits included: in torch's own setting, and with the products that loftq uses
-(`core.kernels.products`). `--raw` makes these two passes only.
+The difference between the second run and the third, in processor time of all threads, is what gathering the statistics
+costs. It is printed as a multiple of the model's forward pass over as many tokens by transformers, logits included: in
+torch's own setting, and with the products that loftq uses (`core.kernels.products`). `--raw` makes these passes only.
 """
 
 from __future__ import annotations

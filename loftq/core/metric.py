@@ -7,9 +7,9 @@ causes in the outputs is
 
 So the best factors of rank r in this metric are those of E R, times R⁻¹:  B A = SVD_r(E R) R⁻¹  (QERA, arXiv
 2410.06040, theorem 1; CLoQ, arXiv 2501.18475, section 3.2). With the leading left singular vectors U of E R this is
-U Uᵀ E, which needs no R⁻¹. Every such root gives the same product; a triangular root from Cholesky is the cheapest, since
-half of the arithmetic of E R is with zeros, and left out. The diagonal metric, R = diag(√E[x²]), is QERA's approximation,
-and the identity is LoftQ's metric.
+U Uᵀ E, which needs no R⁻¹. Every such root gives the same product; a triangular root from Cholesky is the cheapest,
+since half of the arithmetic of E R is with zeros, and left out. The diagonal metric, R = diag(√E[x²]), is QERA's
+approximation, and the identity is LoftQ's metric.
 
 H is damped to H + 0.01 · mean(diag H) · I and decomposed in float64. Without damping it would be singular if there are
 fewer tokens than inputs, or if an input is always zero.

@@ -3,8 +3,8 @@
 torch multiplies with MKL, which computes with AVX2 on AMD's processors. oneDNN, which is part of torch too, has AVX-512
 kernels for them. They are as exact, and about twice as fast.
 
-torch hands float32 products to oneDNN only if oneDNN may round their inputs to bfloat16. Whether it does so depends on the
-processor: on those with AMX it does. So a product is compared with the exact one first.
+torch hands float32 products to oneDNN only if oneDNN may round their inputs to bfloat16. Whether it does so depends on
+the processor: on those with AMX it does. So a product is compared with the exact one first.
 """
 
 from __future__ import annotations
