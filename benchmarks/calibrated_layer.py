@@ -4,8 +4,8 @@
                                           [--before CHECKOUT] [--linears down_proj]
 
 Makes a random layer of transformers' Llama, runs it in float32 on random activations, sums up the moments of its
-linears' inputs, and solves its seven linears at NF4 by the method `calibrated`, without its refinement. All of it runs on
-one thread. Forward pass and moments cost as much for every token, so they are measured on few, and given for 65,536.
+linears' inputs, and solves its seven linears at NF4 by the method `calibrated`, without its refinement. All of it runs
+on one thread. Forward pass and moments cost as much for every token, so they are measured on few, and given for 65,536.
 `--before` runs another checkout of loftq first, in a process of its own, and prints ratios. `--linears` solves only the
 linears of these names.
 """

@@ -174,10 +174,16 @@ def rooted(moment: torch.Tensor, directions: torch.Tensor | None = None) -> torc
     Raises OptionError where H is not positive definite.
     """
     exact = moment.double()
-    repaid = None if directions is None else _repaid(exact, directions.double())
-    rest = exact if repaid is None else exact - repaid @ repaid.T
-    upper = _cholesky(rest.flip(0, 1)).flip(0, 1)  # the factor is lower triangular, so H is reversed, and U after
-    return upper if repaid is None else torch.cat([upper, repaid], dim=1)
+    size = len(exact)
+    repaid = exact[:, :0] if directions is None else _repaid(exact, directions.double())
+    rest = exact.flip(0, 1)  # reversed, because the factor is lower triangular, and U is upper
+    if directions is not None:
+        last_first = repaid.flip(0)
+        rest.addmm_(last_first, last_first.T, alpha=-1)
+    lower = _cholesky(rest)
+    root = exact.new_empty(size, size + repaid.shape[1])
+    root[:, :size], root[:, size:] = lower.flip(0, 1), repaid
+    return root
 
 
 def repayments_of(root: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -115,9 +115,9 @@ def _outputs(
 
 def _norms_of(residual: torch.Tensor, whitened: torch.Tensor, metric: Metric, outputs: Metric) -> Norms:
     """`norms`, of an error that is whitened already in a metric."""
-    return (
-        (math.sqrt(squared(residual)), math.sqrt(squared(whitened))) if metric is outputs else norms(residual, outputs)
-    )
+    if metric is not outputs:
+        return norms(residual, outputs)
+    return math.sqrt(squared(residual)), math.sqrt(squared(whitened))
 
 
 def trace_of(rounded: Sequence[Norms], iterations: Sequence[Norms], kept: int) -> Trace:
