@@ -12,6 +12,7 @@ from loftq.calibration.block_weights import BlockWeights
 from loftq.calibration.input_files import InputFiles
 from loftq.calibration.observer import InputObserver
 from loftq.calibration.progress import Progress
+from loftq.core.kernels.products import fast_products
 from loftq.models.image_text import placed
 from loftq.models.lockstep import Batch
 from loftq.models.lockstep import run as run_in_lockstep
@@ -54,7 +55,7 @@ class ForwardHere:
         answers: Answers = [{} for _ in batches]
         inputs = [placed(batch, self.device, weights.dtype) for batch in batches]
         observer = InputObserver(plan, weights, files, bar, answers, progress)
-        with observer.recorder.watching(), explain_forward(plan.source.name, plan.model_type):
+        with fast_products(), observer.recorder.watching(), explain_forward(plan.source.name, plan.model_type):
             run_in_lockstep(weights.core, inputs, weights.blocks, observer, progress)
         observer.save(None)
         return answers, weights.digests

@@ -11,6 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -26,7 +27,8 @@ from loftq.cluster.jobs import Job, plan_here
 from loftq.cluster.sent import Array, arrays_of
 from loftq.cluster.tasks import Failure, failure_of
 from loftq.cluster.threads import Threads
-from loftq.core.moments import products, zero_panel
+from loftq.core.kernels.products import fast_products
+from loftq.core.moments import panel_products, zero_panel
 from loftq.errors import LoftQError
 from loftq.models.devices import explain_full_memory
 from loftq.models.image_text import placed
@@ -96,6 +98,8 @@ class Part:
     def __init__(self, job: Job, batches: Sequence[Batch], past: Past, threads: Threads) -> None:
         self._threads, self._past = threads, past
         threads.use()
+        self._fast = ExitStack()  # as long as this process lives
+        self._fast.enter_context(fast_products())
         self._device = torch.device(job.device)
         self._steps: queue.Queue[Step | BaseException] = queue.Queue()
         self._turn = threading.Semaphore(0)
@@ -125,7 +129,7 @@ class Part:
         for x in self._vectors(visit):
             if held > _AHEAD_BYTES:
                 break
-            computed.append(products(x, group))
+            computed.append(panel_products(x, group))
             held += sum(product.nbytes for product in computed[-1])
         self._ahead[visit, group] = computed
 
@@ -138,7 +142,7 @@ class Part:
             totals = [torch.from_numpy(panel.copy()).to(self._device) for panel in before]
         computed = self._ahead.pop((visit, group), [])
         for i, x in enumerate(self._vectors(visit)):
-            for total, product in zip(totals, computed[i] if i < len(computed) else products(x, group), strict=True):
+            for total, product in zip(totals, computed[i] if i < len(computed) else panel_products(x, group), strict=True):
                 total += product
         return [total.cpu().numpy() for total in totals]
 

@@ -104,12 +104,14 @@ class BlockQuantizer:
 
     def decode(self, codes: torch.Tensor, scales: Scales, shape: torch.Size) -> torch.Tensor:
         """Levels times scales: float32 of `shape`."""
-        levels = self.levels.to(codes.device)
+        levels = torch.zeros(16)
+        levels[: len(self.levels)] = self.levels
+        pairs = torch.cartesian_prod(levels, levels).to(codes.device)  # of each byte: (256, 2)
         out = torch.empty(shape, device=codes.device)
         parts = torch.split(codes, self._step // 2)
         for (target, scale), part in zip(self._chunks(out, scales.values), parts, strict=True):
-            pairs = torch.stack([part >> 4, part & 15], dim=1)  # (values / 2, 2)
-            target.copy_((levels[pairs.int()].view(-1, self.block_size) * scale.unsqueeze(1)).view(-1))
+            values = torch.index_select(pairs, 0, part.int()).view(-1, self.block_size)
+            torch.mul(values, scale.unsqueeze(1), out=target.view(-1, self.block_size))
         return out
 
     def residual(

@@ -28,6 +28,7 @@ from loftq.core.pooled import spread
 _LARGE = 20  # exponent of two up to which a block is multiplied as it is
 _SMALL = 128  # length of a side up to which the whole spectrum costs little
 _NOISE = 1e-6  # part of the largest energy: float32 products leave errors of this size in smaller ones
+_REST = 1e-5  # part of a column: a smaller rest of it is noise
 _NARROWEST = 8  # least columns of a Krylov block: fewer cost as much, since most of the time goes into reading E
 
 
@@ -88,20 +89,26 @@ def krylov(residual: torch.Tensor, start: torch.Tensor, depth: int) -> Factors:
     width = start.shape[1]
     left = residual.new_empty(residual.shape[0], depth * width)
     right = residual.new_empty(depth * width, residual.shape[1])
-    for step in range(depth):
+    count = 0  # columns of the basis
+    for _ in range(depth):
         block = residual @ _moderate(start)  # (out, b)
         before = torch.linalg.vector_norm(block, dim=0)
-        basis = left[:, : step * width]
+        basis = left[:, :count]
         for _ in range(2):  # twice is enough: the basis stays orthogonal to working precision
             block -= basis @ (basis.T @ block)
-        block, triangle = torch.linalg.qr(block)
         # If E has fewer directions than the Krylov space, the rest of a column is noise, and QR replaces it by a
         # direction that the basis may already hold. Counted twice, it would add energy that E does not have.
-        new = triangle.diagonal().abs() > 1e-5 * before
-        span = slice(step * width, (step + 1) * width)
-        left[:, span] = block * new
-        start = torch.mm(left[:, span].T, residual, out=right[span]).T  # (in, b)
-    return _leading(left, right, width)
+        own = torch.linalg.vector_norm(block, dim=0) > _REST * before
+        block, triangle = torch.linalg.qr(block[:, own])
+        block = block[:, triangle.diagonal().abs() > _REST * before[own]]
+        if not block.shape[1]:
+            break
+        span = slice(count, count + block.shape[1])
+        left[:, span], count = block, span.stop
+        start = torch.mm(block.T, residual, out=right[span]).T  # (in, b)
+    used = max(count, width)
+    left[:, count:used], right[count:used] = 0, 0
+    return _leading(left[:, :used], right[:used], width)
 
 
 def _moderate(start: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,10 @@ causes in the outputs is
     ‖E‖_H² = tr(E H Eᵀ) = ‖E R‖²,      H = R Rᵀ.
 
 So the best factors of rank r in this metric are those of E R, times R⁻¹:  B A = SVD_r(E R) R⁻¹  (QERA, arXiv
-2410.06040, theorem 1; CLoQ, arXiv 2501.18475, section 3.2). Every such root gives the same product; Cholesky's
-triangular root is the cheapest. The diagonal metric, R = diag(√E[x²]), is QERA's approximation, and the identity is
-LoftQ's metric.
+2410.06040, theorem 1; CLoQ, arXiv 2501.18475, section 3.2). With the leading left singular vectors U of E R this is
+U Uᵀ E, which needs no R⁻¹. Every such root gives the same product; a triangular root from Cholesky is the cheapest,
+since half of the arithmetic of E R is with zeros, and left out. The diagonal metric, R = diag(√E[x²]), is QERA's
+approximation, and the identity is LoftQ's metric.
 
 H is damped to H + 0.01 · mean(diag H) · I and decomposed in float64. Without damping it would be singular if there are
 fewer tokens than inputs, or if an input is always zero.
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
 
 import torch
 
@@ -25,6 +28,7 @@ from loftq.core.kernels import dispatch
 from loftq.errors import OptionError
 
 DAMPING = 0.01
+_PARTS, _NARROWEST, _WIDEST = 8, 128, 512  # into how many parts a triangular root is cut, and of what widths
 _USUAL = 60  # exponents of two up to which the mean of H's diagonal is used as it is
 METRICS = {
     "identity": "the weight itself",
@@ -46,14 +50,21 @@ def damped(moment: torch.Tensor) -> torch.Tensor:
     _, exponent = math.frexp(mean)
     if mean > 0 and abs(exponent) > _USUAL:
         exact, mean = exact * 4.0 ** -(exponent // 2), mean * 4.0 ** -(exponent // 2)
-    return exact + torch.eye(len(exact), dtype=torch.float64, device=exact.device) * (DAMPING * mean or 1.0)
+    elif exact is moment:
+        exact = moment.clone()
+    exact.diagonal().add_(DAMPING * mean or 1.0)
+    return exact
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A root R of H: None for the identity, float64 (in,) for a diagonal, (in, in) lower triangular otherwise."""
+    """A root R of H: None for the identity, float64 (in,) for a diagonal, and otherwise lower triangular (in, in).
+
+    An `upper` root is upper triangular, and may have more columns than rows: (in, in + r).
+    """
 
     root: torch.Tensor | None = None
+    upper: bool = False
 
     @classmethod
     def of(cls, kind: str, moment: torch.Tensor | None) -> Metric:
@@ -65,14 +76,45 @@ class Metric:
         return cls(torch.linalg.cholesky(moment.double()))
 
     def whiten(self, residual: torch.Tensor) -> torch.Tensor:
-        """The product E R of a residual and the root: float32 (out, in)."""
+        """The product E R of a residual and the root: float32 (out, in), or as many columns as R has."""
         if self.root is None:
             return residual
-        root = self.root.to(residual.dtype)
-        return residual * root if root.dim() == 1 else residual @ root
+        root = self._root_as(residual.dtype)
+        if root.dim() == 1:
+            return residual * root
+        spans = self._spans()
+        if not self.upper:
+            return torch.cat([residual[:, span.start :] @ root[span.start :, span] for span in spans], dim=1)
+        spans[-1] = slice(spans[-1].start, root.shape[1])
+        return torch.cat([residual[:, : span.stop] @ root[: span.stop, span] for span in spans], dim=1)
+
+    def pulls(self, whitened: torch.Tensor) -> torch.Tensor:
+        """The product E H of a residual, from E R: half the gradient of its squared norm."""
+        if self.root is None:
+            return whitened
+        root = self._root_as(whitened.dtype)
+        if root.dim() == 1:
+            return whitened * root
+        spans = self._spans()
+        if not self.upper:
+            return torch.cat([whitened[:, : span.stop] @ root[span, : span.stop].T for span in spans], dim=1)
+        return torch.cat([whitened[:, span.start :] @ root[span, span.start :].T for span in spans], dim=1)
+
+    def _spans(self) -> list[slice]:
+        """Parts of the rows of a triangular root, such that few zeros are multiplied."""
+        size = len(cast(torch.Tensor, self.root))
+        step = min(max(size // _PARTS, _NARROWEST), _WIDEST)
+        return [slice(first, min(first + step, size)) for first in range(0, size, step)]
+
+    def _root_as(self, dtype: torch.dtype) -> torch.Tensor:
+        return self._single if dtype == torch.float32 else cast(torch.Tensor, self.root).to(dtype)
+
+    @cached_property
+    def _single(self) -> torch.Tensor:
+        return cast(torch.Tensor, self.root).float()
 
     def unwhiten(self, right: torch.Tensor) -> torch.Tensor:
-        """The product F R⁻¹ of a matrix F (r, in) and the root's inverse, in the dtype of F."""
+        """The product F R⁻¹ of a matrix F (r, in) and the inverse of a root that is not upper, in the dtype of F."""
         if self.root is None:
             return right
         exact = right.double()

@@ -20,8 +20,11 @@ from typing import Self
 import torch
 from scipy.linalg.blas import ssyrk
 
+from loftq.core.kernels import products
+
 PANEL = 512  # rows that are computed at a time: with fewer rows, matrix products get slower
 WHOLE = 2048  # entries up to which all panels are computed by one product
+STRIP = 192  # rows of a panel that one of the fast products computes
 ROWS = 4096  # vectors whose products are summed in float32 before they are added to a sum in float64
 
 
@@ -37,14 +40,25 @@ def zero_panel(size: int, index: int, device: torch.device | str = "cpu") -> tor
     return torch.zeros(min(PANEL, size - start), size - start, dtype=torch.float64, device=device)
 
 
-def products(x: torch.Tensor, group: range) -> list[torch.Tensor]:
+def panel_products(x: torch.Tensor, group: range) -> list[torch.Tensor]:
     """What vectors x (n, size), float32, add to each panel of a group. Below the diagonal it has no meaning."""
+    if products.are_fast() and x.device.type == "cpu":
+        return [_by_strips(x, index * PANEL) for index in group]
     if x.shape[1] <= WHOLE:
         whole = _upper_half(x)
         return [whole[start : start + PANEL, start:] for start in range(0, x.shape[1], PANEL)]
     start = group.start * PANEL
     own, others = x[:, start : start + PANEL], x[:, start + PANEL :]
     return [torch.cat([_upper_half(own), own.t() @ others], 1)]
+
+
+def _by_strips(x: torch.Tensor, start: int) -> torch.Tensor:
+    """The panel that begins at a row, by products of strips so narrow that few entries below the diagonal are computed."""
+    panel = torch.zeros(min(PANEL, x.shape[1] - start), x.shape[1] - start)
+    for first in range(0, len(panel), STRIP):
+        strip = slice(start + first, start + min(first + STRIP, len(panel)))
+        panel[first : first + STRIP, first:] = x[:, strip].t() @ x[:, strip.start :]
+    return panel
 
 
 class Moment:
@@ -62,7 +76,7 @@ class Moment:
         """Add vectors (..., size) of any floating dtype."""
         x = inputs.reshape(-1, self.size).float()  # (n, in)
         for group in panel_groups(self.size):
-            for index, product in zip(group, products(x, group), strict=True):
+            for index, product in zip(group, panel_products(x, group), strict=True):
                 self.panels[index] += product
         self.count += len(x)
 

@@ -20,6 +20,7 @@ from loftq.artifacts.staging import Staging
 from loftq.calibration.statistics import Statistics
 from loftq.core.affine import AffineQuantizer
 from loftq.core.grid import Decoder, Quantizer
+from loftq.core.kernels.products import fast_products
 from loftq.core.solvers.calibrated import solve_calibrated
 from loftq.core.solvers.loftq import solve_loftq
 from loftq.core.solvers.methods import METHODS, WITHOUT_TEXT
@@ -119,11 +120,15 @@ def run_job(
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
-    """One torch thread a job: a matrix product's last bits depend on how many threads share it."""
+    """One torch thread a job: a matrix product's last bits depend on how many threads share it.
+
+    They also depend on the library, which is the same for all jobs (`fast_products`).
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with fast_products():
+            yield
     finally:
         torch.set_num_threads(before)
 

@@ -106,6 +106,19 @@ def test_krylov_gains_with_depth_and_from_a_warm_start(shape: tuple[int, int], r
     assert warm.captured(rank) > 1.1 * lowrank.factorize(moved, rank, 2, None, generator()).captured(rank)
 
 
+@pytest.mark.parametrize("depth", [2, 3, 10])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_start_that_is_exact_in_part_leaves_an_orthonormal_basis(shape: tuple[int, int], depth: int) -> None:
+    """Oracle: the exact SVD in float64. Some columns of the second block are noise, and others are not."""
+    e = residual(shape, "steep")
+    u, s, vh = torch.linalg.svd(e, full_matrices=False)
+    previous = s[:16].unsqueeze(1) * vh[:16]
+    previous[8:] += 1e-3 * torch.randn(8, shape[1], generator=generator())
+    factors = lowrank.factorize(e, 16, depth, Factors(u[:, :16], previous, s[:16].double()), generator())
+    check(e, factors, 16, 1 - 1e-5)
+    torch.testing.assert_close(factors.left.T @ factors.left, torch.eye(16), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("rank", [1, 8, 16])
 @pytest.mark.parametrize("shape", [(512, 512), (768, 256), (16, 48)])
 def test_zero_residual_gives_zero_factors(shape: tuple[int, int], rank: int) -> None:

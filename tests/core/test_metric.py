@@ -5,6 +5,7 @@ import torch
 
 from loftq.core import lowrank
 from loftq.core.metric import METRICS, Metric, damped
+from loftq.core.rounding import rooted
 
 
 def inputs(count: int, features: int, seed: int = 0) -> torch.Tensor:
@@ -55,6 +56,30 @@ def test_unwhiten_takes_back(kind: str) -> None:
     metric = Metric.of(kind, damped(inputs(40, 8).T @ inputs(40, 8) / 40))
     matrix = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(metric.unwhiten(metric.whiten(matrix)), matrix)
+
+
+@pytest.mark.parametrize("size", [7, 300])  # one part of the root, and three
+@pytest.mark.parametrize("kind", [*METRICS, "upper", "wide"])
+def test_whitened_residuals_and_pulls_are_products(kind: str, size: int) -> None:
+    """Oracle: dense products with the root; E H, for H = R Rᵀ written out."""
+    x = inputs(2 * size, size)
+    moment = damped(x.T @ x / len(x))
+    metric = (
+        Metric.of(kind, moment)
+        if kind in METRICS
+        else Metric(rooted(moment, x[:3].T if kind == "wide" else None), True)
+    )
+    residual = torch.randn(5, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    root = torch.eye(size, dtype=torch.float64) if metric.root is None else metric.root
+    root = torch.diag(root) if root.dim() == 1 else root
+    assert kind != "wide" or root.shape == (size, size + 3)
+    torch.testing.assert_close(metric.whiten(residual), residual @ root)
+    expected = residual @ (moment if kind in ("full", "upper", "wide") else root @ root.T)
+    torch.testing.assert_close(
+        metric.pulls(metric.whiten(residual)), expected, rtol=1e-6, atol=1e-8 * float(moment.diagonal().mean())
+    )
+    single = metric.pulls(metric.whiten(residual.float())).double()
+    assert float((single - expected).norm() / expected.norm()) < 1e-4
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])

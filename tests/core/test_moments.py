@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from loftq.core import moments
+from loftq.core.kernels import products
 from loftq.core.moments import Moment, assemble
 
 
@@ -17,8 +18,13 @@ def batches(size: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 33, 64])  # around panels of 16 rows
-def test_moment_is_the_mean_of_outer_products(size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fast", [False, True])
+def test_moment_is_the_mean_of_outer_products(
+    size: int, dtype: torch.dtype, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(moments, "PANEL", 16)
+    monkeypatch.setattr(moments, "STRIP", 6)
+    monkeypatch.setattr(products, "are_fast", lambda: fast)
     moment = Moment(size)
     for batch in batches(size, dtype):
         moment.add(batch)

@@ -230,6 +230,33 @@ def test_rounds_of_descent_are_one_after_another(name: str) -> None:
     assert torch.equal(rounding.descend(weight, quantizer, scales, codes, moment, rounds=2), twice)
 
 
+@pytest.mark.parametrize("name", ["nf2", "int4"])
+def test_descent_from_known_pulls(name: str) -> None:
+    """Oracle: the descent that computes them, up to ties; E H in float64."""
+    weight, moment = weight_of(48, 320), moment_of(320)
+    quantizer = Grid(name).quantizer(320)
+    codes, scales = quantizer.quantize(weight)
+    pulls = ((weight - quantizer.decode(codes, scales, weight.shape)).double() @ moment).float()
+    expected = rounding.descend(weight, quantizer, scales, codes, moment, 2)
+    found = rounding.descend(weight, quantizer, scales, codes, moment, 2, pulls)
+    assert not torch.equal(expected, codes)
+    assert float((found != expected).float().mean()) < 1e-3
+    assert cost(weight, quantizer, scales, found, moment) == pytest.approx(
+        cost(weight, quantizer, scales, expected, moment), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("block", [64, 40])  # blocks that end where rows do, and only where eight rows do
+def test_rows_descend_alike_in_tiles(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: all rows together."""
+    weight, moment = weight_of(72, 320 if block == 64 else 145), moment_of(320 if block == 64 else 145)
+    quantizer = Grid("nf3", block).quantizer(weight.shape[1])
+    codes, scales = quantizer.quantize(weight)
+    together = rounding.descend(weight, quantizer, scales, codes, moment, 2)
+    monkeypatch.setattr(rounding, "_CACHED", 1000)
+    assert torch.equal(rounding.descend(weight, quantizer, scales, codes, moment, 2), together)
+
+
 CASES = pairwise(SHAPES, KINDS)
 
 

@@ -29,6 +29,7 @@ TINY = np.float32(1e-38)  # stands for a scale of zero in divisions
 _SHARES = 16  # shares of the work for each thread
 _FEW = 1 << 17  # number of values up to which a single thread is as fast
 _REORDERED = frozenset({"reassoc", "nnan", "nsz"})
+_FUSED = frozenset({"contract"})
 _compiling = RLock()
 
 
@@ -71,6 +72,11 @@ def compiled(function: Callable[..., None]) -> Loop:
 def strict(function: Callable[..., None]) -> Loop:
     """Make a loop whose sums are computed in the order in which they are written, since the order can change codes."""
     return Loop(function, frozenset())
+
+
+def fused(function: Callable[..., None]) -> Loop:
+    """Make a loop whose sums are computed in the order in which they are written, and products fused with them."""
+    return Loop(function, _FUSED)
 
 
 @cache

@@ -2,7 +2,7 @@
 
 It minimizes ‖W − Q − s·B·A‖_H (`metric`) by turns. Given Q, the factors have a closed form:
 
-    s·B·A = SVD_r((W − Q) R) R⁻¹,      H = R Rᵀ.
+    s·B·A = SVD_r((W − Q) R) R⁻¹ = U Uᵀ (W − Q),      H = R Rᵀ,      U the r leading left singular vectors of (W − Q) R.
 
 Given the factors, Q is the rounding of T = W − s·B·A. A method that rounds to the nearest does so anew at each turn, as
 LoftQ does. A method that rounds by GPTQ's error feedback (or by feedback that also uses the leading eigenvectors of H,
@@ -22,7 +22,7 @@ import torch
 from loftq.core import lowrank
 from loftq.core.grid import Quantizer
 from loftq.core.metric import Metric, damped, squared
-from loftq.core.rounding import descend, feedback
+from loftq.core.rounding import descend, feed, repayments, repayments_of, rooted
 from loftq.core.scale_search import search
 from loftq.core.scales import Scales, Solved
 from loftq.core.solvers.loftq import check_solvable, lora_start
@@ -32,6 +32,7 @@ from loftq.errors import OptionError
 
 Norms = tuple[float, float]  # the norm of an error in the weights, and in the outputs
 _DEPTH = 10  # Krylov steps of a factorization; the steep spectrum of a whitened residual needs no more
+_DEPTH_FED, _DEPTH_WARM = 5, 3  # the same for an error fed into the factors' directions, at the first turn and later
 ROUNDS = 2  # passes of coordinate descent per iteration
 
 
@@ -61,39 +62,62 @@ def solve_calibrated(
         raise OptionError("this method needs the second moment of each layer's inputs: calibrate first")
     generator = torch.Generator().manual_seed(seed)
     h = None if moment is None else damped(moment.to(weight.device))
-    outputs = Metric.of("full", h)
-    metric = outputs if method.metric == "full" else Metric.of(method.metric, h)
     directions = _directions(method, h, rank, generator) if iterations else None
-    solved = first_rounding(weight, quantizer, method, h, directions)
+    outputs, coefficients = _outputs(method, h, directions)
+    metric = outputs if method.metric == "full" else Metric.of(method.metric, h)
+    solved = first_rounding(weight, quantizer, method, h, coefficients)
+    del coefficients
     residual = left_by(solved, weight, quantizer)
     nearest = residual if method.plain else left_by(quantizer.quantize(weight), weight, quantizer)
-    rounded = [norms(error, outputs) for error in (weight, nearest, residual)]
+    whitened = metric.whiten(residual)
+    rounded = [norms(error, outputs) for error in (weight, nearest)]
+    rounded.append(_norms_of(residual, whitened, metric, outputs))
     del nearest
 
     a, b = lora_start(weight, rank, generator)
     best, best_iteration, least = solved, 0, math.inf
     errors: list[Norms] = []
-    product = torch.zeros_like(weight)
+    product, pulls, factors = torch.zeros_like(weight), None, None
     for t in range(1, iterations + 1 if rank else 1):
         if t > 1:
-            solved = _again(weight - product, quantizer, method, h, solved)
+            solved = _again(weight - product, quantizer, method, h, solved, pulls)
             residual = left_by(solved, weight, quantizer)
-        whitened = metric.whiten(residual)
-        factors = lowrank.factorize(whitened, rank, _DEPTH, None, generator)
+            whitened = metric.whiten(residual)
+        depth = _DEPTH if directions is None else _DEPTH_FED if t == 1 else _DEPTH_WARM
+        factors = lowrank.factorize(whitened, rank, depth, factors, generator)
         objective = math.sqrt(lowrank.rest(squared(whitened), whitened, factors, rank))
-        product = factors.left[:, :rank] @ metric.unwhiten(factors.right[:rank])
+        right = factors.left[:, :rank].T @ residual
+        product = factors.left[:, :rank] @ right
         residual = residual - product
         output_error = objective if metric is outputs else outputs.norm(residual)
         errors.append((math.sqrt(squared(residual)), output_error))
         if objective < least:
             best, best_iteration, least = solved, t, objective
-            a, b = factors.adapter(rank, scaling)
-            a = metric.unwhiten(a)
+            a, b = replace(factors, right=right).adapter(rank, scaling)
+        if t < iterations and metric is outputs and method.rounding != "nearest":
+            pulls = outputs.pulls(whitened - factors.left[:, :rank] @ factors.right[:rank])
 
     trace = trace_of(rounded, errors, best_iteration)
     trace = replace(trace, outputs=trace.outputs if h is not None else None)
     solution = Solution(*best, a, b, trace.without_refit() if method.plain else trace)
     return settled(solution, weight, quantizer, scaling, root=outputs.root)
+
+
+def _outputs(
+    method: Method, moment: torch.Tensor | None, directions: torch.Tensor | None
+) -> tuple[Metric, torch.Tensor | None]:
+    """The metric of the outputs, and the coefficients of feedback, which come from the same root of H."""
+    if moment is None or method.rounding == "nearest":
+        return Metric.of("full", moment), None
+    root = rooted(moment, directions)
+    return Metric(root, upper=True), repayments_of(root)[0]
+
+
+def _norms_of(residual: torch.Tensor, whitened: torch.Tensor, metric: Metric, outputs: Metric) -> Norms:
+    """`norms`, of an error that is whitened already in a metric."""
+    if metric is not outputs:
+        return norms(residual, outputs)
+    return math.sqrt(squared(residual)), math.sqrt(squared(whitened))
 
 
 def trace_of(rounded: Sequence[Norms], iterations: Sequence[Norms], kept: int) -> Trace:
@@ -124,24 +148,34 @@ def first_rounding(
     quantizer: Quantizer,
     method: Method,
     moment: torch.Tensor | None,
-    directions: torch.Tensor | None = None,
+    coefficients: torch.Tensor | None = None,
 ) -> Solved:
-    """Codes and scales of a weight without an adapter, which will correct it in the `directions` (in, r)."""
+    """Codes and scales of a weight without an adapter. `coefficients` are those of feedback, if they are not H's."""
     scales = _scales(weight, quantizer, method, moment)
     if moment is None or method.rounding == "nearest":
         return quantizer.encode(weight, scales), scales
-    return feedback(weight, quantizer, scales, moment, directions), scales
+    if coefficients is None:
+        coefficients, _ = repayments(moment)
+    return feed(weight, quantizer, scales, coefficients), scales
 
 
 def _again(
-    target: torch.Tensor, quantizer: Quantizer, method: Method, moment: torch.Tensor | None, last: Solved
+    target: torch.Tensor,
+    quantizer: Quantizer,
+    method: Method,
+    moment: torch.Tensor | None,
+    last: Solved,
+    pulls: torch.Tensor | None,
 ) -> Solved:
-    """Codes and scales of `target`, the weight minus the adapter's product, from those of the turn before."""
+    """Codes and scales of `target`, the weight minus the adapter's product, from those of the turn before.
+
+    `pulls` are the error that these leave, times H, if it is known.
+    """
     if moment is None or method.rounding == "nearest":
         scales = _scales(target, quantizer, method, moment)
         return quantizer.encode(target, scales), scales
     codes, scales = last
-    return descend(target, quantizer, scales, codes, moment, ROUNDS), scales
+    return descend(target, quantizer, scales, codes, moment, ROUNDS, pulls), scales
 
 
 def _scales(target: torch.Tensor, quantizer: Quantizer, method: Method, moment: torch.Tensor | None) -> Scales:
@@ -156,4 +190,4 @@ def _directions(
     """The directions in which inputs are largest, (in, rank): a rank-r adapter in the metric corrects mostly these."""
     if moment is None or method.rounding != "intrinsic" or not rank:
         return None
-    return lowrank.factorize(moment.float(), rank, _DEPTH, None, generator).left[:, :rank]
+    return lowrank.factorize(moment.float(), rank, _DEPTH_FED, None, generator).left[:, :rank]
