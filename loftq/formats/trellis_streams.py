@@ -46,10 +46,7 @@ IN_MEMORY = True
 LINEARS = "loftq.models.trellis_linears"
 PLUGIN: str | None = "loftq.models.trellis_quantizer"
 IMPORT_LINE = "import loftq  # teaches transformers this folder's format; without it the folder is refused\n"
-PLAN_NOTE = (
-    "stock transformers cannot load {what}: import loftq before from_pretrained, or use loftq.{loader}; a calibrated "
-    "backbone is of no use without its adapter"
-)
+PLAN_NOTE = "stock transformers cannot load {what}: import loftq before from_pretrained, or use loftq.{loader}"
 
 
 def holds(grid: Grid) -> bool:
@@ -108,10 +105,7 @@ def load_options(_recipe: Mapping[str, Any]) -> str:
 
 def card_note(_grid: Grid) -> str:
     """The note in the card on loading the folder."""
-    return (
-        "- The weights stay coded in memory. A calibrated backbone lacks what its adapter adds, so it is of no use "
-        "without the adapter. `merge_and_unload` gives a dense model with the adapter in it."
-    )
+    return "- The weights stay coded in memory. `merge_and_unload` gives a dense model with the adapter in it."
 
 
 def quantization_config(

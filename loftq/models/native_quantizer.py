@@ -30,6 +30,7 @@ class LoftQConfig(QuantizationConfigMixin):
         zero_point: str | None = None,
         experts: list[str] | None = None,
         format_version: int = VERSION,
+        needs_adapter: bool = False,
         **_: Any,
     ) -> None:
         check_config(format_version, [codebook, *(codebooks or {}).values()], zero_point)
@@ -44,6 +45,8 @@ class LoftQConfig(QuantizationConfigMixin):
         self.skip_modules = list(skip_modules or ())
         if experts:
             self.experts = list(experts)
+        if needs_adapter:
+            self.needs_adapter = True
 
     def grid(self, module: str) -> Grid:
         """The type of the weight of a module, or of a parameter of fused experts."""

@@ -17,6 +17,7 @@ from loftq.formats.checkpoint import TensorSpec, read_header
 from loftq.formats.native import METHOD
 from loftq.models.devices import find_gpu
 from loftq.models.linears import DenseLinear, find_linears, kept_in_float32
+from loftq.models.missing_adapter import AdapterCheck
 from loftq.models.packed_experts import PackedExperts, pack_stacks
 from loftq.models.packed_linear import PackedLinear
 from loftq.models.skipping import Skipped
@@ -54,6 +55,8 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         model.quantization_method = METHOD  # for every layout, because peft refuses to merge if this is "gptq"
+        if getattr(self.quantization_config, "needs_adapter", False):
+            model.register_forward_pre_hook(AdapterCheck())
         return model
 
     def update_device_map(self, device_map: Any) -> Any:

@@ -26,6 +26,7 @@ class TrellisConfig(QuantizationConfigMixin):
         skip_modules: list[str] | None = None,
         codebooks: dict[str, str] | None = None,
         format_version: int = VERSION,
+        needs_adapter: bool = False,
         **_: Any,
     ) -> None:
         check_config(format_version, [codebook, *(codebooks or {}).values()])
@@ -35,6 +36,8 @@ class TrellisConfig(QuantizationConfigMixin):
         self.codebooks = dict(codebooks or {})
         self.compute_dtype = compute_dtype
         self.skip_modules = list(skip_modules or ())
+        if needs_adapter:
+            self.needs_adapter = True
 
     def grid(self, module: str) -> Grid:
         """The type of a module's weight."""

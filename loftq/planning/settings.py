@@ -93,10 +93,10 @@ class QuantizeSettings:
     )
     rounding: str | None = setting(
         None,
-        "How weights are rounded: nearest, feedback or intrinsic.",
+        "How weights are rounded: nearest, feedback, intrinsic or projected; `loftq methods` explains them.",
         "quantization",
         choices=ROUNDINGS,
-        usual="the method's",
+        usual="the method's; for calibrated below 4 bits (NF types) and for tcq projected",
     )
     block_size: int | None = setting(
         None, "Number of weights that share one scale (NF types).", "quantization", usual=str(BLOCK_SIZE)
