@@ -25,5 +25,5 @@ def leading_directions(moment: torch.Tensor, rank: int, generator: torch.Generat
 
 def without_directions(weight: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     """The part T (out, in) of a weight that is orthogonal to `directions` (in, r), of which only the span matters."""
-    basis, _ = torch.linalg.qr(directions)
+    basis: torch.Tensor = torch.linalg.qr(directions)[0]
     return weight - (weight @ basis) @ basis.T

@@ -25,6 +25,7 @@ from loftq.core.solvers.loftq import check_solvable, lora_start
 from loftq.core.solvers.methods import Method
 from loftq.core.solvers.solution import Solution, settled, times, unit_of
 from loftq.core.trellis import TrellisQuantizer, TrellisScales
+from loftq.core.trellis_coding import encode
 
 _DEPTH = 10  # Krylov steps of a factorization
 Coded = tuple[torch.Tensor, TrellisScales]
@@ -109,4 +110,4 @@ class _Coder:
         if self._costs is not None:
             costs *= self._costs
         widths = trellis.share(costs, self._bits)
-        return trellis.encode(target, widths, rows, self._words, self._feed)
+        return encode(target, widths, rows, self._words, self._feed)
