@@ -16,6 +16,7 @@ from loftq.errors import ArtifactError
 from loftq.formats.checkpoint import TensorSpec, read_header
 from loftq.formats.native import METHOD
 from loftq.models.devices import find_gpu
+from loftq.models.expert_stacks import find_stacks
 from loftq.models.linears import DenseLinear, find_linears, kept_in_float32
 from loftq.models.missing_adapter import AdapterCheck
 from loftq.models.packed_experts import PackedExperts, pack_stacks
@@ -33,9 +34,12 @@ class PackedQuantizer(HfQuantizer):
     def _grids(self, candidates: dict[str, DenseLinear], names: set[str], model: Any) -> Iterator[tuple[str, Grid]]:
         """The linears to replace, with the types of their weights. `names` are those of the checkpoint's tensors."""
 
-    def _stacks(self, _model: Any) -> dict[str, tuple[Grid, tuple[int, int, int]]]:
+    def _stacks(self, model: Any) -> dict[str, tuple[Grid, tuple[int, int, int]]]:
         """The parameters of fused experts to pack, with the types of their weights and their shapes."""
-        return {}
+        config: Any = self.quantization_config
+        ends = tuple(f".{end}" for end in getattr(config, "experts", ()))
+        found = find_stacks(model).candidates if ends else {}
+        return {name: (config.grid(name), s.shape) for name, s in found.items() if f".{name}".endswith(ends)}
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any

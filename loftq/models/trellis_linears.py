@@ -13,6 +13,7 @@ from loftq.core import trellis
 from loftq.core.grid import Grid
 from loftq.core.solvers.solution import Solution
 from loftq.formats import trellis_streams as layout
+from loftq.formats.native import stored_name
 from loftq.models import packed_linear
 from loftq.models.custom_ops import Operator
 from loftq.models.packed_linear import PackedLinear
@@ -105,7 +106,7 @@ class TrellisLinear(PackedLinear):
     """A frozen linear (out, in) whose weight is trellis codes; `formats.trellis_streams` defines its tensors."""
 
     _format: Any = layout
-    _tensors = ("weight", "weight_widths", "weight_rows", "weight_columns")
+    _tensors = layout.TENSORS
 
     def _layout(self) -> StoredWeight:
         return _Streams(self.out_features, self.in_features)
@@ -122,8 +123,12 @@ class TrellisLinear(PackedLinear):
 
 
 def read_weight(module: str, shape: Sequence[int], grid: Grid, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    """The weight that the stored tensors of a linear stand for: float32 (out, in)."""
-    return TrellisLinear.load(module, shape, grid, read).dequantize()
+    """The weight that the stored tensors of a linear or an expert stand for: float32 (out, in)."""
+
+    def stored(name: str) -> torch.Tensor:
+        return read(stored_name(module, shape, name.removeprefix(".")))
+
+    return TrellisLinear.load("", shape[-2:], grid, stored).dequantize()
 
 
 def linear_classes() -> tuple[type[nn.Module], ...]:

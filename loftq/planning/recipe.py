@@ -197,19 +197,19 @@ def _with_experts(settings: QuantizeSettings) -> QuantizeSettings:
                 "of the two out"
             )
         return settings
-    widths = TYPES[cast(str, settings.quant_type)].widths
-    usual = max((width for width in widths if width <= settings.bits), default=min(widths))
+    kind = TYPES[cast(str, settings.quant_type)]
+    below = [width for width in kind.widths if width <= settings.bits]
+    usual = settings.bits if kind.has(settings.bits) else max(below, default=min(kind.widths))
     bits = usual if settings.expert_bits is None else settings.expert_bits
-    if bits not in widths:
-        listed = ", ".join(map(str, widths))
-        raise OptionError(f"--expert-bits {bits}: {settings.quant_type} does not have this width: choose {listed}")
-    return replace(settings, expert_bits=int(bits), expert_rank=settings.expert_rank or EXPERT_RANK)
+    if not kind.has(bits):
+        listed = ", ".join(map(str, kind.widths))
+        raise OptionError(f"--expert-bits {bits:g}: {settings.quant_type} does not have this width: choose {listed}")
+    bits = int(bits) if float(bits).is_integer() else bits
+    return replace(settings, expert_bits=bits, expert_rank=settings.expert_rank or EXPERT_RANK)
 
 
 def option_without_experts(settings: QuantizeSettings) -> str | None:
     """The option that leaves fused experts in 16 bits, because it has no place for them; None if there is none."""
-    if TYPES[cast(str, settings.quant_type)].trellis:
-        return f"--quant-type {settings.quant_type}"
     if settings.adapter != "lora":
         return f"--adapter {settings.adapter}"
     if settings.format is not None and not layouts.LAYOUTS[settings.format].EXPERTS:

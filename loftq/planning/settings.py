@@ -52,13 +52,13 @@ class QuantizeSettings:
         kind="quant type",
         usual="nf up to 4 bits; int above, and for qalora",
     )
-    expert_bits: int | None = setting(
+    expert_bits: float | None = setting(
         None,
         "Number of bits of a weight of fused experts.",
         "quantization",
-        least=2,
+        least=1.5,
         most=8,
-        usual="--bits; of a budget the whole number below",
+        usual="--bits; of a budget the width below",
     )
     allocation: str | None = setting(
         None,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Result, byte_tokenizer, pico_llama, save_model
 from folders import hashes
+from mixtures import save_mixture
 from picos import save_pico
 from transformers import AutoModelForCausalLM
 
@@ -120,7 +121,7 @@ def test_other_linears(kind: str, task: str, tmp_path: Path) -> None:
         (["--bits", "2", "--rounding", "nearest", "--calibration", "default"], "--rounding nearest"),
         (["--bits", "2", "--adapter", "qalora"], "--quant-type tcq"),
         (["--bits", "2", "--format", "bitsandbytes"], "loftq-trellis"),
-        (["--bits", "2", "--expert-bits", "3"], "--expert-bits"),
+        (["--bits", "2", "--expert-bits", "1"], "--expert-bits"),
     ],
 )
 def test_what_does_not_apply_is_refused(
@@ -133,12 +134,40 @@ def test_what_does_not_apply_is_refused(
 
 
 def test_fused_experts_stay_for_the_reason_that_holds(run: Callable[..., Result], tmp_path: Path) -> None:
-    """The note of the plan names the option that has no place for them."""
+    """The note of the plan names the option that has no place for them; trellis codes have."""
     mixture = save_pico("mixtral", "causal-lm", tmp_path / "mixture")
-    for options in (("--quant-type", "tcq"), ("--format", "bitsandbytes")):
+    said = "because --format bitsandbytes has no place for them"
+    for options, stays in ((("--quant-type", "tcq"), False), (("--format", "bitsandbytes"), True)):
         result = run("quantize", mixture, *options, "--rank", 4, "--dry-run")
         assert result.exit_code == 0
-        assert f"because {' '.join(options)} has no place for them" in " ".join(result.stdout.split())
+        assert (said in " ".join(result.stdout.split())) == stays
+
+
+def test_a_mixture_from_quantizing_to_merging(tmp_path: Path) -> None:
+    """Calibrated expert by expert, loaded with offload, trained and merged. Oracles: the pair beside it, its loss."""
+    mixture = save_mixture("qwen3_moe", tmp_path / "mixture")
+    options = {"expert_bits": 2.5, "expert_rank": 2, **TEXT}
+    folder = make(mixture, tmp_path / "out", **options)
+    manifest = open_artifact(folder).manifest
+    assert {(len(row["shape"]), row["codebook"]) for row in manifest["layers"]} == {(2, "tcq2.25"), (3, "tcq2.5")}
+    assert all("output_error" in row for row in manifest["layers"])
+    assert not loftq.verify(folder, source=mixture, quiet=True).problems
+    held, offloaded = (loftq.load_qlora(folder, dtype=torch.float32, offload=o) for o in (None, "experts"))
+    for model in (held, offloaded):
+        model(TOKENS, labels=TOKENS).loss.backward()
+    for (name, one), (_, other) in zip(held.named_parameters(), offloaded.named_parameters(), strict=True):
+        assert one.grad is None or torch.equal(one.grad, other.grad), name
+    (tmp_path / "data.txt").write_text("the fox jumps over the lazy dog " * 60)
+    trained = loftq.train(
+        str(folder), data=str(tmp_path / "data.txt"), task="clm", output=tmp_path / "trained", max_steps=4,
+        cutoff_len=32, batch_size=2, learning_rate=1e-2, dtype="float32", quiet=True, cpu=True,
+    ).folder  # fmt: skip
+    merged = loftq.merge(folder, trained, to="bf16", output=tmp_path / "merged", quiet=True).folder
+    pair = loftq.load_qlora(folder, trained, dtype=torch.float32).eval()
+    dense = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    losses = [model(TOKENS, labels=TOKENS).loss.item() for model in (pair, dense, held)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] != losses[2]
 
 
 def test_a_budget_shared_between_layers(source: Path, tmp_path: Path) -> None:
