@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import loftq
 from loftq.formats.artifact import open_artifact
 
 TOKENS = torch.tensor([[11, 42, 7, 99, 3, 250, 17, 5]])
+FALCON = {"hidden_size": 66, "num_attention_heads": 3, "ffn_hidden_size": 77, "alibi": False}
 TEXT = {"calibration": "default", "calibration_tokens": 4096, "sequence_length": 64, "refine": 2}
 
 
@@ -108,6 +111,57 @@ def test_other_linears(kind: str, task: str, tmp_path: Path) -> None:
     folder = make(save_pico(kind, task, tmp_path / "source"), tmp_path / "out", iters=0)
     assert loftq.load_qlora(folder) is not None
     assert not loftq.verify(folder, quiet=True).problems
+
+
+@pytest.mark.parametrize(("kind", "options"), [("llama", {}), ("gpt2", {}), ("falcon", FALCON)])
+def test_the_backbone_alone(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """With --iter 0 the calibrated backbone has all of the weight: it says nothing, and answers as the model does.
+
+    Oracle: the model itself; the same budget coded for an adapter, without the adapter. Sides may be odd.
+    """
+    source = save_pico(kind, "causal-lm", tmp_path / "source", **options)
+    byte_tokenizer().save_pretrained(source)
+    text = {**TEXT, "refine": 0, "bits": 3}
+    errors = {}
+    for iters in (0, 1):
+        folder = make(source, tmp_path / f"iter-{iters}", iters=iters, **text)
+        assert not loftq.verify(folder, source=source, quiet=True).problems
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert config.get("needs_adapter", False) == (iters > 0)
+        assert ("of no use" in (folder / "README.md").read_text()) == (iters > 0)
+        alone, exact = (AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32) for place in (folder, source))
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found, expected = alone(TOKENS).logits, exact(TOKENS).logits
+        assert any("of no use without" in str(each.message) for each in caught) == (iters > 0)
+        errors[iters] = float((found - expected).norm() / expected.norm())
+    assert errors[0] < 0.3
+    assert errors[0] < errors[1]
+
+
+def test_odd_sides_and_budgets(tmp_path: Path) -> None:
+    """Oracle: `verify`, and the answers of the merged model. Layers share a budget, and sides are odd."""
+    source = save_model(pico_llama(hidden_size=60, head_dim=10, intermediate_size=91), tmp_path / "source")
+    byte_tokenizer().save_pretrained(source)
+    for allocation, bits in (("auto", 2.6), ("first", 3)):
+        folder = make(source, tmp_path / allocation, allocation=allocation, **{**TEXT, "bits": bits})
+        rows = open_artifact(folder).manifest["layers"]
+        assert len({row["codebook"] for row in rows}) > 1
+        spent = sum(float(row["codebook"].removeprefix("tcq")) * row["shape"][0] * row["shape"][1] for row in rows)
+        assert spent / sum(row["shape"][0] * row["shape"][1] for row in rows) <= bits
+        assert not loftq.verify(folder, source=source, quiet=True).problems
+        merged = loftq.merge(str(folder), output=tmp_path / f"merged-{allocation}", to="bf16", quiet=True).folder
+        pair, dense = loftq.load_qlora(folder), AutoModelForCausalLM.from_pretrained(merged)
+        with torch.no_grad():
+            torch.testing.assert_close(dense(TOKENS).logits.float(), pair(TOKENS).logits.float(), rtol=0.1, atol=0.1)
+
+
+def test_in_memory_without_an_adapter() -> None:
+    """With lora=False the backbone stands alone. Oracle: the model itself."""
+    exact, model = pico_llama(), loftq.quantize_model(pico_llama(), bits=3, quant_type="tcq", lora=False)
+    with torch.no_grad():
+        expected, found = exact(TOKENS).logits, model(TOKENS).logits  # type: ignore[operator]
+    assert float((found - expected).norm() / expected.norm()) < 0.4
 
 
 @pytest.mark.parametrize(
