@@ -1,6 +1,7 @@
 """What was tried for a calibrated start, one variant at a time: perplexity before any training, losers too.
 
     python benchmarks/tried.py --data FILE [MODEL] [--variants ...] [--kind nf4] [--rank 16] [--refine STEPS]
+                                [--tokens 65536]
 
 Everything is in memory and in float32, on the texts of `benchmarks/calibrated.py`: 65,536 tokens of FILE's first half
 to calibrate on (8,192 for gradients), 24 windows of 512 tokens of its second half to evaluate. Each variant changes one
@@ -315,6 +316,7 @@ def variants(lab: Lab) -> dict[str, Callable[[], Iterator[tuple[str, torch.Tenso
         "search, feedback": lambda: lab.solved("cloq", scales="search"),
         "search, intrinsic feedback": lambda: lab.solved("calibrated", iterations=1),
         "the same, 3 turns": lambda: lab.solved("calibrated"),
+        "the same, 3 turns, projected": lambda: lab.solved("calibrated", rounding="projected"),
         "the same, 10 turns": lambda: lab.solved("calibrated", iterations=10),
         "quantized inputs": lambda: lab.propagated(0.0),
         "quantized inputs, half way": lambda: lab.propagated(0.5),
@@ -333,6 +335,7 @@ def main() -> None:
     parser.add_argument("--kind", default="nf4")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--refine", type=int, default=0, help="steps")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens to calibrate on")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -340,7 +343,8 @@ def main() -> None:
         bench = Bench(options.model, options.data, Path(scratch))
         text = (Path(scratch) / "calibration.txt").read_text(encoding="utf-8")
         ids = AutoTokenizer.from_pretrained(bench.source)(text, return_tensors="pt").input_ids[0]
-        order = torch.randperm(len(ids) // LENGTH, generator=torch.Generator().manual_seed(0))[: TOKENS // LENGTH]
+        order = torch.randperm(len(ids) // LENGTH, generator=torch.Generator().manual_seed(0))
+        order = order[: options.tokens // LENGTH]
         windows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)[order]
         model = AutoModelForCausalLM.from_pretrained(bench.source, dtype=torch.float32).eval().requires_grad_(False)
         model.config.use_cache = False

@@ -24,7 +24,8 @@ def methods(wide: bool, as_json: bool) -> None:
     \b
     scales    absmax: the range of a block; search: the part of the range with the least error
     rounding  nearest: each weight alone; feedback: later weights correct the errors of
-              earlier ones (GPTQ); intrinsic: feedback that leaves errors to the adapter too
+              earlier ones (GPTQ); intrinsic: feedback that leaves errors to the adapter too;
+              projected: intrinsic, and the backbone leaves out what the adapter adds anyway
     metric    identity: error of weights; diagonal, full: error of outputs, from the
               variances of the inputs or from all of their second moments
     turns     number of alternations between rounding and adapter

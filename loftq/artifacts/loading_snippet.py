@@ -13,9 +13,12 @@ from loftq.models.tasks import recorded_task
 
 _ALONE = """**Always load the adapter too.** `from_pretrained(MODEL_DIR)`, `pipeline(model=MODEL_DIR)` and trainers that
 get nothing but `MODEL_DIR` read the backbone without the adapter that corrects it, and say nothing. Without it the
-backbone is often worse than plain rounding.
+backbone {harm}.
 
 """
+_HARM = "is often worse than plain rounding"
+_USELESS = """is of no use: it leaves out what the adapter adds. A new LoRA on the backbone does not have what is
+missing. Only this adapter, and those that are trained from it, do"""
 _IN_ONE_CALL = f"""
 
 In transformers, `adapter_kwargs={{"subfolder": "{FOLDER}"}}` in `from_pretrained(MODEL_DIR, ...)` reads both in one
@@ -62,7 +65,8 @@ def loading_section(manifest: Mapping[str, Any], repo_id: str | None = None, rev
     serving = serving_section(manifest, repo_id, revision)
     more = f"\n\n{serving}" if serving else ""
     corrects = manifest["kind"] == "qlora" and manifest["recipe"].get("method") != PLAIN_START
-    alone = _ALONE if corrects else ""
+    useless = manifest["recipe"].get("rounding") == "projected"
+    alone = _ALONE.format(harm=_USELESS if useless else _HARM) if corrects else ""
     return f"""{alone}```python
 {loading_lines(manifest, repo_id, revision)}```
 

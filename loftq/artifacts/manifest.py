@@ -187,7 +187,7 @@ def _config_text(plan: Plan) -> str:
         config |= {"id2label": labels.id2label, "label2id": labels.label2id}
         if "problem_type" in config:  # a head of another size has none
             config["problem_type"] = labels.problem_type
-    config["quantization_config"] = plan.layout.quantization_config(
+    entry = plan.layout.quantization_config(
         recipe.grids[0],
         recipe.dtype,
         plan.skip_modules,
@@ -195,4 +195,6 @@ def _config_text(plan: Plan) -> str:
         plan.quantized_names,
         plan.target_parameters,
     )
+    alone = {"needs_adapter": True} if recipe.needs_adapter and not plan.layout.STOCK else {}
+    config["quantization_config"] = {**entry, **alone}
     return config_text(config)

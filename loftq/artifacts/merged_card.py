@@ -45,7 +45,7 @@ def merged_card_text(manifest: Mapping[str, Any], folder: Path) -> str:
 
 # {markdown(source["model"])}, {target}
 
-{made} Written by `loftq merge --to {target}`{_of(source)}.
+{made} Written by `loftq merge --to {target}`{_of(source)}.{_lost(source)}
 
 {marked(merged_section(manifest))}
 """
@@ -74,6 +74,17 @@ def _loading(manifest: Mapping[str, Any], place: str, at: str) -> str:
             ", quantization_config=CompressedTensorsConfig(dequantize=True)",
         )
     return f"{first}from transformers import {names}\n\nmodel = {loader}.from_pretrained({place}{at}{options})"
+
+
+def _lost(source: Mapping[str, Any]) -> str:
+    """What rounding the merged weights anew has lost."""
+    if "rounding_error" not in source:
+        return ""
+    return (
+        f" The weights with their adapter were rounded anew to {source['rounded_to']}, which moved them by "
+        f"{source['rounding_error']:.1%} of their norm. That is lost, and no adapter makes up for it: the backbone "
+        "with its adapter, and the merge into 16 bits (`--to bf16`), are nearer to what was trained."
+    )
 
 
 def _of(source: Mapping[str, Any]) -> str:

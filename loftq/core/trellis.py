@@ -33,15 +33,13 @@ from typing import cast
 import numpy as np
 import torch
 
-from loftq.core.kernels import dispatch, viterbi
+from loftq.core.kernels import dispatch, trellis_decode
 from loftq.core.kernels.compiled import lent
 from loftq.core.scales import Scales
 
 LENGTH = 12  # bits of a state
 WIDEST = 5  # bits of a weight
-_PANEL = 64  # columns that are coded between two matrix products
-_TINY = 1e-30
-_LARGEST = torch.finfo(torch.float16).max
+FEW = 4  # vectors up to which a product needs no decoded weight
 DISTORTION = (1.0, 0.27, 0.0695, 0.0183, 0.005, 0.0014)  # ρ(b): mean squared errors of a unit Gaussian
 
 
@@ -53,7 +51,8 @@ def tables() -> torch.Tensor:
 
 
 @cache
-def _tables_on(device: torch.device) -> torch.Tensor:
+def tables_on(device: torch.device) -> torch.Tensor:
+    """The same on a device."""
     return tables().to(device)
 
 
@@ -124,30 +123,83 @@ def decode(
     rows: torch.Tensor,
     columns: torch.Tensor,
     outputs: slice | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """The weight that a code stands for: float32 (out, in), a view of its transpose; or only some of its `outputs`.
+    """The weight that a code stands for: (out, in) of `dtype`, a view of its transpose; or only some of its `outputs`.
 
     `codes` are int32 (words,), `widths` uint8 (in,), `rows` float32 (out,), `columns` float16 (in,).
     """
     begins = offsets(widths, len(rows))
     first, last, _ = (outputs or slice(None)).indices(len(rows))
-    begins, rows = begins + first * widths.long(), rows[first:last]
-    out = torch.empty(len(columns), len(rows), dtype=torch.float32, device=codes.device)
+    begins, rows = begins + first * widths.long(), rows[first:last].float().contiguous()
+    shape = len(columns), len(rows)
     if dispatch.on_cpu(codes):
-        arrays = (lent(codes).view(np.uint32), begins.numpy(), widths.numpy(), tables().numpy().reshape(-1))
-        viterbi.decode(*arrays, columns.float().numpy(), rows.float().contiguous().numpy(), LENGTH, out.numpy())
+        out = torch.empty(shape, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+        target = out.view(torch.int16).numpy().view(np.uint16) if dtype == torch.bfloat16 else out.numpy()
+        trellis_decode.decode(_arrays(codes, begins, widths, rows, columns), target)
     elif dispatch.on_gpu(codes):
         from loftq.core.kernels import gpu_trellis
 
-        levels = _tables_on(codes.device)
-        gpu_trellis.decode(codes, begins, widths, levels, columns, rows.float().contiguous(), LENGTH, out)
+        out = torch.empty(shape, dtype=dtype, device=codes.device)
+        gpu_trellis.decode(codes, begins, widths, tables_on(codes.device), columns, rows, LENGTH, out)
     else:
-        levels = _tables_on(codes.device)
+        out, levels = torch.empty(shape, dtype=dtype, device=codes.device), tables_on(codes.device)
         step = max(dispatch.CHUNK // max(len(rows), 1), 1)
         for some in (slice(at, at + step) for at in range(0, len(columns), step)):
             values = _decode_columns(codes, begins[some], widths[some], levels, len(rows))
-            out[some] = values * columns[some].float().unsqueeze(1) * rows.float()
-    return out.T
+            out[some] = values * columns[some].float().unsqueeze(1) * rows
+    return out.to(dtype).T
+
+
+def multiplies(codes: torch.Tensor) -> bool:
+    """Whether there is `multiply` for the device of a code."""
+    return dispatch.on_cpu(codes) or dispatch.on_gpu(codes)
+
+
+def multiply(
+    codes: torch.Tensor, widths: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    """The product x Wᵀ of a few vectors x (vectors, in) with a coded weight: (vectors, out) in the dtype of x.
+
+    The weight is not decoded as a whole. Sums are in float32.
+    """
+    begins = offsets(widths, len(rows))
+    if dispatch.on_gpu(codes):
+        from loftq.core.kernels import gpu_trellis
+
+        coded = (codes, begins, widths, tables_on(codes.device), columns, rows.float().contiguous(), LENGTH)
+        return gpu_trellis.multiply(*coded, x=x.contiguous())
+    found = trellis_decode.multiply(_arrays(codes, begins, widths, rows, columns), x.float().contiguous().numpy())
+    return torch.from_numpy(found).to(x.dtype)
+
+
+def multiply_back(
+    codes: torch.Tensor, widths: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    """The product x W of a few vectors x (vectors, out) with a coded weight: (vectors, in) in the dtype of x."""
+    begins = offsets(widths, len(rows))
+    if dispatch.on_gpu(codes):
+        from loftq.core.kernels import gpu_trellis
+
+        coded = (codes, begins, widths, tables_on(codes.device), columns, rows.float().contiguous(), LENGTH)
+        return gpu_trellis.multiply_back(*coded, x=x.contiguous())
+    found = trellis_decode.multiply_back(_arrays(codes, begins, widths, rows, columns), x.float().contiguous().numpy())
+    return torch.from_numpy(found).to(x.dtype)
+
+
+def _arrays(
+    codes: torch.Tensor, begins: torch.Tensor, widths: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+) -> trellis_decode.Coded:
+    """A coded weight for the compiled loops."""
+    return trellis_decode.Coded(
+        lent(codes).view(np.uint32),
+        begins.numpy(),
+        widths.numpy(),
+        tables().numpy().reshape(-1),
+        columns.float().numpy(),
+        rows.float().contiguous().numpy(),
+        LENGTH,
+    )
 
 
 def _decode_columns(
@@ -163,64 +215,3 @@ def _decode_columns(
     states = window & ((1 << LENGTH) - 1)
     values = levels[(widths.long() - 1).clamp(min=0).unsqueeze(1), states]
     return torch.where(widths.unsqueeze(1) > 0, values, 0)
-
-
-def encode(
-    target: torch.Tensor,
-    widths: torch.Tensor,
-    rows: torch.Tensor,
-    words: int,
-    coefficients: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, TrellisScales]:
-    """Code the columns of `target` (out, in), float32, in their order, each with the errors of those before fed on.
-
-    `widths` are uint8 (in,), and `rows` float32 (out,) the scales of rows. With `coefficients` C (in, in), of which
-    those above the diagonal count, column j is shifted by Σ_i E_i C_ij before it is coded, where E_i are the errors
-    of the columns i < j. `words` is the length of the stream. Returns codes, int32 (words,), and scales.
-    """
-    device = target.device
-    target, rows, widths = target.cpu(), rows.cpu(), widths.cpu()
-    feed = None if coefficients is None else coefficients.cpu()
-    coder = _ColumnCoder(rows, words)
-    begins = offsets(widths, len(rows)).tolist()
-    columns = torch.zeros(target.shape[1], dtype=torch.float16)
-    errors = torch.zeros(target.shape[::-1])
-    for start in range(0, target.shape[1], _PANEL):
-        panel = slice(start, min(start + _PANEL, target.shape[1]))
-        goal = target[:, panel].T.contiguous()  # (width of the panel, out)
-        x = goal if feed is None else torch.addmm(goal, feed[:start, panel].T, errors[:start])
-        for j in range(len(x)):
-            at = start + j
-            columns[at], coded = coder(x[j], int(widths[at]), begins[at])
-            errors[at] = goal[j] - coded
-            if feed is not None:
-                x[j + 1 :] += feed[at, at + 1 : panel.stop].unsqueeze(1) * errors[at]
-    codes = torch.from_numpy(coder.words.view(np.int32)).to(device)
-    return codes, TrellisScales(rows.to(device), columns=columns.to(device), widths=widths.to(device))
-
-
-class _ColumnCoder:
-    """Codes one column after the other into a stream. Errors count as they are in the weight, not relative to rows."""
-
-    def __init__(self, rows: torch.Tensor, words: int) -> None:
-        self.words = np.zeros(words, np.uint32)
-        self._rows = rows
-        self._inverse = torch.where(rows > 0, 1 / rows, 0.0)
-        weights = rows.square()
-        self._weights = (weights / weights.mean().clamp(min=_TINY)).numpy()
-        self._search = viterbi.Search(len(rows), LENGTH)
-
-    def __call__(self, x: torch.Tensor, width: int, begin: int) -> tuple[float, torch.Tensor]:
-        """Code `x` (out,), write its stream from bit `begin` on, and return its scale and its coded values."""
-        if width == 0:
-            return 0.0, torch.zeros_like(x)
-        unit = x * self._inverse
-        spread = unit.square().mean().sqrt().clamp(min=_TINY)
-        levels = tables()[width - 1]
-        states = self._search((unit / spread).numpy(), self._weights, levels.numpy(), width)
-        viterbi.write_stream(states, width, LENGTH, self.words, begin)
-        values = self._rows * levels[torch.from_numpy(states).long()]
-        energy = float(values.double().square().sum())
-        best = float(values.double() @ x.double()) / energy if energy else 0.0  # the least squares fit
-        scale = float(torch.tensor(best).clamp(-_LARGEST, _LARGEST).half())
-        return scale, values * scale

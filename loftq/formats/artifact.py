@@ -50,7 +50,7 @@ _RECIPE = {
     "adapter": str,
     "rank": whole(1),
     "alpha": number(above=0),
-    "expert_bits?": (whole(1), None),
+    "expert_bits?": (number(above=0, most=32), None),
     "expert_rank?": (whole(1), None),
     "rslora": bool,
     "iters": whole(),

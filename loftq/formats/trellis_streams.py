@@ -13,6 +13,10 @@ Bits are counted from the lowest of each little-endian word. The stream of a col
 2^12 levels come with loftq. The number of words follows from the budget: the sum of all widths is `bits · in`, rounded
 down.
 
+For fused experts (experts, out, in), the tensors of all experts are stacked, and named as in our own layout
+(`native`): `experts.up_proj` int32 (experts, words), `experts.up_proj_widths` and so on. The streams of each expert
+begin anew.
+
 `config.json` names the budget. A stock load of such a folder fails at the first weight, whose shape is not the model's;
 transformers loads it once loftq is imported.
 """
@@ -31,25 +35,24 @@ from loftq.core.scales import Scales, Solved
 from loftq.core.trellis import TrellisScales, words_of
 from loftq.errors import ArtifactError
 from loftq.formats.checkpoint import TensorSpec
+from loftq.formats.native import stored_name
 
 METHOD = "loftq-trellis"
+TENSORS = ("weight", "weight_widths", "weight_rows", "weight_columns")
 VERSION = 1
 BLOCK_SIZES: tuple[int, ...] = (ROW,)
 SIDES = 1
 SCALE_DTYPE = torch.float32
 HOLDS = "trellis codes"
 STOCK = False
-EXPERTS = False
+EXPERTS = True
 SEVERAL_TYPES = True
 WITHOUT_WEIGHT = False
 IN_MEMORY = True
 LINEARS = "loftq.models.trellis_linears"
 PLUGIN: str | None = "loftq.models.trellis_quantizer"
 IMPORT_LINE = "import loftq  # teaches transformers this folder's format; without it the folder is refused\n"
-PLAN_NOTE = (
-    "stock transformers cannot load {what}: import loftq before from_pretrained, or use loftq.{loader}; a calibrated "
-    "backbone is of no use without its adapter"
-)
+PLAN_NOTE = "stock transformers cannot load {what}: import loftq before from_pretrained, or use loftq.{loader}"
 
 
 def holds(grid: Grid) -> bool:
@@ -60,37 +63,32 @@ def holds(grid: Grid) -> bool:
 def tensor_shapes(shape: Sequence[int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of each tensor of one linear, by its name within the module."""
     rows, columns = shape
-    return {
-        "weight": (torch.int32, (words_of((rows, columns), grid.bits),)),
-        "weight_widths": (torch.uint8, (columns,)),
-        "weight_rows": (torch.float32, (rows,)),
-        "weight_columns": (torch.float16, (columns,)),
-    }
+    kinds = (torch.int32, torch.uint8, torch.float32, torch.float16)
+    sizes = (words_of((rows, columns), grid.bits), columns, rows, columns)
+    return {name: (kind, (size,)) for name, kind, size in zip(TENSORS, kinds, sizes, strict=True)}
 
 
 def specs(module: str, shape: Sequence[int], grid: Grid, _dtype: torch.dtype) -> list[TensorSpec]:
-    """The tensors of one linear."""
-    return [TensorSpec(f"{module}.{name}", dtype, size) for name, (dtype, size) in tensor_shapes(shape, grid).items()]
+    """The tensors of one linear, or of a stack of experts."""
+    *experts, rows, columns = shape
+    return [
+        TensorSpec(stored_name(module, shape, name), dtype, (*experts, *size))
+        for name, (dtype, size) in tensor_shapes((rows, columns), grid).items()
+    ]
 
 
 def tensors(
-    module: str, _shape: Sequence[int], _grid: Grid, _dtype: torch.dtype, codes: torch.Tensor, scales: Scales
+    module: str, shape: Sequence[int], _grid: Grid, _dtype: torch.dtype, codes: torch.Tensor, scales: Scales
 ) -> dict[str, torch.Tensor]:
-    """The named tensors of one linear from its codes and scales."""
+    """The named tensors of one linear or expert from its codes and scales."""
     own = cast(TrellisScales, scales)
-    return {
-        f"{module}.weight": codes,
-        f"{module}.weight_widths": own.widths,
-        f"{module}.weight_rows": own.values,
-        f"{module}.weight_columns": own.columns,
-    }
+    values = (codes, own.widths, own.values, own.columns)
+    return {stored_name(module, shape, name): value for name, value in zip(TENSORS, values, strict=True)}
 
 
-def read(module: str, _shape: Sequence[int], _grid: Grid, tensor: Callable[[str], torch.Tensor]) -> Solved:
+def read(module: str, shape: Sequence[int], _grid: Grid, tensor: Callable[[str], torch.Tensor]) -> Solved:
     """The inverse of `tensors`: codes and scales."""
-    codes, widths, rows, columns = (
-        tensor(f"{module}.{name}") for name in ("weight", "weight_widths", "weight_rows", "weight_columns")
-    )
+    codes, widths, rows, columns = (tensor(stored_name(module, shape, name)) for name in TENSORS)
     return codes, TrellisScales(rows, columns=columns, widths=widths)
 
 
@@ -108,10 +106,7 @@ def load_options(_recipe: Mapping[str, Any]) -> str:
 
 def card_note(_grid: Grid) -> str:
     """The note in the card on loading the folder."""
-    return (
-        "- The weights stay coded in memory. A calibrated backbone lacks what its adapter adds, so it is of no use "
-        "without the adapter. `merge_and_unload` gives a dense model with the adapter in it."
-    )
+    return "- The weights stay coded in memory. `merge_and_unload` gives a dense model with the adapter in it."
 
 
 def quantization_config(
@@ -120,7 +115,7 @@ def quantization_config(
     skip_modules: Sequence[str],
     codebooks: Mapping[str, str],
     _target_modules: Sequence[str] = (),
-    _target_parameters: Sequence[str] = (),
+    target_parameters: Sequence[str] = (),
 ) -> dict[str, object]:
     """The entry of `config.json`: the commonest budget, and the modules that have another by name."""
     (common, _), *_ = Counter(codebooks.values()).most_common()
@@ -131,6 +126,7 @@ def quantization_config(
         "codebooks": {module: name for module, name in codebooks.items() if name != common},
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "skip_modules": list(skip_modules),
+        **({"experts": list(target_parameters)} if target_parameters else {}),
     }
 
 

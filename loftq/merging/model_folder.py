@@ -41,6 +41,10 @@ class ModelFolder(Target):
         """The type in which a linear is written; None if the format is not in LAYOUTS."""
         return None
 
+    def describe_loss(self, _staging: Staging) -> dict[str, Any]:
+        """What the manifest and the card say of what is lost, once the weights and `config.json` are written."""
+        return {}
+
     def name_of(self, name: str) -> str:
         """The name under which a tensor that is not quantized is written."""
         return name
@@ -75,7 +79,8 @@ class ModelFolder(Target):
         if len(self.shards) > 1:
             staging.write_text(INDEX, index_text(self.shards))
         grids = {module: grid for module in pair.backbone.grids if (grid := self.grid(module)) is not None}
-        write_merged_manifest(staging, pair.backbone, self.source, self.format, grids, self.shards)
+        source = {**self.source, **self.describe_loss(staging)}
+        write_merged_manifest(staging, pair.backbone, source, self.format, grids, self.shards)
 
     def _write_weights(self, staging: Staging) -> None:
         kept = self.kept

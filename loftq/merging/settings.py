@@ -42,20 +42,26 @@ class MergeSettings:
         False, "Write whole zero-points, although they lose a part of the adapter (gptq).", "quantization"
     )
     bits: int | None = setting(
-        None, "Number of bits of a weight: 4 or 8 (compressed-tensors).", "quantization", usual="4"
+        None,
+        "Number of bits of a weight: 4 or 8 (compressed-tensors), 2, 3, 4 or 8 (gptq, of a plain LoRA).",
+        "quantization",
+        usual="4; for gptq those of the backbone",
     )
     group_size: int | None = setting(
         None,
-        "Number of inputs that share one scale: 128, 64 or 32 (compressed-tensors).",
+        "Number of inputs that share one scale: 128, 64 or 32 (compressed-tensors, gptq).",
         "quantization",
-        usual="the largest that divides the inputs of every linear",
+        usual="the largest that divides the inputs of every linear; for gptq at most 64",
     )
     zero_point: str | None = setting(
-        None, "Zero-points: symmetric (none) or integer (compressed-tensors).", "quantization", usual="symmetric"
+        None,
+        "Zero-points: symmetric (none) or integer (compressed-tensors, gptq).",
+        "quantization",
+        usual="symmetric; for gptq integer",
     )
     source: str | None = setting(
         None,
-        "Full-precision model, which is calibrated (compressed-tensors) or gets the adapter (lora).",
+        "Full-precision model, which is calibrated (compressed-tensors, gptq) or gets the adapter (lora).",
         "model",
         metavar="MODEL",
         usual="the model that DIR was made from",

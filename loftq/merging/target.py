@@ -32,6 +32,11 @@ class Target(Export):
         super().__init__(settings, run)
         self.pair = pair
 
+    @classmethod
+    def of(cls, pair: BackboneAndAdapter) -> type[Target]:  # noqa: ARG003
+        """The class that merges a pair, if there are several of one name."""
+        return cls
+
     def rounded(self, _module: str, _written: Checkpoint, weight: torch.Tensor) -> torch.Tensor:
         """The sum of backbone and adapter of a module as the target rounds it: float32, like `weight`.
 

@@ -16,15 +16,24 @@ from typing import NamedTuple, cast
 import torch
 from torch import nn
 
+from loftq.core import trellis
 from loftq.core.codebooks import CODEBOOKS
 from loftq.core.grid import Grid
+from loftq.formats import native, trellis_streams
+from loftq.formats.layouts import Layout
 from loftq.models.devices import has_grouped_products
 from loftq.models.packed_linear import dequantize, read_shifted_scales
 
 WEIGHTS_ON_CPU = 1 << 24  # weights that are unpacked at a time; four times as many were slower
 WEIGHTS_ON_GPU = 1 << 26  # fewer groups need fewer launches
 ALIGNMENT = 16  # bytes; torch's grouped product wants rows of a multiple of it
-Stored = Sequence[torch.Tensor | None]  # codes and scales in the order of `formats.native`, the experts first
+Stored = Sequence[torch.Tensor | None]  # codes and scales in the order of `PackedStack.suffixes`, the experts first
+
+
+_SUFFIXES = {
+    False: ("", "_scales", "_scales_absmax", "_scales_offset", "_zeros", "_shifts"),
+    True: tuple(name.removeprefix(native.WEIGHT) for name in trellis_streams.TENSORS),
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,16 @@ class PackedStack:
     grid: Grid
     shape: tuple[int, int, int]
     compute_dtype: torch.dtype
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of its codes and scales."""
+        return trellis_streams if self.grid.trellis else native
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """What follows the name of the parameter in the names of its tensors, that of the codes first."""
+        return _SUFFIXES[self.grid.trellis]
 
 
 class Group(NamedTuple):
@@ -77,6 +96,8 @@ def groups_of(top_k_index: torch.Tensor, stacks: Mapping[str, PackedStack]) -> l
 def unpack_group(stack: PackedStack, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
     """The weights (experts, out, in) of the experts whose codes and scales are `stored`."""
     _, rows, columns = stack.shape
+    if stack.grid.trellis:
+        return _decode_group(stack, cast(Sequence[torch.Tensor], stored), dtype)
     name, block = stack.grid.codebook, stack.grid.block(columns)
     packed, rest = cast(torch.Tensor, stored[0]), stored[1:]
     scales, absmax, _, zeros, shifts = rest
@@ -91,6 +112,15 @@ def unpack_group(stack: PackedStack, stored: Stored, dtype: torch.dtype) -> torc
     shifts = None if shifts is None else shifts.flatten()
     # An expert's codes are whole bytes, so that those of several experts are one stream.
     return dequantize(packed.flatten(), values, shifts, name, block, columns, dtype).view(-1, rows, columns)
+
+
+def _decode_group(stack: PackedStack, stored: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The weights (experts, out, in) of trellis codes, a view of their transposes."""
+    _, rows, columns = stack.shape
+    out = torch.empty(len(stored[0]), columns, rows, dtype=dtype, device=stored[0].device)
+    for expert, (codes, widths, scales, inputs) in enumerate(zip(*stored, strict=True)):
+        out[expert] = trellis.decode(codes, widths, scales, inputs, dtype=dtype).T
+    return out.transpose(1, 2)
 
 
 def grouped_product(x: torch.Tensor, weights: torch.Tensor, group: Group) -> torch.Tensor:

@@ -17,7 +17,8 @@ from loftq.core.packing import unpack
 from loftq.formats import gptq
 from loftq.models import packed_linear
 from loftq.models.custom_ops import Operator
-from loftq.models.packed_linear import PackedLinear, Part, StoredWeight, dequantize
+from loftq.models.packed_linear import PackedLinear, dequantize
+from loftq.models.packed_product import Part, StoredWeight
 
 
 @Operator

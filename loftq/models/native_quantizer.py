@@ -10,7 +10,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq.core.grid import Grid
 from loftq.formats.native import METHOD, VERSION, check_config
-from loftq.models.expert_stacks import find_stacks
 from loftq.models.linears import DenseLinear
 from loftq.models.packed_quantizer import PackedQuantizer, unskipped
 
@@ -30,6 +29,7 @@ class LoftQConfig(QuantizationConfigMixin):
         zero_point: str | None = None,
         experts: list[str] | None = None,
         format_version: int = VERSION,
+        needs_adapter: bool = False,
         **_: Any,
     ) -> None:
         check_config(format_version, [codebook, *(codebooks or {}).values()], zero_point)
@@ -44,6 +44,8 @@ class LoftQConfig(QuantizationConfigMixin):
         self.skip_modules = list(skip_modules or ())
         if experts:
             self.experts = list(experts)
+        if needs_adapter:
+            self.needs_adapter = True
 
     def grid(self, module: str) -> Grid:
         """The type of the weight of a module, or of a parameter of fused experts."""
@@ -58,9 +60,3 @@ class LoftQQuantizer(PackedQuantizer):
 
     def _grids(self, candidates: dict[str, DenseLinear], _names: set[str], model: Any) -> Iterator[tuple[str, Grid]]:
         return unskipped(candidates, self.quantization_config, model)
-
-    def _stacks(self, model: Any) -> dict[str, tuple[Grid, tuple[int, int, int]]]:
-        config = self.quantization_config
-        ends = tuple(f".{end}" for end in getattr(config, "experts", ()))
-        found = find_stacks(model).candidates if ends else {}
-        return {name: (config.grid(name), s.shape) for name, s in found.items() if f".{name}".endswith(ends)}

@@ -1,6 +1,7 @@
 """Fused experts whose weights stay packed, in the place of an experts module of transformers.
 
-Each parameter holds the codes of all experts, uint8 (experts, bytes), and its scales lie beside it (`formats.native`).
+Each parameter holds the codes of all experts, (experts, bytes) or (experts, words), and its scales lie beside it
+(`formats.native`, `formats.trellis_streams`).
 `expert_pass` computes with them.
 """
 
@@ -15,7 +16,6 @@ from torch import nn
 
 from loftq.core.grid import Grid
 from loftq.errors import OptionError
-from loftq.formats import native
 from loftq.models.expert_groups import PackedStack, unpack_group
 from loftq.models.expert_pass import ActiveFactors, experts_forward
 
@@ -28,13 +28,10 @@ class Packed(NamedTuple):
     scales: dict[str, torch.Tensor | None]
 
 
-_SUFFIXES = ("", "_scales", "_scales_absmax", "_scales_offset", "_zeros", "_shifts")
-
-
 def pack_module(module: Any, stacks: dict[str, PackedStack], device: torch.device | str | None = None) -> None:
     """Replace the parameters of an experts module by packed ones, which are to be loaded, and its code by ours."""
     for name, stack in stacks.items():
-        for spec in native.specs(name, stack.shape, stack.grid, stack.compute_dtype):
+        for spec in stack.layout.specs(name, stack.shape, stack.grid, stack.compute_dtype):
             tensor = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
             if spec.name == name:
                 module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
@@ -82,11 +79,11 @@ class PackedExperts(nn.Module):
 
     def stored(self, name: str) -> list[torch.Tensor | None]:
         """The tensors of a parameter's experts, in the order in which `unpack_group` reads them."""
-        return [getattr(self, f"{name}{suffix}", None) for suffix in _SUFFIXES]
+        return [getattr(self, f"{name}{suffix}", None) for suffix in self.packed_stacks[name].suffixes]
 
     def packed_tensors(self) -> dict[str, torch.Tensor]:
         """The codes and scales of all parameters, by name."""
-        names = [f"{name}{suffix}" for name in self.packed_stacks for suffix in _SUFFIXES]
+        names = [f"{name}{suffix}" for name, stack in self.packed_stacks.items() for suffix in stack.suffixes]
         own = {**self._parameters, **self._buffers}
         return {name: cast(torch.Tensor, own[name]) for name in names if own.get(name) is not None}
 
@@ -114,7 +111,7 @@ class PackedExperts(nn.Module):
         for name, stack in self.packed_stacks.items():
             dense = self.dequantize(name, dtype or stack.compute_dtype)
             packed.codes[name] = cast(nn.Parameter, self._parameters[name])
-            for key in (f"{name}{suffix}" for suffix in _SUFFIXES[1:]):
+            for key in (f"{name}{suffix}" for suffix in stack.suffixes[1:]):
                 if key in self._buffers:
                     packed.scales[key] = self._buffers.pop(key)
             self.register_parameter(name, nn.Parameter(dense, requires_grad=False))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -21,9 +21,9 @@ from loftq.core.packing import unpack
 from loftq.core.solvers.solution import Solution
 from loftq.formats import native
 from loftq.models.custom_ops import Operator
+from loftq.models.packed_product import Part, StoredWeight, product_with
 
 PART = 1 << 24  # number of weights that are unpacked at a time
-Part = tuple[slice, torch.Tensor]
 
 
 @cache
@@ -133,13 +133,6 @@ def read_shifted_scales(
     return values, shifts if zeros is None else _decode_zeros(zeros, values.float(), bits)
 
 
-class StoredWeight(Protocol):
-    """The layout of a weight (rows, columns) in the tensors of its module."""
-
-    def parts(self, dtype: torch.dtype, *stored: torch.Tensor | None) -> Iterator[Part]:
-        """Unpack the weight in parts of whole rows, each with the slice of its rows."""
-
-
 @dataclass(frozen=True)
 class _Native:
     """A weight as one row-major stream of codes and one scale for each block."""
@@ -173,27 +166,6 @@ class _Native:
 def stored_native(grid: Grid, rows: int, columns: int) -> StoredWeight:
     """The layout of a weight (rows, columns) in our own format."""
     return _Native(grid.codebook, grid.block(columns), rows, columns)
-
-
-class _Matmul(torch.autograd.Function):
-    """Computes x Wᵀ. W is unpacked in forward and again in backward, so that autograd keeps only the stored tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layout: StoredWeight, *stored: torch.Tensor | None) -> torch.Tensor:
-        ctx.layout = layout
-        ctx.save_for_backward(*stored)
-        products = [x @ weight.T for _, weight in layout.parts(x.dtype, *stored)]
-        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        stored = ctx.saved_tensors
-        parts = ctx.layout.parts(grad.dtype, *stored)
-        rows, weight = next(parts)
-        total = grad[..., rows] @ weight
-        for rows, weight in parts:
-            total += grad[..., rows] @ weight
-        return (total, *[None] * (1 + len(stored)))
 
 
 class PackedLinear(nn.Linear):
@@ -257,8 +229,11 @@ class PackedLinear(nn.Linear):
         """Compute y = x Wᵀ + b in the input's dtype, or in that of autocast."""
         kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-        out: torch.Tensor = _Matmul.apply(input.to(dtype), self._layout(), *self._stored())  # type: ignore[no-untyped-call]
+        out = self._multiply(input.to(dtype))
         return out if self.bias is None else out + self.bias.to(dtype)
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        return product_with(self._layout(), x, *self._stored())
 
     def _layout(self) -> StoredWeight:
         return stored_native(self.grid, self.out_features, self.in_features)

@@ -16,7 +16,9 @@ from loftq.errors import ArtifactError
 from loftq.formats.checkpoint import TensorSpec, read_header
 from loftq.formats.native import METHOD
 from loftq.models.devices import find_gpu
+from loftq.models.expert_stacks import find_stacks
 from loftq.models.linears import DenseLinear, find_linears, kept_in_float32
+from loftq.models.missing_adapter import AdapterCheck
 from loftq.models.packed_experts import PackedExperts, pack_stacks
 from loftq.models.packed_linear import PackedLinear
 from loftq.models.skipping import Skipped
@@ -32,9 +34,12 @@ class PackedQuantizer(HfQuantizer):
     def _grids(self, candidates: dict[str, DenseLinear], names: set[str], model: Any) -> Iterator[tuple[str, Grid]]:
         """The linears to replace, with the types of their weights. `names` are those of the checkpoint's tensors."""
 
-    def _stacks(self, _model: Any) -> dict[str, tuple[Grid, tuple[int, int, int]]]:
+    def _stacks(self, model: Any) -> dict[str, tuple[Grid, tuple[int, int, int]]]:
         """The parameters of fused experts to pack, with the types of their weights and their shapes."""
-        return {}
+        config: Any = self.quantization_config
+        ends = tuple(f".{end}" for end in getattr(config, "experts", ()))
+        found = find_stacks(model).candidates if ends else {}
+        return {name: (config.grid(name), s.shape) for name, s in found.items() if f".{name}".endswith(ends)}
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
@@ -54,6 +59,8 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         model.quantization_method = METHOD  # for every layout, because peft refuses to merge if this is "gptq"
+        if getattr(self.quantization_config, "needs_adapter", False):
+            model.register_forward_pre_hook(AdapterCheck())
         return model
 
     def update_device_map(self, device_map: Any) -> Any:

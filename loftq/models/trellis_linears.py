@@ -13,9 +13,11 @@ from loftq.core import trellis
 from loftq.core.grid import Grid
 from loftq.core.solvers.solution import Solution
 from loftq.formats import trellis_streams as layout
+from loftq.formats.native import stored_name
 from loftq.models import packed_linear
 from loftq.models.custom_ops import Operator
-from loftq.models.packed_linear import PackedLinear, Part, StoredWeight
+from loftq.models.packed_linear import PackedLinear
+from loftq.models.packed_product import Part, StoredWeight
 
 
 @Operator
@@ -29,7 +31,7 @@ def decode_trellis(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The outputs from `first` to `last` of a weight, transposed: (in, outputs) of `dtype`."""
-    return trellis.decode(codes, widths, rows, columns, slice(first, last)).T.to(dtype)
+    return trellis.decode(codes, widths, rows, columns, slice(first, last), dtype).T
 
 
 @decode_trellis.register_fake
@@ -43,6 +45,45 @@ def _(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     return codes.new_empty(widths.shape[0], last - first, dtype=dtype)
+
+
+@Operator
+def multiply_trellis(
+    codes: torch.Tensor, widths: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, x: torch.Tensor, back: bool
+) -> torch.Tensor:
+    """The product x Wᵀ of a few vectors, or x W if `back`, in the dtype of x."""
+    return (trellis.multiply_back if back else trellis.multiply)(codes, widths, rows, columns, x)
+
+
+@multiply_trellis.register_fake
+def _(
+    codes: torch.Tensor,  # noqa: ARG001
+    widths: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,  # noqa: ARG001
+    x: torch.Tensor,
+    back: bool,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], (widths if back else rows).shape[0])
+
+
+def _product(x: torch.Tensor, stored: Sequence[torch.Tensor], *, back: bool) -> torch.Tensor:
+    codes, widths, rows, columns = stored
+    product = multiply_trellis(codes, widths, rows, columns, x.reshape(-1, x.shape[-1]), back)
+    return product.view(*x.shape[:-1], -1)
+
+
+class _FewVectors(torch.autograd.Function):
+    """Computes x Wᵀ for a few vectors, forward and backward without the decoded weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *stored: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*stored)
+        return _product(x, stored, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return (_product(grad, ctx.saved_tensors, back=True), *[None] * len(ctx.saved_tensors))
 
 
 @dataclass(frozen=True)
@@ -65,10 +106,16 @@ class TrellisLinear(PackedLinear):
     """A frozen linear (out, in) whose weight is trellis codes; `formats.trellis_streams` defines its tensors."""
 
     _format: Any = layout
-    _tensors = ("weight", "weight_widths", "weight_rows", "weight_columns")
+    _tensors = layout.TENSORS
 
     def _layout(self) -> StoredWeight:
         return _Streams(self.out_features, self.in_features)
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if not 0 < x.numel() <= trellis.FEW * self.in_features or not trellis.multiplies(self.weight):
+            return super()._multiply(x)
+        product: torch.Tensor = _FewVectors.apply(x, *self._stored())  # type: ignore[no-untyped-call]
+        return product
 
     def extra_repr(self) -> str:
         """The text of `nn.Linear`, followed by the type."""
@@ -76,8 +123,12 @@ class TrellisLinear(PackedLinear):
 
 
 def read_weight(module: str, shape: Sequence[int], grid: Grid, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    """The weight that the stored tensors of a linear stand for: float32 (out, in)."""
-    return TrellisLinear.load(module, shape, grid, read).dequantize()
+    """The weight that the stored tensors of a linear or an expert stand for: float32 (out, in)."""
+
+    def stored(name: str) -> torch.Tensor:
+        return read(stored_name(module, shape, name.removeprefix(".")))
+
+    return TrellisLinear.load("", shape[-2:], grid, stored).dequantize()
 
 
 def linear_classes() -> tuple[type[nn.Module], ...]:

@@ -25,7 +25,9 @@ class TrellisConfig(QuantizationConfigMixin):
         compute_dtype: str = "bfloat16",
         skip_modules: list[str] | None = None,
         codebooks: dict[str, str] | None = None,
+        experts: list[str] | None = None,
         format_version: int = VERSION,
+        needs_adapter: bool = False,
         **_: Any,
     ) -> None:
         check_config(format_version, [codebook, *(codebooks or {}).values()])
@@ -35,9 +37,13 @@ class TrellisConfig(QuantizationConfigMixin):
         self.codebooks = dict(codebooks or {})
         self.compute_dtype = compute_dtype
         self.skip_modules = list(skip_modules or ())
+        if experts:
+            self.experts = list(experts)
+        if needs_adapter:
+            self.needs_adapter = True
 
     def grid(self, module: str) -> Grid:
-        """The type of a module's weight."""
+        """The type of the weight of a module, or of a parameter of fused experts."""
         return Grid(self.codebooks.get(module, self.codebook), ROW)
 
 

@@ -100,7 +100,7 @@ class Experts:
         if place is None:
             self.reasons[name] = "the checkpoint does not hold them expert by expert"
             place = _Place(name)
-        bits, rank = int(recipe.expert_bits or 0), int(recipe.expert_rank or 0)
+        bits, rank = recipe.expert_bits or 0, int(recipe.expert_rank or 0)
         return Layer(name, place.tensor, stack.shape, stack.transposed, bits, rank, place.parts)
 
     def _everything(self) -> int:
@@ -138,7 +138,7 @@ def _problem(name: str, stack: ExpertStack, recipe: Recipe) -> tuple[str, str] |
             f"use at most {min(rows, columns)}"
         )
         return text, f"they are smaller than --expert-rank {rank}"
-    grid = recipe.grid(int(recipe.expert_bits or 0))
+    grid = recipe.grid(recipe.expert_bits or 0)
     problem = misfit(OURS, grid, rows, columns)
     if problem is None:
         return None

@@ -15,7 +15,7 @@ class QuantizeKeywords(TypedDict, total=False):
 
     bits: float
     quant_type: str | None
-    expert_bits: int | None
+    expert_bits: float | None
     allocation: str | None
     method: str | None
     iters: int | None

@@ -37,6 +37,11 @@ def notes_on(plan: Plan, linears: Linears, names: NameMap) -> Iterator[str]:
         }
         what = f"{', '.join(sorted(unusual))} quantized" if unusual else ", ".join(sorted(set(plan.codebooks.values())))
         yield plan.layout.PLAN_NOTE.format(what=what, loader=f"load_{plan.kind}")
+    if plan.recipe.needs_adapter:
+        yield (
+            "the backbone leaves out what the adapter adds (--rounding projected), so it is of no use without an "
+            "adapter that was trained from this start; --rounding intrinsic gives one with all of the weights"
+        )
     for what, left in (("", linears.others), (" that share their weight", linears.shared)):
         if left:
             kinds = {type(plan.model.get_submodule(name)).__name__ for name in left}

@@ -19,6 +19,7 @@ from loftq.formats.adapter import scaling
 from loftq.planning.grid_settings import with_grid
 from loftq.planning.keywords import QuantizeKeywords
 from loftq.planning.method_names import honest_name, with_honest_name
+from loftq.planning.roundings import check_trellis, rounding_of
 from loftq.planning.settings import (
     CALIBRATION_TOKENS,
     EXPERT_RANK,
@@ -60,6 +61,11 @@ class Recipe(QuantizeSettings):
     def solving(self) -> Method:
         """The method, with the scales and the rounding of this recipe."""
         return replace(METHODS[self.method], scales=self.scales, rounding=self.rounding)
+
+    @property
+    def needs_adapter(self) -> bool:
+        """Whether the backbone leaves out what the adapter adds, so that it is of no use alone."""
+        return self.solving.projects
 
     @property
     def widths(self) -> tuple[float, ...]:
@@ -191,19 +197,19 @@ def _with_experts(settings: QuantizeSettings) -> QuantizeSettings:
                 "of the two out"
             )
         return settings
-    widths = TYPES[cast(str, settings.quant_type)].widths
-    usual = max((width for width in widths if width <= settings.bits), default=min(widths))
+    kind = TYPES[cast(str, settings.quant_type)]
+    below = [width for width in kind.widths if width <= settings.bits]
+    usual = settings.bits if kind.has(settings.bits) else max(below, default=min(kind.widths))
     bits = usual if settings.expert_bits is None else settings.expert_bits
-    if bits not in widths:
-        listed = ", ".join(map(str, widths))
-        raise OptionError(f"--expert-bits {bits}: {settings.quant_type} does not have this width: choose {listed}")
-    return replace(settings, expert_bits=int(bits), expert_rank=settings.expert_rank or EXPERT_RANK)
+    if not kind.has(bits):
+        listed = ", ".join(map(str, kind.widths))
+        raise OptionError(f"--expert-bits {bits:g}: {settings.quant_type} does not have this width: choose {listed}")
+    bits = int(bits) if float(bits).is_integer() else bits
+    return replace(settings, expert_bits=bits, expert_rank=settings.expert_rank or EXPERT_RANK)
 
 
 def option_without_experts(settings: QuantizeSettings) -> str | None:
     """The option that leaves fused experts in 16 bits, because it has no place for them; None if there is none."""
-    if TYPES[cast(str, settings.quant_type)].trellis:
-        return f"--quant-type {settings.quant_type}"
     if settings.adapter != "lora":
         return f"--adapter {settings.adapter}"
     if settings.format is not None and not layouts.LAYOUTS[settings.format].EXPERTS:
@@ -218,14 +224,15 @@ def _with_method(settings: QuantizeSettings) -> QuantizeSettings:
     preset = METHODS[name]
     turns = preset.iterations
     if TYPES[cast(str, settings.quant_type)].trellis:
-        _check_trellis(settings, name, preset)
+        check_trellis(settings, name, preset)
         turns = 1 if preset.needs_moment else turns  # another turn was never better
+    iters = turns if settings.iters is None else settings.iters
     settings = replace(
         settings,
         method=name,
         scales=settings.scales or preset.scales,
-        rounding=settings.rounding or preset.rounding,
-        iters=turns if settings.iters is None else settings.iters,
+        rounding=rounding_of(settings, preset, iters),
+        iters=iters,
         refine=preset.refine if settings.refine is None else settings.refine,
     )
     plain = replace(preset, scales=cast(str, settings.scales), rounding=cast(str, settings.rounding)).plain
@@ -234,19 +241,6 @@ def _with_method(settings: QuantizeSettings) -> QuantizeSettings:
     elif settings.svd == "exact" and (settings.calibration is not None or not plain):
         raise OptionError("--svd exact: applies only to LoftQ without text: leave it out")
     return settings
-
-
-def _check_trellis(settings: QuantizeSettings, name: str, preset: Method) -> None:
-    """Raise OptionError for settings that the solver of trellis codes lacks."""
-    methods = [method for method, row in METHODS.items() if row.metric == "identity" or row.rounding == "intrinsic"]
-    if name not in methods:
-        raise OptionError(f"--method {name}: --quant-type {settings.quant_type} only has {', '.join(methods)}")
-    for option in ("scales", "rounding"):
-        value = getattr(settings, option)
-        if value not in (None, getattr(preset, option)):
-            raise OptionError(f"--{option} {value}: does not apply to --quant-type {settings.quant_type}: leave it out")
-    if settings.svd == "exact":
-        raise OptionError(f"--svd exact: does not apply to --quant-type {settings.quant_type}: leave it out")
 
 
 def _check_qalora(settings: QuantizeSettings, preset: Method) -> None:

@@ -52,13 +52,13 @@ class QuantizeSettings:
         kind="quant type",
         usual="nf up to 4 bits; int above, and for qalora",
     )
-    expert_bits: int | None = setting(
+    expert_bits: float | None = setting(
         None,
         "Number of bits of a weight of fused experts.",
         "quantization",
-        least=2,
+        least=1.5,
         most=8,
-        usual="--bits; of a budget the whole number below",
+        usual="--bits; of a budget the width below",
     )
     allocation: str | None = setting(
         None,
@@ -93,10 +93,10 @@ class QuantizeSettings:
     )
     rounding: str | None = setting(
         None,
-        "How weights are rounded: nearest, feedback or intrinsic.",
+        "How weights are rounded: nearest, feedback, intrinsic or projected; `loftq methods` explains them.",
         "quantization",
         choices=ROUNDINGS,
-        usual="the method's",
+        usual="the method's; for calibrated below 4 bits (NF types) and for tcq projected",
     )
     block_size: int | None = setting(
         None, "Number of weights that share one scale (NF types).", "quantization", usual=str(BLOCK_SIZE)

@@ -27,7 +27,7 @@ class SweepKeywords(TypedDict, total=False):
     dry_run: bool
     quiet: bool
     quant_type: str | None
-    expert_bits: int | None
+    expert_bits: float | None
     allocation: str | None
     iters: int | None
     scales: str | None

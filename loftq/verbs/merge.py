@@ -80,7 +80,8 @@ def merge(
 def _open(folder: Path, adapter: str | None, to: str, settings: MergeSettings, run: MergeRun) -> Export:
     """What is to be written. Raises OptionError for a dense model that is not converted to GGUF."""
     if not is_dense(folder):
-        return TARGETS[to](open_pair(folder, adapter), settings, run)
+        pair = open_pair(folder, adapter)
+        return TARGETS[to].of(pair)(pair, settings, run)
     if to != DenseGguf.name:
         raise OptionError(f"{folder} is a dense model, which only --to gguf takes: quantize it with `loftq quantize`")
     if adapter is not None:

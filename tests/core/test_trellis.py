@@ -1,6 +1,7 @@
 """Oracles: streams read bit by bit with numpy, all paths of a small trellis, all shares of a small budget, float64.
 
-Covers: loftq/core/kernels/viterbi.py, loftq/core/kernels/gpu_trellis.py.
+Covers: loftq/core/trellis_coding.py, loftq/core/kernels/viterbi.py, loftq/core/kernels/trellis_decode.py,
+loftq/core/kernels/gpu_trellis.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from loftq.core import trellis
 from loftq.core.kernels.viterbi import Search
 from loftq.core.rounding import output_squared_norm, repayments
-from loftq.core.trellis import LENGTH, WIDEST, TrellisQuantizer, decode, encode, offsets, share, tables, words_of
+from loftq.core.trellis import LENGTH, WIDEST, TrellisQuantizer, decode, offsets, share, tables, words_of
+from loftq.core.trellis_coding import encode
 
 
 def words_for(widths: torch.Tensor, outputs: int) -> int:
@@ -139,3 +141,16 @@ def test_a_zero_weight_is_zero() -> None:
         assert bool(torch.isfinite(read).all())
         assert not read[weight.square().sum(dim=1) == 0].any()
         assert not read[:, weight.square().sum(dim=0) == 0].any()
+
+
+def test_coding_on_a_gpu_gives_the_same_codes(request: pytest.FixtureRequest) -> None:
+    """With errors fed on, and columns of all widths. Columns of more outputs than a chunk may differ."""
+    torch.manual_seed(0)
+    target, feed = torch.randn(12, 6), 0.2 * torch.randn(6, 6)
+    rows, widths = target.square().mean(dim=1).sqrt(), torch.arange(6, dtype=torch.uint8)
+    arguments = target, widths, rows, words_for(widths, 12), feed
+    codes, scales = encode(*arguments)
+    request.getfixturevalue("triton_path")
+    again, same = encode(*arguments)
+    assert torch.equal(again, codes)
+    assert torch.equal(same.columns, scales.columns)

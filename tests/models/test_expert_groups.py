@@ -10,7 +10,7 @@ from transformers import GptOssConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from loftq.core.grid import Grid
+from loftq.core.grid import ROW, Grid
 from loftq.models import expert_groups
 from loftq.models.expert_groups import PackedStack, groups_of, runs
 from loftq.models.expert_pass import ActiveFactors
@@ -37,8 +37,12 @@ class Block(torch.nn.Module):
         pack_stacks(self, {f"experts.{name}": (grid, shape) for name, shape in self.shapes.items()})
         torch.manual_seed(0)
         for name, tensor in self.experts.state_dict().items():
-            if tensor.dtype == torch.uint8:
+            if name.endswith("_widths"):
+                tensor.fill_(2)
+            elif tensor.dtype == torch.uint8:
                 tensor.random_(0, 256)
+            elif tensor.dtype == torch.int32:
+                tensor.random_(-(2**31), 2**31)
             else:
                 tensor.uniform_(-0.02, 0.02) if name.endswith(("bias", "shifts")) else tensor.uniform_(0.01, 0.05)
 
@@ -75,6 +79,7 @@ class Block(torch.nn.Module):
     [
         ("qwen3_moe", Grid("nf4", 32, double_quant=True)),
         ("gpt_oss", Grid("int3", 32, zero_point="integer")),
+        ("gpt_oss", Grid("tcq2.5", ROW)),
     ],
 )
 def test_the_size_of_groups_and_the_product_make_no_difference(

@@ -35,6 +35,11 @@ CASES = [
     pytest.param(name, OPTIONS[i % len(OPTIONS)], id=name, marks=() if name in QUICK else pytest.mark.slow)
     for i, name in enumerate(MIXTURES)
 ]
+CODED = {"bits": 2.25, "quant_type": "tcq"}
+CASES += [
+    pytest.param("qwen3_moe", CODED, id="qwen3_moe-tcq"),
+    *(pytest.param(name, CODED, id=f"{name}-tcq", marks=pytest.mark.slow) for name in ("mixtral", "gpt_oss")),
+]
 
 
 def stock_model(source: Path, packed: Any, adapter: Path) -> Any:
@@ -60,7 +65,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_mixture(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     source = save_mixture(name, tmp_path / "source")
-    if options["bits"] != 8 and "group_size" not in options:
+    if options["bits"] != 8 and "quant_type" not in options:
         options = {"block_size": 32, **options}
     report = loftq.quantize(str(source), output=tmp_path / "out", rank=8, iters=2, quiet=True, **options)
     rows = {row["name"]: row for row in open_artifact(report.folder).manifest["layers"]}

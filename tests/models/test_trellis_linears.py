@@ -1,6 +1,7 @@
 """Linears of trellis codes. Oracles: the decoded matrix as an ordinary linear, and stock transformers and peft.
 
-Covers: loftq/models/trellis_linears.py, loftq/models/trellis_quantizer.py, loftq/formats/trellis_streams.py.
+Covers: loftq/models/trellis_linears.py, loftq/models/trellis_quantizer.py, loftq/formats/trellis_streams.py,
+loftq/models/packed_product.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import loftq
+from loftq.core import trellis
 from loftq.core.grid import ROW, Grid
 from loftq.core.solvers.methods import METHODS
 from loftq.core.solvers.trellis_coded import solve_trellis
@@ -51,13 +53,47 @@ def test_outputs_and_gradients_are_those_of_the_decoded_matrix(
     assert torch.equal(coded.dequantize(), dense.weight)
     results = []
     for linear in (coded, dense):
-        x = torch.randn(3, columns, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        x = torch.randn(9, columns, generator=torch.Generator().manual_seed(1)).requires_grad_()
         out = linear(x)
         out.square().sum().backward()
         results.append((out, x.grad))
     for mine, right in zip(*results, strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-6)
     assert torch.equal(coded.to_dense().weight, dense.weight)
+
+
+@pytest.mark.parametrize("path", ["compiled", "torch", "triton"])
+@pytest.mark.parametrize(("rows", "columns", "bits"), [(300, 24, 2.5), (33, 17, 4.0)])
+def test_a_few_vectors_need_no_decoded_weight(
+    rows: int, columns: int, bits: float, path: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: autograd through the decoded matrix. On a CPU and a GPU, the weight must not be decoded."""
+    coded, dense = coded_linear(rows, columns, bits)
+    if path != "compiled":
+        request.getfixturevalue(f"{path}_path")
+    if path != "torch":
+        monkeypatch.setattr(trellis, "decode", None)
+    for shape in ((1,), (4,), (1, 1), (2, 2), ()):
+        x = torch.randn(*shape, columns)
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        outputs = [layer(each) for layer, each in zip((coded, dense), inputs, strict=True)]
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+        gradient = torch.randn_like(outputs[0])
+        torch.testing.assert_close(
+            *(torch.autograd.grad(out, each, gradient) for out, each in zip(outputs, inputs, strict=True)),
+            rtol=1e-4, atol=1e-5,
+        )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch of itself
+def test_a_compiled_linear_is_the_same() -> None:
+    """Oracle: the linear as it is, for a few vectors and for more."""
+    coded, _ = coded_linear(40, 24, 2.5)
+    compiled = torch.compile(coded, backend="aot_eager", fullgraph=True)
+    for count in (1, 9):
+        x = torch.randn(count, 24, requires_grad=True)
+        torch.testing.assert_close(compiled(x), coded(x))
+        compiled(x).sum().backward()
 
 
 def test_scales_keep_their_precision() -> None:

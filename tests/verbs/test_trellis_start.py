@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 from conftest import Result, byte_tokenizer, pico_llama, save_model
 from folders import hashes
+from mixtures import save_mixture
 from picos import save_pico
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +20,7 @@ import loftq
 from loftq.formats.artifact import open_artifact
 
 TOKENS = torch.tensor([[11, 42, 7, 99, 3, 250, 17, 5]])
+FALCON = {"hidden_size": 66, "num_attention_heads": 3, "ffn_hidden_size": 77, "alibi": False}
 TEXT = {"calibration": "default", "calibration_tokens": 4096, "sequence_length": 64, "refine": 2}
 
 
@@ -109,6 +113,57 @@ def test_other_linears(kind: str, task: str, tmp_path: Path) -> None:
     assert not loftq.verify(folder, quiet=True).problems
 
 
+@pytest.mark.parametrize(("kind", "options"), [("llama", {}), ("gpt2", {}), ("falcon", FALCON)])
+def test_the_backbone_alone(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """With --iter 0 the calibrated backbone has all of the weight: it says nothing, and answers as the model does.
+
+    Oracle: the model itself; the same budget coded for an adapter, without the adapter. Sides may be odd.
+    """
+    source = save_pico(kind, "causal-lm", tmp_path / "source", **options)
+    byte_tokenizer().save_pretrained(source)
+    text = {**TEXT, "refine": 0, "bits": 3}
+    errors = {}
+    for iters in (0, 1):
+        folder = make(source, tmp_path / f"iter-{iters}", iters=iters, **text)
+        assert not loftq.verify(folder, source=source, quiet=True).problems
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert config.get("needs_adapter", False) == (iters > 0)
+        assert ("of no use" in (folder / "README.md").read_text()) == (iters > 0)
+        alone, exact = (AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32) for place in (folder, source))
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found, expected = alone(TOKENS).logits, exact(TOKENS).logits
+        assert any("of no use without" in str(each.message) for each in caught) == (iters > 0)
+        errors[iters] = float((found - expected).norm() / expected.norm())
+    assert errors[0] < 0.3
+    assert errors[0] < errors[1]
+
+
+def test_odd_sides_and_budgets(tmp_path: Path) -> None:
+    """Oracle: `verify`, and the answers of the merged model. Layers share a budget, and sides are odd."""
+    source = save_model(pico_llama(hidden_size=60, head_dim=10, intermediate_size=91), tmp_path / "source")
+    byte_tokenizer().save_pretrained(source)
+    for allocation, bits in (("auto", 2.6), ("first", 3)):
+        folder = make(source, tmp_path / allocation, allocation=allocation, **{**TEXT, "bits": bits})
+        rows = open_artifact(folder).manifest["layers"]
+        assert len({row["codebook"] for row in rows}) > 1
+        spent = sum(float(row["codebook"].removeprefix("tcq")) * row["shape"][0] * row["shape"][1] for row in rows)
+        assert spent / sum(row["shape"][0] * row["shape"][1] for row in rows) <= bits
+        assert not loftq.verify(folder, source=source, quiet=True).problems
+        merged = loftq.merge(str(folder), output=tmp_path / f"merged-{allocation}", to="bf16", quiet=True).folder
+        pair, dense = loftq.load_qlora(folder), AutoModelForCausalLM.from_pretrained(merged)
+        with torch.no_grad():
+            torch.testing.assert_close(dense(TOKENS).logits.float(), pair(TOKENS).logits.float(), rtol=0.1, atol=0.1)
+
+
+def test_in_memory_without_an_adapter() -> None:
+    """With lora=False the backbone stands alone. Oracle: the model itself."""
+    exact, model = pico_llama(), loftq.quantize_model(pico_llama(), bits=3, quant_type="tcq", lora=False)
+    with torch.no_grad():
+        expected, found = exact(TOKENS).logits, model(TOKENS).logits  # type: ignore[operator]
+    assert float((found - expected).norm() / expected.norm()) < 0.4
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -120,7 +175,7 @@ def test_other_linears(kind: str, task: str, tmp_path: Path) -> None:
         (["--bits", "2", "--rounding", "nearest", "--calibration", "default"], "--rounding nearest"),
         (["--bits", "2", "--adapter", "qalora"], "--quant-type tcq"),
         (["--bits", "2", "--format", "bitsandbytes"], "loftq-trellis"),
-        (["--bits", "2", "--expert-bits", "3"], "--expert-bits"),
+        (["--bits", "2", "--expert-bits", "1"], "--expert-bits"),
     ],
 )
 def test_what_does_not_apply_is_refused(
@@ -133,12 +188,40 @@ def test_what_does_not_apply_is_refused(
 
 
 def test_fused_experts_stay_for_the_reason_that_holds(run: Callable[..., Result], tmp_path: Path) -> None:
-    """The note of the plan names the option that has no place for them."""
+    """The note of the plan names the option that has no place for them; trellis codes have."""
     mixture = save_pico("mixtral", "causal-lm", tmp_path / "mixture")
-    for options in (("--quant-type", "tcq"), ("--format", "bitsandbytes")):
+    said = "because --format bitsandbytes has no place for them"
+    for options, stays in ((("--quant-type", "tcq"), False), (("--format", "bitsandbytes"), True)):
         result = run("quantize", mixture, *options, "--rank", 4, "--dry-run")
         assert result.exit_code == 0
-        assert f"because {' '.join(options)} has no place for them" in " ".join(result.stdout.split())
+        assert (said in " ".join(result.stdout.split())) == stays
+
+
+def test_a_mixture_from_quantizing_to_merging(tmp_path: Path) -> None:
+    """Calibrated expert by expert, loaded with offload, trained and merged. Oracles: the pair beside it, its loss."""
+    mixture = save_mixture("qwen3_moe", tmp_path / "mixture")
+    options = {"expert_bits": 2.5, "expert_rank": 2, **TEXT}
+    folder = make(mixture, tmp_path / "out", **options)
+    manifest = open_artifact(folder).manifest
+    assert {(len(row["shape"]), row["codebook"]) for row in manifest["layers"]} == {(2, "tcq2.25"), (3, "tcq2.5")}
+    assert all("output_error" in row for row in manifest["layers"])
+    assert not loftq.verify(folder, source=mixture, quiet=True).problems
+    held, offloaded = (loftq.load_qlora(folder, dtype=torch.float32, offload=o) for o in (None, "experts"))
+    for model in (held, offloaded):
+        model(TOKENS, labels=TOKENS).loss.backward()
+    for (name, one), (_, other) in zip(held.named_parameters(), offloaded.named_parameters(), strict=True):
+        assert one.grad is None or torch.equal(one.grad, other.grad), name
+    (tmp_path / "data.txt").write_text("the fox jumps over the lazy dog " * 60)
+    trained = loftq.train(
+        str(folder), data=str(tmp_path / "data.txt"), task="clm", output=tmp_path / "trained", max_steps=4,
+        cutoff_len=32, batch_size=2, learning_rate=1e-2, dtype="float32", quiet=True, cpu=True,
+    ).folder  # fmt: skip
+    merged = loftq.merge(folder, trained, to="bf16", output=tmp_path / "merged", quiet=True).folder
+    pair = loftq.load_qlora(folder, trained, dtype=torch.float32).eval()
+    dense = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    losses = [model(TOKENS, labels=TOKENS).loss.item() for model in (pair, dense, held)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] != losses[2]
 
 
 def test_a_budget_shared_between_layers(source: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Compiled CPU loops of the trellis code (`core.trellis`): Viterbi's search along a column, and decoding.
+"""Compiled CPU loops of the trellis code (`core.trellis`): Viterbi's search along a column, and the stream it gives.
 
 The costs of all states are one float32 array. A cost is never negative, so its bits compare as an integer does, and its
 lowest bits can hold the number of the state before: one minimum of integers finds the least cost and where it comes
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from loftq.core.kernels.compiled import over_blocks, strict
+from loftq.core.kernels.compiled import strict
 
-_RESET = 16  # steps after which the least cost is subtracted from all, so that float32 keeps their differences
+RESET = 16  # steps after which the least cost is subtracted from all, so that float32 keeps their differences
 
 
 @strict
@@ -78,7 +78,7 @@ def _search(x, weights, table, width, length, costs, least, before, states):  # 
         row = before[t]
         for m in range(ends):
             row[m] = np.uint8(least_bits[m] & low)
-        if t % _RESET == 0:
+        if t % RESET == 0:
             smallest = least[0]
             for m in range(ends):
                 smallest = min(smallest, least[m])
@@ -138,70 +138,3 @@ def _write(states, width, length, words, begin):  # type: ignore[no-untyped-def]
 def write_stream(states: np.ndarray, width: int, length: int, words: np.ndarray, begin: int) -> None:
     """Write the stream of a column into `words`, uint32, from bit `begin` on. These bits must be zero before."""
     _write(states, width, length, words, begin)
-
-
-@strict
-def _decode(words, offsets, widths, tables, columns, rows, out, length, first, last):  # type: ignore[no-untyped-def]
-    # Several states are read from each window of 64 bits: 8 of up to 3 bits, 4 of up to 5.
-    count = 1 << length
-    mask = np.uint64(count - 1)
-    outputs = rows.shape[0]
-    for j in range(first, last):
-        width = np.int64(widths[j])
-        values, scale = out[j], columns[j]
-        if width == 0:
-            for t in range(outputs):
-                values[t] = np.float32(0)
-            continue
-        levels = tables[(width - 1) * count : width * count]
-        begin, step = offsets[j], np.uint64(width)
-        done = 0
-        if width <= 3:
-            for t in range(0, outputs - 7, 8):
-                bit = begin + width * t
-                i = bit >> 5
-                window = np.uint64(words[i]) | (np.uint64(words[i + 1]) << np.uint64(32))
-                window >>= np.uint64(bit & 31)
-                for k in range(8):
-                    values[t + k] = levels[window & mask]
-                    window >>= step
-            done = outputs // 8 * 8
-        else:
-            for t in range(0, outputs - 3, 4):
-                bit = begin + width * t
-                i = bit >> 5
-                window = np.uint64(words[i]) | (np.uint64(words[i + 1]) << np.uint64(32))
-                window >>= np.uint64(bit & 31)
-                for k in range(4):
-                    values[t + k] = levels[window & mask]
-                    window >>= step
-            done = outputs // 4 * 4
-        for t in range(done, outputs):
-            bit = begin + width * t
-            i = bit >> 5
-            window = np.uint64(words[i]) | (np.uint64(words[i + 1]) << np.uint64(32))
-            values[t] = levels[(window >> np.uint64(bit & 31)) & mask]
-        for t in range(outputs):
-            values[t] = values[t] * scale * rows[t]
-
-
-def decode(
-    words: np.ndarray,
-    offsets: np.ndarray,
-    widths: np.ndarray,
-    tables: np.ndarray,
-    columns: np.ndarray,
-    rows: np.ndarray,
-    length: int,
-    out: np.ndarray,
-) -> None:
-    """Fill `out` (in, outputs), float32, with the weight transposed.
-
-    `words` are uint32, with one more after the last column; `offsets`, int64 (in,), are the first bits of columns, and
-    `widths` uint8 (in,); `tables` are float32 and flat; `columns` (in,) and `rows` (outputs,) are float32.
-    """
-
-    def work(first: int, last: int) -> None:
-        _decode(words, offsets, widths, tables, columns, rows, out, length, first, last)
-
-    over_blocks(len(widths), len(rows), work)

@@ -12,6 +12,7 @@ ROUNDINGS = {
     "nearest": "each weight for itself",
     "feedback": "later weights make up for earlier ones (GPTQ)",
     "intrinsic": "feedback into the adapter's directions too",
+    "projected": "the same, for a backbone that leaves out what the adapter adds anyway, and is of no use alone",
 }
 
 SVD = {
@@ -45,6 +46,16 @@ class Method:
     def needs_moment(self) -> bool:
         """Whether it must know what a layer's inputs are like."""
         return self.metric != "identity" or self.rounding != "nearest"
+
+    @property
+    def knows_adapter(self) -> bool:
+        """Whether errors are fed into the directions that the adapter will correct."""
+        return self.rounding in ("intrinsic", "projected")
+
+    @property
+    def projects(self) -> bool:
+        """Whether the backbone leaves out what the weight has along these directions (`core.directions`)."""
+        return self.rounding == "projected"
 
     @property
     def plain(self) -> bool:

@@ -1,15 +1,10 @@
 """The start of a trellis-coded weight: a backbone whose errors lie where an adapter, or later columns, repair them.
 
-With text, H is the mean of x xᵀ, and V (in, r) its leading eigenvectors. An adapter of rank r corrects any error along
-V, so what the weight has along V need not be coded at all. The backbone codes
-
-    T = W − (W V) Vᵀ
-
-and the adapter adds the rest. Errors outside V cost tr(E S Eᵀ), where S is H without what the adapter corrects (see
-`core.rounding`). With S = U D Uᵀ, each column is coded for the sum of its own part of T and the errors of those before
-it, and an error of column j then costs D_j. So columns get their bits by D_j and their own size (`core.trellis`). The
-factors have a closed form, as in `solvers.calibrated`. A backbone without its part along V is of no use without its
-adapter.
+With text, H is the mean of x xᵀ, and V (in, r) its leading eigenvectors. By projected rounding, the backbone codes only
+T = W − (W V) Vᵀ, and the adapter adds the rest (`core.directions`). Errors outside V cost tr(E S Eᵀ), where S is H
+without what the adapter corrects (`core.rounding`). With S = U D Uᵀ, each column is coded for the sum of its own part
+of T and the errors of those before it, and an error of column j then costs D_j. So columns get their bits by D_j and
+their own size (`core.trellis`). The factors have a closed form, as in `solvers.calibrated`.
 
 Without text, LoftQ's alternation is used: Q codes W − s·B·A, and A, B are the best factors of W − Q.
 """
@@ -22,6 +17,7 @@ from dataclasses import replace
 import torch
 
 from loftq.core import lowrank, trellis
+from loftq.core.directions import leading_directions, without_directions
 from loftq.core.metric import Metric, damped, squared
 from loftq.core.rounding import repayments
 from loftq.core.solvers.calibrated import Norms, norms, trace_of
@@ -29,6 +25,7 @@ from loftq.core.solvers.loftq import check_solvable, lora_start
 from loftq.core.solvers.methods import Method
 from loftq.core.solvers.solution import Solution, settled, times, unit_of
 from loftq.core.trellis import TrellisQuantizer, TrellisScales
+from loftq.core.trellis_coding import encode
 
 _DEPTH = 10  # Krylov steps of a factorization
 Coded = tuple[torch.Tensor, TrellisScales]
@@ -60,8 +57,9 @@ def solve_trellis(
     metric = Metric.of("full", h)
     a, b = lora_start(weight, rank, generator)
     turns = iterations if rank else 0
-    coder = _Coder(weight, quantizer, h, _directions(h, rank, generator) if turns else None)
-    target = coder.without_directions()
+    directions = None if h is None or not turns else leading_directions(h, rank, generator)
+    coder = _Coder(weight, quantizer, h, directions)
+    target = without_directions(weight, directions) if directions is not None and method.projects else weight
     coded = best = coder(target)
     decoded = quantizer.decode(*best, weight.shape)
     rounded = [norms(error, metric) for error in (weight, target - decoded, target - decoded)]
@@ -87,14 +85,6 @@ def solve_trellis(
     return settled(Solution(*best, a, b, trace), weight, quantizer, scaling, root=metric.root)
 
 
-def _directions(h: torch.Tensor | None, rank: int, generator: torch.Generator) -> torch.Tensor | None:
-    """The leading eigenvectors of H: orthonormal (in, rank)."""
-    if h is None:
-        return None
-    basis: torch.Tensor = torch.linalg.qr(lowrank.factorize(h.float(), rank, _DEPTH, None, generator).left[:, :rank])[0]
-    return basis
-
-
 class _Coder:
     """Codes matrices that take the place of a weight, all in the same metric."""
 
@@ -105,18 +95,12 @@ class _Coder:
         h: torch.Tensor | None,
         directions: torch.Tensor | None,
     ) -> None:
-        self._weight, self._bits, self._directions = weight, quantizer.bits, directions
+        self._bits = quantizer.bits
         self._words = trellis.words_of(weight.shape, quantizer.bits)
         self._feed: torch.Tensor | None = None
         self._costs: torch.Tensor | None = None
         if h is not None:
             self._feed, self._costs = repayments(h, directions)
-
-    def without_directions(self) -> torch.Tensor:
-        """The weight without what the adapter takes of it."""
-        if self._directions is None:
-            return self._weight
-        return self._weight - (self._weight @ self._directions) @ self._directions.T
 
     def __call__(self, target: torch.Tensor) -> Coded:
         """Codes and scales of `target` (out, in)."""
@@ -126,4 +110,4 @@ class _Coder:
         if self._costs is not None:
             costs *= self._costs
         widths = trellis.share(costs, self._bits)
-        return trellis.encode(target, widths, rows, self._words, self._feed)
+        return encode(target, widths, rows, self._words, self._feed)

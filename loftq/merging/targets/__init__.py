@@ -33,7 +33,11 @@ ROWS = {
     "gguf-q4_1": Row(
         "to_gguf_q4_1:Gguf", "QA-LoRA of 4 bits in the minima of one GGUF file, to their 16 bits: for llama.cpp"
     ),
-    "gptq": Row("to_gptq:Rounded", "QA-LoRA in whole zero-points, which lose most of it (--allow-rounding)"),
+    "gptq": Row(
+        "to_gptq:Rounded",
+        "a plain LoRA and its backbone as integers of 2 to 8 bits; QA-LoRA in whole zero-points, which lose most of it "
+        "(--allow-rounding)",
+    ),
     "lora": Row(
         "to_lora:PlainLora",
         "the adapter alone: LoftQ's for the full-precision model, QA-LoRA as a plain LoRA; for any LoRA server",

@@ -22,25 +22,19 @@ from loftq.formats import compressed_tensors
 from loftq.formats.checkpoint import Checkpoint, TensorSpec, read_checkpoint
 from loftq.formats.given_compressed import compressed_view
 from loftq.formats.shard_writer import ShardWriter
-from loftq.merging.calibration import TEXT, LayerInputs, check_calibration, gather_inputs
+from loftq.merging.calibration import check_calibration
 from loftq.merging.checkpoint_names import CheckpointNames, at_expert
-from loftq.merging.model_folder import ModelFolder
+from loftq.merging.rounded_weights import RoundedWeights
 from loftq.models.linears import find_linears, fused_experts
 from loftq.models.tasks import TASKS, auto_class, build_meta
-from loftq.planning.run import start
-from loftq.planning.settings import RunSettings
 
 
-class CompressedTensors(ModelFolder):
+class CompressedTensors(RoundedWeights):
     """A folder in the layout pack-quantized, whose weights are backbone plus adapter, rounded anew."""
 
     name = "compressed-tensors"
     format = compressed_tensors.METHOD
-    any_backbone = True
-    comparable = True
-    tolerance = 5e-4
-    rounds = True
-    uses = ("bits", "group_size", "zero_point", *TEXT, "device")
+    group_sizes = compressed_tensors.GROUP_SIZES
 
     def check(self) -> None:
         """Return None. Raises OptionError for settings that the layout lacks, and for linears that it cannot hold."""
@@ -68,9 +62,9 @@ class CompressedTensors(ModelFolder):
                     f"for all of them ({stack}): use --to bf16"
                 )
         for module, rows, columns in self._matrices():
-            if columns % self._group_size:
+            if columns % self.group_size:
                 raise OptionError(
-                    f"--to compressed-tensors: groups of {self._group_size} do not divide the {columns} inputs of "
+                    f"--to compressed-tensors: groups of {self.group_size} do not divide the {columns} inputs of "
                     f"{module}: use --group-size 32, or --to bf16 if that does not divide them either"
                 )
             if rows * self._grid.bits % compressed_tensors.WORD and self.settings.zero_point == "integer":
@@ -101,11 +95,6 @@ class CompressedTensors(ModelFolder):
         exact = "compressed-tensors has whole zero-points, so a QA-LoRA is rounded too; --to int and mlx are exact"
         return (*super().notes(), *((exact,) if self.pair.adapter.pool_size is not None else ()))
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Everything that the bytes of the result depend on, the statistics too."""
-        statistics = {} if self._inputs is None else self._inputs.fingerprint()
-        return {**super().fingerprint(), "statistics": statistics, "device": self._device.type}
-
     def name_of(self, name: str) -> str:
         """The name of a tensor in checkpoints of the model."""
         return self._names.of(name)
@@ -130,14 +119,14 @@ class CompressedTensors(ModelFolder):
 
     def tensors(self, module: str) -> dict[str, torch.Tensor]:
         """Their values."""
-        moment = None if self._inputs is None else self._inputs.moment(module)
+        moment = None if self.inputs is None else self.inputs.moment(module)
         return self._rounded_tensors(self._names.of_linear(module), self.pair.merged(module).contiguous(), moment)
 
     def write_module(self, module: str, writer: ShardWriter) -> dict[str, str]:
         """Write the tensors of one linear, or of fused experts, one expert at a time."""
         if module not in self.pair.backbone.stacks:
             return super().write_module(module, writer)
-        moments = repeat(None) if self._inputs is None else self._inputs.expert_moments(module, self._device)
+        moments = repeat(None) if self.inputs is None else self.inputs.expert_moments(module, self.device)
         hashes: dict[str, str] = {}
         for expert, (weight, moment) in enumerate(zip(self.pair.merged_experts(module), moments, strict=False)):
             for name, matrix in self._names.of_expert(module, weight, expert).items():
@@ -148,7 +137,7 @@ class CompressedTensors(ModelFolder):
     def _rounded_tensors(self, name: str, weight: torch.Tensor, moment: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """The tensors of one weight (out, in), under the name of its linear in the checkpoint."""
         quantizer = cast(AffineQuantizer, self._grid.quantizer(weight.shape[1], self._dtype))
-        codes, scales = round_weight(weight.to(self._device), quantizer, moment)
+        codes, scales = round_weight(weight.to(self.device), quantizer, moment)
         return compressed_tensors.tensors(name, weight.shape, self._grid, self._dtype, codes, scales)
 
     def rounded(self, module: str, written: Checkpoint, weight: torch.Tensor) -> torch.Tensor:
@@ -211,21 +200,7 @@ class CompressedTensors(ModelFolder):
     def _grid(self) -> Grid:
         """The type of all weights that are rounded."""
         zero_point = self.settings.zero_point or "symmetric"
-        return Grid(f"int{self.settings.bits or 4}", self._group_size, zero_point=zero_point)
-
-    @cached_property
-    def _group_size(self) -> int:
-        """The group size of the settings, or the largest that divides the inputs of all linears."""
-        sizes = compressed_tensors.GROUP_SIZES
-        if self.settings.group_size is not None:
-            if self.settings.group_size not in sizes:
-                raise OptionError(
-                    f"--group-size {self.settings.group_size}: --to compressed-tensors holds groups of "
-                    f"{', '.join(map(str, sizes))} inputs, which servers can read"
-                )
-            return self.settings.group_size
-        shapes = self.pair.backbone.shapes.values()
-        return next((size for size in sizes if all(shape[-1] % size == 0 for shape in shapes)), sizes[-1])
+        return Grid(f"int{self.settings.bits or 4}", self.group_size, zero_point=zero_point)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -243,14 +218,6 @@ class CompressedTensors(ModelFolder):
     @cached_property
     def _names(self) -> CheckpointNames:
         return CheckpointNames(self._model, mixture=bool(self.pair.backbone.stacks))
-
-    @cached_property
-    def _inputs(self) -> LayerInputs | None:
-        return gather_inputs(self.pair, self._group_size, self.settings, self.run)
-
-    @cached_property
-    def _device(self) -> torch.device:
-        return start(RunSettings(device=self.settings.device)).device
 
 
 def _linear(tensor: str) -> str:

@@ -65,7 +65,7 @@ def test_factors_of_plain_rounding_are_the_closed_form(grid: Grid) -> None:
     assert output_norm(left_over(solution, quantizer)) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("rounding", ["feedback", "intrinsic"])
+@pytest.mark.parametrize("rounding", ["feedback", "intrinsic", "projected"])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_alternating_never_leaves_more(grid: Grid, rounding: str) -> None:
     """Oracle: the turn before; either half is a minimization."""
@@ -75,6 +75,25 @@ def test_alternating_never_leaves_more(grid: Grid, rounding: str) -> None:
     steps = outputs.iterations
     assert all(after <= before * (1 + 1e-5) for before, after in pairwise(steps))
     assert steps[-1] < steps[0]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_projected_rounding_leaves_less_and_a_backbone_that_lacks_its_part(grid: Grid) -> None:
+    """Oracle: intrinsic rounding, and the part of both backbones along the eigenvectors of H."""
+    quantizer = grid.quantizer(64)
+    directions = torch.linalg.eigh(damped(MOMENT)).eigenvectors[:, -8:].float()
+    found, parts = [], []
+    for rounding in ("projected", "intrinsic"):
+        solution = run(replace(METHODS["calibrated"], rounding=rounding), quantizer, 3)
+        assert solution.trace.outputs is not None
+        found.append(solution.trace.outputs.final)
+        backbone = quantizer.decode(solution.codes, solution.scales, WEIGHT.shape)
+        parts.append(float((backbone @ directions).norm() / (WEIGHT @ directions).norm()))
+    assert found[0] < found[1]
+    assert parts[0] < 0.8 < parts[1]
+    bare = run(replace(METHODS["calibrated"], rounding="projected"), quantizer, 0)
+    backbone = quantizer.decode(bare.codes, bare.scales, WEIGHT.shape)
+    assert float((backbone @ directions).norm() / (WEIGHT @ directions).norm()) > 0.8
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

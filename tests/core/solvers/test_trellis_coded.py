@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -76,12 +78,20 @@ def test_without_text_it_is_better_too(layer: tuple[torch.Tensor, torch.Tensor])
 
 
 def test_the_backbone_lacks_what_the_adapter_adds(layer: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Along the leading eigenvectors of H the backbone only has errors of others; without an adapter it has all."""
+    """Along the leading eigenvectors of H the backbone only has errors of others; without an adapter it has all.
+
+    If it is not projected, it has all of them too.
+    """
     weight, moment = layer
     directions = torch.linalg.eigh(damped(moment)).eigenvectors[:, -16:].float()
     quantizer = TrellisQuantizer(3)
-    for rank, iterations, low, high in ((16, 1, 0.0, 0.6), (16, 0, 0.9, 1.1)):
-        solution = solve_trellis(weight, quantizer, METHODS["calibrated"], moment, rank, iterations, 1.0)
+    for rounding, iterations, low, high in (
+        ("projected", 1, 0.0, 0.6),
+        ("projected", 0, 0.9, 1.1),
+        ("intrinsic", 1, 0.7, 1.3),
+    ):
+        method = replace(METHODS["calibrated"], rounding=rounding)
+        solution = solve_trellis(weight, quantizer, method, moment, 16, iterations, 1.0)
         backbone = quantizer.decode(solution.codes, solution.scales, weight.shape)
         part = float((backbone @ directions).norm() / (weight @ directions).norm())
         assert low <= part < high
