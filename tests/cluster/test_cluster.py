@@ -276,7 +276,7 @@ def test_an_error_of_the_cluster_itself_is_one_line(quantize: Quantize, monkeypa
 
 def test_what_is_not_spread_over_a_cluster_is_refused(quantize: Quantize, pico: Path) -> None:
     with pytest.raises(OptionError, match=r"^--cluster: an adapter for a given model is worked on in one process"):
-        quantize(FakeRay(), backbone=str(pico))
+        quantize(FakeRay(), backbone=str(pico), iters=None)
     with pytest.raises(OptionError, match=r"^--device mps: expected cpu or cuda with --cluster$"):
         quantize(FakeRay(), device="mps")
 
