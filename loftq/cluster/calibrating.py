@@ -22,7 +22,7 @@ from loftq.cluster.tasks import Failure, Slots, explain
 from loftq.cluster.threads import Threads
 from loftq.core.moments import Moment, panel_groups
 from loftq.display import one_line
-from loftq.errors import LoftQError, SourceError
+from loftq.errors import ClusterError, SourceError
 from loftq.models.lockstep import Batch
 
 _MOST_LOSSES = 20  # of workers, in one calibration
@@ -57,7 +57,7 @@ class Calibrating:
             explain(self.ray, "calibration", error)
             self._losses += 1
             if self._losses > _MOST_LOSSES:
-                raise LoftQError(
+                raise ClusterError(
                     f"calibration: {self._losses} workers of the cluster died ({one_line(error, 200)}): if their "
                     "memory was full, use a smaller --sequence-length or nodes with more memory; run again to continue"
                 ) from error
@@ -73,7 +73,7 @@ class Calibrating:
         until = time.monotonic() + _PATIENCE
         while not (count := min(slots.count(), len(batches))):
             if time.monotonic() > until:
-                raise LoftQError("calibration: no node of the cluster has room for a worker: run again to continue")
+                raise ClusterError("calibration: no node of the cluster has room for a worker: run again to continue")
             time.sleep(1.0)
         strategy = "DEFAULT" if self.need.gpus else "SPREAD"  # GPUs of few nodes, which read each block
         actor = self.ray.remote(max_restarts=0, scheduling_strategy=strategy)(Part).options(**self.need.options())

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from loftq import errors
 from loftq.cluster.nodes import Need, nodes_of, places
 from loftq.display import one_line
-from loftq.errors import LoftQError, OptionError
+from loftq.errors import ClusterError, LoftQError, OptionError
 
 Result = TypeVar("Result")
 _MOST_CRASHES = 5  # of one task while all nodes stay
@@ -50,7 +50,7 @@ class Slots:
         self.nodes: frozenset[str] = frozenset()
 
     def count(self) -> int:
-        """The number now. Raises LoftQError if no node has been there for minutes."""
+        """The number now. Raises ClusterError if no node has been there for minutes."""
         now = time.monotonic()
         if now - self._asked >= 1.0:
             nodes = nodes_of(self._ray)
@@ -59,7 +59,7 @@ class Slots:
             if self._count:
                 self._left = now
             elif now - self._left > _PATIENCE:
-                raise LoftQError("no node of the cluster is left that can run a task: run again with --resume")
+                raise ClusterError("no node of the cluster is left that can run a task: run again with --resume")
         return self._count if self._most is None else min(self._count, self._most)
 
     def room(self) -> int:
@@ -99,7 +99,7 @@ def run_tasks(
                     nodes = slots.nodes
                     crashes[name] += 1
                     if crashes[name] > _MOST_CRASHES:
-                        raise LoftQError(
+                        raise ClusterError(
                             f"the process that works on {name} died {crashes[name]} times ({one_line(error, 200)}): "
                             "if its memory was full, use fewer --workers, or nodes with more memory"
                         ) from error
@@ -115,10 +115,10 @@ def run_tasks(
 
 
 def explain(ray: Any, name: str, error: Exception) -> None:
-    """Raise LoftQError for an error of Ray that a second try would not cure. Others return."""
+    """Raise ClusterError for an error of Ray that a second try would not cure. Others return."""
     kinds = ray.exceptions
     if isinstance(error, (kinds.ObjectStoreFullError, kinds.OutOfDiskError)):
-        raise LoftQError(
+        raise ClusterError(
             f"the object store of the cluster is full ({one_line(error, 200)}): let all nodes see the output folder, "
             "use fewer --workers, or start Ray with a larger --object-store-memory"
         ) from error
@@ -127,6 +127,8 @@ def explain(ray: Any, name: str, error: Exception) -> None:
         lines = [line for line in str(cause).splitlines() if line.strip()]
         message = lines[-1].strip() if lines else type(cause).__name__
         advice = ": install the same loftq on all nodes" if isinstance(cause, ImportError) else ""
-        raise LoftQError(f"{name}: a task of the cluster failed ({type(cause).__name__}: {message}){advice}") from error
+        raise ClusterError(
+            f"{name}: a task of the cluster failed ({type(cause).__name__}: {message}){advice}"
+        ) from error
     if isinstance(error, (kinds.RuntimeEnvSetupError, kinds.TaskUnschedulableError)):
-        raise LoftQError(f"{name}: the cluster cannot run this task: {one_line(error, 300)}") from error
+        raise ClusterError(f"{name}: the cluster cannot run this task: {one_line(error, 300)}") from error

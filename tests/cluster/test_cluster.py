@@ -26,12 +26,12 @@ from mixtures import save_mixture
 from pico_processors import draw, save_with_processor
 
 import loftq
-from loftq.calibration import conversations, windows
-from loftq.cluster import cluster, jobs, work
+from loftq.calibration import conversations, progress, windows
+from loftq.cluster import calibrating, cluster, jobs, work
 from loftq.cluster.cluster import Cluster
 from loftq.cluster.jobs import SharedFolder
 from loftq.cluster.part import Part
-from loftq.errors import LoftQError, OptionError, OutputError, SourceError
+from loftq.errors import ClusterError, OptionError, OutputError, SourceError
 
 SETTINGS: dict[str, Any] = {"rank": 4, "iters": 1, "quiet": True}
 CALIBRATED: dict[str, Any] = {"calibration_tokens": 4096, "sequence_length": 128, "refine": 0}
@@ -204,6 +204,32 @@ def test_an_adapter_is_refined_in_one_worker(quantize: Quantize, text: Path, mon
         quantize(FakeRay(), **settings)
 
 
+def test_a_calibration_whose_workers_are_gone_can_be_continued(
+    quantize: Quantize, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ends since no node is left keeps its progress; the next one begins after the blocks that it has."""
+    monkeypatch.setattr(progress, "_EVERY", 0.0)
+    settings = {**CALIBRATED, "calibration": str(text), "statistics": tmp_path / "statistics"}
+    here = quantize(**settings)
+    shutil.rmtree(tmp_path / "statistics")
+    monkeypatch.setattr(calibrating, "_PATIENCE", -1.0)
+    ray = FakeRay()
+
+    def leave(_: int) -> Exception | None:
+        """All nodes leave in the second block."""
+        if sum(name == "step" for name, _ in ray.log) < 3:
+            return None
+        ray.rows = []
+        return fake_ray.RayError("it is gone")
+
+    ray.lose = leave
+    with pytest.raises(ClusterError, match=r"^calibration: no node of the cluster has room .*: run again to continue$"):
+        quantize(ray, **settings)
+    after = FakeRay()
+    assert quantize(after, **settings) == here
+    assert sum(name == "step" for name, _ in after.log) == 2 * 2  # one block, and the end, for each of two workers
+
+
 def test_widths_are_measured_there(quantize: Quantize) -> None:
     ray = FakeRay()
     assert quantize(ray, bits=3.25, quant_type="nf") == quantize(bits=3.25, quant_type="nf")
@@ -270,7 +296,7 @@ def test_an_error_of_the_cluster_itself_is_one_line(quantize: Quantize, monkeypa
         raise fake_ray.RayError("the head is gone\nand a long story")
 
     monkeypatch.setattr(ray, "put", gone)
-    with pytest.raises(LoftQError, match=r"^the cluster failed \(the head is gone.*\): run again with --resume$"):
+    with pytest.raises(ClusterError, match=r"^the cluster failed \(the head is gone.*\): run again with --resume$"):
         quantize(ray)
 
 
