@@ -213,7 +213,8 @@ def test_a_calibration_whose_workers_are_gone_can_be_continued(
     here = quantize(**settings)
     shutil.rmtree(tmp_path / "statistics")
     monkeypatch.setattr(calibrating, "_PATIENCE", -1.0)
-    ray = FakeRay()
+    cores = 2 * torch.get_num_threads()
+    ray, after = FakeRay(node("10.0.0.2", cores)), FakeRay(node("10.0.0.2", cores))
 
     def leave(_: int) -> Exception | None:
         """All nodes leave in the second block."""
@@ -225,7 +226,6 @@ def test_a_calibration_whose_workers_are_gone_can_be_continued(
     ray.lose = leave
     with pytest.raises(ClusterError, match=r"^calibration: no node of the cluster has room .*: run again to continue$"):
         quantize(ray, **settings)
-    after = FakeRay()
     assert quantize(after, **settings) == here
     assert sum(name == "step" for name, _ in after.log) == 2 * 2  # one block, and the end, for each of two workers
 
