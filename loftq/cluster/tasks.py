@@ -68,6 +68,28 @@ class Slots:
         return count + min(count, 8) if self._most is None else count
 
 
+class _Losses:
+    """Counts how often the process of each task died. Those of a node that is gone do not count."""
+
+    def __init__(self, ray: Any, slots: Slots) -> None:
+        self._ray, self._slots = ray, slots
+        self._counts: Counter[str] = Counter()
+        self._nodes: frozenset[str] = frozenset()
+
+    def add(self, name: str, error: Exception) -> None:
+        """Note that a task was lost. Raises ClusterError if it would be lost again."""
+        explain(self._ray, name, error)
+        if not self._nodes <= self._slots.nodes:
+            self._counts.clear()
+        self._nodes = self._slots.nodes
+        self._counts[name] += 1
+        if self._counts[name] > _MOST_CRASHES:
+            raise ClusterError(
+                f"the process that works on {name} died {self._counts[name]} times ({one_line(error, 200)}): "
+                "if its memory was full, use fewer --workers, or nodes with more memory"
+            ) from error
+
+
 def run_tasks(
     ray: Any, submit: Callable[[str], Any], names: Sequence[str], done: Callable[[str, Any], None], slots: Slots
 ) -> None:
@@ -75,9 +97,7 @@ def run_tasks(
 
     Raises the error of a task that fails for its own fault; the others are stopped then.
     """
-    waiting, running = deque(names), dict[Any, str]()
-    crashes: Counter[str] = Counter()
-    nodes: frozenset[str] | None = None
+    waiting, running, losses = deque(names), dict[Any, str](), _Losses(ray, slots)
     try:
         while waiting or running:
             room = slots.room()
@@ -93,16 +113,7 @@ def run_tasks(
                 try:
                     result = ray.get(reference)
                 except ray.exceptions.RayError as error:
-                    explain(ray, name, error)
-                    if nodes is not None and not nodes <= slots.nodes:
-                        crashes.clear()  # a node is gone: its tasks are not to blame
-                    nodes = slots.nodes
-                    crashes[name] += 1
-                    if crashes[name] > _MOST_CRASHES:
-                        raise ClusterError(
-                            f"the process that works on {name} died {crashes[name]} times ({one_line(error, 200)}): "
-                            "if its memory was full, use fewer --workers, or nodes with more memory"
-                        ) from error
+                    losses.add(name, error)
                     waiting.appendleft(name)
                     continue
                 if isinstance(result, Failure):
