@@ -281,7 +281,7 @@ def test_a_node_that_leaves_before_it_is_asked_does_no_harm(quantize: Quantize) 
 
 
 def test_a_cluster_that_is_too_small_is_refused(quantize: Quantize) -> None:
-    with pytest.raises(OptionError, match=r"the largest layer needs 1 cores and .* on one node, and no node has that"):
+    with pytest.raises(OptionError, match=r"the largest layer needs 1 core and .* on one node, and no node has that"):
         quantize(FakeRay(node("10.0.0.2", 2, memory=1000)))
     with pytest.raises(OptionError, match="--device cuda: no node of the cluster has a GPU"):
         quantize(FakeRay(), device="cuda")
