@@ -28,7 +28,7 @@ from loftq.models.lockstep import Batch
 _MOST_LOSSES = 20  # of workers, in one calibration
 _PATIENCE = 60.0  # seconds to wait for a node on which a worker can start
 _IN_FLIGHT = 8  # groups of panels that pass through the workers at the same time, at least
-_MOST_GPUS = 8  # with more, reading and passing on take longer than computing
+MOST_GPUS = 8  # with more, reading and passing on take longer than computing
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Calibrating:
 
     def _start(self, batches: Sequence[Batch], progress: Progress) -> list[Any]:
         """The workers, each with the batches that follow those of the one before."""
-        most = self.most if not self.need.gpus else min(self.most or _MOST_GPUS, _MOST_GPUS)
+        most = self.most if not self.need.gpus else min(self.most or MOST_GPUS, MOST_GPUS)
         slots = Slots(self.ray, self.need, most)
         until = time.monotonic() + _PATIENCE
         while not (count := min(slots.count(), len(batches))):
