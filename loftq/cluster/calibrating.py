@@ -25,7 +25,7 @@ from loftq.display import one_line
 from loftq.errors import ClusterError, SourceError
 from loftq.models.lockstep import Batch
 
-_MOST_LOSSES = 20  # of workers, in one calibration
+_MOST_LOSSES = 20  # of workers, without any progress in between
 _PATIENCE = 60.0  # seconds to wait for a node on which a worker can start
 _IN_FLIGHT = 8  # groups of panels that pass through the workers at the same time, at least
 MOST_GPUS = 8  # with more, reading and passing on take longer than computing
@@ -41,6 +41,7 @@ class Calibrating:
     threads: Threads
     most: int | None
     _losses: int = field(default=0, init=False)
+    _rounds: int = field(default=0, init=False)  # that were recorded when the last worker was lost
 
     def __call__(
         self, batches: Sequence[Batch], files: InputFiles, progress: Progress, bar: Any
@@ -55,7 +56,8 @@ class Calibrating:
             return _Lead(self.ray, parts, len(batches), files, progress, bar).run()
         except self.ray.exceptions.RayError as error:
             explain(self.ray, "calibration", error)
-            self._losses += 1
+            self._losses = self._losses + 1 if progress.rounds == self._rounds else 1
+            self._rounds = progress.rounds
             if self._losses > _MOST_LOSSES:
                 raise ClusterError(
                     f"calibration: {self._losses} workers of the cluster died ({one_line(error, 200)}): if their "

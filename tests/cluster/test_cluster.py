@@ -230,6 +230,31 @@ def test_a_calibration_whose_workers_are_gone_can_be_continued(
     assert sum(name == "step" for name, _ in after.log) == 2 * 2  # one block, and the end, for each of two workers
 
 
+def test_losses_count_only_without_progress_in_between(
+    quantize: Quantize, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_EVERY", 0.0)
+    monkeypatch.setattr(calibrating, "_MOST_LOSSES", 1)
+    settings = {**CALIBRATED, "calibration": str(text), "statistics": tmp_path / "statistics"}
+    here = quantize(**settings)
+
+    def calibrate(*lost: int) -> Files:
+        """On two workers, losing these of their steps. The first two are those of the first block."""
+        shutil.rmtree(tmp_path / "statistics", ignore_errors=True)
+        ray = FakeRay(node("10.0.0.2", 2 * torch.get_num_threads()))
+
+        def lose(_: int) -> Exception | None:
+            steps = sum(name == "step" for name, _ in ray.log)
+            return fake_ray.RayError("it is gone") if ray.log[-1][0] == "step" and steps in lost else None
+
+        ray.lose = lose
+        return quantize(ray, **settings)
+
+    assert calibrate(3, 5) == here  # the first block was recorded in between
+    with pytest.raises(ClusterError, match=r"^calibration: 2 workers of the cluster died"):
+        calibrate(1, 3)
+
+
 def test_widths_are_measured_there(quantize: Quantize) -> None:
     ray = FakeRay()
     assert quantize(ray, bits=3.25, quant_type="nf") == quantize(bits=3.25, quant_type="nf")
