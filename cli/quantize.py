@@ -19,6 +19,7 @@ Examples:
   loftq quantize mistralai/Mistral-7B-v0.1 --dry-run
   loftq quantize ./my-model --bits 2 --rank 64 --calibration my-text.jsonl
   loftq quantize ./my-model --push me/my-model-loftq --private
+  loftq quantize ./my-model --cluster auto
   loftq quantize ./my-model --backbone ./my-model-gptq --rank 32 --calibration default
 """
 

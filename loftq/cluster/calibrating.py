@@ -27,7 +27,8 @@ from loftq.models.lockstep import Batch
 
 _MOST_LOSSES = 20  # of workers, in one calibration
 _PATIENCE = 60.0  # seconds to wait for a node on which a worker can start
-_IN_FLIGHT = 8  # groups of panels that pass through the workers at the same time
+_IN_FLIGHT = 8  # groups of panels that pass through the workers at the same time, at least
+_MOST_GPUS = 8  # with more, reading and passing on take longer than computing
 
 
 @dataclass
@@ -67,13 +68,15 @@ class Calibrating:
 
     def _start(self, batches: Sequence[Batch], progress: Progress) -> list[Any]:
         """The workers, each with the batches that follow those of the one before."""
-        slots = Slots(self.ray, self.need, self.most)
+        most = self.most if not self.need.gpus else min(self.most or _MOST_GPUS, _MOST_GPUS)
+        slots = Slots(self.ray, self.need, most)
         until = time.monotonic() + _PATIENCE
         while not (count := min(slots.count(), len(batches))):
             if time.monotonic() > until:
                 raise LoftQError("calibration: no node of the cluster has room for a worker: run again to continue")
             time.sleep(1.0)
-        actor = self.ray.remote(max_restarts=0, scheduling_strategy="SPREAD")(Part).options(**self.need.options())
+        strategy = "DEFAULT" if self.need.gpus else "SPREAD"  # GPUs of few nodes, which read each block
+        actor = self.ray.remote(max_restarts=0, scheduling_strategy=strategy)(Part).options(**self.need.options())
         job = self.ray.put(self.job)
         parts = []
         for i in range(count):
@@ -138,7 +141,7 @@ class _Lead:
         for modules, group, panels in self._passed_through(steps, sizes):
             moments.setdefault(modules, Moment(sizes[next(visit for visit in sizes if visit.modules == modules)]))
             flying.append((modules, group, panels))
-            if len(flying) > _IN_FLIGHT:
+            if len(flying) > max(_IN_FLIGHT, len(self._parts)):
                 self._land(moments, *flying.popleft())
         while flying:
             self._land(moments, *flying.popleft())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from loftq.artifacts.staging import Staging
+from loftq.calibration.block_weights import computing_dtype
 from loftq.calibration.statistics import Statistics, headers_digest
 from loftq.cluster.calibrating import Calibrating
 from loftq.cluster.connection import connected
@@ -29,7 +30,7 @@ from loftq.planning.run import Run
 from loftq.solving.allocate import MeasureErrors
 from loftq.solving.distill import RefineFolder
 from loftq.solving.layers import RunJobs
-from loftq.solving.memory import kept_inputs_bytes, needed, solving_bytes
+from loftq.solving.memory import calibrating_bytes, kept_inputs_bytes, solving_bytes
 
 _NOTHING = Need(0, 0, 0)  # of a task that asks a node for what it has
 _ONE_DEVICE = "so that the bytes do not depend on the number of workers, which would each add to the gradients"
@@ -105,7 +106,7 @@ class Cluster:
         nodes, device = self.nodes, self.run.device
         threads = threads_here()  # the last bits of products depend on their numbers
         cores = min(threads.torch, max(node.cores for node in nodes)) if device.type == "cpu" else 1
-        nbytes = needed(plan, 1, device)["calibrating"] + kept_inputs_bytes(plan, device)
+        nbytes = calibrating_bytes(plan, computing_dtype(plan, device)) + kept_inputs_bytes(plan, device)
         need = self.need(nbytes, cores)
         check_need(nodes, need, "calibrating")
         return Calibrating(self.ray, self.job(plan), need, threads, self.run.tasks)

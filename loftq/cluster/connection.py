@@ -24,6 +24,7 @@ _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to anybody
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # otherwise it writes a line a second while it cannot connect
 }
 
 
@@ -55,14 +56,18 @@ def connected(address: str, cores: int | None = None) -> Iterator[Any]:
         address = os.environ.get("RAY_ADDRESS") or AUTO
     with _silenced():
         try:
-            found = _started_here() if address == AUTO else address
-            if found is None:
-                ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+            if address != AUTO:
+                _check_address(address)
+                ray.init(address=address, **quiet)
+            elif _is_started_here():
+                ray.init(address=AUTO, **quiet)  # by which Ray also finds the token
             else:
-                _check_address(found)
-                ray.init(address=found, **quiet)
-        except (RuntimeError, ValueError, OSError, SystemExit) as error:
-            raise OptionError(f"--cluster {address}: Ray cannot be joined there: {one_line(error, 300)}") from error
+                ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+        except (RuntimeError, ValueError, OSError, SystemExit, ray.exceptions.RayError) as error:
+            raise OptionError(
+                f"--cluster {address}: Ray cannot be joined there: {one_line(error, 300)} (if the cluster asks for a "
+                "token, set RAY_AUTH_MODE=token)"
+            ) from error
         try:
             yield ray
         finally:
@@ -84,8 +89,8 @@ def _silenced() -> Iterator[None]:
             setattr(worker, name, printing)
 
 
-def _started_here() -> str | None:
-    """The address of the cluster that `ray start` has started on this machine, if it is still there.
+def _is_started_here() -> bool:
+    """Whether the cluster that `ray start` has started on this machine is still there.
 
     Ray's own `auto` would also join what another program has started for itself, which ends with that program, and
     would wait for minutes for a cluster that was killed.
@@ -95,8 +100,8 @@ def _started_here() -> str | None:
         if address:
             _check_address(address)
     except OptionError:
-        return None
-    return address or None
+        return False
+    return bool(address)
 
 
 def _bootstrap_address() -> str:

@@ -126,6 +126,7 @@ def explain(ray: Any, name: str, error: Exception) -> None:
         cause = error.cause if isinstance(error.cause, Exception) else error
         lines = [line for line in str(cause).splitlines() if line.strip()]
         message = lines[-1].strip() if lines else type(cause).__name__
-        raise LoftQError(f"{name}: a task of the cluster failed ({type(cause).__name__}: {message})") from error
+        advice = ": install the same loftq on all nodes" if isinstance(cause, ImportError) else ""
+        raise LoftQError(f"{name}: a task of the cluster failed ({type(cause).__name__}: {message}){advice}") from error
     if isinstance(error, (kinds.RuntimeEnvSetupError, kinds.TaskUnschedulableError)):
         raise LoftQError(f"{name}: the cluster cannot run this task: {one_line(error, 300)}") from error

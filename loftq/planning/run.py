@@ -77,10 +77,9 @@ def _device(name: str | None) -> torch.device:
 
 def _kind_of_device(name: str | None) -> torch.device:
     """The kind of device that each task of a cluster gets. Until the cluster is known, it is the CPU by default."""
-    try:
-        device = torch.device(name or "cpu")
-    except RuntimeError as error:
-        raise OptionError(f"--device {name}: expected cpu or cuda with --cluster") from error
-    if device.index is not None:
-        raise OptionError(f"--device {name}: each task of a cluster gets a GPU of its own: use --device {device.type}")
-    return device
+    kind, _, index = (name or "cpu").partition(":")
+    if kind not in ("cpu", "cuda"):
+        raise OptionError(f"--device {name}: expected cpu or cuda with --cluster")
+    if index:
+        raise OptionError(f"--device {name}: each task of a cluster gets a GPU of its own: use --device {kind}")
+    return torch.device(kind)

@@ -58,8 +58,8 @@ def quantize(model: str | None = None, **settings: Unpack[QuantizeKeywords]) -> 
     `model` is a folder or the id of a model on the Hub; by default, it is the default model of the zoo. The keywords
     are the options of `loftq quantize --help` with underscores; `iters` is `--iter`. The result is the folder `output`,
     by default `save_dir/{name}-{bits}bit-{rank}rank`; with `backbone`, it is that of an adapter alone. On the same
-    machine, the same source and settings give the same bytes, with any number of workers, and also if the run was
-    interrupted and resumed. Returns the report. Raises LoftQError.
+    machine, or on a `cluster` of machines of its kind, the same source and settings give the same bytes, with any
+    number of workers, and also if the run was interrupted and resumed. Returns the report. Raises LoftQError.
     """
     started = time.perf_counter()
     result_settings, run_settings = split(settings, QuantizeSettings, RunSettings)

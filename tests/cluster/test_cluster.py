@@ -28,9 +28,10 @@ from pico_processors import draw, save_with_processor
 import loftq
 from loftq.calibration import conversations, windows
 from loftq.cluster import cluster, jobs, work
+from loftq.cluster.cluster import Cluster
 from loftq.cluster.jobs import SharedFolder
 from loftq.cluster.part import Part
-from loftq.errors import LoftQError, OptionError, SourceError
+from loftq.errors import LoftQError, OptionError, OutputError, SourceError
 
 SETTINGS: dict[str, Any] = {"rank": 4, "iters": 1, "quiet": True}
 CALIBRATED: dict[str, Any] = {"calibration_tokens": 4096, "sequence_length": 128, "refine": 0}
@@ -190,6 +191,19 @@ def test_a_lost_calibration_starts_again(quantize: Quantize, text: Path, tmp_pat
     assert quantize(ray, **settings) == here
 
 
+def test_an_adapter_is_refined_in_one_worker(quantize: Quantize, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where only the cluster has a GPU. A worker that does not see the folder cannot refine."""
+    settings = {**CALIBRATED, "calibration": str(text), "refine": 1}
+    here = quantize(**settings)
+    monkeypatch.setattr(Cluster, "_refines_here", lambda _: False)
+    ray = FakeRay()
+    assert quantize(ray, **settings) == here
+    assert sum(name == "refine_task" for name, _ in ray.log) == 1
+    monkeypatch.setattr(SharedFolder, "is_seen", lambda _: False)
+    with pytest.raises(OutputError, match=r"^node 10\.0\.0\.2 refines the adapter, and does not see the output folder"):
+        quantize(FakeRay(), **settings)
+
+
 def test_widths_are_measured_there(quantize: Quantize) -> None:
     ray = FakeRay()
     assert quantize(ray, bits=3.25, quant_type="nf") == quantize(bits=3.25, quant_type="nf")
@@ -258,6 +272,13 @@ def test_an_error_of_the_cluster_itself_is_one_line(quantize: Quantize, monkeypa
     monkeypatch.setattr(ray, "put", gone)
     with pytest.raises(LoftQError, match=r"^the cluster failed \(the head is gone.*\): run again with --resume$"):
         quantize(ray)
+
+
+def test_what_is_not_spread_over_a_cluster_is_refused(quantize: Quantize, pico: Path) -> None:
+    with pytest.raises(OptionError, match=r"^--cluster: an adapter for a given model is worked on in one process"):
+        quantize(FakeRay(), backbone=str(pico))
+    with pytest.raises(OptionError, match=r"^--device mps: expected cpu or cuda with --cluster$"):
+        quantize(FakeRay(), device="mps")
 
 
 def test_a_dry_run_shows_nodes_and_time(

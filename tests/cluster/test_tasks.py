@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import fake_ray
@@ -61,6 +62,8 @@ def test_the_error_of_a_task_is_the_error_of_the_run() -> None:
         collect(ray, lambda _: Failure("SourceError", "tensor 'w' has NaN"))
     with pytest.raises(LoftQError, match=r"^task 0: a task of the cluster failed \(KeyError: 'task 0'\)$"):
         collect(ray, {}.__getitem__, ["task 0"])
+    with pytest.raises(LoftQError, match=r"No module named 'no_such'\): install the same loftq on all nodes$"):
+        collect(ray, lambda _: importlib.import_module("no_such"), ["task 0"])
 
 
 @pytest.mark.parametrize("kind", [fake_ray.ObjectStoreFullError, fake_ray.OutOfDiskError])
