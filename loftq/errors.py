@@ -6,6 +6,7 @@ LoftQError
 ├── SourceError            the model to quantize cannot be read
 │   └── CheckpointError    its files are damaged or contradict each other
 ├── OutputError            the output cannot be written: it exists already, its disk is full or read-only
+├── ClusterError           the workers or nodes of a cluster failed; what was done before remains
 ├── HubError               the Hub refuses an upload, or cannot be reached
 └── ArtifactError          a loftq folder is incomplete, damaged or does not match
 """
@@ -54,6 +55,10 @@ class CheckpointError(SourceError):
 
 class OutputError(LoftQError):
     """The output cannot be written."""
+
+
+class ClusterError(LoftQError):
+    """The workers or the nodes of a cluster failed. A run can be resumed."""
 
 
 class HubError(LoftQError):

@@ -37,7 +37,7 @@ from loftq.calibration.statistics import (
 )
 from loftq.calibration.windows import Calibration, prepare
 from loftq.display import few_of
-from loftq.errors import ArtifactError, SourceError
+from loftq.errors import ArtifactError, ClusterError, SourceError
 from loftq.formats.disk import explain_os_errors, move_into_place, scratch_beside, write_whole
 from loftq.formats.scan import hash_of
 from loftq.formats.schema import json_text
@@ -112,6 +112,8 @@ def _gather_into(
             break
         except WorkerLostError:
             continue
+        except ClusterError:
+            raise  # another run continues from the progress
         except Exception as error:
             progress.forget()
             if resumed and not isinstance(error, (OSError, MemoryError)):

@@ -22,13 +22,13 @@ from loftq.cluster.tasks import Failure, Slots, explain
 from loftq.cluster.threads import Threads
 from loftq.core.moments import Moment, panel_groups
 from loftq.display import one_line
-from loftq.errors import LoftQError, SourceError
+from loftq.errors import ClusterError, SourceError
 from loftq.models.lockstep import Batch
 
-_MOST_LOSSES = 20  # of workers, in one calibration
+_MOST_LOSSES = 20  # of workers, without any progress in between
 _PATIENCE = 60.0  # seconds to wait for a node on which a worker can start
 _IN_FLIGHT = 8  # groups of panels that pass through the workers at the same time, at least
-_MOST_GPUS = 8  # with more, reading and passing on take longer than computing
+MOST_GPUS = 8  # with more, reading and passing on take longer than computing
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Calibrating:
     threads: Threads
     most: int | None
     _losses: int = field(default=0, init=False)
+    _rounds: int = field(default=0, init=False)  # that were recorded when the last worker was lost
 
     def __call__(
         self, batches: Sequence[Batch], files: InputFiles, progress: Progress, bar: Any
@@ -55,9 +56,10 @@ class Calibrating:
             return _Lead(self.ray, parts, len(batches), files, progress, bar).run()
         except self.ray.exceptions.RayError as error:
             explain(self.ray, "calibration", error)
-            self._losses += 1
+            self._losses = self._losses + 1 if progress.rounds == self._rounds else 1
+            self._rounds = progress.rounds
             if self._losses > _MOST_LOSSES:
-                raise LoftQError(
+                raise ClusterError(
                     f"calibration: {self._losses} workers of the cluster died ({one_line(error, 200)}): if their "
                     "memory was full, use a smaller --sequence-length or nodes with more memory; run again to continue"
                 ) from error
@@ -68,12 +70,12 @@ class Calibrating:
 
     def _start(self, batches: Sequence[Batch], progress: Progress) -> list[Any]:
         """The workers, each with the batches that follow those of the one before."""
-        most = self.most if not self.need.gpus else min(self.most or _MOST_GPUS, _MOST_GPUS)
+        most = self.most if not self.need.gpus else min(self.most or MOST_GPUS, MOST_GPUS)
         slots = Slots(self.ray, self.need, most)
         until = time.monotonic() + _PATIENCE
         while not (count := min(slots.count(), len(batches))):
             if time.monotonic() > until:
-                raise LoftQError("calibration: no node of the cluster has room for a worker: run again to continue")
+                raise ClusterError("calibration: no node of the cluster has room for a worker: run again to continue")
             time.sleep(1.0)
         strategy = "DEFAULT" if self.need.gpus else "SPREAD"  # GPUs of few nodes, which read each block
         actor = self.ray.remote(max_restarts=0, scheduling_strategy=strategy)(Part).options(**self.need.options())

@@ -23,7 +23,7 @@ from loftq.cluster.tasks import Failure, explain
 from loftq.cluster.threads import threads_here
 from loftq.cluster.work import check_task
 from loftq.display import one_line
-from loftq.errors import LoftQError, OptionError
+from loftq.errors import ClusterError, OptionError
 from loftq.models.devices import find_gpu
 from loftq.planning.plan import Plan
 from loftq.planning.run import Run
@@ -181,4 +181,4 @@ def joined(run: Run, model: str | None, *, any_device: bool) -> Iterator[Cluster
             yield Cluster(ray, model, run)
         except ray.exceptions.RayError as error:
             explain(ray, "--cluster", error)
-            raise LoftQError(f"the cluster failed ({one_line(error, 200)}): run again with --resume") from error
+            raise ClusterError(f"the cluster failed ({one_line(error, 200)}): run again with --resume") from error

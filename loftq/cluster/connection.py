@@ -9,8 +9,10 @@ import importlib.util
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from loftq.display import one_line
@@ -24,7 +26,6 @@ _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to anybody
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # otherwise it writes a line a second while it cannot connect
 }
 
 
@@ -58,11 +59,13 @@ def connected(address: str, cores: int | None = None) -> Iterator[Any]:
         try:
             if address != AUTO:
                 _check_address(address)
-                ray.init(address=address, **quiet)
-            elif _is_started_here():
-                ray.init(address=AUTO, **quiet)  # by which Ray also finds the token
-            else:
-                ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+            with _no_stderr():
+                if address != AUTO:
+                    ray.init(address=address, **quiet)
+                elif _is_started_here():
+                    ray.init(address=AUTO, **quiet)  # by which Ray also finds the token
+                else:
+                    ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
         except (RuntimeError, ValueError, OSError, SystemExit, ray.exceptions.RayError) as error:
             raise OptionError(
                 f"--cluster {address}: Ray cannot be joined there: {one_line(error, 300)} (if the cluster asks for a "
@@ -87,6 +90,21 @@ def _silenced() -> Iterator[None]:
     finally:
         if printing is not None:
             setattr(worker, name, printing)
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Keep Ray's compiled part from writing a line a second to stderr while it cannot connect."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _is_started_here() -> bool:

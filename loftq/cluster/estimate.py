@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from loftq.calibration.gather import BATCH_TOKENS
+from loftq.cluster.calibrating import MOST_GPUS
 from loftq.cluster.nodes import Need, Node
 from loftq.cluster.tasks import Failure, failure_of
 from loftq.core.grid import Decoder
@@ -89,6 +91,8 @@ def estimate(
     if plan.recipe.calibration is not None:
         tokens = plan.recipe.calibration_tokens or 0
         sums = {(layer.owner, layer.matrix[1]): layer.matrix[1] ** 2 for layer in plan.linears}
-        seconds = {"calibrating": tokens * (2 * plan.weights + sum(sums.values())) / products, **seconds}
+        operations = tokens * (2 * plan.weights + sum(sums.values()))
+        workers = min(tasks, -(-tokens // BATCH_TOKENS), MOST_GPUS if need.gpus else tasks)
+        seconds = {"calibrating": operations / (products * workers / tasks), **seconds}
     rows = [asdict(node) for node in nodes]
     return {"nodes": rows, "tasks": tasks, "task_memory_bytes": need.memory, "seconds_of_parts": seconds}

@@ -24,7 +24,7 @@ class Node:
 
     def __str__(self) -> str:
         gpus = f", {self.gpus} GPU{'s' if self.gpus > 1 else ''}" if self.gpus else ""
-        return f"{self.address}: {self.cores} core{'s' if self.cores != 1 else ''}{gpus}, {size(self.memory)}"
+        return f"{self.address}: {_cores(self.cores)}{gpus}, {size(self.memory)}"
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,10 @@ def check_need(nodes: Sequence[Node], need: Need, what: str) -> None:
         raise OptionError("--device cuda: no node of the cluster has a GPU: use --device cpu, or add a node with one")
     shown = "; ".join(map(str, nodes[:4]))
     raise OptionError(
-        f"{what} needs {need.cores} cores and {size(need.memory)} on one node, and no node has that ({shown}): add a "
+        f"{what} needs {_cores(need.cores)} and {size(need.memory)} on one node, and no node has that ({shown}): add a "
         "larger node, or start Ray on it with a larger --memory"
     )
+
+
+def _cores(count: int) -> str:
+    return f"{count} core{'s' if count != 1 else ''}"

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from loftq import errors
 from loftq.cluster.nodes import Need, nodes_of, places
 from loftq.display import one_line
-from loftq.errors import LoftQError, OptionError
+from loftq.errors import ClusterError, LoftQError, OptionError
 
 Result = TypeVar("Result")
 _MOST_CRASHES = 5  # of one task while all nodes stay
@@ -50,7 +50,7 @@ class Slots:
         self.nodes: frozenset[str] = frozenset()
 
     def count(self) -> int:
-        """The number now. Raises LoftQError if no node has been there for minutes."""
+        """The number now. Raises ClusterError if no node has been there for minutes."""
         now = time.monotonic()
         if now - self._asked >= 1.0:
             nodes = nodes_of(self._ray)
@@ -59,13 +59,35 @@ class Slots:
             if self._count:
                 self._left = now
             elif now - self._left > _PATIENCE:
-                raise LoftQError("no node of the cluster is left that can run a task: run again with --resume")
+                raise ClusterError("no node of the cluster is left that can run a task: run again with --resume")
         return self._count if self._most is None else min(self._count, self._most)
 
     def room(self) -> int:
         """The number of tasks to submit: some more than run at the same time, so that no worker waits for the next."""
         count = self.count()
         return count + min(count, 8) if self._most is None else count
+
+
+class _Losses:
+    """Counts how often the process of each task died. Those of a node that is gone do not count."""
+
+    def __init__(self, ray: Any, slots: Slots) -> None:
+        self._ray, self._slots = ray, slots
+        self._counts: Counter[str] = Counter()
+        self._nodes: frozenset[str] = frozenset()
+
+    def add(self, name: str, error: Exception) -> None:
+        """Note that a task was lost. Raises ClusterError if it would be lost again."""
+        explain(self._ray, name, error)
+        if not self._nodes <= self._slots.nodes:
+            self._counts.clear()
+        self._nodes = self._slots.nodes
+        self._counts[name] += 1
+        if self._counts[name] > _MOST_CRASHES:
+            raise ClusterError(
+                f"the process that works on {name} died {self._counts[name]} times ({one_line(error, 200)}): "
+                "if its memory was full, use fewer --workers, or nodes with more memory"
+            ) from error
 
 
 def run_tasks(
@@ -75,9 +97,7 @@ def run_tasks(
 
     Raises the error of a task that fails for its own fault; the others are stopped then.
     """
-    waiting, running = deque(names), dict[Any, str]()
-    crashes: Counter[str] = Counter()
-    nodes: frozenset[str] | None = None
+    waiting, running, losses = deque(names), dict[Any, str](), _Losses(ray, slots)
     try:
         while waiting or running:
             room = slots.room()
@@ -93,16 +113,7 @@ def run_tasks(
                 try:
                     result = ray.get(reference)
                 except ray.exceptions.RayError as error:
-                    explain(ray, name, error)
-                    if nodes is not None and not nodes <= slots.nodes:
-                        crashes.clear()  # a node is gone: its tasks are not to blame
-                    nodes = slots.nodes
-                    crashes[name] += 1
-                    if crashes[name] > _MOST_CRASHES:
-                        raise LoftQError(
-                            f"the process that works on {name} died {crashes[name]} times ({one_line(error, 200)}): "
-                            "if its memory was full, use fewer --workers, or nodes with more memory"
-                        ) from error
+                    losses.add(name, error)
                     waiting.appendleft(name)
                     continue
                 if isinstance(result, Failure):
@@ -115,10 +126,10 @@ def run_tasks(
 
 
 def explain(ray: Any, name: str, error: Exception) -> None:
-    """Raise LoftQError for an error of Ray that a second try would not cure. Others return."""
+    """Raise ClusterError for an error of Ray that a second try would not cure. Others return."""
     kinds = ray.exceptions
     if isinstance(error, (kinds.ObjectStoreFullError, kinds.OutOfDiskError)):
-        raise LoftQError(
+        raise ClusterError(
             f"the object store of the cluster is full ({one_line(error, 200)}): let all nodes see the output folder, "
             "use fewer --workers, or start Ray with a larger --object-store-memory"
         ) from error
@@ -127,6 +138,8 @@ def explain(ray: Any, name: str, error: Exception) -> None:
         lines = [line for line in str(cause).splitlines() if line.strip()]
         message = lines[-1].strip() if lines else type(cause).__name__
         advice = ": install the same loftq on all nodes" if isinstance(cause, ImportError) else ""
-        raise LoftQError(f"{name}: a task of the cluster failed ({type(cause).__name__}: {message}){advice}") from error
+        raise ClusterError(
+            f"{name}: a task of the cluster failed ({type(cause).__name__}: {message}){advice}"
+        ) from error
     if isinstance(error, (kinds.RuntimeEnvSetupError, kinds.TaskUnschedulableError)):
-        raise LoftQError(f"{name}: the cluster cannot run this task: {one_line(error, 300)}") from error
+        raise ClusterError(f"{name}: the cluster cannot run this task: {one_line(error, 300)}") from error

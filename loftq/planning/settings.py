@@ -254,12 +254,12 @@ class RunSettings:
         "run",
         least=1,
         most=1024,
-        usual="the number of cores, at most 8; 1 on a GPU; on a cluster as many as fit",
+        usual="the number of cores, at most 8; 1 on a GPU",
     )
     cluster: str | None = setting(
         None,
         "Work on a cluster of Ray: auto (the cluster of RAY_ADDRESS, or all cores or GPUs of this machine), or the "
-        "HOST:PORT of a cluster to which this machine belongs.",
+        "HOST:PORT of a cluster to which this machine belongs. As many tasks run at a time as fit, or --workers.",
         "run",
         metavar="ADDRESS",
     )

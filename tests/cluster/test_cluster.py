@@ -26,12 +26,12 @@ from mixtures import save_mixture
 from pico_processors import draw, save_with_processor
 
 import loftq
-from loftq.calibration import conversations, windows
-from loftq.cluster import cluster, jobs, work
+from loftq.calibration import conversations, progress, windows
+from loftq.cluster import calibrating, cluster, jobs, work
 from loftq.cluster.cluster import Cluster
 from loftq.cluster.jobs import SharedFolder
 from loftq.cluster.part import Part
-from loftq.errors import LoftQError, OptionError, OutputError, SourceError
+from loftq.errors import ClusterError, OptionError, OutputError, SourceError
 
 SETTINGS: dict[str, Any] = {"rank": 4, "iters": 1, "quiet": True}
 CALIBRATED: dict[str, Any] = {"calibration_tokens": 4096, "sequence_length": 128, "refine": 0}
@@ -204,6 +204,57 @@ def test_an_adapter_is_refined_in_one_worker(quantize: Quantize, text: Path, mon
         quantize(FakeRay(), **settings)
 
 
+def test_a_calibration_whose_workers_are_gone_can_be_continued(
+    quantize: Quantize, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ends since no node is left keeps its progress; the next one begins after the blocks that it has."""
+    monkeypatch.setattr(progress, "_EVERY", 0.0)
+    settings = {**CALIBRATED, "calibration": str(text), "statistics": tmp_path / "statistics"}
+    here = quantize(**settings)
+    shutil.rmtree(tmp_path / "statistics")
+    monkeypatch.setattr(calibrating, "_PATIENCE", -1.0)
+    cores = 2 * torch.get_num_threads()
+    ray, after = FakeRay(node("10.0.0.2", cores)), FakeRay(node("10.0.0.2", cores))
+
+    def leave(_: int) -> Exception | None:
+        """All nodes leave in the second block."""
+        if sum(name == "step" for name, _ in ray.log) < 3:
+            return None
+        ray.rows = []
+        return fake_ray.RayError("it is gone")
+
+    ray.lose = leave
+    with pytest.raises(ClusterError, match=r"^calibration: no node of the cluster has room .*: run again to continue$"):
+        quantize(ray, **settings)
+    assert quantize(after, **settings) == here
+    assert sum(name == "step" for name, _ in after.log) == 2 * 2  # one block, and the end, for each of two workers
+
+
+def test_losses_count_only_without_progress_in_between(
+    quantize: Quantize, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_EVERY", 0.0)
+    monkeypatch.setattr(calibrating, "_MOST_LOSSES", 1)
+    settings = {**CALIBRATED, "calibration": str(text), "statistics": tmp_path / "statistics"}
+    here = quantize(**settings)
+
+    def calibrate(*lost: int) -> Files:
+        """On two workers, losing these of their steps. The first two are those of the first block."""
+        shutil.rmtree(tmp_path / "statistics", ignore_errors=True)
+        ray = FakeRay(node("10.0.0.2", 2 * torch.get_num_threads()))
+
+        def lose(_: int) -> Exception | None:
+            steps = sum(name == "step" for name, _ in ray.log)
+            return fake_ray.RayError("it is gone") if ray.log[-1][0] == "step" and steps in lost else None
+
+        ray.lose = lose
+        return quantize(ray, **settings)
+
+    assert calibrate(3, 5) == here  # the first block was recorded in between
+    with pytest.raises(ClusterError, match=r"^calibration: 2 workers of the cluster died"):
+        calibrate(1, 3)
+
+
 def test_widths_are_measured_there(quantize: Quantize) -> None:
     ray = FakeRay()
     assert quantize(ray, bits=3.25, quant_type="nf") == quantize(bits=3.25, quant_type="nf")
@@ -255,7 +306,7 @@ def test_a_node_that_leaves_before_it_is_asked_does_no_harm(quantize: Quantize) 
 
 
 def test_a_cluster_that_is_too_small_is_refused(quantize: Quantize) -> None:
-    with pytest.raises(OptionError, match=r"the largest layer needs 1 cores and .* on one node, and no node has that"):
+    with pytest.raises(OptionError, match=r"the largest layer needs 1 core and .* on one node, and no node has that"):
         quantize(FakeRay(node("10.0.0.2", 2, memory=1000)))
     with pytest.raises(OptionError, match="--device cuda: no node of the cluster has a GPU"):
         quantize(FakeRay(), device="cuda")
@@ -270,13 +321,13 @@ def test_an_error_of_the_cluster_itself_is_one_line(quantize: Quantize, monkeypa
         raise fake_ray.RayError("the head is gone\nand a long story")
 
     monkeypatch.setattr(ray, "put", gone)
-    with pytest.raises(LoftQError, match=r"^the cluster failed \(the head is gone.*\): run again with --resume$"):
+    with pytest.raises(ClusterError, match=r"^the cluster failed \(the head is gone.*\): run again with --resume$"):
         quantize(ray)
 
 
 def test_what_is_not_spread_over_a_cluster_is_refused(quantize: Quantize, pico: Path) -> None:
     with pytest.raises(OptionError, match=r"^--cluster: an adapter for a given model is worked on in one process"):
-        quantize(FakeRay(), backbone=str(pico))
+        quantize(FakeRay(), backbone=str(pico), iters=None)
     with pytest.raises(OptionError, match=r"^--device mps: expected cpu or cuda with --cluster$"):
         quantize(FakeRay(), device="mps")
 

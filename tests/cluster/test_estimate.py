@@ -32,6 +32,19 @@ def test_seconds_are_the_weights_over_the_rates_of_all_tasks(plan: Plan) -> None
     assert limited["seconds_of_parts"]["solving"] == pytest.approx(3 * plan.weights / 250)
 
 
+def test_at_most_eight_gpus_calibrate(pico: Path) -> None:
+    """So four nodes of eight solve four times as fast as one, and calibrate as fast."""
+    recipe = resolve(QuantizeSettings(rank=4, iters=1, calibration="default", calibration_tokens=65536))
+    plan = make_plan(find_source(str(pico)), recipe)
+    names = ("a", "b", "c", "d")
+    one, four = (
+        estimate(plan, nodes_of(FakeRay(*(node(name, 8, 8) for name in few))), Need(1, 1, 1), None, rates)
+        for few, rates in ((names[:1], {"a": (9.0, 5.0)}), (names, dict.fromkeys(names, (9.0, 5.0))))
+    )
+    assert one["seconds_of_parts"]["solving"] == pytest.approx(4 * four["seconds_of_parts"]["solving"])
+    assert one["seconds_of_parts"]["calibrating"] == pytest.approx(four["seconds_of_parts"]["calibrating"])
+
+
 def test_rates_are_measured_with_the_recipe(plan: Plan) -> None:
     sample = Sample.of(plan, torch.device("cpu"))
     assert sample.recipe is plan.recipe

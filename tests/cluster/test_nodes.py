@@ -31,7 +31,7 @@ def test_what_fits_nowhere_is_refused() -> None:
     with pytest.raises(OptionError, match=r"^--device cuda: no node of the cluster has a GPU"):
         check_need(nodes, Need(1, 1, GB), "the largest layer")
     expected = (
-        r"^the largest layer needs 1 cores and 2.0 GB on one node, and no node has that \(10.0.0.2: 2 cores, 1.0 GB"
+        r"^the largest layer needs 1 core and 2.0 GB on one node, and no node has that \(10.0.0.2: 2 cores, 1.0 GB"
     )
     with pytest.raises(OptionError, match=expected):
         check_need(nodes, Need(1, 0, 2 * GB), "the largest layer")

@@ -11,7 +11,7 @@ from fake_ray import FakeRay, node
 
 from loftq.cluster.nodes import Need
 from loftq.cluster.tasks import Failure, Slots, failure_of, run_tasks
-from loftq.errors import LoftQError, OptionError, SourceError, UnknownNameError
+from loftq.errors import ClusterError, OptionError, SourceError, UnknownNameError
 
 NAMES = [f"task {number}" for number in range(40)]
 
@@ -51,7 +51,7 @@ def test_a_lost_task_runs_again() -> None:
 
 def test_a_task_whose_process_dies_again_and_again_ends_the_run() -> None:
     ray = FakeRay(lose=lambda _: fake_ray.RayError("killed: out of memory\nand many lines more"))
-    with pytest.raises(LoftQError, match=r"^the process that works on task 0 died 6 times \(.*\): if its memory was"):
+    with pytest.raises(ClusterError, match=r"^the process that works on task 0 died 6 times \(.*\): if its memory was"):
         collect(ray, names=["task 0"])
     assert ray.submitted == 6
 
@@ -60,16 +60,16 @@ def test_the_error_of_a_task_is_the_error_of_the_run() -> None:
     ray = FakeRay()
     with pytest.raises(SourceError, match=r"^tensor 'w' has NaN$"):
         collect(ray, lambda _: Failure("SourceError", "tensor 'w' has NaN"))
-    with pytest.raises(LoftQError, match=r"^task 0: a task of the cluster failed \(KeyError: 'task 0'\)$"):
+    with pytest.raises(ClusterError, match=r"^task 0: a task of the cluster failed \(KeyError: 'task 0'\)$"):
         collect(ray, {}.__getitem__, ["task 0"])
-    with pytest.raises(LoftQError, match=r"No module named 'no_such'\): install the same loftq on all nodes$"):
+    with pytest.raises(ClusterError, match=r"No module named 'no_such'\): install the same loftq on all nodes$"):
         collect(ray, lambda _: importlib.import_module("no_such"), ["task 0"])
 
 
 @pytest.mark.parametrize("kind", [fake_ray.ObjectStoreFullError, fake_ray.OutOfDiskError])
 def test_a_full_object_store_is_named(kind: type[Exception]) -> None:
     ray = FakeRay(lose=lambda _: kind("no room"))
-    with pytest.raises(LoftQError, match=r"the object store of the cluster is full .*--object-store-memory$"):
+    with pytest.raises(ClusterError, match=r"the object store of the cluster is full .*--object-store-memory$"):
         collect(ray)
     assert ray.submitted < len(NAMES)
 
@@ -97,5 +97,5 @@ def test_a_cluster_without_nodes_is_left(monkeypatch: pytest.MonkeyPatch) -> Non
     slots = Slots(ray, Need(1, 0, 0), None)
     ray.rows = []
     monkeypatch.setattr(slots, "_left", slots._left - 1000)
-    with pytest.raises(LoftQError, match=r"no node of the cluster is left .*--resume$"):
+    with pytest.raises(ClusterError, match=r"no node of the cluster is left .*--resume$"):
         slots.count()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,8 @@ from loftq.artifacts.staging import Staging, is_begun
 from loftq.calibration.progress import Progress
 from loftq.cluster.rates import Rates
 
-pytest.importorskip("ray")
-pytest.importorskip("threadpoolctl")
 pytestmark = [
+    pytest.mark.skipif(not all(map(find_spec, ("ray", "threadpoolctl"))), reason="needs Ray"),
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),  # of Ray itself
 ]
