@@ -1,6 +1,6 @@
 """Ray against threads: the time of calibrating and of solving with one and with two cores, and whether bytes agree.
 
-    python benchmarks/cluster.py [MODEL ...] [--layers 3] [--skip-model] [--tokens 8192] [--length 512] [--iters 2]
+    python benchmarks/cluster.py [MODEL ...] [--layers 3] [--skip-model] [--tokens 16384] [--length 512] [--iters 2]
 
 For each model four processes work one after another: threads of one process with 1 and with 2 cores, and Ray with 1
 and with 2 nodes of one core each on this machine (`ray.cluster_utils`). The models are those given (by default the
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--iters", type=int, default=2)
     parser.add_argument("--data", default="default")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--shapes-tokens", type=int, default=4096, help="for the synthetic checkpoint")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)

@@ -49,12 +49,12 @@ def make_hollow(folder: Path, layers: int) -> Path:
     return folder
 
 
-def plan(folder: Path, *arguments: str) -> dict[str, Any]:
-    """What the dry run reports."""
+def plan(folder: Path, *arguments: str) -> dict[str, Any] | str:
+    """What the dry run reports, or its line if the cluster is too small."""
     command = [sys.executable, "-m", "loftq_cli.main", "quantize", str(folder), *arguments, "--dry-run", "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(done.stderr)
+        return done.stderr.strip()
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -75,9 +75,12 @@ def main() -> None:
             folder = make_hollow(Path(scratch) / f"llama-{layers}-layers", layers)
             for name, more in (("LoftQ", []), (f"calibrated, {options.tokens} tokens", text)):
                 found = plan(folder, *where, *more)
+                if isinstance(found, str):
+                    print(f"{layers} layers, {name}: {found}\n")
+                    continue
                 parts = ", ".join(f"{key} {size(value)}" for key, value in found["memory_bytes_of_parts"].items())
                 seconds = found.get("cluster", {}).get("seconds_of_parts", {})
-                times = ", ".join(f"{key} {value / 3600:.1f} h" for key, value in seconds.items())
+                times = ", ".join(f"{key} {value / 3600:.2f} h" for key, value in seconds.items())
                 totals = found["totals"]
                 shown = f"{totals['weights'] / 1e9:.1f} G", size(totals["backbone_bytes"])
                 rows.append((f"{layers} layers, {name}", *shown, parts, times))

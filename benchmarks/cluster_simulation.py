@@ -6,7 +6,8 @@ A worker takes one weight at a time: the driver sends the task, the worker reads
 result, and the driver notes it. Readers and writers share the storage and the link of their node, and each of these
 serves one transfer after another; the driver does one thing at a time. While calibrating, all workers run one block
 over their windows and wait for each other; then the sums of the block pass from worker to worker, a group of rows at a
-time and eight groups at the same time, in the same order whatever the number of workers is.
+time and as many groups at the same time as there are workers, in the same order whatever the number of workers is. Of
+GPUs, at most eight calibrate, on as few nodes as possible.
 
 `--measure` measures the rates of this machine: reading, solving, writing, moving and the driver's share of a task. The
 GPU's rate of solving was measured on an H100 (`layer.py`, docs/benchmarks.md); what nobody has measured is marked.
@@ -34,7 +35,7 @@ AGAIN = (
     60.0  # seconds of calibrating that a loss costs: half of what lies between two notes of the progress, and a start
 )
 GROUP = 512  # rows of a sum that pass together
-IN_FLIGHT = 8  # groups of rows that pass at the same time
+IN_FLIGHT = 8  # groups of rows that pass at the same time, at least
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Rates:
     link: float  # of one node
     decompositions: float  # floating-point operations of eigenvalues and triangular solves
     memory: float = 10e9  # assumed: bytes that pass between two processes of a node
+    most: int | None = None  # workers that calibrate
     task: float = 0.004  # seconds of the driver for a task
     hop: float = 0.004  # seconds that a group of rows needs beside its bytes
     bytes_read: float = 2.0  # of a weight
@@ -93,6 +95,7 @@ GPU = Rates(
     store_write=2.5e9,  # assumed
     link=5e9,  # assumed: 40 Gbit/s
     decompositions=10e12,  # assumed: float64 on an H100
+    most=8,  # as `loftq.cluster.calibrating` has it for GPUs
 )
 
 
@@ -180,15 +183,16 @@ def solve(
 
 def calibrate(model: Model, nodes: int, workers: int, rates: Rates, tokens: int, length: int) -> tuple[float, str]:
     """The seconds of calibrating, and the part that takes the longest, with its share."""
-    used = min(nodes * workers, max(tokens // length, 1))
+    used = min(nodes * workers, max(tokens // length, 1), rates.most or nodes * workers)
+    nodes = min(nodes, -(-used // workers)) if rates.most else min(nodes, used)
     share = -(-(tokens // length) // used) * length  # tokens of the worker that has the most
-    reading = model.size * rates.bytes_read / min(rates.store_read / min(nodes, used), rates.link)
+    reading = model.size * rates.bytes_read / min(rates.store_read / nodes, rates.link)
     computing = (2 * model.size + sum(2 * size**2 for size in model.inputs)) * share / rates.products
     passing = 0.0
     for size in model.inputs:
         groups = [(size - start) * min(GROUP, size - start) * 8 for start in range(0, size, GROUP)]
         hops = [rates.hop + nbytes / (rates.link if nodes > 1 else rates.memory) for nbytes in groups]
-        chains = sum(hops) * used / min(IN_FLIGHT, used)
+        chains = sum(hops) * used / min(max(IN_FLIGHT, used), len(groups), used)
         passing += max(chains, sum(groups) / rates.link)
     writing = sum(2 * size**2 for size in model.inputs) / min(rates.store_write, rates.link)
     parts = {"reading": reading, "computing": computing, "sums": passing, "writing": writing}
@@ -235,7 +239,7 @@ def lost(model: Model, rates: Rates, nodes: int, minutes: float, tokens: int, le
     rows.append(("all stay", *map(duration, (*kept, statistics))))
     spots = [Spot(60 * minutes, AWAY, nodes) for _ in range(2)]
     found = [solve(model, nodes, 1, rates, calibrated=bool(i), spot=spot)[0] for i, spot in enumerate(spots)]
-    every = 60 * minutes / nodes  # seconds between two losses
+    every = 60 * minutes / min(nodes, rates.most or nodes)  # seconds between two losses of a node that calibrates
     again = statistics / max(1 - AGAIN / every, 0.01)
     losses = f"each lives {minutes:.0f} min: {spots[0].losses}, {spots[1].losses}, {again / every:.0f} losses"
     rows.append((losses, *map(duration, (*found, again))))

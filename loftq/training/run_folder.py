@@ -157,7 +157,7 @@ def _read(output: Path) -> dict[str, Any] | None:
 
 
 # Files that torch.save writes: zip archives, whose index is at the end.
-_PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
+_PICKLED = ("optimizer.*", "scheduler.pt", "rng_state*.pth")
 
 
 def checkpoints(output: Path) -> list[Path]:

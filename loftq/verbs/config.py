@@ -92,7 +92,7 @@ def _check(artifact: Artifact, tool: str, row: Tool) -> None:
     stock = LAYOUTS[manifest["format"]].METHOD == BITSANDBYTES and manifest["recipe"]["bits"] in _WIDTHS
     if not stock and not row.imports_loftq:
         reads = LAYOUTS[BITSANDBYTES].HOLDS
-        taken = ", ".join(name for name, other in TOOLS.items() if other.imports_loftq)
+        taken = ", ".join(name for name, other in TOOLS.items() if other.imports_loftq and not other.instead)
         raise OptionError(
             f"--for {tool}: {folder} is in the format {manifest['format']}, which {row.title} cannot load, because it "
             f"does not import loftq: use --for {taken} or `loftq train`, or quantize with --format bitsandbytes "

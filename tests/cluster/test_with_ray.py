@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -94,6 +93,14 @@ def quantize(deep: Path, text: Path, tmp_path: Path) -> Quantize:
     return run
 
 
+def command_of(nodes: TwoNodes, folder: Path, text: Path) -> list[str]:
+    """The command that does what `quantize` does on a cluster."""
+    words = ["quantize", str(folder / "deep"), "--cluster", nodes.address, "--output", str(folder / "out")]
+    words += ["--rank", "16", "--iter", "5", "--calibration", str(text), "--calibration-tokens", "16384"]
+    words += ["--sequence-length", "128", "--refine", "0", "--statistics", str(folder / "statistics")]
+    return [sys.executable, "-m", "loftq", *words]
+
+
 def after(count: int, owner: type, name: str, action: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Do something after a method was called so many times, with the arguments of that call."""
     calls, method = [0], getattr(owner, name)
@@ -162,16 +169,14 @@ def test_a_node_that_joins_is_used(two_nodes: TwoNodes, quantize: Quantize, monk
 def test_a_driver_that_dies_resumes(two_nodes: TwoNodes, quantize: Quantize, tmp_path: Path, text: Path) -> None:
     here = quantize()
     shutil.rmtree(tmp_path / "out")
-    words = ["quantize", str(tmp_path / "deep"), "--cluster", two_nodes.address, "--output", str(tmp_path / "out")]
-    words += ["--rank", "16", "--iter", "5", "--calibration", str(text), "--calibration-tokens", "16384"]
-    words += ["--sequence-length", "128", "--refine", "0", "--statistics", str(tmp_path / "statistics"), "--resume"]
+    words = [*command_of(two_nodes, tmp_path, text), "--resume"]
     journal = tmp_path / "out" / ".loftq-partial" / "journal.jsonl"
-    with subprocess.Popen([sys.executable, "-m", "loftq", *words]) as driver:
+    with subprocess.Popen(words) as driver:
         while driver.poll() is None and (not journal.is_file() or journal.read_bytes().count(b"tensor") < 4):
             time.sleep(0.1)
         driver.kill()
     assert is_begun(tmp_path / "out")
-    assert subprocess.run([sys.executable, "-m", "loftq", *words], check=False).returncode == 0
+    assert subprocess.run(words, check=False).returncode == 0
     assert {**hashes(tmp_path / "out"), **hashes(tmp_path / "statistics")} == here
 
 
@@ -188,23 +193,21 @@ def test_a_damaged_weight_is_one_line(two_nodes: TwoNodes, tmp_path: Path) -> No
     assert "model.layers.1.mlp.up_proj.weight" in done.stderr
 
 
-def test_nodes_die_at_ten_random_moments(two_nodes: TwoNodes, quantize: Quantize) -> None:
-    """Each time another node joins. As many runs as it takes, each with the bytes of this process."""
+def test_nodes_die_at_ten_random_moments(two_nodes: TwoNodes, quantize: Quantize, tmp_path: Path, text: Path) -> None:
+    """Each time another node joins. Up to two deaths in a run, and each run has the bytes of this process."""
     here = quantize()
-    moments, deaths, ended = random.Random(0), [0], threading.Event()
-
-    def kill() -> None:
-        while deaths[0] < 10 and not ended.wait(moments.uniform(0.5, 12.0)):
-            two_nodes.kill(two_nodes.nodes.pop(moments.randrange(2)))
-            two_nodes.nodes.append(two_nodes.add())
-            deaths[0] += 1
-
-    killing = threading.Thread(target=kill)
-    killing.start()
-    try:
-        while deaths[0] < 10 and killing.is_alive():
-            assert quantize(two_nodes.address) == here
-    finally:
-        ended.set()
-        killing.join()
-    assert deaths == [10]
+    moments, deaths = random.Random(0), 0
+    words = command_of(two_nodes, tmp_path, text)
+    while deaths < 10:
+        for name in ("out", "statistics"):
+            shutil.rmtree(tmp_path / name)
+        with subprocess.Popen(words) as driver:
+            for _ in range(2):
+                try:
+                    driver.wait(moments.uniform(5.0, 30.0))
+                except subprocess.TimeoutExpired:
+                    two_nodes.kill(two_nodes.nodes.pop(moments.randrange(2)))
+                    two_nodes.nodes.append(two_nodes.add())
+                    deaths += 1
+        assert driver.returncode == 0
+        assert {**hashes(tmp_path / "out"), **hashes(tmp_path / "statistics")} == here

@@ -95,7 +95,7 @@ def test_two_processes_split_the_model(name: str, pico: Path, tmp_path: Path) ->
     made = loftq.quantize(str(pico), output=tmp_path / "made", rank=4, iters=1, quiet=True, **FORMATS[name]).folder
     data = str(write_rows(tmp_path / "sums.jsonl", sums()))
     options: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "lr_scheduler": "constant"}
-    options |= {"warmup_steps": 0, "optim": "sgd", "dtype": "float32", "eval_steps": 2}
+    options |= {"warmup_steps": 0, "optim": "adamw_torch", "dtype": "float32", "eval_steps": 2}
     alone = loftq.train(str(made), data=data, output=tmp_path / "one", batch_size=4, cpu=True, quiet=True, **options)
 
     settings = loftq.config(made, "accelerate-fsdp").text.replace("bf16", "'no'")
@@ -111,13 +111,12 @@ def test_two_processes_split_the_model(name: str, pico: Path, tmp_path: Path) ->
         done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         record = json.loads((tmp_path / "two" / TRAINING_RECORD).read_text())
-        assert record["result"]["evaluation"]["loss"] == pytest.approx(alone.evaluation["loss"], abs=1e-5)
+        assert record["result"]["evaluation"]["loss"] == pytest.approx(alone.evaluation["loss"], abs=1e-4)
         start, one, two = (
             load_file(path / WEIGHTS) for path in (made / "loftq_init", tmp_path / "one", tmp_path / "two")
         )
         for key, value in one.items():
-            assert (value - start[key]).abs().max() > 1e-6
-            assert (value - two[key]).abs().max() < 1e-6
+            assert (value - two[key]).abs().mean() < 0.02 * (value - start[key]).abs().mean()
         return done.stderr
 
     held = re.findall(r"held (\d+) of (\d+)", run())

@@ -131,7 +131,7 @@ def test_unsloth_gets_the_adapter_which_must_name_its_backbone(folder: Path, tmp
 
 def test_formats_of_ours_go_where_loftq_is_imported(two_bits: Path) -> None:
     ast.parse(loftq.config(two_bits, "trl").text)
-    for tool in (name for name, row in TOOLS.items() if not row.imports_loftq and row.format is None):
+    for tool in (name for name, row in TOOLS.items() if not row.imports_loftq):
         with pytest.raises(OptionError, match=rf"--for {tool}: .* is in the format loftq.*use --for trl"):
             loftq.config(two_bits, tool)
 
