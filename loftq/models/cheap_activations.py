@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -54,27 +54,32 @@ Layout = tuple[torch.Size, tuple[int, ...], int]
 
 
 def _layout(tensor: torch.Tensor) -> Layout:
-    return tensor.shape, tensor.stride(), tensor.storage_offset()
+    return tensor.shape, tensor.stride(), int(tensor.storage_offset())
 
 
-class _Operand:
-    """A tensor that a function was called with: itself, or its layout in the result of another recorded function."""
+class _Leaf:
+    """A tensor that a function was called with, and its version, which counts the times that it was written to."""
 
-    def __init__(self, tensor: torch.Tensor, origin: _Computed | None) -> None:
-        self.origin, self.layout = origin, _layout(tensor)
-        self.tensor = tensor.detach() if origin is None else None
-        self.version = tensor._version
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.version = tensor.detach(), tensor._version
 
     def value(self) -> torch.Tensor:
-        if self.tensor is None:
-            assert self.origin is not None
-            return _view(self.origin.value(), self.layout)
         if not self.is_unchanged():
             raise RuntimeError("a tensor that is needed for the backward pass was changed in place")
         return self.tensor
 
     def is_unchanged(self) -> bool:
-        return self.tensor is None or self.tensor._version == self.version
+        return self.tensor._version == self.version
+
+
+class _Part:
+    """A tensor that a function was called with, by its layout in the result of another recorded function."""
+
+    def __init__(self, tensor: torch.Tensor, origin: _Computed) -> None:
+        self.origin, self.layout = origin, _layout(tensor)
+
+    def value(self) -> torch.Tensor:
+        return _view(self.origin.value(), self.layout)
 
 
 def _view(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -84,9 +89,9 @@ def _view(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
 class _Computed:
     """How a tensor was computed. Its value is held only while more than one operation of the backward pass needs it."""
 
-    def __init__(self, result: torch.Tensor, function: Any, operands: Sequence[Any], named: Mapping[str, Any]) -> None:
+    def __init__(self, result: torch.Tensor, function: Any, operands: list[Any], named: dict[str, Any]) -> None:
         self.function, self.operands, self.named = function, operands, named
-        self.memory = StorageWeakRef(result.untyped_storage())  # while it lives, no other memory gets this address
+        self.memory = _reference(result)  # while it lives, no other memory gets this address
         self.version = result._version
         kind = result.device.type
         self.autocast = None
@@ -98,13 +103,10 @@ class _Computed:
     def value(self) -> torch.Tensor:
         if self._value is not None:
             return self._value
-        plain = [part.value() if isinstance(part, _Operand) else part for part in self.operands]
-        if self.autocast is None:
-            value: torch.Tensor = self.function(*plain, **self.named)
-        else:
-            kind, dtype, enabled = self.autocast
-            with torch.autocast(kind, dtype, enabled):
-                value = self.function(*plain, **self.named)
+        plain = [_value(part) for part in self.operands]
+        named = {name: _value(part) for name, part in self.named.items()}
+        with nullcontext() if self.autocast is None else torch.autocast(*self.autocast):
+            value: torch.Tensor = self.function(*plain, **named)
         if self.uses:
             self._value = value
         return value
@@ -117,14 +119,21 @@ class _Computed:
             self._value = None
         return value
 
-    def leaves(self) -> Iterator[_Operand]:
+    def leaves(self) -> Iterator[_Leaf]:
         """The operands that are kept."""
-        for part in self.operands:
-            if isinstance(part, _Operand):
-                if part.origin is None:
-                    yield part
-                else:
-                    yield from part.origin.leaves()
+        for part in (*self.operands, *self.named.values()):
+            if isinstance(part, _Leaf):
+                yield part
+            elif isinstance(part, _Part):
+                yield from part.origin.leaves()
+
+
+def _value(part: Any) -> Any:
+    return part.value() if isinstance(part, (_Leaf, _Part)) else part
+
+
+def _reference(tensor: torch.Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 class _Recomputed:
@@ -154,23 +163,24 @@ class _Recorder(TorchFunctionMode):
         self._kept: dict[int, StorageWeakRef] = {}
         self._recomputed: weakref.WeakSet[_Recomputed] = weakref.WeakSet()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
         if _is_in_place(func, kwargs):
             self._before_change(kwargs.get("out", args[0] if args else None))
         result = func(*args, **kwargs)
-        if isinstance(result, torch.Tensor):
+        if not torch.is_grad_enabled():
+            return result
+        if _is_plain(result):
             self._note(result, func, args, kwargs)
         elif isinstance(result, (tuple, list)):
-            for part in result:
-                if isinstance(part, torch.Tensor):
-                    self._keep_record(part)
+            for part in filter(_is_plain, result):
+                self._keep_record(part)
         return result
 
     def pack(self, tensor: torch.Tensor) -> Any:
         """What autograd keeps of a tensor."""
+        if not _is_plain(tensor):
+            return tensor
         address = _address(tensor)
         computed = None if address in self._kept else self._record_of(tensor)
         if computed is not None:
@@ -190,9 +200,9 @@ class _Recorder(TorchFunctionMode):
         return _address(tensor) in self._kept
 
     def _hold(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._kept:
-            self._kept[storage._cdata] = StorageWeakRef(storage)
+        address = _address(tensor)
+        if address not in self._kept:
+            self._kept[address] = _reference(tensor)
 
     def _record_of(self, tensor: torch.Tensor) -> _Computed | None:
         computed = self._computed.get(_address(tensor))
@@ -207,26 +217,28 @@ class _Recorder(TorchFunctionMode):
         return True
 
     def _note(self, result: torch.Tensor, func: Any, args: Any, kwargs: Any) -> None:
-        if result.device.type != "meta" and result.is_sparse:
-            return
-        if self._keep_record(result) or not _is_cheap(func, args, kwargs):
+        if self._keep_record(result) or not _is_cheap(func, (*args, *kwargs.values())):
             return
         storage = result.untyped_storage()
         if storage.nbytes() <= _SMALL or storage.nbytes() != result.numel() * result.itemsize:
             return
-        tensors = [part for part in args if isinstance(part, torch.Tensor)]
-        if any(_address(part) == storage._cdata for part in tensors):  # a view, or the same tensor
+        tensors = [part for part in (*args, *kwargs.values()) if isinstance(part, torch.Tensor)]
+        if not all(_is_plain(part) and _address(part) != storage._cdata for part in tensors):  # views have its address
             return
-        operands = [
-            _Operand(part, self._record_of(part)) if isinstance(part, torch.Tensor) else part for part in args
-        ]
-        computed = _Computed(result, func, operands, kwargs)
+        operands = [self._operand(part) for part in args]
+        computed = _Computed(result, func, operands, {name: self._operand(part) for name, part in kwargs.items()})
         self._computed[storage._cdata] = computed
         setattr(result, _NODE, computed)
 
+    def _operand(self, part: Any) -> Any:
+        if not isinstance(part, torch.Tensor):
+            return part
+        origin = None if self._is_held(part) else self._record_of(part)
+        return _Leaf(part) if origin is None else _Part(part, origin)
+
     def _before_change(self, tensor: Any) -> None:
         """Compute what came from a tensor before it changes."""
-        if not isinstance(tensor, torch.Tensor):
+        if not _is_plain(tensor):
             return
         address = _address(tensor)
         self._computed.pop(address, None)
@@ -236,11 +248,14 @@ class _Recorder(TorchFunctionMode):
                     recomputed.compute_now()
 
 
-def _is_cheap(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    if any(isinstance(part, torch.Tensor) for part in kwargs.values()):
-        return False
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor with memory of its own, not sparse and of no class that wraps others."""
+    return type(value) in (torch.Tensor, nn.Parameter) and value.layout == torch.strided
+
+
+def _is_cheap(func: Any, operands: Sequence[Any]) -> bool:
     if func in _CHEAP_WITH_NUMBERS:
-        return sum(isinstance(part, torch.Tensor) for part in args) == 1
+        return sum(isinstance(part, torch.Tensor) for part in operands) == 1
     return func in _CHEAP
 
 
@@ -257,14 +272,6 @@ _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floord
 _IN_PLACE.add("__setitem__")
 
 
-def keeps_less(device: torch.device) -> bool:
-    """Whether training on a device recomputes cheap activations: on a CPU, where that takes next to no time.
-
-    On a GPU, the functions are short, and recording them would take longer than many of them.
-    """
-    return device.type == "cpu"
-
-
 @contextmanager
 def recomputing_cheap_activations() -> Iterator[Callable[[torch.Tensor], Any]]:
     """Within this context, a forward pass keeps cheap activations as the functions that they came from."""
@@ -272,6 +279,19 @@ def recomputing_cheap_activations() -> Iterator[Callable[[torch.Tensor], Any]]:
     hooks = torch.autograd.graph.saved_tensors_hooks(recorder.pack, _unpack)
     with hooks, recorder:
         yield recorder.pack
+
+
+def keeping_less(device: torch.device) -> AbstractContextManager[Any]:
+    """`recomputing_cheap_activations` on a CPU, where it takes next to no time. On other devices, nothing changes.
+
+    The functions take less time on a GPU than recording them does.
+    """
+    return recomputing_cheap_activations() if device.type == "cpu" else nullcontext()
+
+
+def kept_tensors(kept: Any) -> list[torch.Tensor]:
+    """The tensors that autograd holds for what it keeps in the place of one."""
+    return [leaf.tensor for leaf in kept.computed.leaves()] if isinstance(kept, _Recomputed) else [kept]
 
 
 def _unpack(kept: Any) -> torch.Tensor:

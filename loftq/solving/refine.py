@@ -29,14 +29,17 @@ from peft import PeftModel
 from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loftq.formats.adapter import Adapter, open_adapter
 from loftq.formats.artifact import Artifact
+from loftq.models.cheap_activations import keeping_less
 from loftq.models.first_factor import keep_inputs_once
 from loftq.models.head_loss import HiddenStates, chunked
-from loftq.models.heap import own_pages
+from loftq.models.heap import own_pages, return_freed
 from loftq.models.loading import load_base
 from loftq.models.peft_targets import load_adapter
+from loftq.models.second_factor import add_in_place
 from loftq.models.tasks import part_before_head, recorded_task
 
 _HIGHEST_RATE = 2e-4  # at a scaling of one
@@ -44,7 +47,8 @@ _REACH = 0.018  # rate times rank, divided by the root of the divergence
 _WARMUP = 0.05  # part of the steps
 _HELD_OUT = 16  # one window of so many is held out
 _STEP_TOKENS = 1024  # tokens in a step, or one window if that is longer
-LARGE = 300_000_000  # number of weights from which activations are computed again in the backward pass
+LARGE = 300_000_000  # number of weights from which all blocks compute their activations again in the backward pass
+_CHECKPOINTED = 2 / 3  # part of the blocks of a smaller model that compute their activations again on a CPU
 _LEAST = 1e-6  # smallest probability: the precision of 1 minus a sum in float32
 _ANSWERS = ("indices", "values", "hidden")
 
@@ -72,9 +76,9 @@ def refine(
     base = load_base(artifact, True, {"": device}, torch.float32 if device.type == "cpu" else None)
     model = load_adapter(base, artifact.adapter, is_trainable=True)
     keep_inputs_once(model)
+    add_in_place(model)
     adapter = open_adapter(artifact.adapter)
-    if _weights(adapter) > LARGE:
-        cast(Any, model).gradient_checkpointing_enable()
+    _checkpoint(model, checkpointed_part(base, _weights(adapter), device))
     core = part_before_head(base, recorded_task(artifact.manifest))
     rank, scaling = int(adapter.config["r"]), adapter.scaling
     refinement = learn(model, core, teacher, steps, rank, scaling, device, seed=seed, quiet=quiet)
@@ -82,6 +86,26 @@ def refine(
         return refinement, {}
     factors = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
     return refinement, {name.replace(".default", ""): p for name, p in factors.items()}
+
+
+def checkpointed_part(model: Any, weights: int, device: torch.device) -> float:
+    """The part of a model's blocks, from the first on, that compute their activations again in the backward pass.
+
+    `weights` are those in its quantized linears. On a CPU, small models keep those of the last blocks alone.
+    """
+    if not model.supports_gradient_checkpointing:
+        return 0.0
+    if weights > LARGE:
+        return 1.0
+    return _CHECKPOINTED if device.type == "cpu" else 0.0
+
+
+def _checkpoint(model: Any, part: float) -> None:
+    if part:
+        model.gradient_checkpointing_enable()
+        blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for block in blocks[round(part * len(blocks)) :]:
+            block.gradient_checkpointing = False
 
 
 def learn(
@@ -137,9 +161,14 @@ def _divergences(logits: torch.Tensor, values: torch.Tensor, indices: torch.Tens
 def _divergence_of(core: nn.Module, states: HiddenStates, window: Window) -> torch.Tensor:
     """The divergence of a model's answers to a window, without the logits of all tokens at once if that is possible."""
     inputs = _inputs_of(window)
-    output = states.of(lambda: core(**inputs)) if "values" in window else None
+
+    def run() -> Any:
+        with keeping_less(window["input_ids"].device):
+            return core(**inputs)
+
+    output = states.of(run) if "values" in window else None
     if output is None:
-        return divergence(core(**inputs), window)
+        return divergence(run(), window)
     hidden, values, indices = (part.flatten(0, -2) for part in (output.logits, window["values"], window["indices"]))
 
     def loss(logits: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -173,6 +202,7 @@ class _Distiller(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:  # noqa: ARG002
         """The divergence of a batch."""
+        return_freed(self.args.device)
         return _divergence_of(self.core, self.states, inputs)
 
 
