@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -33,14 +33,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loftq.formats.adapter import Adapter, open_adapter
 from loftq.formats.artifact import Artifact
-from loftq.models.cheap_activations import keeping_less
 from loftq.models.first_factor import keep_inputs_once
-from loftq.models.head_loss import HiddenStates, chunked
+from loftq.models.head_loss import HiddenStates
 from loftq.models.heap import own_pages, return_freed
 from loftq.models.loading import load_base
 from loftq.models.peft_targets import load_adapter
 from loftq.models.second_factor import add_in_place
 from loftq.models.tasks import part_before_head, recorded_task
+from loftq.solving.divergence import Window, divergence_of
 
 _HIGHEST_RATE = 2e-4  # at a scaling of one
 _REACH = 0.018  # rate times rank, divided by the root of the divergence
@@ -48,11 +48,7 @@ _WARMUP = 0.05  # part of the steps
 _HELD_OUT = 16  # one window of so many is held out
 _STEP_TOKENS = 1024  # tokens in a step, or one window if that is longer
 LARGE = 300_000_000  # number of weights from which all blocks compute their activations again in the backward pass
-_CHECKPOINTED = 2 / 3  # part of the blocks of a smaller model that compute their activations again on a CPU
-_LEAST = 1e-6  # smallest probability: the precision of 1 minus a sum in float32
-_ANSWERS = ("indices", "values", "hidden")
-
-Window = Mapping[str, torch.Tensor]
+_CHECKPOINTED = 3 / 4  # part of the blocks of a smaller model that compute their activations again on a CPU
 
 
 @dataclass(frozen=True)
@@ -136,47 +132,6 @@ def learn(
     return Refinement(before, after, steps) if after < before else Refinement(before, before, 0)
 
 
-def divergence(answer: Any, window: Window) -> torch.Tensor:
-    """The mean over tokens of KL(p ‖ q), or the squared error of hidden states divided by their square.
-
-    `window` holds the logarithms of the largest probabilities of p, `values` (batch, length, k), with their tokens,
-    `indices`; or `hidden` (batch, length, width).
-    """
-    if "hidden" in window:
-        expected = window["hidden"].float()
-        error: torch.Tensor = (answer[0].float() - expected).square().sum() / expected.square().sum()
-        return error
-    return _divergences(answer.logits, window["values"], window["indices"]).mean()
-
-
-def _divergences(logits: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """KL(p ‖ q) of each token (…) from logits (…, classes) and the likeliest tokens under p (…, k)."""
-    logits, log_p = logits.float(), values.float()
-    log_q = logits.gather(-1, indices.long()) - logits.logsumexp(-1, keepdim=True)
-    likeliest = (log_p.exp() * (log_p - log_q)).sum(-1)
-    rest_p, rest_q = ((1 - log.exp().sum(-1)).clamp_min(_LEAST) for log in (log_p, log_q))
-    return likeliest + rest_p * (rest_p / rest_q).log()
-
-
-def _divergence_of(core: nn.Module, states: HiddenStates, window: Window) -> torch.Tensor:
-    """The divergence of a model's answers to a window, without the logits of all tokens at once if that is possible."""
-    inputs = _inputs_of(window)
-
-    def run() -> Any:
-        with keeping_less(window["input_ids"].device):
-            return core(**inputs)
-
-    output = states.of(run) if "values" in window else None
-    if output is None:
-        return divergence(run(), window)
-    hidden, values, indices = (part.flatten(0, -2) for part in (output.logits, window["values"], window["indices"]))
-
-    def loss(logits: torch.Tensor, rows: slice) -> torch.Tensor:
-        return _divergences(logits, values[rows], indices[rows]).sum()
-
-    return chunked(hidden, cast(nn.Module, states.head), loss) / len(hidden)
-
-
 def windows_a_step(length: int) -> int:
     """The number of windows of `length` tokens in a step."""
     return max(_STEP_TOKENS // length, 1)
@@ -203,7 +158,7 @@ class _Distiller(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:  # noqa: ARG002
         """The divergence of a batch."""
         return_freed(self.args.device)
-        return _divergence_of(self.core, self.states, inputs)
+        return divergence_of(self.core, self.states, inputs)
 
 
 class _Steps(TrainerCallback):
@@ -215,10 +170,6 @@ class _Steps(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Advance by one step."""
         self._bar.update(1)
-
-
-def _inputs_of(window: Window) -> dict[str, torch.Tensor]:
-    return {name: tensor.long() for name, tensor in window.items() if name not in _ANSWERS}
 
 
 def _batched(windows: Iterable[Window]) -> dict[str, torch.Tensor]:
@@ -249,7 +200,7 @@ def _divergence(core: nn.Module, states: HiddenStates, windows: Iterable[Window]
     divergences = []
     for window in windows:
         batch = {name: tensor.to(device) for name, tensor in _batched([window]).items()}
-        divergences.append(float(_divergence_of(core, states, batch)))
+        divergences.append(float(divergence_of(core, states, batch)))
     return sum(divergences) / len(divergences)
 
 
