@@ -51,8 +51,7 @@ def run(way: str, folder: str, options: argparse.Namespace) -> None:
     from loftq.solving import divergence, refine
 
     if way == "kept":
-        divergence.keeping_less = lambda _: nullcontext()  # type: ignore[assignment]
-        refine.checkpointed_part = lambda *_: 0.0
+        divergence.keeping_less = lambda *_, **__: nullcontext()  # type: ignore[assignment]
     began: list[float] = []
     original = refine._Distiller.compute_loss
 

@@ -11,6 +11,7 @@ before the sum, and others after it.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from peft.tuners.lora import bnb
 from peft.tuners.lora import layer as lora
 from torch import nn
 
+from loftq.models.cheap_activations import computing_product
 from loftq.models.first_factor import FirstFactor
 from loftq.models.peft_layers import PackedLoraLinear
 
@@ -58,6 +60,9 @@ class _AddsInPlace:
         if name is None:
             found: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return found
+        return computing_product(partial(self._sum, name), x)
+
+    def _sum(self: Any, name: str, x: torch.Tensor) -> torch.Tensor:
         outputs = self.base_layer(x)
         inner, weight = self.lora_A[name](x), self.lora_B[name].weight
         total: torch.Tensor = _Sum.apply(outputs, inner, weight, self.scaling[name], self._rounds_first)  # type: ignore[no-untyped-call]
@@ -90,9 +95,9 @@ _CLASSES: dict[type, type] = {lora.Linear: _Linear, PackedLoraLinear: _PackedLin
 
 
 def add_in_place(model: nn.Module) -> None:
-    """Let the layers whose inputs are kept once (`keep_inputs_once`) add their products in place, on a CPU."""
+    """Let the layers whose inputs are kept once (`keep_inputs_once`) add their products in place, except on a GPU."""
     module: Any
     for module in model.modules():
         factors = list(module.lora_A.values()) if type(module) in _CLASSES else []
-        if factors and all(type(f) is FirstFactor and f.weight.device.type == "cpu" for f in factors):
+        if factors and all(type(f) is FirstFactor and f.weight.device.type in ("cpu", "meta") for f in factors):
             module.__class__ = _CLASSES[type(module)]

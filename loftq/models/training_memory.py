@@ -12,7 +12,7 @@ these functions. `planning.footprint` has a formula of its own, and says why.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from loftq.models.cheap_activations import keeping_less, kept_tensors
 from loftq.models.first_factor import keep_inputs_once
 from loftq.models.head_loss import LOGITS, HiddenStates
 from loftq.models.lockstep import find_blocks
+from loftq.models.second_factor import add_in_place
 from loftq.models.tasks import CAUSAL
 
 _GRADIENTS = 2  # gradients of the largest tensor that is kept, the logits: a finished one and one being computed
@@ -42,22 +43,28 @@ def trained_bytes(parameters: int, optimizer: str = "adamw_torch") -> int:
 
 
 def kept_bytes(
-    model: Any, batch: tuple[int, int], tasks: Sequence[str], device: torch.device, *, checkpointing: float
+    model: Any,
+    batch: tuple[int, int],
+    tasks: Sequence[str],
+    device: torch.device,
+    *,
+    checkpointing: bool,
+    products: bool = False,
 ) -> int:
     """Number of bytes that autograd keeps of one batch (examples, tokens), with the first gradients beside them.
 
     Where a few logits exist at a time (`streams_logits`), these are counted too. `model` is a peft model on the meta
-    device for one of `tasks`; it will run on `device`. `checkpointing` is the part of its blocks that are checkpointed,
-    from the first on; True is all of them. Raises RuntimeError or ValueError where a model's control flow
-    depends on values, which meta tensors do not have.
+    device for one of `tasks`; it will run on `device`. `products` is that of `keeping_less`. Raises RuntimeError or
+    ValueError where a model's control flow depends on values, which meta tensors do not have.
     """
+    asked = batch, tasks, device, checkpointing, products
     try:
-        live = _live_bytes(model, batch, tasks, device, checkpointing)
+        live = _live_bytes(model, *asked)
     except RuntimeError:
         if model.dtype != torch.float32:
             raise
         # On the meta device, torch computes the grouped matrix products of experts only in bfloat16.
-        live = 2 * _live_bytes(model.to(torch.bfloat16), batch, tasks, device, checkpointing)
+        live = 2 * _live_bytes(model.to(torch.bfloat16), *asked)
     return int(live * (_HEAP if device.type == "cpu" else 1))
 
 
@@ -73,47 +80,17 @@ def streams_logits(model: Any, tasks: Sequence[str]) -> bool:
 
 
 def _live_bytes(
-    model: Any, batch: tuple[int, int], tasks: Sequence[str], device: torch.device, checkpointing: float
+    model: Any, batch: tuple[int, int], tasks: Sequence[str], device: torch.device, checkpointing: bool, products: bool
 ) -> int:
-    inner = model.get_base_model()
-    names = [name for name, module in inner.named_modules() if hasattr(module, "lora_A")]
-    blocks = find_blocks(inner, names)
-    again = set(blocks[: round(checkpointing * len(blocks))])
-    streamed = streams_logits(model, tasks)
-    keep_inputs_once(model)
-    model.train()
-    sizes, largest = _kept_sizes(model, batch, tasks, device, blocks, again, streamed=streamed)
-    inputs = len(again) * batch[0] * batch[1] * embedding_width(inner) * inner.dtype.itemsize
-    logits = min(LOGITS, batch[0] * batch[1] * inner.get_output_embeddings().out_features) if streamed else 0
-    # the loss and its gradient are done before the first block is differentiated, and checkpointed blocks come last
-    with_loss = sum(size for name, size in sizes.items() if name not in again) + max(
-        _GRADIENTS * largest, logits * _CHUNK_BYTES
-    )
-    with_block = sizes[""] + max((sizes[name] for name in again), default=0) + _GRADIENTS * largest
-    return int(inputs + max(with_loss, with_block))
-
-
-def _kept_sizes(
-    model: Any,
-    batch: tuple[int, int],
-    tasks: Sequence[str],
-    device: torch.device,
-    blocks: Sequence[str],
-    again: Collection[str],
-    *,
-    streamed: bool,
-) -> tuple[Counter[str], int]:
-    """The bytes that each block keeps, under the empty name those outside of blocks, and those of the largest tensor.
-
-    Blocks `again` keep everything, as they do when they are computed again.
-    """
     own = {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     seen: dict[int, torch.Tensor] = {}
     sizes: Counter[str] = Counter()
     inner = model.get_base_model()
+    names = [name for name, module in inner.named_modules() if hasattr(module, "lora_A")] if checkpointing else []
+    blocks = {name: inner.get_submodule(name) for name in find_blocks(inner, names)}
 
     def keep(tensor: torch.Tensor) -> Any:
-        less = tensor if pack is None or inside[-1] in again else pack(tensor)
+        less = tensor if pack is None or inside[-1] else pack(tensor)  # blocks that are computed again keep everything
         for part in kept_tensors(less):
             storage = _storage(part)
             if storage not in own and storage not in seen:
@@ -121,11 +98,20 @@ def _kept_sizes(
                 sizes[inside[-1]] += part.untyped_storage().nbytes()
         return less
 
-    modules = {name: inner.get_submodule(name) for name in blocks}
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, _same)
-    with _entering(modules) as inside, _fused_attention(), keeping_less(device) as pack, hooks:
+    streamed = streams_logits(model, tasks)
+    keep_inputs_once(model)
+    model.train()
+    if device.type == "cpu":
+        add_in_place(model)
+    hooks, less = torch.autograd.graph.saved_tensors_hooks(keep, _same), keeping_less(device, products=products)
+    with _entering(blocks) as inside, _fused_attention(), less as pack, hooks:
         _run(inner, torch.zeros(batch, dtype=torch.int64, device="meta"), tasks, keep, streamed=streamed)
-    return sizes, max((tensor.untyped_storage().nbytes() for tensor in seen.values()), default=0)
+    largest = max((tensor.untyped_storage().nbytes() for tensor in seen.values()), default=0)
+    inputs = len(blocks) * batch[0] * batch[1] * embedding_width(inner) * inner.dtype.itemsize
+    block = max((sizes[name] for name in blocks), default=0)
+    logits = min(LOGITS, batch[0] * batch[1] * inner.get_output_embeddings().out_features) if streamed else 0
+    # the loss and its gradient are done before the first block is differentiated
+    return int(sizes[""] + inputs + max(block + _GRADIENTS * largest, logits * _CHUNK_BYTES))
 
 
 def _run(

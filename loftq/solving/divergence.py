@@ -68,7 +68,7 @@ def divergence_of(core: nn.Module, states: HiddenStates, window: Window) -> torc
     inputs = _inputs_of(window)
 
     def run() -> Any:
-        with keeping_less(window["input_ids"].device):
+        with keeping_less(window["input_ids"].device, products=True):
             return core(**inputs)
 
     output = states.of(run) if "values" in window else None

@@ -93,7 +93,7 @@ def _refining(plan: Plan, dtype: torch.dtype, device: torch.device) -> int | Non
 
     from loftq.models.packed_experts import pack_stacks
     from loftq.models.peft_targets import adapt
-    from loftq.solving.refine import checkpointed_part, windows_a_step
+    from loftq.solving.refine import LARGE, windows_a_step
 
     length = min(cast(int, plan.recipe.sequence_length), longest_input(plan.model), _tokens(plan))
     with torch.device("meta"):
@@ -103,8 +103,8 @@ def _refining(plan: Plan, dtype: torch.dtype, device: torch.device) -> int | Non
             model = adapt(model, LoraConfig(r=plan.recipe.rank, **adapted_names(plan)))
     batch = windows_a_step(length), length
     try:
-        part = checkpointed_part(model.get_base_model(), plan.weights, device)
-        kept = kept_bytes(model, batch, (plan.task.name,), device, checkpointing=part)
+        checkpointing = plan.weights > LARGE
+        kept = kept_bytes(model, batch, (plan.task.name,), device, checkpointing=checkpointing, products=True)
     except (RuntimeError, ValueError):  # its code depends on values, which meta tensors do not have
         return None
     whole = plan.task.name in VOCABULARY and not streams_logits(model, (plan.task.name,))

@@ -22,14 +22,13 @@ import math
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loftq.formats.adapter import Adapter, open_adapter
 from loftq.formats.artifact import Artifact
@@ -47,8 +46,7 @@ _REACH = 0.018  # rate times rank, divided by the root of the divergence
 _WARMUP = 0.05  # part of the steps
 _HELD_OUT = 16  # one window of so many is held out
 _STEP_TOKENS = 1024  # tokens in a step, or one window if that is longer
-LARGE = 300_000_000  # number of weights from which all blocks compute their activations again in the backward pass
-_CHECKPOINTED = 3 / 4  # part of the blocks of a smaller model that compute their activations again on a CPU
+LARGE = 300_000_000  # number of weights from which blocks keep only their inputs for the backward pass
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,8 @@ def refine(
     keep_inputs_once(model)
     add_in_place(model)
     adapter = open_adapter(artifact.adapter)
-    _checkpoint(model, checkpointed_part(base, _weights(adapter), device))
+    if _weights(adapter) > LARGE:
+        cast(Any, model).gradient_checkpointing_enable()
     core = part_before_head(base, recorded_task(artifact.manifest))
     rank, scaling = int(adapter.config["r"]), adapter.scaling
     refinement = learn(model, core, teacher, steps, rank, scaling, device, seed=seed, quiet=quiet)
@@ -82,26 +81,6 @@ def refine(
         return refinement, {}
     factors = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
     return refinement, {name.replace(".default", ""): p for name, p in factors.items()}
-
-
-def checkpointed_part(model: Any, weights: int, device: torch.device) -> float:
-    """The part of a model's blocks, from the first on, that compute their activations again in the backward pass.
-
-    `weights` are those in its quantized linears. On a CPU, small models keep those of the last blocks alone.
-    """
-    if not model.supports_gradient_checkpointing:
-        return 0.0
-    if weights > LARGE:
-        return 1.0
-    return _CHECKPOINTED if device.type == "cpu" else 0.0
-
-
-def _checkpoint(model: Any, part: float) -> None:
-    if part:
-        model.gradient_checkpointing_enable()
-        blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        for block in blocks[round(part * len(blocks)) :]:
-            block.gradient_checkpointing = False
 
 
 def learn(

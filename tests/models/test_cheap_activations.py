@@ -1,4 +1,7 @@
-"""Activations that are computed again. Oracle: the same model as autograd keeps it, to the last bit."""
+"""Activations that are computed again. Oracle: the same model as autograd keeps it, to the last bit.
+
+Covers: loftq/models/cheap_activations.py, loftq/models/recorded_tensors.py.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 from loftq.models import cheap_activations
 from loftq.models.cheap_activations import keeping_less, kept_tensors, recomputing_cheap_activations
 from loftq.models.first_factor import keep_inputs_once
+from loftq.models.second_factor import add_in_place
 
 IDS = torch.arange(64).view(2, 32) % 40 + 6
 CLASSES = {"t5": AutoModelForSeq2SeqLM, "bert": AutoModelForSequenceClassification}
@@ -62,11 +66,17 @@ def step(
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, size
 
 
-def assert_same(model: Any, less_than: float, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+def assert_same(
+    model: Any,
+    less_than: float,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    *,
+    products: bool = False,
+) -> None:
     with context():
         loss, grads, more = step(model, nullcontext())
         grads = {name: grad.clone() for name, grad in grads.items()}
-        found, found_grads, less = step(model, recomputing_cheap_activations())
+        found, found_grads, less = step(model, recomputing_cheap_activations(products=products))
     assert torch.equal(loss, found)
     assert grads.keys() == found_grads.keys()
     assert grads
@@ -78,6 +88,16 @@ def assert_same(model: Any, less_than: float, context: Callable[[], AbstractCont
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "phi3", "gemma2", "bert", "t5"])
 def test_gradients_are_the_same_and_less_is_kept(name: str, dtype: torch.dtype) -> None:
     assert_same(adapted(name, dtype), 0.95)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "phi3", "bert", "t5"])
+def test_products_are_computed_again_if_asked(name: str) -> None:
+    model = adapted(name, torch.float32)
+    _, _, cheap = step(model, recomputing_cheap_activations())
+    add_in_place(model)
+    assert_same(model, 0.9, products=True)
+    _, _, less = step(model, recomputing_cheap_activations(products=True))
+    assert less < 0.97 * cheap
 
 
 def test_under_autocast() -> None:

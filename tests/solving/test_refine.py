@@ -6,7 +6,7 @@ import pytest
 import torch
 from picos import inputs_for, pico_model
 
-from loftq.solving.refine import _checkpoint, _prepare, _rate, checkpointed_part
+from loftq.solving.refine import _prepare, _rate
 
 
 def test_a_step_is_a_part_of_the_way() -> None:
@@ -37,15 +37,3 @@ def test_nothing_is_dropped(name: str, task: str) -> None:
     assert not torch.equal(model.train()(**inputs).logits, expected)
     _prepare(model)
     assert torch.equal(model.train()(**inputs).logits, expected)
-
-
-def test_small_models_checkpoint_their_first_blocks_on_a_cpu() -> None:
-    model = pico_model("llama", "causal-lm")
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    small, large = 1_000_000, 1_000_000_000
-    parts = [checkpointed_part(model, weights, device) for weights in (small, large) for device in (cpu, gpu)]
-    assert parts == [0.75, 0.0, 1.0, 1.0]
-    model.supports_gradient_checkpointing = False
-    assert checkpointed_part(model, large, cpu) == 0.0
-    _checkpoint(model, 0.5)
-    assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False]
