@@ -2,8 +2,10 @@
 
     python benchmarks/start.py [--repeats 5] [--before PATH_OF_ANOTHER_loftq] [--folder DIR]
 
-Each line is the median of several processes in seconds, after one that warms the disk's cache. With `--before` the same
-is run with another installation in turns. `--folder` is a folder that `loftq quantize` wrote, to be inspected.
+The dry run is of the default model. It builds the model with transformers' class and asks peft what it can adapt, so
+the line that imports both is its floor. Each line is the median of several processes in seconds, after one that warms
+the disk's cache. With `--before` the same is run with another installation in turns. `--folder` is a folder that `loftq
+quantize` wrote, to be inspected.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     programs = [Path(sys.executable).with_name("loftq"), *([options.before] if options.before else [])]
     lines = [[*words, "--help"] for words in commands(cli)] + [list(REFUSED), ["zoo", "list"]]
-    lines += [["inspect", str(options.folder)]] if options.folder else []
+    lines += [["quantize", "--dry-run"], *([["inspect", str(options.folder)]] if options.folder else [])]
     rows = [["", *(["now", "before", "times"] if options.before else ["seconds"])]]
     for words in lines:
         rows.append([f"loftq {' '.join(words)}", *shown([[str(program), *words] for program in programs], options)])
@@ -46,7 +48,7 @@ def main() -> None:
             "_LOFTQ_COMPLETE": "bash_complete",
         }
         rows.append([f"TAB after loftq {typed}", *shown([[str(program)] for program in programs], options, asked)])
-    for code in ("import loftq", "pass"):
+    for code in ("import peft, transformers; transformers.LlamaForCausalLM", "import torch", "import loftq", "pass"):
         pythons = [[str(program.with_name("python")), "-c", code] for program in programs]
         rows.append([f'python -c "{code}"', *shown(pythons, options)])
     print(describe())

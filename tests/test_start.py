@@ -12,10 +12,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import loftq
 from loftq.display import line_width
 from loftq.formats.layouts import LAYOUTS
 from loftq.merging.targets import TARGETS
@@ -104,6 +106,15 @@ def test_help_refusals_and_completion_import_nothing_that_takes_seconds(answers:
         assert heavy == [], f"loftq {words} imports {heavy}: {text}"
         if words.endswith("--help"):
             assert (code, text[:6]) == (0, "Usage:"), words
+
+
+def test_an_inspection_imports_no_torch(pico: Path, tmp_path: Path) -> None:
+    folder = loftq.quantize(str(pico), bits=2, rank=2, iters=1, output=tmp_path / "out", quiet=True).folder
+    code = f"from loftq_cli.main import cli; cli(['inspect', {str(folder)!r}], standalone_mode=False)"
+    shown = "import sys; print('imports', [name for name in ('torch', 'transformers', 'scipy') if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", f"{code}; {shown}"], capture_output=True, text=True)
+    assert "nf2, block size 64" in found.stdout
+    assert found.stdout.splitlines()[-1] == "imports []"
 
 
 @pytest.mark.parametrize("words", WRONG)

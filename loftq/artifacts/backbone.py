@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from loftq.artifacts.quantized_linears import linears_of
 from loftq.core.affine import AffineWeight, scatter
 from loftq.core.grid import Grid
 from loftq.core.scales import Solved
@@ -19,7 +20,6 @@ from loftq.formats.artifact import MANIFEST, Artifact, open_artifact
 from loftq.formats.checkpoint import Checkpoint, dtype_of, read_checkpoint
 from loftq.formats.layouts import LAYOUTS
 from loftq.formats.model_config import read_config
-from loftq.formats.schema import AGAIN
 from loftq.models.tasks import recorded_task
 
 CAUSAL_LM = "causal-lm"
@@ -137,20 +137,7 @@ def open_backbone(folder: Path) -> Backbone:
 
 def backbone_of(artifact: Artifact, checkpoint: Checkpoint | None = None) -> Backbone:
     """The quantized backbone of a loftq folder; only headers are read. Raises ArtifactError if it has none."""
-    manifest = artifact.manifest
-    recipe, rows = manifest["recipe"], manifest["layers"]
-    if not rows or manifest.get("format") not in LAYOUTS:
-        raise ArtifactError(
-            f"{artifact.folder} is a {manifest['kind']} folder without a quantized backbone: "
-            "expected a folder that `loftq quantize` wrote"
-        )
-    shared = recipe["block_size"] if recipe["group_size"] is None else recipe["group_size"]
-    if shared is None:
-        raise ArtifactError(
-            f"{artifact.folder / MANIFEST} is damaged (recipe has no block_size and no group_size): {AGAIN}"
-        )
-    grids = {row["name"]: Grid(row["codebook"], shared, recipe["double_quant"], recipe["zero_point"]) for row in rows}
-    shapes = {row["name"]: tuple(row["shape"]) for row in rows}
+    linears, manifest = linears_of(artifact), artifact.manifest
     task = recorded_task(manifest, artifact.folder / MANIFEST).name
     checkpoint = checkpoint or read_checkpoint(artifact.folder)
-    return Backbone(checkpoint, manifest["format"], grids, shapes, task, artifact)
+    return Backbone(checkpoint, manifest["format"], linears.grids, linears.shapes, task, artifact)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-import torch
-
-from loftq.core.affine import AffineQuantizer
-from loftq.core.blockwise import BlockQuantizer
 from loftq.core.codebooks import CODEBOOKS, type_of
 from loftq.core.codebooks import ROW as ROW
-from loftq.core.scales import Scales
-from loftq.core.trellis import TrellisQuantizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from loftq.core.scales import Scales
 
 
 class Decoder(Protocol):
@@ -98,14 +97,25 @@ class Grid:
         """Weights that share a scale, in rows of `columns`."""
         return columns if self.block_size == ROW else self.block_size
 
-    def decoder(self, columns: int, scale_dtype: torch.dtype = torch.float32) -> Decoder:
+    def decoder(self, columns: int, scale_dtype: torch.dtype | None = None) -> Decoder:
         """The decoder of weights with rows of `columns`; the quantizer, if the type is not a trellis code."""
-        return TrellisQuantizer(self.bits) if self.trellis else self.quantizer(columns, scale_dtype)
+        if not self.trellis:
+            return self.quantizer(columns, scale_dtype)
+        from loftq.core.trellis import TrellisQuantizer
 
-    def quantizer(self, columns: int, scale_dtype: torch.dtype = torch.float32) -> Quantizer:
-        """The quantizer of weights with rows of `columns`, unless the type is a trellis code."""
-        block = self.block(columns)
+        return TrellisQuantizer(self.bits)
+
+    def quantizer(self, columns: int, scale_dtype: torch.dtype | None = None) -> Quantizer:
+        """The quantizer of weights with rows of `columns`, unless the type is a trellis code.
+
+        Its scales have `scale_dtype`, float32 by default. torch is imported here, since a type alone needs none of it.
+        """
+        import torch
+
+        from loftq.core.affine import AffineQuantizer
+        from loftq.core.blockwise import BlockQuantizer
+
+        block, dtype = self.block(columns), scale_dtype or torch.float32
         if self.integer:
-            zero_point = self.zero_point or "symmetric"
-            return AffineQuantizer(self.codebook, block, zero_point, self.double_quant, scale_dtype)
-        return BlockQuantizer(self.codebook, block, self.double_quant, scale_dtype)
+            return AffineQuantizer(self.codebook, block, self.zero_point or "symmetric", self.double_quant, dtype)
+        return BlockQuantizer(self.codebook, block, self.double_quant, dtype)

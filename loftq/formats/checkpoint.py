@@ -183,10 +183,15 @@ def _specs(opened: TensorFiles, folder: Path, file: str) -> list[TensorSpec]:
 
 def spec_of(name: str, code: str, shape: Sequence[int], where: str) -> TensorSpec:
     """The spec of a tensor, from the dtype code in a header. Raises CheckpointError if torch lacks the dtype."""
+    check_entry(name, code, shape, where)
+    return TensorSpec(name, DTYPES[code], tuple(shape))
+
+
+def check_entry(name: str, code: str, shape: Sequence[int], where: str) -> None:
+    """Raise CheckpointError unless a tensor in a header has a shape, and a dtype that torch has."""
     check_value(list(shape), [whole(0, 2**62)], f"{where}: the shape of tensor {name!r}", error=CheckpointError)
     if code not in DTYPES:
         raise CheckpointError(f"{where}: tensor {name!r} has dtype {code}: expected one of {', '.join(DTYPES)}")
-    return TensorSpec(name, DTYPES[code], tuple(shape))
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

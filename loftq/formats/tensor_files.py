@@ -41,6 +41,11 @@ class TensorPlace:
     begin: int
     end: int
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
+        return self.end - self.begin
+
 
 @dataclass(frozen=True)
 class _Header:
@@ -137,7 +142,8 @@ class TensorFiles:
 
 def _read_header(descriptor: int, path: Path) -> _Header:
     before = os.fstat(descriptor)
-    with safe_open(path, "pt"):  # raises SafetensorError unless the header is valid and fits the size of the file
+    # Raises SafetensorError unless the header is valid and fits the size of the file. "np" does not import torch.
+    with safe_open(path, "np"):
         after = path.stat()
     if _state(before) != _state(after):
         raise SafetensorError("it is being written")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loftq.display import one_line
 from loftq.errors import SourceError
-from loftq.formats.checkpoint import TensorSpec, spec_of
+from loftq.formats.checkpoint import check_entry
+from loftq.formats.tensor_files import TensorPlace
 from loftq.hub.errors import checked_token, explain_source_refusals
 from loftq.hub.snapshot import download
 
@@ -24,15 +25,19 @@ class Repository:
     files: Collection[str]
     api: Any
 
-    def header(self, file: str) -> list[TensorSpec]:
-        """Return the names, dtypes and shapes of the tensors in a safetensors file. Raises SourceError."""
+    def header(self, file: str) -> Mapping[str, TensorPlace]:
+        """The places of the tensors of a safetensors file, counted from the end of its header. Raises SourceError."""
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
         try:
             with explain_source_refusals(self.name, self.commit):
                 header = self.api.parse_safetensors_file_metadata(self.name, file, revision=self.commit)
-                where = f"{self.name}/{file}"
-                return [spec_of(name, info.dtype, info.shape, where) for name, info in header.tensors.items()]
+                for name, info in header.tensors.items():
+                    check_entry(name, info.dtype, info.shape, f"{self.name}/{file}")
+                return {
+                    name: TensorPlace(info.dtype, tuple(info.shape), *info.data_offsets)
+                    for name, info in header.tensors.items()
+                }
         except (HTTPError, OSError) as error:
             raise SourceError(f"cannot read the header of {file} of {self.name}: {one_line(error)}") from error
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from loftq.errors import ArtifactError
 from loftq.formats.adapter import Adapter, open_adapter
@@ -19,6 +17,9 @@ from loftq.formats.checkpoint import Checkpoint
 from loftq.formats.links import refuse_links
 from loftq.formats.model_config import FILE
 from loftq.formats.schema import read_json
+
+if TYPE_CHECKING:
+    from torch import nn
 
 TRAINING_RECORD = "training.json"
 TRAINING_SCHEMA = {"settings?": dict, "backbone?": {"model": str, "sha256": str, "relative?": str}}
@@ -31,6 +32,8 @@ def sampled_hash(checkpoint: Checkpoint) -> str:
 
     It does not depend on how they are sharded, and is the same for float32 weights and their rounding to bfloat16.
     """
+    import torch
+
     hashes = {}
     for name, spec in checkpoint.tensors.items():
         values = checkpoint.read_first(name, _SAMPLE)

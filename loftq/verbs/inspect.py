@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from loftq.artifacts.backbone import backbone_of
 from loftq.artifacts.inspection import TRAINED, Inspection
+from loftq.artifacts.quantized_linears import linears_of
 from loftq.collector import paused_collector
 from loftq.core.grid import ROW, Grid
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats import adapter as adapters
 from loftq.formats.adapter import Adapter, check_factors, read_config
 from loftq.formats.artifact import MANIFEST, Artifact, read_artifact
-from loftq.formats.checkpoint import Checkpoint, TensorSpec, read_header
 from loftq.formats.layouts import LAYOUTS
 from loftq.formats.links import refuse_links
-from loftq.formats.schema import number, read_json, whole
+from loftq.formats.schema import AGAIN, number, read_json, whole
+from loftq.formats.tensor_files import TensorFiles, TensorPlace
 from loftq.hub.names import find_folder, repository_of
 from loftq.hub.repository import open_repository
 from loftq.models.adapters import TRAINING_RECORD, TRAINING_SCHEMA
@@ -38,10 +38,10 @@ class _Place:
     commit: str | None
     folder: Path
     files: Collection[str]
-    read: Callable[[str], Sequence[TensorSpec]]
+    read: Callable[[str], Mapping[str, TensorPlace]]
 
-    def header(self, file: str) -> Sequence[TensorSpec]:
-        """The tensors of a safetensors file."""
+    def header(self, file: str) -> Mapping[str, TensorPlace]:
+        """The places of the tensors of a safetensors file."""
         if file not in self.files:
             raise ArtifactError(f"{self.name} lacks {file}: `loftq verify` lists everything that is missing")
         return self.read(file)
@@ -64,7 +64,7 @@ def inspect(folder: str | Path, *, revision: str | None = None, token: str | Non
     if adapters.CONFIG in place.files:
         adapter = _adapter(place, "")
         base = {"model": adapter.config.get("base_model_name_or_path"), "task": adapter.config.get("task_type")}
-        sizes = {"adapter": sum(spec.nbytes for spec in place.header(adapters.WEIGHTS))}
+        sizes = {"adapter": _bytes(place.header(adapters.WEIGHTS))}
         record = _training(place)
         return Inspection(
             place.name,
@@ -89,9 +89,11 @@ def _find(name: str, revision: str | None, token: str | None) -> _Place:
         return _Place(name, repository.commit, repository.folder, repository.files, cache(repository.header))
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
-    def read(file: str) -> Sequence[TensorSpec]:
+    opened = TensorFiles(folder, ArtifactError, AGAIN)
+
+    def read(file: str) -> Mapping[str, TensorPlace]:
         refuse_links(folder, [file], ArtifactError)
-        return read_header(folder / file)
+        return opened.places(file)
 
     return _Place(str(folder), None, folder, files, cache(read))
 
@@ -104,19 +106,16 @@ def _inspect_artifact(place: _Place, worst: int) -> Inspection:
         (path for path in (f"{adapters.FOLDER}/", "") if f"{path}{adapters.CONFIG}" in place.files), None
     )
     adapter = None if adapter_path is None else _adapter(place, adapter_path)
-    checkpoint = _checkpoint(place, artifact)
-    total = sum(spec.nbytes for spec in checkpoint.tensors.values())
-    sizes = {"all files": sum(int(entry["bytes"]) for entry in artifact.files.values()), "backbone": total}
+    tensors = _tensors(place, artifact)
+    total = sum(int(entry["bytes"]) for entry in artifact.files.values())
+    sizes = {"all files": total, "backbone": _bytes(tensors)}
     if adapter_path is not None:
-        sizes["adapter"] = sum(spec.nbytes for spec in place.header(f"{adapter_path}{adapters.WEIGHTS}"))
+        sizes["adapter"] = _bytes(place.header(f"{adapter_path}{adapters.WEIGHTS}"))
     types: list[dict[str, Any]] = []
     if rows and manifest.get("format") in LAYOUTS:
-        backbone = backbone_of(artifact, checkpoint)
-        missing = sorted(set(backbone.owners) - set(checkpoint.tensors))
-        if missing:
-            raise ArtifactError(f"{place.name} lacks the tensor {missing[0]!r}: `loftq verify` lists all problems")
-        sizes["linears"] = sum(checkpoint.tensors[name].nbytes for name in backbone.owners)
-        types = list(_types(backbone.grids, backbone.shapes))
+        linears = linears_of(artifact)
+        sizes["linears"] = _bytes({name: tensors[name] for name in linears.tensors(tensors)})
+        types = list(_types(linears.grids, linears.shapes))
     return Inspection(
         name=place.name,
         kind=str(manifest["kind"]),
@@ -134,20 +133,22 @@ def _inspect_artifact(place: _Place, worst: int) -> Inspection:
     )
 
 
-def _checkpoint(place: _Place, artifact: Artifact) -> Checkpoint:
+def _tensors(place: _Place, artifact: Artifact) -> dict[str, TensorPlace]:
     """The tensors of the backbone, in the files that the manifest lists."""
-    tensors: dict[str, TensorSpec] = {}
-    files: dict[str, str] = {}
+    tensors: dict[str, TensorPlace] = {}
     for file in artifact.files:
         if file.endswith(".safetensors") and Path(file).name != adapters.WEIGHTS:
-            for spec in place.header(file):
-                tensors[spec.name], files[spec.name] = spec, file
-    return Checkpoint(place.folder, tensors, files)
+            tensors |= place.header(file)
+    return tensors
+
+
+def _bytes(tensors: Mapping[str, TensorPlace]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _adapter(place: _Place, path: str) -> Adapter:
     folder = place.folder / path
-    shapes = {spec.name: spec.shape for spec in place.header(f"{path}{adapters.WEIGHTS}")}
+    shapes = {name: tensor.shape for name, tensor in place.header(f"{path}{adapters.WEIGHTS}").items()}
     adapter = Adapter(folder, read_config(folder), shapes)
     check_factors(adapter)
     return adapter
