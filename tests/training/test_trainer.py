@@ -82,3 +82,17 @@ def test_activations_that_are_computed_again_change_nothing(tmp_path: Path, monk
     assert len(calls) == 6  # one for each batch that is learned from, and none for the evaluation
     monkeypatch.setattr("loftq.training.trainer.keeping_less", lambda _: nullcontext())
     assert found == trained(LeanTrainer, "llama", tmp_path, gradient_accumulation_steps=2)
+
+
+def test_batches_of_like_lengths_are_padded_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the lengths 6 to 14 in order, two by two."""
+    lengths: list[list[int]] = []
+    original = Collator.__call__
+
+    def collated(self: Collator, examples: Any) -> Any:
+        lengths.append(sorted(len(one["input_ids"]) for one in examples))
+        return original(self, examples)
+
+    monkeypatch.setattr(Collator, "__call__", collated)
+    trained(LeanTrainer, "llama", tmp_path, train_sampling_strategy="group_by_length", max_steps=4)
+    assert sorted(lengths[:4]) == [[6, 7], [8, 9], [10, 11], [13, 14]]
