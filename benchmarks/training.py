@@ -1,6 +1,6 @@
 """`loftq train` beside the same run written with stock transformers, peft and bitsandbytes: time and memory.
 
-    python benchmarks/training.py [MODEL] [--steps 10] [--batch-size 2] [--length 256] [--repeats 3]
+    python benchmarks/training.py [MODEL] [--steps 10] [--batch-size 2] [--length 256] [--repeats 5]
 
 NF4, rank 16, blocks of Shakespeare, bfloat16, the same optimizer, schedule and batches; each run in a process of its
 own, by turns. Prints seconds a step (the median, without the first two) and the peak memory of the process, or of the
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--run", choices=["ours", "stock"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:

@@ -2,7 +2,8 @@
 
 Activations are the tensors that autograd keeps of a batch for the backward pass. The model runs once on the meta
 device, and each tensor's storage is counted when autograd keeps it. Fused attention keeps its inputs, its output and a
-sum for each row. Checkpointed blocks keep their inputs; a single block at a time keeps everything else.
+sum for each row. On a CPU, what is cheap to compute again is not kept. Checkpointed blocks keep their inputs; a single
+block at a time keeps everything else.
 
 `training.estimate` (the dry run of a training) and `solving.memory` (the dry run of a distillation) both count with
 these functions. `planning.footprint` has a formula of its own, and says why.
@@ -19,9 +20,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from loftq.models.cheap_activations import keeping_less, kept_tensors
 from loftq.models.first_factor import keep_inputs_once
 from loftq.models.head_loss import LOGITS, HiddenStates
 from loftq.models.lockstep import find_blocks
+from loftq.models.second_factor import add_in_place
 from loftq.models.tasks import CAUSAL
 
 _GRADIENTS = 2  # gradients of the largest tensor that is kept, the logits: a finished one and one being computed
@@ -40,21 +43,28 @@ def trained_bytes(parameters: int, optimizer: str = "adamw_torch") -> int:
 
 
 def kept_bytes(
-    model: Any, batch: tuple[int, int], tasks: Sequence[str], device: torch.device, *, checkpointing: bool
+    model: Any,
+    batch: tuple[int, int],
+    tasks: Sequence[str],
+    device: torch.device,
+    *,
+    checkpointing: bool,
+    products: bool = False,
 ) -> int:
     """Number of bytes that autograd keeps of one batch (examples, tokens), with the first gradients beside them.
 
     Where a few logits exist at a time (`streams_logits`), these are counted too. `model` is a peft model on the meta
-    device for one of `tasks`; it will run on `device`. Raises RuntimeError or ValueError where a model's control flow
-    depends on values, which meta tensors do not have.
+    device for one of `tasks`; it will run on `device`. `products` is that of `keeping_less`. Raises RuntimeError or
+    ValueError where a model's control flow depends on values, which meta tensors do not have.
     """
+    asked = batch, tasks, device, checkpointing, products
     try:
-        live = _live_bytes(model, batch, tasks, checkpointing)
+        live = _live_bytes(model, *asked)
     except RuntimeError:
         if model.dtype != torch.float32:
             raise
         # On the meta device, torch computes the grouped matrix products of experts only in bfloat16.
-        live = 2 * _live_bytes(model.to(torch.bfloat16), batch, tasks, checkpointing)
+        live = 2 * _live_bytes(model.to(torch.bfloat16), *asked)
     return int(live * (_HEAP if device.type == "cpu" else 1))
 
 
@@ -69,7 +79,9 @@ def streams_logits(model: Any, tasks: Sequence[str]) -> bool:
     return output is not None
 
 
-def _live_bytes(model: Any, batch: tuple[int, int], tasks: Sequence[str], checkpointing: bool) -> int:
+def _live_bytes(
+    model: Any, batch: tuple[int, int], tasks: Sequence[str], device: torch.device, checkpointing: bool, products: bool
+) -> int:
     own = {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     seen: dict[int, torch.Tensor] = {}
     sizes: Counter[str] = Counter()
@@ -77,17 +89,22 @@ def _live_bytes(model: Any, batch: tuple[int, int], tasks: Sequence[str], checkp
     names = [name for name, module in inner.named_modules() if hasattr(module, "lora_A")] if checkpointing else []
     blocks = {name: inner.get_submodule(name) for name in find_blocks(inner, names)}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = _storage(tensor)
-        if storage not in own and storage not in seen:
-            seen[storage] = tensor  # this keeps it alive, so that no other tensor gets its address
-            sizes[inside[-1]] += tensor.untyped_storage().nbytes()
-        return tensor
+    def keep(tensor: torch.Tensor) -> Any:
+        less = tensor if pack is None or inside[-1] else pack(tensor)  # blocks that are computed again keep everything
+        for part in kept_tensors(less):
+            storage = _storage(part)
+            if storage not in own and storage not in seen:
+                seen[storage] = part  # this keeps it alive, so that no other tensor gets its address
+                sizes[inside[-1]] += part.untyped_storage().nbytes()
+        return less
 
     streamed = streams_logits(model, tasks)
     keep_inputs_once(model)
     model.train()
-    with _entering(blocks) as inside, _fused_attention(), torch.autograd.graph.saved_tensors_hooks(keep, _same):
+    if device.type == "cpu":
+        add_in_place(model)
+    hooks, less = torch.autograd.graph.saved_tensors_hooks(keep, _same), keeping_less(device, products=products)
+    with _entering(blocks) as inside, _fused_attention(), less as pack, hooks:
         _run(inner, torch.zeros(batch, dtype=torch.int64, device="meta"), tasks, keep, streamed=streamed)
     largest = max((tensor.untyped_storage().nbytes() for tensor in seen.values()), default=0)
     inputs = len(blocks) * batch[0] * batch[1] * embedding_width(inner) * inner.dtype.itemsize
@@ -98,7 +115,7 @@ def _live_bytes(model: Any, batch: tuple[int, int], tasks: Sequence[str], checkp
 
 
 def _run(
-    model: Any, ids: torch.Tensor, tasks: Sequence[str], keep: Callable[[torch.Tensor], torch.Tensor], *, streamed: bool
+    model: Any, ids: torch.Tensor, tasks: Sequence[str], keep: Callable[[torch.Tensor], Any], *, streamed: bool
 ) -> None:
     """Run one forward pass, up to the output head if its logits are `streamed`.
 
@@ -129,8 +146,8 @@ def _storage(tensor: torch.Tensor) -> int:
     return address
 
 
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+def _same(kept: Any) -> Any:
+    return kept
 
 
 def embedding_width(model: Any) -> int:

@@ -118,7 +118,8 @@ def _refining(plan: Plan, dtype: torch.dtype, device: torch.device) -> int | Non
             model = adapt(model, LoraConfig(r=plan.recipe.rank, **adapted_names(plan)))
     batch = windows_a_step(length), length
     try:
-        kept = kept_bytes(model, batch, (plan.task.name,), device, checkpointing=plan.weights > LARGE)
+        checkpointing = plan.weights > LARGE
+        kept = kept_bytes(model, batch, (plan.task.name,), device, checkpointing=checkpointing, products=True)
     except (RuntimeError, ValueError):  # its code depends on values, which meta tensors do not have
         return None
     whole = plan.task.name in VOCABULARY and not streams_logits(model, (plan.task.name,))

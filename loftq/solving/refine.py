@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,22 +33,20 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from loftq.formats.adapter import Adapter, open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.models.first_factor import keep_inputs_once
-from loftq.models.head_loss import HiddenStates, chunked
-from loftq.models.heap import own_pages
+from loftq.models.head_loss import HiddenStates
+from loftq.models.heap import own_pages, return_freed
 from loftq.models.loading import load_base
 from loftq.models.peft_targets import load_adapter
+from loftq.models.second_factor import add_in_place
 from loftq.models.tasks import part_before_head, recorded_task
+from loftq.solving.divergence import Window, divergence_of
 
 _HIGHEST_RATE = 2e-4  # at a scaling of one
 _REACH = 0.018  # rate times rank, divided by the root of the divergence
 _WARMUP = 0.05  # part of the steps
 _HELD_OUT = 16  # one window of so many is held out
 _STEP_TOKENS = 1024  # tokens in a step, or one window if that is longer
-LARGE = 300_000_000  # number of weights from which activations are computed again in the backward pass
-_LEAST = 1e-6  # smallest probability: the precision of 1 minus a sum in float32
-_ANSWERS = ("indices", "values", "hidden")
-
-Window = Mapping[str, torch.Tensor]
+LARGE = 300_000_000  # number of weights from which blocks keep only their inputs for the backward pass
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,7 @@ def refine(
     base = load_base(artifact, True, {"": device}, torch.float32 if device.type == "cpu" else None)
     model = load_adapter(base, artifact.adapter, is_trainable=True)
     keep_inputs_once(model)
+    add_in_place(model)
     adapter = open_adapter(artifact.adapter)
     if _weights(adapter) > LARGE:
         cast(Any, model).gradient_checkpointing_enable()
@@ -112,42 +111,6 @@ def learn(
     return Refinement(before, after, steps) if after < before else Refinement(before, before, 0)
 
 
-def divergence(answer: Any, window: Window) -> torch.Tensor:
-    """The mean over tokens of KL(p ‖ q), or the squared error of hidden states divided by their square.
-
-    `window` holds the logarithms of the largest probabilities of p, `values` (batch, length, k), with their tokens,
-    `indices`; or `hidden` (batch, length, width).
-    """
-    if "hidden" in window:
-        expected = window["hidden"].float()
-        error: torch.Tensor = (answer[0].float() - expected).square().sum() / expected.square().sum()
-        return error
-    return _divergences(answer.logits, window["values"], window["indices"]).mean()
-
-
-def _divergences(logits: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """KL(p ‖ q) of each token (…) from logits (…, classes) and the likeliest tokens under p (…, k)."""
-    logits, log_p = logits.float(), values.float()
-    log_q = logits.gather(-1, indices.long()) - logits.logsumexp(-1, keepdim=True)
-    likeliest = (log_p.exp() * (log_p - log_q)).sum(-1)
-    rest_p, rest_q = ((1 - log.exp().sum(-1)).clamp_min(_LEAST) for log in (log_p, log_q))
-    return likeliest + rest_p * (rest_p / rest_q).log()
-
-
-def _divergence_of(core: nn.Module, states: HiddenStates, window: Window) -> torch.Tensor:
-    """The divergence of a model's answers to a window, without the logits of all tokens at once if that is possible."""
-    inputs = _inputs_of(window)
-    output = states.of(lambda: core(**inputs)) if "values" in window else None
-    if output is None:
-        return divergence(core(**inputs), window)
-    hidden, values, indices = (part.flatten(0, -2) for part in (output.logits, window["values"], window["indices"]))
-
-    def loss(logits: torch.Tensor, rows: slice) -> torch.Tensor:
-        return _divergences(logits, values[rows], indices[rows]).sum()
-
-    return chunked(hidden, cast(nn.Module, states.head), loss) / len(hidden)
-
-
 def windows_a_step(length: int) -> int:
     """The number of windows of `length` tokens in a step."""
     return max(_STEP_TOKENS // length, 1)
@@ -173,7 +136,8 @@ class _Distiller(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:  # noqa: ARG002
         """The divergence of a batch."""
-        return _divergence_of(self.core, self.states, inputs)
+        return_freed(self.args.device)
+        return divergence_of(self.core, self.states, inputs)
 
 
 class _Steps(TrainerCallback):
@@ -185,10 +149,6 @@ class _Steps(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Advance by one step."""
         self._bar.update(1)
-
-
-def _inputs_of(window: Window) -> dict[str, torch.Tensor]:
-    return {name: tensor.long() for name, tensor in window.items() if name not in _ANSWERS}
 
 
 def _batched(windows: Iterable[Window]) -> dict[str, torch.Tensor]:
@@ -219,7 +179,7 @@ def _divergence(core: nn.Module, states: HiddenStates, windows: Iterable[Window]
     divergences = []
     for window in windows:
         batch = {name: tensor.to(device) for name, tensor in _batched([window]).items()}
-        divergences.append(float(_divergence_of(core, states, batch)))
+        divergences.append(float(divergence_of(core, states, batch)))
     return sum(divergences) / len(divergences)
 
 

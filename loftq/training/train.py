@@ -31,6 +31,7 @@ from loftq.models.adapters import TRAINING_RECORD
 from loftq.models.first_factor import keep_inputs_once
 from loftq.models.heap import own_pages
 from loftq.models.image_text import copy_processor
+from loftq.models.second_factor import add_in_place
 from loftq.planning.run import check_resume
 from loftq.settings import declared, from_dict
 from loftq.training.adapter_card import adapter_card
@@ -226,6 +227,7 @@ def _opened(settings: TrainSettings, backbone: Model, arguments: TrainingArgumen
     set_seed(settings.seed)  # a new adapter begins with random values
     opened = open_to_train(settings, backbone, arguments.device)
     keep_inputs_once(opened.model)
+    add_in_place(opened.model)
     opened.name_backbone(str(opened.folder.resolve()))  # peft reads this folder whenever it saves
     if _reports():
         trainable, total = count_parameters(opened.model)

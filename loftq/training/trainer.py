@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from loftq.models.cheap_activations import keeps_less, recomputing_cheap_activations
+from loftq.models.cheap_activations import keeping_less
 from loftq.models.head_loss import HiddenStates, next_token_loss
+from loftq.models.heap import return_freed
 from loftq.training.callbacks import scores_of
 
 
@@ -31,6 +32,8 @@ class LeanTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The mean loss of the tokens that are learned, in nats; with the outputs without logits if they are asked."""
+        if model.training:
+            return_freed(self.args.device)
         loss = self._streamed(model, inputs, num_items_in_batch)
         if loss is None:
             with self._keeping(model):
@@ -39,8 +42,8 @@ class LeanTrainer(Trainer):
 
     def _keeping(self, model: nn.Module) -> AbstractContextManager[Any]:
         """The context in which a model that learns runs."""
-        less = model.training and not self.args.torch_compile and keeps_less(self.args.device)
-        return recomputing_cheap_activations() if less else nullcontext()
+        recorded = model.training and not self.args.torch_compile
+        return keeping_less(self.args.device) if recorded else nullcontext()
 
     def _streamed(
         self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None

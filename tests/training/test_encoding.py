@@ -160,6 +160,10 @@ def test_a_batch_is_padded_where_nothing_is_learned() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[IGNORED, 2, 3], [4, IGNORED, IGNORED]]
     assert Collator(0)([{"input_ids": [1], "labels": 2}])["labels"].tolist() == [2]
+    longer = Collator(9, 4)([{"input_ids": [1, 2, 3, 4, 5], "labels": [1, 2, 3, 4, 5]}])
+    assert longer["input_ids"].tolist() == [[1, 2, 3, 4, 5, 9, 9, 9]]
+    assert longer["attention_mask"].tolist() == [[1] * 5 + [0] * 3]
+    assert longer["labels"].tolist() == [[1, 2, 3, 4, 5] + [IGNORED] * 3]
 
 
 def test_padding_never_resizes_embeddings(tmp_path: Path) -> None:

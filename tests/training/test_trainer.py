@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from picos import pico_model
 from transformers import Trainer, TrainingArguments
 
-from loftq.models import head_loss
+from loftq.models import cheap_activations, head_loss
 from loftq.models.head_loss import IGNORED
 from loftq.training.collators import Collator
 from loftq.training.trainer import LeanTrainer
@@ -69,3 +70,35 @@ def test_losses_are_those_of_transformers(
     tolerance = 2e-2 if "bf16" in options else 1e-4
     assert found[0] == pytest.approx(wanted[0], rel=tolerance)
     assert found[1] == pytest.approx(wanted[1], rel=tolerance)
+
+
+def test_activations_that_are_computed_again_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the same training with all activations kept."""
+    monkeypatch.setattr(cheap_activations, "_SMALL", 0)
+    calls: list[torch.device] = []
+    original = cheap_activations.keeping_less
+    monkeypatch.setattr("loftq.training.trainer.keeping_less", lambda device: calls.append(device) or original(device))
+    found = trained(LeanTrainer, "llama", tmp_path, gradient_accumulation_steps=2)
+    assert len(calls) == 6  # one for each batch that is learned from, and none for the evaluation
+    monkeypatch.setattr("loftq.training.trainer.keeping_less", lambda _: nullcontext())
+    assert found == trained(LeanTrainer, "llama", tmp_path, gradient_accumulation_steps=2)
+
+
+def test_batches_of_like_lengths_are_padded_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the same rows in random order. transformers sorts a few batches at a time, here eight."""
+    padded: list[int] = []
+    original = Collator.__call__
+
+    def collated(self: Collator, examples: Any) -> Any:
+        batch = original(self, examples)
+        padded.append(int((batch["attention_mask"] == 0).sum()))
+        return batch
+
+    monkeypatch.setattr(Collator, "__call__", collated)
+    monkeypatch.setitem(globals(), "ROWS", ROWS * 8)
+    found = {}
+    for strategy in ("random", "group_by_length"):
+        padded.clear()
+        trained(LeanTrainer, "llama", tmp_path, train_sampling_strategy=strategy, max_steps=32)
+        found[strategy] = sum(padded[:32])
+    assert found["group_by_length"] < 0.5 * found["random"]
