@@ -10,8 +10,8 @@ this process's CPU time with one worker, the best of the repeats, because other 
 clock; they are divided by the number of tensors of the source. The last column is the time a tensor in the largest file
 divided by that in the smallest.
 
-`--memory` also runs `report` and `merge` in processes of their own, and prints their peaks: what they hold of a tensor is
-its row, so that memory grows by a few kilobytes for each.
+`--memory` also runs `report` and `merge` in processes of their own, and prints their peaks. Both hold what the records
+say of each tensor, and no more than one tensor's values.
 """
 
 from __future__ import annotations
