@@ -95,15 +95,16 @@ def verbs(source: Path, scratch: Path) -> dict[str, Callable[[], object]]:
 
 
 _PEAK = """
-import pathlib, resource, sys
-import loftq
+import pathlib, sys
+import loftq, torch
+from loftq.solving.report import peak_memory
 scratch = pathlib.Path(sys.argv[1])
 folder = scratch / "quantized"
 if sys.argv[2] == "report":
     loftq.report([folder], html=scratch / "report.html", overwrite=True)
 else:
     loftq.merge(folder, to="bf16", output=scratch / "merged", check=False, overwrite=True, quiet=True)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak_memory(torch.device("cpu")))
 """
 
 
