@@ -1,6 +1,6 @@
 """The time a tensor takes, in files of 500 to 16,000 tensors: it must not grow with their number.
 
-    python benchmarks/growth.py [--tensors 500 4000 16000] [--repeats 3] [--profile quantize]
+    python benchmarks/growth.py [--tensors 500 4000 16000] [--repeats 3] [--profile quantize] [--memory]
 
 Writes synthetic checkpoints of a Llama with tiny matrices and many layers, in a single file each, and runs `quantize`,
 `verify` with the source, `inspect`, `report` and `merge` to bfloat16 on each, without the comparison of logits, for
@@ -9,6 +9,9 @@ values. All runs are in one process, after a run that is not counted and pays fo
 this process's CPU time with one worker, the best of the repeats, because other work on the machine disturbs the wall
 clock; they are divided by the number of tensors of the source. The last column is the time a tensor in the largest file
 divided by that in the smallest.
+
+`--memory` also runs `report` and `merge` in processes of their own, and prints their peaks. Both hold what the records
+say of each tensor, and no more than one tensor's values.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ import cProfile
 import gc
 import pstats
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +34,7 @@ from small_files import write_small_files
 from transformers import LlamaConfig
 
 import loftq
+from loftq.display import size
 from loftq.formats.checkpoint import TensorSpec, lay_out
 from loftq.formats.shard_writer import ShardWriter
 
@@ -88,6 +94,30 @@ def verbs(source: Path, scratch: Path) -> dict[str, Callable[[], object]]:
     }
 
 
+_PEAK = """
+import pathlib, sys
+import loftq, torch
+from loftq.solving.report import peak_memory
+scratch = pathlib.Path(sys.argv[1])
+folder = scratch / "quantized"
+if sys.argv[2] == "report":
+    loftq.report([folder], html=scratch / "report.html", overwrite=True)
+else:
+    loftq.merge(folder, to="bf16", output=scratch / "merged", check=False, overwrite=True, quiet=True)
+print(peak_memory(torch.device("cpu")))
+"""
+
+
+def peaks(scratch: Path) -> dict[str, int]:
+    """Peak memory of a report and a merge, each in a process of its own."""
+    found = {}
+    for verb in ("report", "merge"):
+        command = [sys.executable, "-c", _PEAK, str(scratch), verb]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[verb] = int(done.stdout.splitlines()[-1])
+    return found
+
+
 def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
     """The least CPU time of this process for a call."""
     times = []
@@ -99,8 +129,10 @@ def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
-def measure(tensors: int, repeats: int, profiled: str | None) -> tuple[int, dict[str, float]]:
-    """The number of tensors of a checkpoint of about that many, and the CPU time a tensor of each verb."""
+def measure(
+    tensors: int, repeats: int, profiled: str | None, *, memory: bool = False
+) -> tuple[int, dict[str, float], dict[str, int]]:
+    """The number of tensors of a checkpoint of about that many, the CPU time a tensor of each verb, and `peaks`."""
     layers = max((tensors - 3) // 9, 1)
     scratch = Path(tempfile.mkdtemp())
     try:
@@ -114,7 +146,7 @@ def measure(tensors: int, repeats: int, profiled: str | None) -> tuple[int, dict
             if name == profiled:
                 profile.disable()
                 pstats.Stats(profile).sort_stats("tottime").print_stats(25)
-        return 9 * layers + 3, times
+        return 9 * layers + 3, times, peaks(scratch) if memory else {}
     finally:
         shutil.rmtree(scratch)
 
@@ -125,17 +157,21 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, nargs="+", default=[500, 4000, 16000])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", metavar="VERB", help="print where a verb spends its time")
+    parser.add_argument("--memory", action="store_true", help="print the peak memory of a report and a merge too")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(describe("cpu"), end="\n\n", flush=True)
     measure(30, 1, None)  # imports, compiled loops
-    figures = [measure(tensors, options.repeats, options.profile) for tensors in options.tensors]
+    figures = [measure(tensors, options.repeats, options.profile, memory=options.memory) for tensors in options.tensors]
     rows: list[tuple[str, ...]] = [
-        ("CPU time a tensor", *(f"{tensors} in a file" for tensors, _ in figures), "last / first")
+        ("CPU time a tensor", *(f"{tensors} in a file" for tensors, *_ in figures), "last / first")
     ]
     for verb, first in figures[0][1].items():
-        values = [times[verb] for _, times in figures]
+        values = [times[verb] for _, times, _ in figures]
         rows.append((verb, *(f"{1000 * value:.3f} ms" for value in values), f"{values[-1] / first:.2f}"))
+    for verb, least in figures[0][2].items():
+        found = [memory[verb] for *_, memory in figures]
+        rows.append((f"{verb}: peak memory", *map(size, found), f"{found[-1] / least:.2f}"))
     print(table(rows))
     print(f"\nA ratio of at most {_LARGEST} is what this project promises.")
 

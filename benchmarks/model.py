@@ -1,10 +1,11 @@
 """A whole model from the start of the process to the finished folder, against the same with exact SVD.
 
-    python benchmarks/model.py [MODEL] [--runs 3] [--device cuda]
+    python benchmarks/model.py [MODEL] [--runs 3] [--parts] [--device cuda]
 
 Runs `loftq quantize MODEL --rank 16 --iter 5` and a program that does the published procedure on the same
 model with transformers, bitsandbytes and torch.linalg.svd, each in a process of its own, and prints the
-median wall times, peak resident memory, and the ratio. MODEL defaults to the zoo's default.
+median wall times, peak resident memory, and the ratio. MODEL defaults to the zoo's default. `--parts` prints the
+processor time of each part of our run instead: imports one after the other, the plan, and solving with one worker.
 """
 
 from __future__ import annotations
@@ -44,6 +45,45 @@ save_file(adapter, sys.argv[2] + "/adapter_model.safetensors")
 print(json.dumps({{"memory_bytes": peak_memory(device)}}))
 """
 
+_PARTS = f"""
+import json, sys, time
+parts = {{}}
+last = time.process_time()
+
+def mark(name):
+    global last
+    now = time.process_time()
+    parts[name], last = now - last, now
+
+import torch
+mark("import torch")
+import loftq.verbs.quantize as verb
+mark("import loftq.verbs.quantize")
+import transformers.models.llama.modeling_llama
+mark("import transformers' Llama")
+import peft
+mark("import peft, which imports bitsandbytes")
+import numba, scipy.linalg.blas, scipy.stats
+mark("import numba and scipy")
+
+def timed(name, function):
+    def run(*arguments, **options):
+        started = time.process_time()
+        found = function(*arguments, **options)
+        parts[name] = time.process_time() - started
+        return found
+    return run
+
+verb.make_plan = timed("making the plan", verb.make_plan)
+verb.solve_all = timed("reading, solving and writing the layers", verb.solve_all)
+started = time.process_time()
+options = dict(rank={RANK}, iters={ITERATIONS}, overwrite=True, quiet=True, workers=1, device=sys.argv[3])
+verb.quantize(sys.argv[1], output=sys.argv[2], **options)
+known = parts["making the plan"] + parts["reading, solving and writing the layers"]
+parts["all else"] = time.process_time() - started - known
+print(json.dumps(parts))
+"""
+
 
 def measure(command: list[str]) -> tuple[float, float]:
     """Wall seconds and peak resident megabytes of a command."""
@@ -59,12 +99,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--parts", action="store_true", help="the processor time of the parts of our run instead")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     source = str(find_source(options.model).folder)
     here = str(Path(__file__).parent)
     print(describe(options.device), end="\n\n", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
+        if options.parts:
+            command = [sys.executable, "-c", _PARTS, source, f"{scratch}/ours", options.device]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            parts = json.loads(done.stdout.splitlines()[-1])
+            parts["together"] = sum(parts.values())
+            print(table([("part", "processor"), *((name, f"{value:.2f} s") for name, value in parts.items())]))
+            return
         ours = [
             sys.executable,
             *("-m", "loftq_cli.main", "quantize", source, "--output", f"{scratch}/ours", "--overwrite"),

@@ -75,7 +75,7 @@ class Backbone:
             for spec in layout.specs(module, self.shapes[module], grid, self.dtype)
         }
 
-    @property
+    @cached_property
     def stacks(self) -> dict[str, int]:
         """The number of experts of each parameter of fused experts."""
         return {module: shape[0] for module, shape in self.shapes.items() if len(shape) == 3}

@@ -181,6 +181,7 @@ def rooted(moment: torch.Tensor, directions: torch.Tensor | None = None) -> torc
         last_first = repaid.flip(0)
         rest.addmm_(last_first, last_first.T, alpha=-1)
     lower = _cholesky(rest)
+    del rest
     root = exact.new_empty(size, size + repaid.shape[1])
     root[:, :size], root[:, size:] = lower.flip(0, 1), repaid
     return root

@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 
@@ -48,6 +47,8 @@ class _Products(torch.autograd.Function):
 
 def keep_inputs_once(model: nn.Module) -> None:
     """Let the plain LoRA layers of a model keep their inputs as they are. Those with dropout stay as peft made them."""
+    from peft.tuners.lora import LoraLayer  # importing it takes seconds, and a plan needs none of it
+
     for layer in model.modules():
         if not isinstance(layer, LoraLayer) or layer.lora_variant or not layer.lora_A:
             continue

@@ -30,6 +30,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
+from loftq.core.kernels.products import fast_products
 from loftq.formats.adapter import Adapter, open_adapter
 from loftq.formats.artifact import Artifact
 from loftq.models.first_factor import keep_inputs_once
@@ -76,7 +77,8 @@ def refine(
         cast(Any, model).gradient_checkpointing_enable()
     core = part_before_head(base, recorded_task(artifact.manifest))
     rank, scaling = int(adapter.config["r"]), adapter.scaling
-    refinement = learn(model, core, teacher, steps, rank, scaling, device, seed=seed, quiet=quiet)
+    with fast_products():
+        refinement = learn(model, core, teacher, steps, rank, scaling, device, seed=seed, quiet=quiet)
     if not refinement.steps:
         return refinement, {}
     factors = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}

@@ -40,7 +40,7 @@ def fast_products() -> Iterator[None]:
 def are_fast() -> bool:
     """Whether `fast_products` has an effect now."""
     setting = _setting()
-    return setting is not None and setting.fp32_precision == "bf16"
+    return setting is not None and setting.fp32_precision == "bf16" and _worth_it()
 
 
 def _setting() -> Any:

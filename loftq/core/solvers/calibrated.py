@@ -59,26 +59,20 @@ def solve_calibrated(
     check_solvable(weight, rank, iterations, scaling)
     unit = unit_of(weight)
     if unit != 1:
-        quantizer = quantizer.in_unit(unit)
-        solution = solve_calibrated(weight / unit, quantizer, method, moment, rank, iterations, scaling, seed=seed)
-        return times(solution, unit)
+        problem = quantizer.in_unit(unit), method, moment, rank, iterations, scaling
+        return times(solve_calibrated(weight / unit, *problem, seed=seed), unit)
     if moment is None and method.needs_moment:
         raise OptionError("this method needs the second moment of each layer's inputs: calibrate first")
     generator = torch.Generator().manual_seed(seed)
     h = None if moment is None else damped(moment.to(weight.device))
     directions = _directions(method, h, rank, generator) if iterations else None
-    outputs, coefficients = _outputs(method, h, directions)
+    outputs, solved = _begun(weight, quantizer, method, h, directions)
     metric = outputs if method.metric == "full" else Metric.of(method.metric, h)
-    target = without_directions(weight, directions) if directions is not None and method.projects else weight
-    solved = first_rounding(target, quantizer, method, h, coefficients)
-    del coefficients, target
     residual = left_by(solved, weight, quantizer)
-    nearest = residual if method.plain else left_by(quantizer.quantize(weight), weight, quantizer)
     whitened = metric.whiten(residual)
-    rounded = [norms(error, outputs) for error in (weight, nearest)]
-    rounded.append(_norms_of(residual, whitened, metric, outputs))
-    del nearest
-
+    refit = norms(residual, outputs) if metric is not outputs else (_norm(residual), _norm(whitened))
+    plain = refit if method.plain else norms(left_by(quantizer.quantize(weight), weight, quantizer), outputs)
+    rounded = [norms(weight, outputs), plain, refit]
     a, b = lora_start(weight, rank, generator)
     best, best_iteration, least = solved, 0, math.inf
     errors: list[Norms] = []
@@ -95,34 +89,32 @@ def solve_calibrated(
         product = factors.left[:, :rank] @ right
         residual = residual - product
         output_error = objective if metric is outputs else outputs.norm(residual)
-        errors.append((math.sqrt(squared(residual)), output_error))
+        errors.append((_norm(residual), output_error))
         if objective < least:
             best, best_iteration, least = solved, t, objective
             a, b = replace(factors, right=right).adapter(rank, scaling)
         if t < iterations and metric is outputs and method.rounding != "nearest":
-            pulls = outputs.pulls(whitened - factors.left[:, :rank] @ factors.right[:rank])
+            pulls = outputs.pulls(whitened.addmm_(factors.left[:, :rank], factors.right[:rank], alpha=-1))
 
     trace = trace_of(rounded, errors, best_iteration)
-    trace = replace(trace, outputs=trace.outputs if h is not None else None)
+    trace = trace if h is not None else replace(trace, outputs=None)
     solution = Solution(*best, a, b, trace.without_refit() if method.plain else trace)
     return settled(solution, weight, quantizer, scaling, root=outputs.root)
 
 
-def _outputs(
-    method: Method, moment: torch.Tensor | None, directions: torch.Tensor | None
-) -> tuple[Metric, torch.Tensor | None]:
-    """The metric of the outputs, and the coefficients of feedback, which come from the same root of H."""
+def _begun(
+    weight: torch.Tensor,
+    quantizer: Quantizer,
+    method: Method,
+    moment: torch.Tensor | None,
+    directions: torch.Tensor | None,
+) -> tuple[Metric, Solved]:
+    """The metric of the outputs, and the first codes and scales, whose feedback comes from the same root of H."""
     if moment is None or method.rounding == "nearest":
-        return Metric.of("full", moment), None
+        return Metric.of("full", moment), first_rounding(weight, quantizer, method, moment)
+    target = without_directions(weight, directions) if directions is not None and method.projects else weight
     root = rooted(moment, directions)
-    return Metric(root, upper=True), repayments_of(root)[0]
-
-
-def _norms_of(residual: torch.Tensor, whitened: torch.Tensor, metric: Metric, outputs: Metric) -> Norms:
-    """`norms`, of an error that is whitened already in a metric."""
-    if metric is not outputs:
-        return norms(residual, outputs)
-    return math.sqrt(squared(residual)), math.sqrt(squared(whitened))
+    return Metric(root, upper=True), first_rounding(target, quantizer, method, moment, repayments_of(root)[0])
 
 
 def trace_of(rounded: Sequence[Norms], iterations: Sequence[Norms], kept: int) -> Trace:
@@ -140,7 +132,11 @@ def trace_of(rounded: Sequence[Norms], iterations: Sequence[Norms], kept: int) -
 
 def norms(error: torch.Tensor, outputs: Metric) -> Norms:
     """The norms of a weight's error, and of the error that it causes in the outputs."""
-    return math.sqrt(squared(error)), outputs.norm(error)
+    return _norm(error), outputs.norm(error)
+
+
+def _norm(error: torch.Tensor) -> float:
+    return math.sqrt(squared(error))
 
 
 def left_by(solved: Solved, weight: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:

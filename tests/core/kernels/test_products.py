@@ -63,6 +63,20 @@ def test_products_are_those_of_float32() -> None:
     assert float((product - exact).norm() / exact.norm()) < 2e-6
 
 
+def test_a_setting_of_the_user_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: products of inputs in bfloat16, which a user may allow, are not taken for exact ones."""
+    processor(monkeypatch, "vendor_id : AuthenticAMD", "AVX512", 2e-3)
+    before = SETTING.fp32_precision
+    SETTING.fp32_precision = "bf16"
+    try:
+        assert not products.are_fast()
+        with products.fast_products():
+            assert not products.are_fast()
+            assert SETTING.fp32_precision == "bf16"
+    finally:
+        SETTING.fp32_precision = before
+
+
 def test_an_old_torch_has_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: nothing changes, nothing fails."""
     monkeypatch.setattr(products, "_setting", lambda: None)
