@@ -68,9 +68,7 @@ def solve_calibrated(
     outputs = Metric.of("full", h)
     metric = outputs if method.metric == "full" else Metric.of(method.metric, h)
     directions = _directions(method, h, rank, generator) if iterations else None
-    target = without_directions(weight, directions) if directions is not None and method.projects else weight
-    solved = first_rounding(target, quantizer, method, h, directions)
-    del target
+    solved = first_rounding(weight, quantizer, method, h, directions)
     residual = left_by(solved, weight, quantizer)
     nearest = residual if method.plain else left_by(quantizer.quantize(weight), weight, quantizer)
     rounded = [norms(error, outputs) for error in (weight, nearest, residual)]
@@ -133,6 +131,8 @@ def first_rounding(
     directions: torch.Tensor | None = None,
 ) -> Solved:
     """Codes and scales of a weight without an adapter, which will correct it in the `directions` (in, r)."""
+    if directions is not None and method.projects:
+        weight = without_directions(weight, directions)
     scales = _scales(weight, quantizer, method, moment)
     if moment is None or method.rounding == "nearest":
         return quantizer.encode(weight, scales), scales
