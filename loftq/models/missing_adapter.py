@@ -42,6 +42,6 @@ def _is_quantized(model: nn.Module) -> bool:
 
 
 def _has_adapter(model: nn.Module) -> bool:
-    """Whether a factor B of any LoRA differs from zero."""
+    """Whether a factor B of any LoRA differs from zero, or is not to be seen here, as where processes share it out."""
     factors = (parameter for name, parameter in model.named_parameters() if ".lora_B." in name)
-    return any(factor.is_meta or bool(factor.any()) for factor in factors)
+    return any(factor.is_meta or not factor.numel() or bool(factor.any()) for factor in factors)

@@ -15,7 +15,7 @@ from loftq.errors import OptionError
 from loftq.planning.settings import QuantizeSettings
 
 _PROJECTED = "projected"
-_BELOW = 4  # bits: from here on a backbone is of use alone
+_BELOW = 3  # bits: from here on a backbone is of use alone, and projecting gained little (docs/benchmarks.md)
 
 
 def rounding_of(settings: QuantizeSettings, preset: Method, iters: int) -> str:

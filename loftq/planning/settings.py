@@ -96,7 +96,7 @@ class QuantizeSettings:
         "How weights are rounded: nearest, feedback, intrinsic or projected; `loftq methods` explains them.",
         "quantization",
         choices=ROUNDINGS,
-        usual="the method's; for calibrated below 4 bits (NF types) and for tcq projected",
+        usual="the method's; for calibrated NF types below 3 bits and tcq projected",
     )
     block_size: int | None = setting(
         None, "Number of weights that share one scale (NF types).", "quantization", usual=str(BLOCK_SIZE)

@@ -16,7 +16,8 @@ TEXT = {"calibration": "default"}
     ("settings", "expected"),
     [
         ({"bits": 2}, "projected"),
-        ({"bits": 3}, "projected"),
+        ({"bits": 3}, "intrinsic"),
+        ({"bits": 3, "rounding": "projected"}, "projected"),
         ({"bits": 2.5}, "projected"),
         ({"bits": 4}, "intrinsic"),
         ({"bits": 3, "quant_type": "int"}, "intrinsic"),

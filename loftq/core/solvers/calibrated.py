@@ -10,8 +10,8 @@ which the factors will correct) does so at the first turn only. Later turns use 
 scales, which never increases ‖T − Q‖_H (CALDERA, arXiv 2405.18886, alternates in the same way), so that neither half of
 a turn increases the error. The best iterate is returned, with its own Q, A and B.
 
-By projected rounding, the first turn rounds only what the adapter leaves of W (`core.directions`). Its squared error is
-5 to 13 % lower.
+By projected rounding, the first turn rounds only what the adapter leaves of W (`core.directions`). The squared error of
+the outputs is then 5 to 13 % lower.
 """
 
 from __future__ import annotations
