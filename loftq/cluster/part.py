@@ -142,9 +142,8 @@ class Part:
             totals = [torch.from_numpy(panel.copy()).to(self._device) for panel in before]
         computed = self._ahead.pop((visit, group), [])
         for i, x in enumerate(self._vectors(visit)):
-            for total, product in zip(
-                totals, computed[i] if i < len(computed) else panel_products(x, group), strict=True
-            ):
+            products = computed[i] if i < len(computed) else panel_products(x, group)
+            for total, product in zip(totals, products, strict=True):
                 total += product
         return [total.cpu().numpy() for total in totals]
 

@@ -53,7 +53,7 @@ def panel_products(x: torch.Tensor, group: range) -> list[torch.Tensor]:
 
 
 def _by_strips(x: torch.Tensor, start: int) -> torch.Tensor:
-    """The panel that begins at a row, by products of strips so narrow that few entries below the diagonal are computed."""
+    """The panel that begins at a row, by strips so narrow that few entries below the diagonal are computed."""
     panel = torch.zeros(min(PANEL, x.shape[1] - start), x.shape[1] - start)
     for first in range(0, len(panel), STRIP):
         strip = slice(start + first, start + min(first + STRIP, len(panel)))
