@@ -11,7 +11,6 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -98,8 +97,6 @@ class Part:
     def __init__(self, job: Job, batches: Sequence[Batch], past: Past, threads: Threads) -> None:
         self._threads, self._past = threads, past
         threads.use()
-        self._fast = ExitStack()  # as long as this process lives
-        self._fast.enter_context(fast_products())
         self._device = torch.device(job.device)
         self._steps: queue.Queue[Step | BaseException] = queue.Queue()
         self._turn = threading.Semaphore(0)
@@ -129,7 +126,7 @@ class Part:
         for x in self._vectors(visit):
             if held > _AHEAD_BYTES:
                 break
-            computed.append(panel_products(x, group))
+            computed.append(_products(x, group))
             held += sum(product.nbytes for product in computed[-1])
         self._ahead[visit, group] = computed
 
@@ -142,7 +139,7 @@ class Part:
             totals = [torch.from_numpy(panel.copy()).to(self._device) for panel in before]
         computed = self._ahead.pop((visit, group), [])
         for i, x in enumerate(self._vectors(visit)):
-            products = computed[i] if i < len(computed) else panel_products(x, group)
+            products = computed[i] if i < len(computed) else _products(x, group)
             for total, product in zip(totals, products, strict=True):
                 total += product
         return [total.cpu().numpy() for total in totals]
@@ -159,7 +156,7 @@ class Part:
                 weights = BlockWeights(plan, self._device, trust_remote_code=job.trust_remote_code)
                 self._observer = observer = _Observer(plan, weights, len(batches), self)
                 inputs = [placed(batch, self._device, weights.dtype) for batch in batches]
-                with observer.recorder.watching(), explain_forward(plan.source.name, plan.model_type):
+                with fast_products(), observer.recorder.watching(), explain_forward(plan.source.name, plan.model_type):
                     run_in_lockstep(weights.core, inputs, weights.blocks, observer, self._past.on(self._device))
                 observer.end()
         except BaseException as error:  # raised in the thread of `step`
@@ -170,6 +167,11 @@ class Part:
         self._steps.put(step)
         if step.block is not None:
             self._turn.acquire()
+
+
+def _products(x: torch.Tensor, group: range) -> list[torch.Tensor]:
+    with fast_products():
+        return panel_products(x, group)
 
 
 class _Observer:

@@ -28,7 +28,13 @@ _SAME = (  # arguments of TrainingArguments that are options under the same name
 OWN = {name: option_name(row.setting) for name, row in SYNONYMS.items() if row.setting not in (None, "set")}
 OWN |= {name: option_name(name) for name in _SAME}
 SCHEDULER = "cosine"  # the default, which is not looked up: transformers takes seconds to import
-_FIXED = {"remove_unused_columns": "the examples have no unused columns"}
+_LAUNCHED = "`accelerate launch` sets it, by the file of `loftq config MODEL_DIR --for accelerate-fsdp`"
+_FIXED = {
+    "remove_unused_columns": "the examples have no unused columns",
+    "fsdp": _LAUNCHED,
+    "fsdp_config": _LAUNCHED,
+    "deepspeed": "`loftq train` does not support DeepSpeed",
+}
 
 
 def check_set(values: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import loftq
-from loftq.calibration import gather, windows
+from loftq.calibration import forward, windows
 from loftq.core.metric import damped
 from loftq.core.solvers.methods import METHODS
 from loftq.errors import ArtifactError, LoftQError, OutputError
@@ -209,7 +209,7 @@ def test_a_journal_of_an_older_version_is_resumed(quantize: Any, monkeypatch: py
     *lines, last = journal.read_text().splitlines(keepends=True)
     older = {"tensor": "(distilled)", **json.loads(last)["distilled"]}
     journal.write_text("".join([*lines, json.dumps(older) + "\n"]))
-    monkeypatch.setattr("loftq.solving.distill._distill", die)
+    monkeypatch.setattr("loftq.solving.distill.refine_folder", die)
     assert files_of(quantize(refine=3, resume=True).folder) == expected
 
 
@@ -238,7 +238,7 @@ def test_statistics_serve_other_runs(quantize: Any, monkeypatch: pytest.MonkeyPa
     def die(*_: Any, **__: Any) -> Any:
         raise AssertionError("the model was run again")
 
-    monkeypatch.setattr(gather, "run_in_lockstep", die)
+    monkeypatch.setattr(forward, "run_in_lockstep", die)
     second = quantize("second", bits=3, rank=8)
     assert second.totals["bits_per_weight"] < first.totals["bits_per_weight"]
 

@@ -14,27 +14,39 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 
 _EXACT = 2e-6  # relative error of a product in float32; one of inputs in bfloat16 has 2e-3
 _CPUINFO = Path("/proc/cpuinfo")
+_lock = Lock()
+_inside: list[str] = []  # the setting as it was before, and an entry for each thread that has entered
 
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """Let oneDNN compute the float32 products of this process where it is faster than MKL, and as exact."""
+    """Let oneDNN compute the float32 products of this process where it is faster than MKL, and as exact.
+
+    Several threads may enter; the setting is restored when the last one leaves.
+    """
     setting = _setting()
     if setting is None or not _worth_it():
         yield
         return
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
+    with _lock:
+        if not _inside:
+            _inside.append(setting.fp32_precision)
+            setting.fp32_precision = "bf16"
+        _inside.append("")
     try:
         yield
     finally:
-        setting.fp32_precision = before
+        with _lock:
+            _inside.pop()
+            if len(_inside) == 1:
+                setting.fp32_precision = _inside.pop()
 
 
 def are_fast() -> bool:

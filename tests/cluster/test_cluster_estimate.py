@@ -1,4 +1,7 @@
-"""The time that a run takes on a cluster, from the rates of its nodes."""
+"""The time that a run takes on a cluster, from the rates of its nodes.
+
+Covers: loftq/cluster/estimate.py.
+"""
 
 from __future__ import annotations
 

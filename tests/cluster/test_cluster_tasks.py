@@ -1,4 +1,7 @@
-"""Tasks run again when their process dies, and a task that fails for its own fault ends the run with one line."""
+"""Tasks run again when their process dies, and a task that fails for its own fault ends the run with one line.
+
+Covers: loftq/cluster/tasks.py.
+"""
 
 from __future__ import annotations
 
