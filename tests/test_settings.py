@@ -1,6 +1,6 @@
 """Settings: one declaration makes validation, keywords and options. Oracle: the declarations, read by other means.
 
-Covers: cli/options.py, loftq/planning/settings.py, loftq/planning/recipe.py, loftq/planning/grid_settings.py,
+Covers: cli/options.py, loftq/training/train_keywords.py, loftq/planning/settings.py, loftq/planning/recipe.py, loftq/planning/grid_settings.py,
 loftq/training/settings.py, loftq/training/evaluate_settings.py.
 """
 
@@ -20,7 +20,8 @@ from loftq.planning.recipe import Recipe, recipe_again, recipe_of
 from loftq.planning.settings import QuantizeSettings, RunSettings
 from loftq.settings import GROUPS, Bounds, check, declared, from_dict, said, setting, split, to_dict
 from loftq.training.evaluate_settings import EvaluateKeywords, EvaluateSettings
-from loftq.training.settings import TrainKeywords, TrainRun, TrainSettings
+from loftq.training.settings import TrainRun, TrainSettings
+from loftq.training.train_keywords import TrainKeywords
 from loftq_cli.main import cli
 
 CLASSES = (QuantizeSettings, RunSettings, TrainSettings, TrainRun, EvaluateSettings, MergeRun, MergeSettings)

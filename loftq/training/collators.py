@@ -35,6 +35,10 @@ class Collator:
         import torch
 
         ids = self._padded([example["input_ids"] for example in examples], self.pad_token_id)
+        if "position_ids" in examples[0]:  # packed: what is padded is one more example, which is not learned
+            positions = self._padded([example["position_ids"] for example in examples], 0)
+            packed_labels = self._padded([example["labels"] for example in examples], IGNORED)
+            return {"input_ids": ids, "position_ids": positions, "labels": packed_labels}
         mask = self._padded([[1] * len(example["input_ids"]) for example in examples], 0)
         labels = [example["labels"] for example in examples]
         batch = {"input_ids": ids, "attention_mask": mask}

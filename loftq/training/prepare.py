@@ -20,6 +20,7 @@ from loftq.training.labels import labels_of
 from loftq.training.model import Model
 from loftq.training.open_model import check_artifact, check_foreign, quantizing_of
 from loftq.training.opened import Opened
+from loftq.training.packing import check_packable, pack
 from loftq.training.settings import TrainSettings
 from loftq.training.tasks import TRAINING_TASKS
 
@@ -67,17 +68,20 @@ def encoder_for(settings: TrainSettings, opened: Opened) -> Encoder:
 def examples(settings: TrainSettings, opened: Opened, rows: Any, evaluation: Any) -> tuple[Any, Any]:
     """Encode the examples to train on, and those to evaluate on: from their own rows, or held out from the others.
 
-    The second is None if there are too few rows to hold any out.
+    The second is None if there are too few rows to hold any out. Only those to train on are packed.
     """
     encoder = encoder_for(settings, opened)
     task = TRAINING_TASKS[settings.task]
     train_examples = task.encode(rows, settings.columns, encoder)
+    if settings.packing:
+        check_packable(train_examples, opened.model)
     if evaluation is None:
-        return hold_out(train_examples, settings.seed, shuffle=task.shuffled)
-    eval_examples = task.encode(evaluation, settings.columns, encoder)
-    if task.check is not None:
-        task.check(train_examples, eval_examples)
-    return train_examples, eval_examples
+        train_examples, eval_examples = hold_out(train_examples, settings.seed, shuffle=task.shuffled)
+    else:
+        eval_examples = task.encode(evaluation, settings.columns, encoder)
+        if task.check is not None:
+            task.check(train_examples, eval_examples)
+    return pack(train_examples, encoder.cutoff_len) if settings.packing else train_examples, eval_examples
 
 
 def check_push(settings: TrainSettings, backbone: Model) -> None:

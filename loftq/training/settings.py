@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from loftq.errors import OptionError, UnknownNameError
 from loftq.models.choices import COMPUTE_DTYPES, OFFLOADS
@@ -87,6 +87,9 @@ class TrainSettings:
     )
     chat_template: bool | None = setting(
         None, "Write prompts with the model's chat template.", "data", negative=True, usual="in sft"
+    )
+    packing: bool = setting(
+        False, "Fill rows of --cutoff-len tokens with several examples, which do not attend to each other.", "data"
     )
     cutoff_len: int = setting(
         1024,
@@ -197,6 +200,8 @@ class TrainSettings:
         if self.chat_template and self.task not in _PROMPTED:
             tasks = " or ".join(_PROMPTED)
             raise OptionError(f"--chat-template: {self.task} has no prompts: leave it out, or use --task {tasks}")
+        if self.packing and self.task != "sft":
+            raise OptionError(f"--packing: only the examples of --task sft are packed, not those of {self.task}")
         if self.offload and self.adapter in ("lora", "qalora"):
             raise OptionError(
                 f"--offload {self.offload}: --adapter {self.adapter} does not quantize experts: use qlora, or "
@@ -229,55 +234,6 @@ class TrainRun:
     resume: bool = setting(False, "Continue from the last checkpoint.", "output")
     overwrite: bool = setting(False, "Replace an earlier training.", "output")
     quiet: bool = setting(True, "Show no progress bar.", "run")
-
-
-class TrainKeywords(TypedDict, total=False):
-    """The keywords of `loftq.train`, for editors and type checkers: the settings of the two classes above."""
-
-    adapter: str | None
-    task: str
-    data: str | Path | Sequence[str]
-    eval_data: str | Path | Sequence[str]
-    columns: Mapping[str, str]
-    chat_template: bool | None
-    cutoff_len: int
-    max_source_length: int | None
-    max_target_length: int | None
-    num_labels: int | None
-    bits: float | None
-    method: str | None
-    group_size: int | None
-    calibration: str | Path | None
-    rank: int | None
-    alpha: float | None
-    rslora: bool | None
-    dropout: float | None
-    target_modules: Sequence[str] | None
-    epochs: float
-    max_steps: int | None
-    learning_rate: float | None
-    lr_scheduler: str
-    warmup_steps: int | None
-    warmup_ratio: float
-    weight_decay: float
-    batch_size: int | None
-    eval_batch_size: int
-    gradient_accumulation: int | None
-    gradient_checkpointing: bool | None
-    optim: str | None
-    seed: int
-    set: Mapping[str, Any]
-    eval_steps: int | None
-    output: str | Path
-    save_steps: int | None
-    report_to: str | Sequence[str]
-    push_to_hub: str | None
-    dtype: str | None
-    cpu: bool
-    offload: str | None
-    resume: bool
-    overwrite: bool
-    quiet: bool
 
 
 # Names that other programs give to a setting: Python refuses them, with our name; commands and recipes take them.

@@ -45,6 +45,7 @@ from loftq.training.memory import fitting_split
 from loftq.training.model import Model, find_model, identity_of
 from loftq.training.open_model import count_parameters, mode_of, open_to_train
 from loftq.training.opened import Opened
+from loftq.training.packing import check_apart
 from loftq.training.prepare import check_push, examples, prepare
 from loftq.training.process import explain_memory
 from loftq.training.quantize_first import quantized
@@ -61,10 +62,11 @@ from loftq.training.run_folder import (
     split_before,
     write_record,
 )
-from loftq.training.settings import TrainKeywords, TrainRun, TrainSettings, settings_of
+from loftq.training.settings import TrainRun, TrainSettings, settings_of
 from loftq.training.sharding import check_launcher, whole_adapter
 from loftq.training.steps import shorten_warmup, steps_of
 from loftq.training.tasks import TRAINING_TASKS
+from loftq.training.train_keywords import TrainKeywords
 from loftq.training.trainer import LeanTrainer, last_loss, last_scores
 from loftq.verbs.push import push
 
@@ -228,6 +230,8 @@ def _opened(settings: TrainSettings, backbone: Model, arguments: TrainingArgumen
     opened = open_to_train(settings, backbone, arguments.device)
     keep_inputs_once(opened.model)
     add_in_place(opened.model)
+    if settings.packing:
+        check_apart(opened.model)
     opened.name_backbone(str(opened.folder.resolve()))  # peft reads this folder whenever it saves
     if _reports():
         trainable, total = count_parameters(opened.model)
