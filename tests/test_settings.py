@@ -1,7 +1,7 @@
 """Settings: one declaration makes validation, keywords and options. Oracle: the declarations, read by other means.
 
-Covers: cli/options.py, loftq/training/train_keywords.py, loftq/planning/settings.py, loftq/planning/recipe.py, loftq/planning/grid_settings.py,
-loftq/training/settings.py, loftq/training/evaluate_settings.py.
+Covers: cli/options.py, loftq/planning/settings.py, loftq/planning/recipe.py, loftq/planning/grid_settings.py,
+loftq/training/settings.py, loftq/training/train_keywords.py, loftq/training/evaluate_settings.py.
 """
 
 from __future__ import annotations

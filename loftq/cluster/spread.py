@@ -14,14 +14,15 @@ from loftq.cluster.nodes import Need
 from loftq.cluster.rates import Rates
 from loftq.cluster.sent import Array, inputs_of, write_pieces
 from loftq.cluster.tasks import Slots, run_tasks
-from loftq.cluster.work import NeedsInputs, Solved, measure_task, refine_task, solve_task
+from loftq.cluster.work import NeedsInputs, Solved, measure_task, refine_task, run_batch, solve_task
 from loftq.formats.shard_writer import ShardWriter
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.run import Run
 from loftq.solving.allocate import MeasureErrors
 from loftq.solving.distill import RefineFolder
-from loftq.solving.layers import Finished, RunJobs
+from loftq.solving.layers import Finished, RunJobs, sizes_of_jobs
 
+LEAST_VALUES = 3_000_000  # of a task: Ray needs some milliseconds for each
 NewJob = Callable[[SharedFolder], Job]
 
 
@@ -38,7 +39,8 @@ def solving(ray: Any, new_job: NewJob, plan: Plan, staging: Staging, needs: Mapp
             finished(name, result.record, rates.add(name, result.node, result.worker, result.seconds))
 
         with _shared(staging) as output:
-            _Spread(ray, solve_task, new_job(output), needs, layers, run.tasks).run(names, done)
+            sizes = sizes_of_jobs(plan)
+            _Spread(ray, solve_task, new_job(output), needs, layers, sizes, run.tasks).run(names, done)
 
     return run_elsewhere
 
@@ -48,7 +50,8 @@ def measuring(ray: Any, job: Job, plan: Plan, needs: Mapping[str, Need], run: Ru
 
     def measure_elsewhere(modules: Sequence[str], measured: Callable[[str, list[float]], None]) -> None:
         layers = {layer.module: layer for layer in plan.linears}
-        _Spread(ray, measure_task, job, needs, layers, run.tasks).run(modules, measured)
+        sizes = {module: layer.weights for module, layer in layers.items()}
+        _Spread(ray, measure_task, job, needs, layers, sizes, run.tasks).run(modules, measured)
 
     return measure_elsewhere
 
@@ -74,7 +77,8 @@ def refining(ray: Any, new_job: NewJob, staging: Staging, need: Need) -> RefineF
 class _Spread:
     """Runs a task for each of several names. Once a worker does not see the statistics, they are sent along.
 
-    `layers` are the layers of those names that stand for one.
+    `layers` are the layers of those names that stand for one, and `sizes` the number of values of each name. Small ones
+    go to a worker several at a time.
     """
 
     def __init__(
@@ -84,34 +88,54 @@ class _Spread:
         job: Job,
         needs: Mapping[str, Need],
         layers: Mapping[str, Layer],
+        sizes: Mapping[str, int],
         most: int | None,
     ) -> None:
-        self._ray, self._needs, self._layers, self._most = ray, needs, layers, most
+        self._ray, self._needs, self._layers, self._sizes, self._most = ray, needs, layers, sizes, most
         self._statistics, self._job = job.statistics, ray.put(job)
-        self._remote = ray.remote(max_retries=0, scheduling_strategy="SPREAD")(task)
+        self._task, self._remote = task, ray.remote(max_retries=0, scheduling_strategy="SPREAD")(run_batch)
         self._sends = False
 
     def run(self, names: Sequence[str], done: Callable[[str, Any], None]) -> None:
         """Run the tasks. `done` gets the result of each."""
         again: list[str] = []
+        batches: dict[str, list[str]] = {}
 
-        def keep(name: str, result: Any) -> None:
-            if isinstance(result, NeedsInputs):
-                self._sends = True
-                again.append(name)
-            else:
-                done(name, result)
+        def keep(first: str, results: Sequence[Any]) -> None:
+            for name, result in zip(batches[first], results, strict=True):
+                if isinstance(result, NeedsInputs):
+                    self._sends = True
+                    again.append(name)
+                else:
+                    done(name, result)
+
+        def submit(first: str) -> Any:
+            need = Need.largest([self._needs[name] for name in batches[first]])
+            inputs = [self._inputs_of(name) for name in batches[first]]
+            return self._remote.options(**need.options()).remote(self._task, self._job, batches[first], inputs)
 
         while names:
+            batches = {batch[0]: batch for batch in self._batches(names)}
             largest = Need.largest([self._needs[name] for name in names])
-            run_tasks(self._ray, self._submit, names, keep, Slots(self._ray, largest, self._most))
+            run_tasks(self._ray, submit, list(batches), keep, Slots(self._ray, largest, self._most))
             names, again = again, []
 
-    def _submit(self, name: str) -> Any:
-        inputs: dict[str, Array] | None = None if name in self._layers else {}
-        if self._sends and self._statistics is not None and name in self._layers:
-            inputs = inputs_of(self._statistics, self._layers[name])
-        return self._remote.options(**self._needs[name].options()).remote(self._job, name, inputs)
+    def _batches(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """The names in their order, cut after each part that makes up the least work of a task."""
+        batch: list[str] = []
+        for name in names:
+            batch.append(name)
+            if sum(self._sizes[name] for name in batch) >= LEAST_VALUES:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _inputs_of(self, name: str) -> dict[str, Array] | None:
+        """The statistics that go along with a name; None for a worker to read them itself."""
+        if name not in self._layers:
+            return {}
+        return inputs_of(self._statistics, self._layers[name]) if self._sends and self._statistics else None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,19 @@ class Solved:
 @dataclass(frozen=True)
 class NeedsInputs:
     """A worker does not see the statistics: the task must be given those of its layer."""
+
+
+def run_batch(
+    task: Callable[..., Any], job: Job, names: Sequence[str], inputs: Sequence[Mapping[str, Array] | None]
+) -> list[Any] | Failure:
+    """Run a task for each of several names, with its inputs. Returns the results, or the first failure."""
+    results = []
+    for name, given in zip(names, inputs, strict=True):
+        result = task(job, name, given)
+        if isinstance(result, Failure):
+            return result
+        results.append(result)
+    return results
 
 
 def solve_task(job: Job, name: str, inputs: Mapping[str, Array] | None) -> Solved | NeedsInputs | Failure:

@@ -66,7 +66,7 @@ def solve_all(
     `statistics` are those of the layers' inputs, where text was given. `job` does the work of a layer if it is not to
     be solved by the method of the recipe. Jobs run in threads of this process, unless `run_elsewhere` runs them.
     """
-    sizes = _sizes_of_jobs(plan)
+    sizes = sizes_of_jobs(plan)
     everything = sum(sizes.values())
     with one_thread_each(), staging.writing([*plan.backbone, plan.adapter]) as writer:
         left = [name for name in sizes if name not in staging.done]
@@ -92,7 +92,7 @@ def solve_all(
                 run_elsewhere(rest, writer, finished)
 
 
-def _sizes_of_jobs(plan: Plan) -> dict[str, int]:
+def sizes_of_jobs(plan: Plan) -> dict[str, int]:
     """The number of values of the tensor that each job makes, by the name of the job, in the order of the jobs."""
     # embeddings come first: at the end one worker would be busy with them while the others wait
     kept = {name: spec.numel for name, spec in {**plan.created, **plan.passed}.items()}

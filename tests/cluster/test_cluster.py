@@ -27,7 +27,7 @@ from pico_processors import draw, save_with_processor
 
 import loftq
 from loftq.calibration import conversations, progress, windows
-from loftq.cluster import calibrating, cluster, jobs, work
+from loftq.cluster import calibrating, cluster, jobs, spread, work
 from loftq.cluster.cluster import Cluster
 from loftq.cluster.jobs import SharedFolder
 from loftq.cluster.part import Part
@@ -92,10 +92,23 @@ def unshared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SharedFolder, "is_seen", lambda _: False)
 
 
+@pytest.fixture(autouse=True)
+def single(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer is a task, however small."""
+    monkeypatch.setattr(spread, "LEAST_VALUES", 1)
+
+
+def test_small_layers_go_together(quantize: Quantize, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spread, "LEAST_VALUES", 10_000)
+    ray = FakeRay()
+    assert quantize(ray) == quantize()
+    assert 2 <= sum(name == "run_batch" for name, _ in ray.log) < 14
+
+
 def test_the_same_bytes_where_workers_see_the_output(quantize: Quantize) -> None:
     ray = FakeRay(node("10.0.0.2", 1), node("10.0.0.3", 1))
     assert quantize(ray) == quantize()
-    layers = [options for name, options in ray.log if name == "solve_task"]
+    layers = [options for name, options in ray.log if name == "run_batch"]
     assert len(layers) == 14 + 7  # with the tensors that are copied
     assert {options["num_cpus"] for options in layers} == {1}
     assert min(options["memory"] for options in layers) > 0
@@ -258,7 +271,7 @@ def test_losses_count_only_without_progress_in_between(
 def test_widths_are_measured_there(quantize: Quantize) -> None:
     ray = FakeRay()
     assert quantize(ray, bits=3.25, quant_type="nf") == quantize(bits=3.25, quant_type="nf")
-    assert sum(name == "measure_task" for name, _ in ray.log) == 14
+    assert sum(name == "run_batch" for name, _ in ray.log) == 14 + 21  # and then they are solved
 
 
 def test_a_weight_that_is_not_finite_ends_the_run(quantize: Quantize, tmp_path: Path) -> None:

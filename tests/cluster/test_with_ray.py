@@ -25,6 +25,7 @@ from folders import Files, hashes
 import loftq
 from loftq.artifacts.staging import Staging, is_begun
 from loftq.calibration.progress import Progress
+from loftq.cluster import spread
 from loftq.cluster.rates import Rates
 
 pytestmark = [
@@ -58,6 +59,7 @@ class TwoNodes:
 
 @pytest.fixture
 def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNodes]:
+    monkeypatch.setattr(spread, "LEAST_VALUES", 1)  # small layers are tasks of their own
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     nodes = TwoNodes()
