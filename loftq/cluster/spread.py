@@ -121,9 +121,9 @@ class _Spread:
             names, again = again, []
 
     def _batches(self, names: Sequence[str]) -> Iterator[list[str]]:
-        """The names in their order, cut after each part that makes up the least work of a task."""
+        """The names from the largest on, so that no worker is busy alone at the end; small ones several at a time."""
         batch: list[str] = []
-        for name in names:
+        for name in sorted(names, key=lambda name: -self._sizes[name]):
             batch.append(name)
             if sum(self._sizes[name] for name in batch) >= LEAST_VALUES:
                 yield batch
