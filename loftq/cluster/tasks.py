@@ -128,6 +128,8 @@ def run_tasks(
 def explain(ray: Any, name: str, error: Exception) -> None:
     """Raise ClusterError for an error of Ray that a second try would not cure. Others return."""
     kinds = ray.exceptions
+    while isinstance(error, kinds.RayTaskError) and isinstance(error.cause, kinds.RayError):
+        error = error.cause  # what the task was given was lost with another process
     if isinstance(error, (kinds.ObjectStoreFullError, kinds.OutOfDiskError)):
         raise ClusterError(
             f"the object store of the cluster is full ({one_line(error, 200)}): let all nodes see the output folder, "

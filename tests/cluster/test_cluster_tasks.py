@@ -46,8 +46,12 @@ def test_no_more_tasks_are_submitted_than_fit() -> None:
     assert limited.most == 2
 
 
-def test_a_lost_task_runs_again() -> None:
-    ray = FakeRay(lose=lambda number: fake_ray.RayError("its worker died") if number % 3 == 0 else None)
+LOST = fake_ray.RayError("its worker died")
+
+
+@pytest.mark.parametrize("error", [LOST, fake_ray.RayTaskError(LOST)], ids=["itself", "its input"])
+def test_a_lost_task_runs_again(error: Exception) -> None:
+    ray = FakeRay(lose=lambda number: error if number % 3 == 0 else None)
     assert collect(ray) == {name: doubled(name) for name in NAMES}
     assert ray.submitted > len(NAMES)
 
