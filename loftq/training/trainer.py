@@ -11,7 +11,6 @@ from transformers import Trainer
 
 from loftq.models.cheap_activations import keeping_less
 from loftq.models.head_loss import HiddenStates, next_token_loss
-from loftq.models.heap import return_freed
 from loftq.training.callbacks import scores_of
 
 
@@ -32,8 +31,6 @@ class LeanTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The mean loss of the tokens that are learned, in nats; with the outputs without logits if they are asked."""
-        if model.training:
-            return_freed(self.args.device)
         loss = self._streamed(model, inputs, num_items_in_batch)
         if loss is None:
             with self._keeping(model):
