@@ -1,5 +1,7 @@
 """Packed examples learn what they learn alone.
 
+Covers: loftq/training/packing.py.
+
 Oracles: the losses and gradients of each example by itself; the sums of lengths.
 """
 
