@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from loftq.artifacts.quantized_linears import linears_of
+from loftq.artifacts.quantized_linears import listed_linears
 from loftq.core.affine import AffineWeight, scatter
 from loftq.core.grid import Grid
 from loftq.core.scales import Solved
@@ -137,7 +137,7 @@ def open_backbone(folder: Path) -> Backbone:
 
 def backbone_of(artifact: Artifact, checkpoint: Checkpoint | None = None) -> Backbone:
     """The quantized backbone of a loftq folder; only headers are read. Raises ArtifactError if it has none."""
-    linears, manifest = linears_of(artifact), artifact.manifest
+    linears, manifest = listed_linears(artifact), artifact.manifest
     task = recorded_task(manifest, artifact.folder / MANIFEST).name
     checkpoint = checkpoint or read_checkpoint(artifact.folder)
     return Backbone(checkpoint, manifest["format"], linears.grids, linears.shapes, task, artifact)

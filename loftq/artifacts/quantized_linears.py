@@ -61,7 +61,7 @@ class QuantizedLinears:
         return None
 
 
-def linears_of(artifact: Artifact) -> QuantizedLinears:
+def listed_linears(artifact: Artifact) -> QuantizedLinears:
     """The quantized linears of a loftq folder. Raises ArtifactError if it has none."""
     manifest = artifact.manifest
     recipe, rows = manifest["recipe"], manifest["layers"]

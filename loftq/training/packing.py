@@ -39,7 +39,7 @@ def check_packable(examples: Dataset, model: Any) -> None:
         raise OptionError(f"--packing: {model.config.model_type} is {kind}: {_APART}")
 
 
-def pack(examples: Dataset, length: int) -> Dataset:
+def pack_examples(examples: Dataset, length: int) -> Dataset:
     """Pack examples into rows of at most `length` tokens: each, from the longest on, into the fullest row with room.
 
     `position_ids` begin at 0 in each example, whose first token is not learned: no token before it belongs to it.

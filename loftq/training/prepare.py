@@ -20,7 +20,7 @@ from loftq.training.labels import labels_of
 from loftq.training.model import Model
 from loftq.training.open_model import check_artifact, check_foreign, quantizing_of
 from loftq.training.opened import Opened
-from loftq.training.packing import check_packable, pack
+from loftq.training.packing import check_packable, pack_examples
 from loftq.training.settings import TrainSettings
 from loftq.training.tasks import TRAINING_TASKS
 
@@ -81,7 +81,7 @@ def examples(settings: TrainSettings, opened: Opened, rows: Any, evaluation: Any
         eval_examples = task.encode(evaluation, settings.columns, encoder)
         if task.check is not None:
             task.check(train_examples, eval_examples)
-    return pack(train_examples, encoder.cutoff_len) if settings.packing else train_examples, eval_examples
+    return pack_examples(train_examples, encoder.cutoff_len) if settings.packing else train_examples, eval_examples
 
 
 def check_push(settings: TrainSettings, backbone: Model) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq.artifacts.inspection import TRAINED, Inspection
-from loftq.artifacts.quantized_linears import linears_of
+from loftq.artifacts.quantized_linears import listed_linears
 from loftq.collector import paused_collector
 from loftq.core.grid import ROW, Grid
 from loftq.errors import ArtifactError, OptionError
@@ -113,7 +113,7 @@ def _inspect_artifact(place: _Place, worst: int) -> Inspection:
         sizes["adapter"] = _bytes(place.header(f"{adapter_path}{adapters.WEIGHTS}"))
     types: list[dict[str, Any]] = []
     if rows and manifest.get("format") in LAYOUTS:
-        linears = linears_of(artifact)
+        linears = listed_linears(artifact)
         sizes["linears"] = _bytes({name: tensors[name] for name in linears.tensors(tensors)})
         types = list(_types(linears.grids, linears.shapes))
     return Inspection(

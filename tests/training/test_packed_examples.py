@@ -21,7 +21,7 @@ import loftq
 from loftq.errors import OptionError
 from loftq.training.collators import Collator
 from loftq.training.estimate import estimate
-from loftq.training.packing import check_apart, filled, pack
+from loftq.training.packing import check_apart, filled, pack_examples
 
 TASKS = {"t5": "seq2seq-lm"}
 EXAMPLES = [[5, 6, 7, 8, 9], [9, 8, 7], [3, 4, 5, 6], [11, 12], [2, 3, 4, 5, 6, 7]]
@@ -48,7 +48,7 @@ def test_rows_are_filled_with_whole_examples() -> None:
 def test_losses_and_gradients_are_those_of_the_examples_alone(attention: str, pico: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(pico, dtype=torch.float32, attn_implementation=attention)
     model.config.use_cache = False  # as transformers' Trainer sets it
-    packed = pack(examples_of(EXAMPLES), 8)
+    packed = pack_examples(examples_of(EXAMPLES), 8)
     assert len(packed) == 3
     batch = Collator(0)([packed[i] for i in range(3)])
     assert batch.keys() == {"input_ids", "labels", "position_ids"}
