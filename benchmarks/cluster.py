@@ -1,6 +1,6 @@
 """Ray against threads: the time of calibrating and of solving with one and with two cores, and whether bytes agree.
 
-    python benchmarks/cluster.py [MODEL ...] [--layers 3] [--skip-model] [--tokens 16384] [--length 512] [--iters 2]
+    python benchmarks/cluster.py [MODEL ...] [--layers 3] [--skip-model] [--tokens 16384] [--length 512] [--iters 5]
 
 For each model four processes work one after another: threads of one process with 1 and with 2 cores, and Ray with 1
 and with 2 nodes of one core each on this machine (`ray.cluster_utils`). The models are those given (by default the
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--skip-model", action="store_true", help="only the synthetic checkpoint")
     parser.add_argument("--layers", type=int, default=3, help="of Llama-2-7B's shapes; 0 leaves them out")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--iters", type=int, default=2)
+    parser.add_argument("--iters", type=int, default=5)
     parser.add_argument("--data", default="default")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--shapes-tokens", type=int, default=4096, help="for the synthetic checkpoint")

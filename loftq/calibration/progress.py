@@ -68,10 +68,14 @@ class Progress:
             self._lost[index] = filled_with_nan(self.output(index))
         return self._lost[index]
 
-    def begin(self) -> None:
-        """Start a round: decide whether the outputs of its block are written."""
-        self.due = time.monotonic() - self._last >= _EVERY
+    def begin(self, due: bool | None = None) -> None:
+        """Start a round: decide whether the outputs of its block are written, unless that is given."""
+        self.due = self.is_time() if due is None else due
         self._kept.clear()
+
+    def is_time(self) -> bool:
+        """Whether the outputs of a block have not been written for a while."""
+        return time.monotonic() - self._last >= _EVERY
 
     def keep(self, index: int, output: Any) -> None:
         """Write the output of the block for a batch, if this round is written."""

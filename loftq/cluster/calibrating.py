@@ -17,6 +17,7 @@ from loftq.calibration.routed_tokens import RoutedTokens
 from loftq.cluster.jobs import Job
 from loftq.cluster.nodes import Need
 from loftq.cluster.part import Part, Past, Step, Visit
+from loftq.cluster.rates import Rates
 from loftq.cluster.sent import routed_tokens
 from loftq.cluster.tasks import Failure, Slots, explain
 from loftq.cluster.threads import Threads
@@ -89,20 +90,23 @@ class Calibrating:
 
 
 class _Lead:
-    """Leads the workers from block to block, and writes what they have summed up."""
+    """Leads the workers from block to block, and writes what they have summed up while they run the next block."""
 
     def __init__(
         self, ray: Any, parts: list[Any], batches: int, files: InputFiles, progress: Progress, bar: Any
     ) -> None:
         self._ray, self._parts, self._batches = ray, parts, batches
         self._files, self._progress, self._bar = files, progress, bar
+        self._rates = Rates(" blocks")  # of a batch
+        self._due = False  # whether the outputs of the next block are returned
+        self._next: list[Any] = []  # references to the next step of each worker
 
     def run(self) -> tuple[Answers, dict[str, str]]:
         """Run all blocks. Returns the answers in the order of the batches, and the hashes of the tensors."""
         digests = dict(self._progress.digests)
+        self._ask(self._progress.is_time())
         while True:
-            self._progress.begin()
-            steps = self._step()
+            steps = self._steps()
             for step in steps:
                 _merge(digests, step.digests)
             block, rounds = steps[0].block, steps[0].rounds
@@ -111,20 +115,27 @@ class _Lead:
                     "calibration: the blocks of this model run in an order that depends on the text, which the workers "
                     "of a cluster cannot follow: calibrate without --cluster"
                 )
+            self._keep(steps)
             self._files.save(self._sums(steps), _routed(steps))
             self._bar.update(sum(step.passes for step in steps))
-            self._bar.set_postfix_str(f"{len(self._parts)} workers", refresh=False)
+            self._bar.set_postfix_str(str(self._rates), refresh=False)
             if block is None:
                 return [answer for step in steps for answer in step.answers], digests
-            self._keep(steps)
             self._progress.end(rounds, self._batches, self._files.modules, digests, self._files.count)
 
-    def _step(self) -> list[Step]:
+    def _ask(self, due: bool) -> None:
+        """Let every worker run its next block."""
+        self._due = due
+        self._next = [part.step.remote(due) for part in self._parts]
+
+    def _steps(self) -> list[Step]:
         """The next block of every worker."""
-        steps = self._ray.get([part.step.remote(self._progress.due) for part in self._parts])
+        self._progress.begin(self._due)
+        steps = self._ray.get(self._next)
         for step in steps:
             if isinstance(step, Failure):
                 raise step.error()
+            self._rates.add(step.node, step.worker, step.passes, step.seconds)
         return cast(list[Step], steps)
 
     def _keep(self, steps: Sequence[Step]) -> None:
@@ -145,6 +156,8 @@ class _Lead:
             flying.append((modules, group, panels))
             if len(flying) > max(_IN_FLIGHT, len(self._parts)):
                 self._land(moments, *flying.popleft())
+        if steps[0].block is not None:  # the workers go on when their sums have left, and not while this process writes
+            self._ask(self._progress.is_time() and not self._progress.due)
         while flying:
             self._land(moments, *flying.popleft())
         for visit in sizes:

@@ -8,8 +8,10 @@ group arrives. Therefore a worker keeps the inputs of its batches until the sums
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -22,7 +24,7 @@ from loftq.calibration.input_files import Sharing
 from loftq.calibration.observer import VOCABULARY, InputRecorder, answer_of, is_within
 from loftq.calibration.progress import filled_with_nan, is_plain, mapped
 from loftq.calibration.routed_tokens import RoutedTokens
-from loftq.cluster.jobs import Job, plan_here
+from loftq.cluster.jobs import Job, address_here, plan_here
 from loftq.cluster.sent import Array, arrays_of
 from loftq.cluster.tasks import Failure, failure_of
 from loftq.cluster.threads import Threads
@@ -74,7 +76,8 @@ class Step:
     """What a worker has done: it has left a block after so many rounds, or has ended (None).
 
     `sizes` are the number of entries of each input of the block, and `counts` the number of its vectors. `routed` are
-    the tokens of experts modules. `passes` counts how often a batch has passed a block.
+    the tokens of experts modules. `passes` counts how often a batch has passed a block, in so many `seconds`. `node` is
+    the address of the worker's node, and `worker` the id of its process.
     """
 
     block: str | None
@@ -86,6 +89,9 @@ class Step:
     digests: dict[str, str]
     outputs: dict[int, Any]
     answers: list[dict[str, torch.Tensor]]
+    seconds: float
+    node: str
+    worker: int
 
 
 class Part:
@@ -185,6 +191,7 @@ class _Observer:
         self._outputs: dict[int, Any] = {}
         self._answers: list[dict[str, torch.Tensor]] = [{} for _ in range(batches)]
         self._passes = self._rounds = 0
+        self._began = time.perf_counter()
 
     def enter(self, block: str) -> None:
         self._weights.load(block)
@@ -227,9 +234,13 @@ class _Observer:
             dict(self._weights.digests),
             self._outputs,
             [] if block is not None else self._answers,
+            time.perf_counter() - self._began,
+            address_here(),
+            os.getpid(),
         )
         self._outputs, self._passes = {}, 0
         self._part.tell(step)
+        self._began = time.perf_counter()
         if block is not None:
             for visit in visits:
                 del self.inputs[visit]

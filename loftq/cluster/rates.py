@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from tqdm import tqdm
 
 _MOST_NODES = 3  # that are shown one by one
 
 
 class Rates:
-    """The values that each worker has solved, and the seconds that it needed. `sizes` are the values of each task."""
+    """What each worker has done, counted in a `unit`, and the seconds that it needed."""
 
-    def __init__(self, sizes: Mapping[str, int]) -> None:
-        self._sizes = sizes
-        self._solved: dict[tuple[str, int], tuple[int, float]] = {}
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._done: dict[tuple[str, int], tuple[float, float]] = {}
 
-    def add(self, name: str, node: str, worker: int, seconds: float) -> str:
-        """Note a task that a worker has done. Returns the workers of each node with the rate of one of them."""
-        values, spent = self._solved.get((node, worker), (0, 0.0))
-        self._solved[node, worker] = values + self._sizes.get(name, 0), spent + seconds
+    def add(self, node: str, worker: int, amount: float, seconds: float) -> None:
+        """Note what a worker has done."""
+        before, spent = self._done.get((node, worker), (0.0, 0.0))
+        self._done[node, worker] = before + amount, spent + seconds
+
+    def __str__(self) -> str:
+        """The number of workers of each node, and the rate of one of them."""
         nodes: dict[str, list[float]] = {}
-        for (address, _), (solved, needed) in self._solved.items():
-            nodes.setdefault(address, []).append(solved / needed if needed else 0.0)
+        for (address, _), (amount, seconds) in self._done.items():
+            nodes.setdefault(address, []).append(amount / seconds if seconds else 0.0)
         if len(nodes) > _MOST_NODES:
             rates = [rate for found in nodes.values() for rate in found]
-            return f"{len(rates)} workers on {len(nodes)} nodes, {_shown(rates)} each"
-        return ", ".join(f"{address}: {len(rates)} x {_shown(rates)}" for address, rates in nodes.items())
+            return f"{len(rates)} workers on {len(nodes)} nodes, {self._shown(rates)} each"
+        return ", ".join(f"{address}: {len(rates)} x {self._shown(rates)}" for address, rates in nodes.items())
 
-
-def _shown(rates: list[float]) -> str:
-    return f"{tqdm.format_sizeof(sum(rates) / len(rates))}w/s"
+    def _shown(self, rates: list[float]) -> str:
+        return f"{tqdm.format_sizeof(sum(rates) / len(rates))}{self._unit}/s"

@@ -31,12 +31,13 @@ def solving(ray: Any, new_job: NewJob, plan: Plan, staging: Staging, needs: Mapp
 
     def run_elsewhere(names: Sequence[str], writer: ShardWriter, finished: Finished) -> None:
         layers = {layer.tensor: layer for layer in plan.layers}
-        rates = Rates({name: layer.weights for name, layer in layers.items()})
+        rates = Rates("w")
 
         def done(name: str, result: Solved) -> None:
             write_pieces(writer, result.pieces)
             writer.include(result.record["written"])
-            finished(name, result.record, rates.add(name, result.node, result.worker, result.seconds))
+            rates.add(result.node, result.worker, layers[name].weights if name in layers else 0, result.seconds)
+            finished(name, result.record, str(rates))
 
         with _shared(staging) as output:
             sizes = sizes_of_jobs(plan)

@@ -27,7 +27,7 @@ from pico_processors import draw, save_with_processor
 
 import loftq
 from loftq.calibration import conversations, progress, windows
-from loftq.cluster import calibrating, cluster, jobs, spread, work
+from loftq.cluster import calibrating, cluster, jobs, part, spread, work
 from loftq.cluster.cluster import Cluster
 from loftq.cluster.jobs import SharedFolder
 from loftq.cluster.part import Part
@@ -42,18 +42,18 @@ Quantize = Callable[..., Files]
 def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     monkeypatch.setattr(windows, "MIN_TOKENS", 512)
-    for module in (jobs, work):  # without Ray
+    for module in (jobs, part, work):  # without Ray
         monkeypatch.setattr(module, "address_here", lambda: "10.0.0.2")
     yield
     jobs._opened = None
     torch.set_num_threads(threads)
 
 
-def run_out(part: Part) -> None:
-    """Let the thread of a part end, which a process would take with it."""
-    if part._thread.ident is not None:
-        part._turn.release(1000)
-        part._thread.join()
+def run_out(worker: Part) -> None:
+    """Let the thread of a worker end, which a process would take with it."""
+    if worker._thread.ident is not None:
+        worker._turn.release(1000)
+        worker._thread.join()
 
 
 @pytest.fixture
@@ -79,8 +79,8 @@ def quantize(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Qua
         try:
             loftq.quantize(str(model), output=folder, cluster=ray and "auto", **{**SETTINGS, **settings})
         finally:
-            for part in ray.killed if ray is not None else ():
-                run_out(part)
+            for worker in ray.killed if ray is not None else ():
+                run_out(worker)
         return hashes(folder)
 
     return run
