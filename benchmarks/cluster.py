@@ -136,8 +136,8 @@ def work(task: dict[str, Any]) -> None:
     if task["mode"] == "Ray":
         from ray.cluster_utils import Cluster
 
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        for _ in range(cores):
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        for _ in range(cores - 1):
             cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
         more = {"cluster": cluster.address}

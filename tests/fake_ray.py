@@ -54,7 +54,9 @@ class Remote:
         self.ray, self.work, self._options = ray, work, options
 
     def options(self, **more: Any) -> Remote:
-        return Remote(self.ray, self.work, {**self._options, **more})
+        changed = Remote(self.ray, self.work, {**self._options, **more})
+        changed.options = None  # type: ignore[assignment, method-assign]  # Ray takes options once
+        return changed
 
     def remote(self, *arguments: Any) -> Any:
         resolved = [self.ray.get(part) if isinstance(part, Reference) else copied(part) for part in arguments]
@@ -105,6 +107,9 @@ class FakeRay:
         )
         strategy = SimpleNamespace(NodeAffinitySchedulingStrategy=lambda name, soft: (name, soft))
         self.util = SimpleNamespace(scheduling_strategies=strategy)
+
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(get_node_id=lambda: self.rows[0]["NodeID"])
 
     def nodes(self) -> list[dict[str, Any]]:
         return self.rows

@@ -146,7 +146,7 @@ def _nan_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.full((), value, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
-def mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def mapped(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     """The output of a block with `change` applied to all of its tensors."""
     if isinstance(value, torch.Tensor):
         return change(value)

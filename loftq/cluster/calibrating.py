@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
-
 from loftq.calibration.forward import Answers, WorkerLostError
 from loftq.calibration.input_files import InputFiles, Sharing
 from loftq.calibration.progress import Progress
@@ -18,7 +16,7 @@ from loftq.cluster.jobs import Job
 from loftq.cluster.nodes import Need
 from loftq.cluster.part import Part, Past, Step, Visit
 from loftq.cluster.rates import Rates
-from loftq.cluster.sent import routed_tokens
+from loftq.cluster.sent import received, routed_tokens
 from loftq.cluster.tasks import Failure, Slots, explain
 from loftq.cluster.threads import Threads
 from loftq.core.moments import Moment, panel_groups
@@ -79,13 +77,18 @@ class Calibrating:
                 raise ClusterError("calibration: no node of the cluster has room for a worker: run again to continue")
             time.sleep(1.0)
         strategy = "DEFAULT" if self.need.gpus else "SPREAD"  # GPUs of few nodes, which read each block
-        actor = self.ray.remote(max_restarts=0, scheduling_strategy=strategy)(Part).options(**self.need.options())
+        actor, needed = self.ray.remote(max_restarts=0)(Part), self.need.options()
+        pinned = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+        here = pinned(self.ray.get_runtime_context().get_node_id(), soft=True)  # if a worker fits there
         job = self.ray.put(self.job)
         parts = []
-        for i in range(count):
+        for i in reversed(range(count)):
             begin, end = (len(batches) * bound // count for bound in (i, i + 1))
             outputs = {j - begin: progress.output(j) for j in range(begin, end)} if progress.rounds else {}
-            parts.append(actor.remote(job, list(batches[begin:end]), Past(progress.rounds, outputs), self.threads))
+            # The last worker, whose sums come here, is the first to get its place.
+            placed = actor.options(scheduling_strategy=here if i == count - 1 else strategy, **needed)
+            parts.append(placed.remote(job, list(batches[begin:end]), Past(progress.rounds, outputs), self.threads))
+        parts.reverse()
         return parts
 
 
@@ -115,8 +118,8 @@ class _Lead:
                     "calibration: the blocks of this model run in an order that depends on the text, which the workers "
                     "of a cluster cannot follow: calibrate without --cluster"
                 )
-            self._keep(steps)
             self._files.save(self._sums(steps), _routed(steps))
+            self._keep(steps)
             self._bar.update(sum(step.passes for step in steps))
             self._bar.set_postfix_str(str(self._rates), refresh=False)
             if block is None:
@@ -143,7 +146,7 @@ class _Lead:
         begin = 0
         for i, step in enumerate(steps):
             for index, output in step.outputs.items():
-                self._progress.keep(begin + index, output)
+                self._progress.keep(begin + index, received(output))
             begin = self._batches * (i + 1) // len(self._parts)
 
     def _sums(self, steps: Sequence[Step]) -> dict[Sharing, Moment]:
@@ -194,7 +197,7 @@ class _Lead:
 
     def _land(self, moments: dict[Sharing, Moment], modules: Sharing, group: range, panels: Any) -> None:
         for index, panel in zip(group, self._ray.get(panels), strict=True):
-            moments[modules].panels[index].copy_(torch.from_numpy(panel.copy()))
+            moments[modules].panels[index].numpy()[:] = panel
 
 
 def _routed(steps: Sequence[Step]) -> dict[str, list[RoutedTokens]]:

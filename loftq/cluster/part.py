@@ -25,7 +25,7 @@ from loftq.calibration.observer import VOCABULARY, InputRecorder, answer_of, is_
 from loftq.calibration.progress import filled_with_nan, is_plain, mapped
 from loftq.calibration.routed_tokens import RoutedTokens
 from loftq.cluster.jobs import Job, address_here, plan_here
-from loftq.cluster.sent import Array, arrays_of
+from loftq.cluster.sent import Array, arrays_of, sendable
 from loftq.cluster.tasks import Failure, failure_of
 from loftq.cluster.threads import Threads
 from loftq.core.kernels.products import fast_products
@@ -198,7 +198,7 @@ class _Observer:
 
     def keep(self, index: int, output: Any) -> None:
         if self._part.due and is_plain(output):
-            self._outputs[index] = mapped(output, lambda tensor: tensor.to("cpu", copy=True))
+            self._outputs[index] = sendable(output)
 
     def leave(self, block: str, rounds: int) -> None:
         self._weights.drop(block)

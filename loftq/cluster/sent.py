@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from loftq.calibration.progress import mapped
 from loftq.calibration.routed_tokens import RoutedTokens
 from loftq.calibration.statistics import Statistics
 from loftq.formats.checkpoint import Shard
@@ -35,6 +36,20 @@ class Array:
     def tensor(self) -> torch.Tensor:
         """The tensor, in memory of its own."""
         return torch.from_numpy(self.data.copy()).view(self.dtype).view(self.shape)
+
+
+def sendable(output: Any) -> Any:
+    """A copy of the output of a block with an `Array` in the place of each tensor."""
+    return mapped(output, lambda tensor: Array.of(tensor.to("cpu", copy=True)))
+
+
+def received(output: Any) -> Any:
+    """The output that `sendable` has copied."""
+    if isinstance(output, Array):
+        return output.tensor()
+    if isinstance(output, (tuple, list)):
+        return type(output)(map(received, output))
+    return {key: received(part) for key, part in output.items()} if isinstance(output, dict) else output
 
 
 def arrays_of(routed: RoutedTokens) -> dict[str, Array]:

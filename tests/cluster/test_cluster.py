@@ -141,6 +141,13 @@ def test_a_calibration_does_not_depend_on_the_number_of_workers(
     assert hashes(tmp_path / "statistics") == statistics
 
 
+def test_the_worker_whose_sums_come_here_is_on_this_node(quantize: Quantize, text: Path) -> None:
+    ray = FakeRay(node("10.0.0.2"), node("10.0.0.3"))
+    quantize(ray, calibration=str(text), **CALIBRATED)
+    placed = [options["scheduling_strategy"] for task, options in ray.log if task == "actor"]
+    assert placed == [("10.0.0.2", True), "SPREAD"]  # the last worker begins first
+
+
 @pytest.mark.parametrize("sent", [False, True])
 def test_experts_get_the_tokens_of_all_workers(
     quantize: Quantize, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bool
