@@ -197,7 +197,7 @@ def calibrate(model: Model, nodes: int, workers: int, rates: Rates, tokens: int,
     writing = sum(2 * size**2 for size in model.inputs) / min(rates.store_write, rates.link)
     parts = {"reading": reading, "computing": computing, "sums": passing, "writing": writing}
     most = max(parts, key=parts.__getitem__)
-    total = sum(parts.values())
+    total = max(reading + computing + passing, writing)  # the sums are written while the next block runs
     return total * model.layers, f"{most} {parts[most] / total:.0%}"
 
 

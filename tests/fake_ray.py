@@ -108,9 +108,6 @@ class FakeRay:
         strategy = SimpleNamespace(NodeAffinitySchedulingStrategy=lambda name, soft: (name, soft))
         self.util = SimpleNamespace(scheduling_strategies=strategy)
 
-    def get_runtime_context(self) -> Any:
-        return SimpleNamespace(get_node_id=lambda: self.rows[0]["NodeID"])
-
     def nodes(self) -> list[dict[str, Any]]:
         return self.rows
 

@@ -12,7 +12,7 @@ from loftq.calibration.forward import Answers, WorkerLostError
 from loftq.calibration.input_files import InputFiles, Sharing
 from loftq.calibration.progress import Progress
 from loftq.calibration.routed_tokens import RoutedTokens
-from loftq.cluster.jobs import Job
+from loftq.cluster.jobs import Job, node_here
 from loftq.cluster.nodes import Need
 from loftq.cluster.part import Part, Past, Step, Visit
 from loftq.cluster.rates import Rates
@@ -77,18 +77,19 @@ class Calibrating:
                 raise ClusterError("calibration: no node of the cluster has room for a worker: run again to continue")
             time.sleep(1.0)
         strategy = "DEFAULT" if self.need.gpus else "SPREAD"  # GPUs of few nodes, which read each block
-        actor, needed = self.ray.remote(max_restarts=0)(Part), self.need.options()
-        pinned = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
-        here = pinned(self.ray.get_runtime_context().get_node_id(), soft=True)  # if a worker fits there
+        actor = self.ray.remote(max_restarts=0, scheduling_strategy=strategy)(Part).options(**self.need.options())
         job = self.ray.put(self.job)
-        parts = []
-        for i in reversed(range(count)):
+        parts = [actor.remote(job, self.threads) for _ in range(count)]
+        nodes = self.ray.get([part.node.remote() for part in parts])
+        here = node_here()
+        # Sums pass from worker to worker, and then to this process: as few of them as possible to another node.
+        order = sorted(range(count), key=lambda i: (nodes[i] == here, nodes[i], i))
+        parts, taken = [parts[i] for i in order], []
+        for i, part in enumerate(parts):
             begin, end = (len(batches) * bound // count for bound in (i, i + 1))
             outputs = {j - begin: progress.output(j) for j in range(begin, end)} if progress.rounds else {}
-            # The last worker, whose sums come here, is the first to get its place.
-            placed = actor.options(scheduling_strategy=here if i == count - 1 else strategy, **needed)
-            parts.append(placed.remote(job, list(batches[begin:end]), Past(progress.rounds, outputs), self.threads))
-        parts.reverse()
+            taken.append(part.take.remote(list(batches[begin:end]), Past(progress.rounds, outputs)))
+        self.ray.get(taken)
         return parts
 
 

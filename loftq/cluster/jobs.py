@@ -137,6 +137,13 @@ def address_here() -> str:
     return str(ray.util.get_node_ip_address())
 
 
+def node_here() -> str:
+    """The id that Ray has given this node."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
 def machine_here() -> str:
     """What tells this machine from others. Containers of one machine share it, like the files that it has cached."""
     boot = Path("/proc/sys/kernel/random/boot_id")

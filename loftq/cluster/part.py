@@ -24,7 +24,7 @@ from loftq.calibration.input_files import Sharing
 from loftq.calibration.observer import VOCABULARY, InputRecorder, answer_of, is_within
 from loftq.calibration.progress import filled_with_nan, is_plain, mapped
 from loftq.calibration.routed_tokens import RoutedTokens
-from loftq.cluster.jobs import Job, address_here, plan_here
+from loftq.cluster.jobs import Job, address_here, node_here, plan_here
 from loftq.cluster.sent import Array, arrays_of, sendable
 from loftq.cluster.tasks import Failure, failure_of
 from loftq.cluster.threads import Threads
@@ -100,8 +100,8 @@ class Part:
     It computes with the driver's numbers of threads.
     """
 
-    def __init__(self, job: Job, batches: Sequence[Batch], past: Past, threads: Threads) -> None:
-        self._threads, self._past = threads, past
+    def __init__(self, job: Job, threads: Threads) -> None:
+        self._job, self._threads = job, threads
         threads.use()
         self._device = torch.device(job.device)
         self._steps: queue.Queue[Step | BaseException] = queue.Queue()
@@ -109,7 +109,15 @@ class Part:
         self.due = False  # whether the outputs of the current block are returned
         self._observer: _Observer | None = None
         self._ahead: dict[tuple[Visit, range], list[list[torch.Tensor]]] = {}
-        self._thread = threading.Thread(target=self._work, args=(job, batches), daemon=True)
+        self._thread = threading.Thread()
+
+    def node(self) -> str:
+        """The id of the node on which this worker is."""
+        return node_here()
+
+    def take(self, batches: Sequence[Batch], past: Past) -> None:
+        """Take the batches of this part."""
+        self._thread = threading.Thread(target=self._work, args=(batches, past), daemon=True)
 
     def step(self, due: bool) -> Step | Failure:
         """Run the next block; the outputs of its batches are returned if they are `due`."""
@@ -154,7 +162,8 @@ class Part:
         for tensor in cast(_Observer, self._observer).inputs[visit]:
             yield tensor.reshape(-1, tensor.shape[-1]).float()
 
-    def _work(self, job: Job, batches: Sequence[Batch]) -> None:
+    def _work(self, batches: Sequence[Batch], past: Past) -> None:
+        job = self._job
         try:
             self._threads.use()
             with explain_full_memory(_FULL):
@@ -163,7 +172,7 @@ class Part:
                 self._observer = observer = _Observer(plan, weights, len(batches), self)
                 inputs = [placed(batch, self._device, weights.dtype) for batch in batches]
                 with fast_products(), observer.recorder.watching(), explain_forward(plan.source.name, plan.model_type):
-                    run_in_lockstep(weights.core, inputs, weights.blocks, observer, self._past.on(self._device))
+                    run_in_lockstep(weights.core, inputs, weights.blocks, observer, past.on(self._device))
                 observer.end()
         except BaseException as error:  # raised in the thread of `step`
             self._steps.put(error)

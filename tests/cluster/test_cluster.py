@@ -35,6 +35,7 @@ from loftq.errors import ClusterError, OptionError, OutputError, SourceError
 
 SETTINGS: dict[str, Any] = {"rank": 4, "iters": 1, "quiet": True}
 CALIBRATED: dict[str, Any] = {"calibration_tokens": 4096, "sequence_length": 128, "refine": 0}
+HERE = "the id of this node"
 Quantize = Callable[..., Files]
 
 
@@ -44,6 +45,8 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(windows, "MIN_TOKENS", 512)
     for module in (jobs, part, work):  # without Ray
         monkeypatch.setattr(module, "address_here", lambda: "10.0.0.2")
+    for module in (calibrating, part):
+        monkeypatch.setattr(module, "node_here", lambda: HERE)
     yield
     jobs._opened = None
     torch.set_num_threads(threads)
@@ -141,11 +144,19 @@ def test_a_calibration_does_not_depend_on_the_number_of_workers(
     assert hashes(tmp_path / "statistics") == statistics
 
 
-def test_the_worker_whose_sums_come_here_is_on_this_node(quantize: Quantize, text: Path) -> None:
-    ray = FakeRay(node("10.0.0.2"), node("10.0.0.3"))
-    quantize(ray, calibration=str(text), **CALIBRATED)
-    placed = [options["scheduling_strategy"] for task, options in ray.log if task == "actor"]
-    assert placed == [("10.0.0.2", True), "SPREAD"]  # the last worker begins first
+def test_sums_leave_a_node_as_seldom_as_possible(
+    quantize: Quantize, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of a node follow one another, and those of the driver's node come last."""
+    asked = iter([HERE, "there", HERE])
+    nodes: dict[Part, str] = {}
+    order: list[str] = []
+    take = Part.take
+    monkeypatch.setattr(Part, "node", lambda self: nodes.setdefault(self, next(asked)))
+    monkeypatch.setattr(Part, "take", lambda self, *given: (order.append(nodes[self]), take(self, *given))[1])
+    settings = {**CALIBRATED, "calibration_tokens": 6144, "calibration": str(text)}
+    assert quantize(FakeRay(node("10.0.0.2", 2), node("10.0.0.3")), **settings) == quantize(**settings)
+    assert order == ["there", HERE, HERE]
 
 
 @pytest.mark.parametrize("sent", [False, True])
