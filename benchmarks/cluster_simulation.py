@@ -6,8 +6,8 @@ A worker takes one weight at a time: the driver sends the task, the worker reads
 result, and the driver notes it. Readers and writers share the storage and the link of their node, and each of these
 serves one transfer after another; the driver does one thing at a time. While calibrating, all workers run one block
 over their windows and wait for each other; then the sums of the block pass from worker to worker, a group of rows at a
-time and as many groups at the same time as there are workers, in the same order whatever the number of workers is. Of
-GPUs, at most eight calibrate, on as few nodes as possible.
+time and as many groups at the same time as there are workers, in the same order whatever the number of workers is. They
+are written while the next block runs. Of GPUs, at most eight calibrate, on as few nodes as possible.
 
 `--measure` measures the rates of this machine: reading, solving, writing, moving and the driver's share of a task. The
 GPU's rate of solving was measured on an H100 (`layer.py`, docs/benchmarks.md); what nobody has measured is marked.

@@ -158,9 +158,9 @@ def test_a_node_that_joins_is_used(two_nodes: TwoNodes, quantize: Quantize, monk
     raylets: set[int] = set()
     add = Rates.add
 
-    def noted(*args: Any) -> str:
-        raylets.add(parent_of(args[3]))
-        return add(*args)
+    def noted(*args: Any) -> None:
+        raylets.add(parent_of(args[2]))
+        add(*args)
 
     monkeypatch.setattr(Rates, "add", noted)
     after(2, Progress, "end", lambda *_: two_nodes.nodes.append(two_nodes.add()), monkeypatch)
