@@ -80,24 +80,34 @@ class Bench:
         """What a start is like."""
 
         def measure() -> dict[str, Any]:
-            quant_type = kind.rstrip("0123456789.")
-            bits = float(kind.removeprefix(quant_type))
-            options = {"bits": bits, "quant_type": quant_type, "rank": rank, "seed": seed, **asked(run)}
-            if METHODS[options["method"]].calibrated:
-                options.setdefault("calibration", self.work / "calibration.txt")
-                options = {"calibration_tokens": TOKENS, "sequence_length": LENGTH, **options}
-                name = (
-                    f"{Path(options['calibration']).name}-{options['calibration_tokens']}-{options['sequence_length']}"
-                )
-                options["statistics"] = self.work / f"statistics-{name}-{seed}"
-            with tempfile.TemporaryDirectory(dir=self.work) as folder:
-                report = loftq.quantize(self.model, output=f"{folder}/out", device=self.device, quiet=True, **options)
-                placed = {"device_map": self.device, "dtype": torch.float32}
-                model = loftq.load_qlora(f"{folder}/out", is_trainable=False, **placed)
-                found = self.measure(model)
+            report = self._quantize(run, kind, rank, seed)
+            placed = {"device_map": self.device, "dtype": torch.float32}
+            found = self.measure(loftq.load_qlora(report.folder, is_trainable=False, **placed))
             return {**report.totals, **found, "seconds": report.seconds}
 
         return self._once((run, kind, rank, seed), measure)
+
+    def folder(self, run: str, kind: str, rank: int, seed: int) -> Path:
+        """The artifact of a start, which is made unless it is there."""
+        folder = self._path(run, kind, rank, seed)
+        if not (folder / "loftq.json").is_file():
+            self._quantize(run, kind, rank, seed)
+        return folder
+
+    def _path(self, run: str, kind: str, rank: int, seed: int) -> Path:
+        return self.work / "-".join(["start", *run.replace("/", "_").split(), kind, str(rank), str(seed)])
+
+    def _quantize(self, run: str, kind: str, rank: int, seed: int) -> Any:
+        quant_type = kind.rstrip("0123456789.")
+        bits = float(kind.removeprefix(quant_type))
+        options = {"bits": bits, "quant_type": quant_type, "rank": rank, "seed": seed, **asked(run)}
+        if METHODS[options["method"]].calibrated:
+            options.setdefault("calibration", self.work / "calibration.txt")
+            options = {"calibration_tokens": TOKENS, "sequence_length": LENGTH, **options}
+            name = f"{Path(options['calibration']).name}-{options['calibration_tokens']}-{options['sequence_length']}"
+            options["statistics"] = self.work / f"statistics-{name}-{seed}"
+        output = self._path(run, kind, rank, seed)
+        return loftq.quantize(self.model, output=output, overwrite=True, device=self.device, quiet=True, **options)
 
     def measure(self, model: Any) -> dict[str, Any]:
         """Perplexity on the second half, and divergence from full precision."""

@@ -1,10 +1,11 @@
 """Trains the tables of the trellis code that loftq ships.
 
-    python benchmarks/trellis_tables.py [--write] [--rounds 20]
+    python benchmarks/trellis_tables.py [--lengths 10 12] [--write] [--rounds 20]
 
 A table begins as a random order of the quantiles of a Gaussian. Then Viterbi's algorithm codes Gaussian samples, and
 each state's level becomes the mean of the samples that it coded (generalized Lloyd). Prints the mean squared error of
-each width on other samples, beside the rate-distortion limit 4^-b. With --write, replaces loftq/core/data/trellis.npy.
+each width on other samples, beside the rate-distortion limit 4^-b. A length is the number of bits of a state. With
+--write, replaces the files in loftq/core/data.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from machine import describe, table
 from scipy.special import ndtri
 
 from loftq.core.kernels.viterbi import Search
-from loftq.core.trellis import LENGTH, WIDEST
+from loftq.core.trellis import LENGTHS, WIDEST
 
 SAMPLES, COLUMN = 1 << 16, 1 << 12
-FILE = Path(__file__).parents[1] / "loftq/core/data/trellis.npy"
+FOLDER = Path(__file__).parents[1] / "loftq/core/data"
 
 
 def coded(search: Search, samples: np.ndarray, levels: np.ndarray, width: int) -> np.ndarray:
@@ -30,12 +31,12 @@ def coded(search: Search, samples: np.ndarray, levels: np.ndarray, width: int) -
     )
 
 
-def train(width: int, rounds: int) -> tuple[np.ndarray, float]:
+def train(width: int, length: int, rounds: int) -> tuple[np.ndarray, float]:
     """The levels of a width as float32, and their mean squared error on samples that they were not trained on."""
     random = np.random.default_rng(width)
-    count = 1 << LENGTH
+    count = 1 << length
     levels = (0.97 * ndtri((np.arange(count) + 0.5) / count))[random.permutation(count)].astype(np.float32)
-    search = Search(COLUMN, LENGTH)
+    search = Search(COLUMN, length)
     for _ in range(rounds):
         samples = random.standard_normal(SAMPLES).astype(np.float32)
         states = coded(search, samples, levels, width)
@@ -49,16 +50,20 @@ def train(width: int, rounds: int) -> tuple[np.ndarray, float]:
 def main() -> None:
     """Train, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
-    trained = [train(width, options.rounds) for width in range(1, WIDEST + 1)]
-    if options.write:
-        FILE.parent.mkdir(exist_ok=True)
-        np.save(FILE, np.stack([levels for levels, _ in trained]).astype(np.float16))
-    rows: list[tuple[str, ...]] = [("bits", "mean squared error", "limit")]
-    rows += [(str(width), f"{error:.5f}", f"{4.0**-width:.5f}") for width, (_, error) in enumerate(trained, 1)]
-    print(f"{1 << LENGTH} states, {options.rounds} rounds of {SAMPLES} samples\n{describe()}\n\n{table(rows)}")
+    rows: list[tuple[str, ...]] = [("states", "bits", "mean squared error", "limit")]
+    for length in options.lengths:
+        trained = [train(width, length, options.rounds) for width in range(1, WIDEST + 1)]
+        if options.write:
+            np.save(FOLDER / f"trellis-{length}.npy", np.stack([levels for levels, _ in trained]).astype(np.float16))
+        rows += [
+            (str(1 << length), str(width), f"{error:.5f}", f"{4.0**-width:.5f}")
+            for width, (_, error) in enumerate(trained, 1)
+        ]
+    print(f"{options.rounds} rounds of {SAMPLES} samples\n{describe()}\n\n{table(rows)}")
 
 
 if __name__ == "__main__":

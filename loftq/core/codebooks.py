@@ -77,19 +77,21 @@ class QuantType:
     """A kind of codebook: its title, the widths that it has, and the levels of each.
 
     Levels of an integer type are `integers`, and groups of them may have zero-points. Those of another are any
-    ascending table from -1 to 1, of at most 4 bits. A trellis code (`core.trellis`) has no levels of its own; its width
-    is a mean over the columns of a weight, which can be any hundredth between the first and the last of `widths`.
+    ascending table from -1 to 1, of at most 4 bits. A trellis code (`core.trellis`) has states of `state_bits`, and no
+    levels of its own; its width is a mean over the columns of a weight, which can be any hundredth between the first
+    and the last of `widths`.
     """
 
     title: str
     widths: tuple[float, ...]
     levels: Callable[[int], torch.Tensor] | None
     integer: bool = False
+    state_bits: int = 0
 
     @property
     def trellis(self) -> bool:
         """Whether it is a trellis code."""
-        return self.levels is None
+        return bool(self.state_bits)
 
     @property
     def sharing(self) -> str:
@@ -106,7 +108,8 @@ class QuantType:
 TYPES = {  # the only place that lists types and widths: a name such as "nf4" is a type's with a width after it
     "nf": QuantType("NormalFloat", (2, 3, 4), normal_float),
     "int": QuantType("integers", (2, 3, 4, 8), integers, integer=True),
-    "tcq": QuantType("trellis code", (1.5, 2, 2.5, 3, 3.5, 4), None),
+    "tcq": QuantType("trellis code", (1.5, 2, 2.5, 3, 3.5, 4), None, state_bits=12),
+    "tcqfast": QuantType("trellis code of fewer states", (1.5, 2, 2.5, 3, 3.5, 4), None, state_bits=10),
 }
 
 

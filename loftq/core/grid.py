@@ -80,6 +80,11 @@ class Grid:
         return type_of(self.codebook).trellis
 
     @property
+    def state_bits(self) -> int:
+        """Number of bits of a state of a trellis code."""
+        return type_of(self.codebook).state_bits
+
+    @property
     def integer(self) -> bool:
         """Whether codes are whole numbers, which zero-points belong to."""
         return type_of(self.codebook).integer
@@ -103,7 +108,7 @@ class Grid:
             return self.quantizer(columns, scale_dtype)
         from loftq.core.trellis import TrellisQuantizer
 
-        return TrellisQuantizer(self.bits)
+        return TrellisQuantizer(self.bits, self.state_bits)
 
     def quantizer(self, columns: int, scale_dtype: torch.dtype | None = None) -> Quantizer:
         """The quantizer of weights with rows of `columns`, unless the type is a trellis code.

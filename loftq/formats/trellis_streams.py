@@ -7,11 +7,11 @@ For a linear (out, in):
     weight_rows       float32 (out,)      r, the scales of rows
     weight_columns    float16 (in,)       c, the scales of columns
 
-    W~[t, j] = r[t] · c[j] · table_b[state_j(t)],     b = widths[j],     state_j(t) = bits [b·t, b·t + 12) of stream j
+    W~[t, j] = r[t] · c[j] · table_b[state_j(t)],     b = widths[j],     state_j(t) = bits [b·t, b·t + L) of stream j
 
-Bits are counted from the lowest of each little-endian word. The stream of a column has b·(out − 1) + 12 bits. Tables of
-2^12 levels come with loftq. The number of words follows from the budget: the sum of all widths is `bits · in`, rounded
-down.
+L is 12, or 10 for the type tcqfast. Bits are counted from the lowest of each little-endian word. The stream of a column
+has b·(out − 1) + L bits. Tables of 2^L levels come with loftq. The number of words follows from the budget: the sum of
+all widths is `bits · in`, rounded down.
 
 For fused experts (experts, out, in), the tensors of all experts are stacked, and named as in our own layout
 (`native`): `experts.up_proj` int32 (experts, words), `experts.up_proj_widths` and so on. The streams of each expert
@@ -64,7 +64,7 @@ def tensor_shapes(shape: Sequence[int], grid: Grid) -> dict[str, tuple[torch.dty
     """Dtype and shape of each tensor of one linear, by its name within the module."""
     rows, columns = shape
     kinds = (torch.int32, torch.uint8, torch.float32, torch.float16)
-    sizes = (words_of((rows, columns), grid.bits), columns, rows, columns)
+    sizes = (words_of((rows, columns), grid.bits, grid.state_bits), columns, rows, columns)
     return {name: (kind, (size,)) for name, kind, size in zip(TENSORS, kinds, sizes, strict=True)}
 
 

@@ -27,7 +27,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from loftq.models.recorded_tensors import Computed, Leaf, Part, Recomputed, address_of, layout_of, reference_to
+from loftq.models.recorded_tensors import Computed, Leaf, Recomputed, View, address_of, layout_of, reference_to
 
 _SMALL = 1 << 16  # bytes up to which a tensor is kept as it is
 _NODE = "_computed_by"  # the attribute of a tensor that keeps its record alive
@@ -142,7 +142,7 @@ class _Recorder(TorchFunctionMode):
         if not isinstance(part, torch.Tensor):
             return part
         origin = None if self._is_held(part) else self._record_of(part)
-        return Leaf(part) if origin is None else Part(part, origin)
+        return Leaf(part) if origin is None else View(part, origin)
 
     def _before_change(self, tensor: Any) -> None:
         """Compute what came from a tensor before it changes."""

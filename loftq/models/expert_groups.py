@@ -16,9 +16,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import nn
 
-from loftq.core import trellis
 from loftq.core.codebooks import CODEBOOKS
 from loftq.core.grid import Grid
+from loftq.core.trellis import TrellisCode
 from loftq.formats import native, trellis_streams
 from loftq.formats.layouts import Layout
 from loftq.models.devices import has_grouped_products
@@ -119,7 +119,7 @@ def _decode_group(stack: PackedStack, stored: Sequence[torch.Tensor], dtype: tor
     _, rows, columns = stack.shape
     out = torch.empty(len(stored[0]), columns, rows, dtype=dtype, device=stored[0].device)
     for expert, (codes, widths, scales, inputs) in enumerate(zip(*stored, strict=True)):
-        out[expert] = trellis.decode(codes, widths, scales, inputs, dtype=dtype).T
+        out[expert] = TrellisCode(codes, widths, scales, inputs, stack.grid.state_bits).decode(dtype=dtype).T
     return out.transpose(1, 2)
 
 

@@ -41,7 +41,7 @@ class Leaf:
         return self.tensor._version == self.version
 
 
-class Part:
+class View:
     """A tensor that a function was called with, by its layout in the result of another recorded function."""
 
     def __init__(self, tensor: torch.Tensor, origin: Computed) -> None:
@@ -98,7 +98,7 @@ class Computed:
 def _value(part: Any) -> Any:
     if isinstance(part, (tuple, list)):
         return [_value(member) for member in part]
-    return part.value() if isinstance(part, (Leaf, Part)) else part
+    return part.value() if isinstance(part, (Leaf, View)) else part
 
 
 def _leaves(part: Any) -> Iterator[Leaf]:
@@ -107,7 +107,7 @@ def _leaves(part: Any) -> Iterator[Leaf]:
             yield from _leaves(member)
     elif isinstance(part, Leaf):
         yield part
-    elif isinstance(part, Part):
+    elif isinstance(part, View):
         yield from part.origin.leaves()
 
 

@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from loftq.core import trellis
 from loftq.core.grid import Grid
 from loftq.core.solvers.solution import Solution
+from loftq.core.trellis import FEW, TrellisCode, multiplies
 from loftq.formats import trellis_streams as layout
 from loftq.formats.native import stored_name
 from loftq.models import packed_linear
@@ -26,12 +26,13 @@ def decode_trellis(
     widths: torch.Tensor,
     rows: torch.Tensor,
     columns: torch.Tensor,
+    length: int,
     first: int,
     last: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The outputs from `first` to `last` of a weight, transposed: (in, outputs) of `dtype`."""
-    return trellis.decode(codes, widths, rows, columns, slice(first, last), dtype).T
+    return TrellisCode(codes, widths, rows, columns, length).decode(slice(first, last), dtype).T
 
 
 @decode_trellis.register_fake
@@ -40,6 +41,7 @@ def _(
     widths: torch.Tensor,
     rows: torch.Tensor,  # noqa: ARG001 (of the operator's signature)
     columns: torch.Tensor,  # noqa: ARG001
+    length: int,  # noqa: ARG001
     first: int,
     last: int,
     dtype: torch.dtype,
@@ -49,10 +51,16 @@ def _(
 
 @Operator
 def multiply_trellis(
-    codes: torch.Tensor, widths: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, x: torch.Tensor, back: bool
+    codes: torch.Tensor,
+    widths: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    length: int,
+    x: torch.Tensor,
+    back: bool,
 ) -> torch.Tensor:
     """The product x Wᵀ of a few vectors, or x W if `back`, in the dtype of x."""
-    return (trellis.multiply_back if back else trellis.multiply)(codes, widths, rows, columns, x)
+    return TrellisCode(codes, widths, rows, columns, length).multiply(x, back=back)
 
 
 @multiply_trellis.register_fake
@@ -61,15 +69,16 @@ def _(
     widths: torch.Tensor,
     rows: torch.Tensor,
     columns: torch.Tensor,  # noqa: ARG001
+    length: int,  # noqa: ARG001
     x: torch.Tensor,
     back: bool,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], (widths if back else rows).shape[0])
 
 
-def _product(x: torch.Tensor, stored: Sequence[torch.Tensor], *, back: bool) -> torch.Tensor:
+def _product(x: torch.Tensor, stored: Sequence[torch.Tensor], length: int, *, back: bool) -> torch.Tensor:
     codes, widths, rows, columns = stored
-    product = multiply_trellis(codes, widths, rows, columns, x.reshape(-1, x.shape[-1]), back)
+    product = multiply_trellis(codes, widths, rows, columns, length, x.reshape(-1, x.shape[-1]), back)
     return product.view(*x.shape[:-1], -1)
 
 
@@ -77,21 +86,24 @@ class _FewVectors(torch.autograd.Function):
     """Computes x Wᵀ for a few vectors, forward and backward without the decoded weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, *stored: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, length: int, *stored: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(*stored)
-        return _product(x, stored, back=False)
+        ctx.length = length
+        return _product(x, stored, length, back=False)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return (_product(grad, ctx.saved_tensors, back=True), *[None] * len(ctx.saved_tensors))
+        stored = ctx.saved_tensors
+        return (_product(grad, stored, ctx.length, back=True), None, *[None] * len(stored))
 
 
 @dataclass(frozen=True)
 class _Streams:
-    """A weight (rows, columns) as a stream for each column."""
+    """A weight (rows, columns) as a stream for each column, whose states have `length` bits."""
 
     rows: int
     columns: int
+    length: int
 
     def parts(self, dtype: torch.dtype, *stored: torch.Tensor | None) -> Iterator[Part]:
         """Decode the weight in parts of whole rows, each with the slice of its rows."""
@@ -99,7 +111,7 @@ class _Streams:
         step = max(packed_linear.PART // self.columns // 8 * 8, 8)
         for first in range(0, self.rows, step):
             last = min(first + step, self.rows)
-            yield slice(first, last), decode_trellis(codes, widths, rows, columns, first, last, dtype).T
+            yield slice(first, last), decode_trellis(codes, widths, rows, columns, self.length, first, last, dtype).T
 
 
 class TrellisLinear(PackedLinear):
@@ -109,12 +121,12 @@ class TrellisLinear(PackedLinear):
     _tensors = layout.TENSORS
 
     def _layout(self) -> StoredWeight:
-        return _Streams(self.out_features, self.in_features)
+        return _Streams(self.out_features, self.in_features, self.grid.state_bits)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        if not 0 < x.numel() <= trellis.FEW * self.in_features or not trellis.multiplies(self.weight):
+        if not 0 < x.numel() <= FEW * self.in_features or not multiplies(self.weight):
             return super()._multiply(x)
-        product: torch.Tensor = _FewVectors.apply(x, *self._stored())  # type: ignore[no-untyped-call]
+        product: torch.Tensor = _FewVectors.apply(x, self.grid.state_bits, *self._stored())  # type: ignore[no-untyped-call]
         return product
 
     def extra_repr(self) -> str:

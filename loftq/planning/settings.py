@@ -41,7 +41,7 @@ class QuantizeSettings:
 
     bits: float = setting(
         4,
-        "Number of bits of a weight: 2, 3, 4, 8, or a budget between them such as 2.5; for tcq 1.5 to 4.",
+        "Number of bits of a weight: 2, 3, 4, 8, or a budget between them such as 2.5; for tcq and tcqfast 1.5 to 4.",
         "quantization",
     )
     quant_type: str | None = setting(
@@ -96,7 +96,7 @@ class QuantizeSettings:
         "How weights are rounded: nearest, feedback, intrinsic or projected; `loftq methods` explains them.",
         "quantization",
         choices=ROUNDINGS,
-        usual="the method's; for calibrated NF types below 3 bits and tcq projected",
+        usual="the method's; for calibrated NF types below 3 bits and trellis codes projected",
     )
     block_size: int | None = setting(
         None, "Number of weights that share one scale (NF types).", "quantization", usual=str(BLOCK_SIZE)

@@ -18,7 +18,7 @@ GRIDS = {
     "bitsandbytes-fsdp": (Grid("nf4"), Grid("nf4", double_quant=True)),
     "gptq": (Grid("int4", 32, zero_point="integer"),),
     "loftq": (Grid("nf2"), Grid("nf3", double_quant=True), Grid("int2", 32, zero_point="float")),
-    "loftq-trellis": (Grid("tcq2"), Grid("tcq2.25")),
+    "loftq-trellis": (Grid("tcq2"), Grid("tcqfast2.25")),
 }
 OTHERS = (
     "model.norm.weight",

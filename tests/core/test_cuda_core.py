@@ -7,7 +7,6 @@ from typing import cast
 import pytest
 import torch
 
-from loftq.core import trellis
 from loftq.core.affine import AffineQuantizer
 from loftq.core.grid import Grid, Quantizer
 from loftq.core.metric import damped
@@ -23,7 +22,7 @@ from loftq.core.solvers.pooled import solve_pooled
 from loftq.core.solvers.pooled_calibrated import solve_pooled_calibrated
 from loftq.core.solvers.solution import Solution
 from loftq.core.solvers.trellis_coded import solve_trellis
-from loftq.core.trellis import TrellisQuantizer, TrellisScales
+from loftq.core.trellis import TrellisCode, TrellisQuantizer, TrellisScales
 
 GENERATOR = torch.Generator().manual_seed(0)
 WEIGHT = 0.02 * torch.randn(384, 320, generator=GENERATOR)
@@ -161,10 +160,10 @@ def test_qalora_is_the_cpus(zero: str, calibrated_start: bool, cuda: torch.devic
     assert traces[0] == pytest.approx(traces[1], rel=1e-2)
 
 
-@pytest.mark.parametrize("bits", [2, 2.5])
-def test_trellis_codes_are_nearly_the_cpus(bits: float, cuda: torch.device) -> None:
+@pytest.mark.parametrize(("bits", "length"), [(2, 12), (2.5, 12), (2, 10)])
+def test_trellis_codes_are_nearly_the_cpus(bits: float, length: int, cuda: torch.device) -> None:
     """Oracle: the CPU's trace; long columns have another path. Products are those of the decoded weight."""
-    quantizer, method = TrellisQuantizer(bits), METHODS["calibrated"]
+    quantizer, method = TrellisQuantizer(bits, length), METHODS["calibrated"]
     found, theirs = (
         solve_trellis(weight, quantizer, method, MOMENT, 16, 1, 1.0) for weight in (WEIGHT.to(cuda), WEIGHT)
     )
@@ -173,12 +172,13 @@ def test_trellis_codes_are_nearly_the_cpus(bits: float, cuda: torch.device) -> N
     assert found.trace.outputs.final == pytest.approx(theirs.trace.outputs.final, rel=2e-2)
     scales = cast(TrellisScales, found.scales)
     stored = found.codes, scales.widths, scales.values, scales.columns
-    dense = trellis.decode(*stored)
-    assert torch.equal(dense.cpu(), trellis.decode(*(part.cpu() for part in stored)))
+    code = TrellisCode(*stored, length)
+    dense = code.decode()
+    assert torch.equal(dense.cpu(), TrellisCode(*(part.cpu() for part in stored), length).decode())
     for vectors in (1, 3):
         x, y = torch.randn(vectors, 320, device=cuda), torch.randn(vectors, 384, device=cuda)
-        torch.testing.assert_close(trellis.multiply(*stored, x), x @ dense.T, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(trellis.multiply_back(*stored, y), y @ dense, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(code.multiply(x), x @ dense.T, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(code.multiply(y, back=True), y @ dense, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

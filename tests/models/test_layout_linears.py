@@ -25,7 +25,7 @@ GRIDS = {
     "bitsandbytes-fsdp": (Grid("nf4", 64), Grid("nf4", 64, True)),
     "gptq": (Grid("int3", 32, zero_point="integer"),),
     "loftq": (Grid("nf2", 64), Grid("int3", 32, zero_point="float")),
-    "loftq-trellis": (Grid("tcq2", ROW), Grid("tcq3.25", ROW)),
+    "loftq-trellis": (Grid("tcq2", ROW), Grid("tcq3.25", ROW), Grid("tcqfast2.25", ROW)),
 }
 MEMBERS = [name for name in vars(LayoutLinears) if not name.startswith("_")]
 

@@ -18,11 +18,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import loftq
-from loftq.core import trellis
 from loftq.core.grid import ROW, Grid
 from loftq.core.solvers.methods import METHODS
 from loftq.core.solvers.trellis_coded import solve_trellis
-from loftq.core.trellis import TrellisQuantizer
+from loftq.core.trellis import TrellisCode, TrellisQuantizer
 from loftq.errors import ArtifactError
 from loftq.formats import trellis_streams
 from loftq.models import packed_linear
@@ -31,14 +30,15 @@ from loftq.models.trellis_linears import TrellisLinear, build
 TOKENS = torch.tensor([[11, 42, 7, 99, 3, 250, 17, 5]])
 
 
-def coded_linear(rows: int, columns: int, bits: float) -> tuple[TrellisLinear, nn.Linear]:
+def coded_linear(rows: int, columns: int, bits: float, kind: str = "tcq") -> tuple[TrellisLinear, nn.Linear]:
     """A coded linear, and an ordinary one with the values that the solver's codes stand for."""
     torch.manual_seed(0)
-    dense = nn.Linear(columns, rows)
-    solution = solve_trellis(dense.weight.detach(), TrellisQuantizer(bits), METHODS["qlora"], None, 1, 0, 1.0)
-    coded = build(dense, Grid(f"tcq{bits:g}", ROW), solution, None)
+    dense, grid = nn.Linear(columns, rows), Grid(f"{kind}{bits:g}", ROW)
+    quantizer = TrellisQuantizer(bits, grid.state_bits)
+    solution = solve_trellis(dense.weight.detach(), quantizer, METHODS["qlora"], None, 1, 0, 1.0)
+    coded = build(dense, grid, solution, None)
     with torch.no_grad():
-        dense.weight.copy_(TrellisQuantizer(bits).decode(solution.codes, solution.scales, dense.weight.shape))
+        dense.weight.copy_(quantizer.decode(solution.codes, solution.scales, dense.weight.shape))
     return coded, dense
 
 
@@ -62,17 +62,37 @@ def test_outputs_and_gradients_are_those_of_the_decoded_matrix(
     assert torch.equal(coded.to_dense().weight, dense.weight)
 
 
+def test_fewer_states_take_less_and_leave_more() -> None:
+    """A code of 2^10 states differs from one of 2^12, in its stream and in its error."""
+    errors, sizes = [], []
+    for kind in ("tcq", "tcqfast"):
+        coded, _ = coded_linear(200, 64, 2.0, kind)
+        torch.manual_seed(0)
+        errors.append(float((coded.dequantize() - nn.Linear(64, 200).weight).detach().square().sum()))
+        sizes.append(len(coded.weight))
+    assert errors[0] < errors[1] < 1.2 * errors[0]
+    assert sizes[0] - sizes[1] == 64 * 2 // 32  # two bits a column
+
+
 @pytest.mark.parametrize("path", ["compiled", "torch", "triton"])
-@pytest.mark.parametrize(("rows", "columns", "bits"), [(300, 24, 2.5), (33, 17, 4.0)])
+@pytest.mark.parametrize(
+    ("kind", "rows", "columns", "bits"), [("tcq", 300, 24, 2.5), ("tcq", 33, 17, 4.0), ("tcqfast", 40, 24, 2.5)]
+)
 def test_a_few_vectors_need_no_decoded_weight(
-    rows: int, columns: int, bits: float, path: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    rows: int,
+    columns: int,
+    bits: float,
+    path: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Oracle: autograd through the decoded matrix. On a CPU and a GPU, the weight must not be decoded."""
-    coded, dense = coded_linear(rows, columns, bits)
+    coded, dense = coded_linear(rows, columns, bits, kind)
     if path != "compiled":
         request.getfixturevalue(f"{path}_path")
     if path != "torch":
-        monkeypatch.setattr(trellis, "decode", None)
+        monkeypatch.setattr(TrellisCode, "decode", None)
     for shape in ((1,), (4,), (1, 1), (2, 2), ()):
         x = torch.randn(*shape, columns)
         inputs = [x.clone().requires_grad_() for _ in range(2)]

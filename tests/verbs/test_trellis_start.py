@@ -198,12 +198,18 @@ def test_fused_experts_stay_for_the_reason_that_holds(run: Callable[..., Result]
 
 
 def test_a_mixture_from_quantizing_to_merging(tmp_path: Path) -> None:
-    """Calibrated expert by expert, loaded with offload, trained and merged. Oracles: the pair beside it, its loss."""
+    """Calibrated expert by expert in codes of fewer states, loaded with offload, trained and merged.
+
+    Oracles: the pair beside it, its loss.
+    """
     mixture = save_mixture("qwen3_moe", tmp_path / "mixture")
-    options = {"expert_bits": 2.5, "expert_rank": 2, **TEXT}
+    options = {"quant_type": "tcqfast", "expert_bits": 2.5, "expert_rank": 2, **TEXT}
     folder = make(mixture, tmp_path / "out", **options)
     manifest = open_artifact(folder).manifest
-    assert {(len(row["shape"]), row["codebook"]) for row in manifest["layers"]} == {(2, "tcq2.25"), (3, "tcq2.5")}
+    assert {(len(row["shape"]), row["codebook"]) for row in manifest["layers"]} == {
+        (2, "tcqfast2.25"),
+        (3, "tcqfast2.5"),
+    }
     assert all("output_error" in row for row in manifest["layers"])
     assert not loftq.verify(folder, source=mixture, quiet=True).problems
     held, offloaded = (loftq.load_qlora(folder, dtype=torch.float32, offload=o) for o in (None, "experts"))

@@ -95,8 +95,8 @@ class _Coder:
         h: torch.Tensor | None,
         directions: torch.Tensor | None,
     ) -> None:
-        self._bits = quantizer.bits
-        self._words = trellis.words_of(weight.shape, quantizer.bits)
+        self._bits, self._length = quantizer.bits, quantizer.length
+        self._words = trellis.words_of(weight.shape, quantizer.bits, quantizer.length)
         self._feed: torch.Tensor | None = None
         self._costs: torch.Tensor | None = None
         if h is not None:
@@ -110,4 +110,4 @@ class _Coder:
         if self._costs is not None:
             costs *= self._costs
         widths = trellis.share(costs, self._bits)
-        return encode(target, widths, rows, self._words, self._feed)
+        return encode(target, widths, rows, self._length, self._words, self._feed)
