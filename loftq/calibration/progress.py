@@ -146,13 +146,13 @@ def _nan_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.full((), value, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
-def mapped(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """The output of a block with `change` applied to all of its tensors."""
-    if isinstance(value, torch.Tensor):
+def mapped(value: Any, change: Callable[[Any], Any], kind: type = torch.Tensor) -> Any:
+    """The output of a block with `change` applied to all of its tensors, or to all that is of another kind."""
+    if isinstance(value, kind):
         return change(value)
     if isinstance(value, (tuple, list)):
-        return type(value)(mapped(part, change) for part in value)
-    return {key: mapped(part, change) for key, part in value.items()} if isinstance(value, dict) else value
+        return type(value)(mapped(part, change, kind) for part in value)
+    return {key: mapped(part, change, kind) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def is_plain(value: Any) -> bool:

@@ -151,7 +151,7 @@ class _Lead:
             begin = self._batches * (i + 1) // len(self._parts)
 
     def _sums(self, steps: Sequence[Step]) -> dict[Sharing, Moment]:
-        """The sums of a block by the modules that share an input."""
+        """The sums of a block by the modules that share an input. When all are on their way, the workers go on."""
         sizes = {visit: size for step in steps for visit, size in step.sizes.items()}
         moments: dict[Sharing, Moment] = {}
         flying: deque[tuple[Sharing, range, Any]] = deque()
@@ -160,7 +160,7 @@ class _Lead:
             flying.append((modules, group, panels))
             if len(flying) > max(_IN_FLIGHT, len(self._parts)):
                 self._land(moments, *flying.popleft())
-        if steps[0].block is not None:  # the workers go on when their sums have left, and not while this process writes
+        if steps[0].block is not None:
             self._ask(self._progress.is_time() and not self._progress.due)
         while flying:
             self._land(moments, *flying.popleft())

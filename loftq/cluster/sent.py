@@ -45,11 +45,7 @@ def sendable(output: Any) -> Any:
 
 def received(output: Any) -> Any:
     """The output that `sendable` has copied."""
-    if isinstance(output, Array):
-        return output.tensor()
-    if isinstance(output, (tuple, list)):
-        return type(output)(map(received, output))
-    return {key: received(part) for key, part in output.items()} if isinstance(output, dict) else output
+    return mapped(output, Array.tensor, Array)
 
 
 def arrays_of(routed: RoutedTokens) -> dict[str, Array]:

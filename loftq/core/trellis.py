@@ -138,7 +138,7 @@ class TrellisCode:
     widths: torch.Tensor
     rows: torch.Tensor
     columns: torch.Tensor
-    length: int = 12
+    length: int
 
     def decode(self, outputs: slice | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight: (out, in) of `dtype`, a view of its transpose; or only some of its `outputs`."""

@@ -76,24 +76,29 @@ def test_the_path_is_the_best_of_all(width: int) -> None:
         assert ((x - table[path]) ** 2 * weights).sum() == pytest.approx(costs.min(), rel=1e-4)
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 5])
-def test_tables_are_near_the_limit_of_a_gaussian(width: int, length: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "width", "most"),
+    [
+        *((12, 1, 0.278), (12, 2, 0.0735), (12, 3, 0.0193), (12, 4, 0.0053), (12, 5, 0.0015)),
+        *((10, 1, 0.288), (10, 2, 0.0785), (10, 3, 0.0208), (10, 4, 0.0057), (10, 5, 0.0017)),
+    ],
+)
+def test_tables_are_near_the_limit_of_a_gaussian(length: int, width: int, most: float) -> None:
     """The mean squared error of Gaussian samples; the limit is 4^-b, and a table of 2 or 4 levels has 0.363, 0.117."""
     samples, levels = np.random.default_rng(9).standard_normal(1 << 14).astype(np.float32), tables(length)[width - 1]
     path = Search(len(samples), length)(samples, np.ones_like(samples), levels.numpy(), width)
     error = float(np.mean((samples - levels.numpy()[path]) ** 2))
-    assert 4.0**-width < error
+    assert 4.0**-width < error < most
     assert error == pytest.approx(trellis.DISTORTION[width], rel=0.05 if length == 12 else 0.2)
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-def test_tables_are_levels_of_sixteen_bits(length: int) -> None:
+@pytest.mark.parametrize(("length", "widest"), [(12, 1.05), (10, 1.06)])
+def test_tables_are_levels_of_sixteen_bits(length: int, widest: float) -> None:
     """They are shipped in float16, for each width 2^L levels with a mean of 0 and nearly the spread of a Gaussian."""
     levels = tables(length)
     assert levels.shape == (WIDEST, 1 << length)
     assert torch.equal(levels, levels.half().float())
-    assert all(abs(float(row.mean())) < 0.01 and 0.7 < float(row.std()) < 1.1 for row in levels)
+    assert all(abs(float(row.mean())) < 0.01 and 0.7 < float(row.std()) < widest for row in levels)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -80,6 +80,7 @@ class Block(torch.nn.Module):
         ("qwen3_moe", Grid("nf4", 32, double_quant=True)),
         ("gpt_oss", Grid("int3", 32, zero_point="integer")),
         ("gpt_oss", Grid("tcq2.5", ROW)),
+        ("gpt_oss", Grid("tcqfast2.5", ROW)),
     ],
 )
 def test_the_size_of_groups_and_the_product_make_no_difference(
