@@ -20,7 +20,8 @@ from loftq.errors import OptionError
 class Synonym:
     """The meaning of a name: a `setting`, for a flag with its `value`; otherwise a `note`, or a `refusal`.
 
-    A `flag` has no value on the command line. `note` may also accompany a setting.
+    A `flag` has no value on the command line. `note` may also accompany a setting. The setting `set` holds arguments of
+    TrainingArguments, for a flag those of `value`.
     """
 
     setting: str | None = None
@@ -78,6 +79,7 @@ SYNONYMS: Mapping[str, Synonym] = {
     **_means("eval_steps", "eval_step"),
     **_means("push_to_hub", "hub_model_id"),
     **_passed("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "data_seed", "dataloader_num_workers"),
+    "group_by_length": Synonym("set", flag=True, value={"train_sampling_strategy": "group_by_length"}),
     "use_qalora": Synonym("adapter", flag=True, value="qalora"),
     "lora_init": Synonym("method", flag=True, value="qlora"),
     "bf16": Synonym("dtype", flag=True, value="bfloat16"),
@@ -99,7 +101,6 @@ SYNONYMS: Mapping[str, Synonym] = {
     **_ignored("tasks are measured by `loftq evaluate`", "do_mmlu_eval", flag=True),
     **_ignored("the last twentieth of the data, at most 500 examples, is evaluated", "eval_dataset_size"),
     **_ignored("`loftq evaluate` has --max-examples", "max_eval_samples", "max_train_samples"),
-    **_ignored("examples are drawn in random order", "group_by_length", flag=True),
     **_ignored("examples have no unused columns", "remove_unused_columns"),
     **_ignored("all linears are adapted, unless --target-modules names some", "lora_modules"),
     **_ignored("NF4 up to 4 bits; `loftq quantize` has other types", "quant_type"),
@@ -159,11 +160,14 @@ def translated(values: Mapping[str, Any], own: Collection[str] = ()) -> tuple[di
         if row.note is not None:
             notes.append(f"{name}: {row.note}")
         if row.setting == "set":
-            settings["set"] = {**settings.get("set", {}), name: value}
+            settings["set"] = {**settings.get("set", {}), **(row.value if row.flag else {name: value})}
         elif row.setting is not None:
             settings.setdefault(row.setting, row.value if row.flag or row.note else value)
     foreign = {*SYNONYMS, *_CONFIGS} - set(own)
-    settings |= {name: value for name, value in values.items() if name not in foreign}
+    ours = {name: value for name, value in values.items() if name not in foreign}
+    if isinstance(ours.get("set"), Mapping):
+        ours["set"] = {**settings.get("set", {}), **ours["set"]}
+    settings |= ours
     if "report_to" in values:
         settings["report_to"] = values["report_to"]
     for step in _STEPS:

@@ -231,6 +231,7 @@ def test_the_command_of_qlora(run: Run) -> None:
     assert settings["set"] == {
         "data_seed": "42",
         "dataloader_num_workers": "1",
+        "train_sampling_strategy": "group_by_length",
         "adam_beta2": "0.999",
         "max_grad_norm": "0.3",
     }
@@ -288,6 +289,15 @@ def test_our_own_names_stay() -> None:
     values = {"token": "t", "trust_remote_code": True, "lora_r": 4}
     settings, notes = translated(values, own=("token", "trust_remote_code"))
     assert (settings, notes) == ({"token": "t", "trust_remote_code": True, "rank": 4}, [])
+
+
+def test_arguments_passed_through_stay_beside_those_that_are_set() -> None:
+    values = {"max_grad_norm": 0.3, "group_by_length": True, "set": {"optim": "sgd"}}
+    settings, _ = translated(values)
+    passed = {"max_grad_norm": 0.3, "train_sampling_strategy": "group_by_length"}
+    assert settings == {"set": {**passed, "optim": "sgd"}}
+    settings, _ = translated({**values, "group_by_length": False, "set": {"max_grad_norm": 1.0}})
+    assert settings == {"set": {"max_grad_norm": 1.0}}
 
 
 def test_every_name_means_a_setting_or_says_why_not() -> None:
