@@ -6,11 +6,12 @@
                                      [--held-out 128] [--work DIR] [--device cuda]
 
 `loftq train` from each start: METHOD TYPE:RANK of `loftq quantize`, or `lora:RANK`, an adapter on full precision.
-Starts are calibrated as in calibrated.py, on the first half of TEXT. With `--data` the task is GSM8K, whose last
-examples are held out; without, it is to continue the first half of TEXT, and its second half is held out. Prints the
-mean loss a token on what is held out, before and after, with its spread over seeds, which decide the order of examples.
-If several rates are given, the one counts that serves a start best on the first seed. What is done is kept in DIR,
-where a later call, or calibrated.py, finds it.
+Starts are calibrated as in calibrated.py, on the first half of TEXT; a method may have options, such as `calibrated
+--calibration DIR/task.txt`, where the examples to train on are written as a text. With `--data` the task is GSM8K,
+whose last examples are held out; without, it is to continue the first half of TEXT, and its second half is held out.
+Prints the mean loss a token on what is held out, before and after, with its spread over seeds, which decide the order
+of examples. If several rates are given, the one counts that serves a start best on the first seed. What is done is
+kept in DIR, where a later call, or calibrated.py, finds it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import loftq
 
 STARTS = ("lora:64", "qlora nf4:64", "loftq nf2:64", "calibrated nf2:64", "calibrated tcq2:64", "calibrated tcq2.25:64")
 LARGEST = 128  # number of examples that are held out
+_EXAMPLE = "Question: {question}\nAnswer: {answer}"  # as the task writes it
 
 
 class Bench:
@@ -43,6 +45,8 @@ class Bench:
             self.task, self.data, self.held_out = "gsm8k", work / "train.jsonl", work / "held.jsonl"
             self.data.write_text("".join(rows[:-LARGEST]), encoding="utf-8")
             self.held_out.write_text("".join(rows[-LARGEST:][: options.held_out]), encoding="utf-8")
+            examples = "\n\n".join(_EXAMPLE.format(**json.loads(row)) for row in rows[:-LARGEST])
+            (work / "task.txt").write_text(examples, encoding="utf-8")
         else:
             text = options.text.read_text(encoding="utf-8")
             self.task, self.data, self.held_out = "clm", work / "calibration.txt", work / "held.txt"
@@ -55,7 +59,7 @@ class Bench:
         run, _, rank = start.partition(":")
         if run == "lora":
             return {"model": self.starts.source, "adapter": "lora", "rank": int(rank), "alpha": int(rank)}
-        method, kind = run.split()
+        method, _, kind = run.rpartition(" ")
         return {"model": self.starts.folder(method, kind, int(rank), 0)}
 
     def losses(self, start: str, rate: float, seed: int) -> dict[str, float]:
