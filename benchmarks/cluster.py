@@ -163,7 +163,12 @@ def _started(task: dict[str, Any], number: int) -> subprocess.Popen[str]:
     scratch = Path(task["scratch"]) / str(number)
     scratch.mkdir(exist_ok=True)
     threads = "1" if task["mode"] == "Ray" else str(task["cores"])
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": threads,
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "THP_MEM_ALLOC_ENABLE": "1",  # as the command line sets it
+    }
     command = [sys.executable, __file__, "--task", json.dumps({**task, "scratch": str(scratch)})]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
