@@ -88,7 +88,7 @@ class Cluster:
     def estimate(self, plan: Plan) -> dict[str, Any]:
         """The nodes, and the seconds that each part of a run is expected to take. A worker of each node is measured."""
         need, rates = self._largest_need(plan), {}
-        nodes = [node for node in self._checked_nodes(need) if need.places(node)]
+        nodes = [node for node in self._checked_nodes(need) if need.tasks_on(node)]
         for node, found in self._ask(rates_task, nodes, Need(1, need.gpus, 0), Sample.of(plan, self.run.device)):
             if isinstance(found, Failure):
                 raise found.error()
@@ -140,7 +140,7 @@ class Cluster:
         """The nodes that have cores or GPUs for a task, and whose versions are those of this process."""
         nodes, expected = self.nodes, version_probe()()
         check_need(nodes, need, "the largest layer")
-        nodes = [node for node in nodes if replace(need, memory=0).places(node)]
+        nodes = [node for node in nodes if replace(need, memory=0).tasks_on(node)]
         for node, found in self._ask(version_probe(), nodes, _NOTHING, None):
             check_versions(expected, found, node.address)
         return nodes
@@ -169,7 +169,7 @@ class Cluster:
 
 
 @contextmanager
-def joined(run: Run, model: str | None, *, any_device: bool) -> Iterator[Cluster]:
+def open_cluster(run: Run, model: str | None, *, any_device: bool) -> Iterator[Cluster]:
     """The cluster of a run. With `any_device` it computes on GPUs if a node has one, otherwise on the run's device.
 
     Raises OptionError if no cluster can be joined, or if it lacks what the run asks for.

@@ -81,11 +81,11 @@ def estimate(
 
     `rates` are the two rates of a worker on each node, by its id.
     """
-    places = [need.places(node) for node in nodes]
-    tasks = sum(places) if most is None else min(sum(places), most)
-    share = tasks / (sum(places) or 1)
+    counts = [need.tasks_on(node) for node in nodes]
+    tasks = sum(counts) if most is None else min(sum(counts), most)
+    share = tasks / (sum(counts) or 1)
     solving, products = (
-        sum(count * rates[node.id][kind] for node, count in zip(nodes, places, strict=True)) * share for kind in (0, 1)
+        sum(count * rates[node.id][kind] for node, count in zip(nodes, counts, strict=True)) * share for kind in (0, 1)
     )
     seconds = {"solving": plan.weights / solving}
     if plan.recipe.calibration is not None:

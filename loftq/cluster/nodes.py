@@ -44,7 +44,7 @@ class Need:
         """What is enough for each of several tasks."""
         return cls(*(max(getattr(need, name) for need in needs) for name in ("cores", "gpus", "memory")))
 
-    def places(self, node: Node) -> int:
+    def tasks_on(self, node: Node) -> int:
         """The number of such tasks that a node runs at the same time."""
         shares = [node.memory // self.memory if self.memory else 2**31]
         shares += [node.cores // self.cores] if self.cores else []
@@ -63,14 +63,14 @@ def nodes_of(ray: Any) -> list[Node]:
     return sorted(found, key=lambda node: (node.address, node.id))
 
 
-def places(nodes: Sequence[Node], need: Need) -> int:
+def tasks_at_once(nodes: Sequence[Node], need: Need) -> int:
     """The number of tasks that all nodes run at the same time."""
-    return sum(need.places(node) for node in nodes)
+    return sum(need.tasks_on(node) for node in nodes)
 
 
 def check_need(nodes: Sequence[Node], need: Need, what: str) -> None:
     """Raise OptionError if no node has what a task asks for: Ray would wait for such a node forever."""
-    if places(nodes, need):
+    if tasks_at_once(nodes, need):
         return
     if need.gpus and not any(node.gpus >= need.gpus for node in nodes):
         raise OptionError("--device cuda: no node of the cluster has a GPU: use --device cpu, or add a node with one")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from loftq import errors
-from loftq.cluster.nodes import Need, nodes_of, places
+from loftq.cluster.nodes import Need, nodes_of, tasks_at_once
 from loftq.display import one_line
 from loftq.errors import ClusterError, LoftQError, OptionError
 
@@ -55,7 +55,7 @@ class Slots:
         if now - self._asked >= 1.0:
             nodes = nodes_of(self._ray)
             self.nodes, self._asked = frozenset(node.id for node in nodes), now
-            self._count = places(nodes, self._need)
+            self._count = tasks_at_once(nodes, self._need)
             if self._count:
                 self._left = now
             elif now - self._left > _PATIENCE:

@@ -134,9 +134,9 @@ def _joined(run: Run, model: str | None, any_device: bool) -> Iterator[Cluster |
     if run.cluster is None:
         yield None
         return
-    from loftq.cluster.cluster import joined  # imports nothing of Ray until it is called
+    from loftq.cluster.cluster import open_cluster  # imports nothing of Ray until it is called
 
-    with joined(run, model, any_device=any_device) as cluster:
+    with open_cluster(run, model, any_device=any_device) as cluster:
         yield cluster
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fake_ray import FakeRay, node
 
-from loftq.cluster.nodes import Need, check_need, nodes_of, places
+from loftq.cluster.nodes import Need, check_need, nodes_of, tasks_at_once
 from loftq.errors import OptionError
 
 GB = 10**9
@@ -14,9 +14,9 @@ GB = 10**9
 def test_the_scarcest_resource_decides() -> None:
     nodes = nodes_of(FakeRay(node("10.0.0.3", 8, 2, 10 * GB), node("10.0.0.2", 4, 0, 100 * GB)))
     assert [found.address for found in nodes] == ["10.0.0.2", "10.0.0.3"]
-    assert [Need(1, 0, 4 * GB).places(found) for found in nodes] == [4, 2]
-    assert [Need(1, 1, GB).places(found) for found in nodes] == [0, 2]
-    assert places(nodes, Need(2, 0, GB)) == 2 + 4
+    assert [Need(1, 0, 4 * GB).tasks_on(found) for found in nodes] == [4, 2]
+    assert [Need(1, 1, GB).tasks_on(found) for found in nodes] == [0, 2]
+    assert tasks_at_once(nodes, Need(2, 0, GB)) == 2 + 4
     assert Need(2, 1, 5).options() == {"num_cpus": 2, "num_gpus": 1, "memory": 5}
 
 
