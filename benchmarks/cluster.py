@@ -2,13 +2,13 @@
 
     python benchmarks/cluster.py [MODEL ...] [--layers 3] [--skip-model] [--tokens 16384] [--length 512] [--iters 5]
 
-For each model four processes work one after another: threads of one process with 1 and with 2 cores, and Ray with 1
-and with 2 nodes of one core each on this machine (`ray.cluster_utils`). The models are those given (by default the
-installed SmolLM2-135M), and a synthetic checkpoint with so many layers of Llama-2-7B's shapes. Two processes of one
-core that do all of the work at the same time, each for itself, show what is to be had: their speed-up is what two cores
-of this machine give to programs that never wait for each other.
+For each model processes work one after another: threads of one process with 1 and with 2 cores, Ray with 2 workers of
+one core each on one node, as `--cluster auto` starts it, and on two nodes of this machine (`ray.cluster_utils`). The
+models are those given (by default the installed SmolLM2-135M), and a synthetic checkpoint with so many layers of
+Llama-2-7B's shapes. Two processes of one core that do all of the work at the same time, each for itself (`apart`), show
+what is to be had: their speed-up is what two cores of this machine give to programs that never wait for each other.
 
-What Ray needs to start is left out: a small model is quantized first, so that workers have imported everything, and
+What Ray needs to start is left out: the model is quantized once before, so that workers have imported everything, and
 calibrating is timed from the end of the first block to the end of the last. CPU seconds are those of all processes in
 that time. The SHA-256 of the folder and of the statistics must be those of one thread.
 """
@@ -33,9 +33,8 @@ import psutil
 import torch
 from machine import describe, table
 from memory import config_of, make_checkpoint
-from transformers import LlamaConfig
 
-MODES = (("threads", 1), ("apart", 2), ("threads", 2), ("Ray", 1), ("Ray", 2))
+MODES = (("threads", 1), ("apart", 2), ("threads", 2), ("Ray, 1 node", 2), ("Ray, 2 nodes", 2))
 
 
 class _EnoughError(Exception):
@@ -134,12 +133,13 @@ def work(task: dict[str, Any]) -> None:
     """What one process does: print its measurements as JSON."""
     cores, scratch = task["cores"], Path(task["scratch"])
     cluster, more = None, {"workers": cores}
-    torch.set_num_threads(1 if task["mode"] == "Ray" else cores)
-    if task["mode"] == "Ray":
+    torch.set_num_threads(1 if "Ray" in task["mode"] else cores)
+    if "Ray" in task["mode"]:
         from ray.cluster_utils import Cluster
 
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        for _ in range(cores - 1):
+        here = 1 if task["mode"] == "Ray, 2 nodes" else cores
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": here, "include_dashboard": False})
+        for _ in range(cores - here):
             cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
         more = {"cluster": cluster.address}
@@ -149,7 +149,7 @@ def work(task: dict[str, Any]) -> None:
 
     try:
         with connected(cluster.address) if cluster else nullcontext():
-            _solve(task["small"], solving, scratch / "out")
+            _solve(task["model"], solving, scratch / "out")
             found = {"solving": _solve(task["model"], solving, scratch / "out")}
             found["calibrating"] = _calibrate(task["model"], calibrating, scratch / "out")
     finally:
@@ -162,7 +162,7 @@ def _started(task: dict[str, Any], number: int) -> subprocess.Popen[str]:
     """A process that does a task in a folder of its own."""
     scratch = Path(task["scratch"]) / str(number)
     scratch.mkdir(exist_ok=True)
-    threads = "1" if task["mode"] == "Ray" else str(task["cores"])
+    threads = "1" if "Ray" in task["mode"] else str(task["cores"])
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": threads,
@@ -182,11 +182,11 @@ def _ended(process: subprocess.Popen[str]) -> dict[str, Any]:
     return found
 
 
-def measure(name: str, model: str | None, small: str, scratch: str, tokens: int, options: argparse.Namespace) -> None:
+def measure(name: str, model: str | None, scratch: str, tokens: int, options: argparse.Namespace) -> None:
     """Measure a model in all modes, and print a table."""
     name = f"{name}, {tokens} tokens"
     shared = {"bits": 4, "rank": options.rank}
-    task: dict[str, Any] = {"model": model, "small": small, "scratch": scratch}
+    task: dict[str, Any] = {"model": model, "scratch": scratch}
     task["solving"] = {**shared, "iters": options.iters}
     task["calibrating"] = {
         **shared,
@@ -207,8 +207,7 @@ def measure(name: str, model: str | None, small: str, scratch: str, tokens: int,
         ]
         for (mode, cores), found in results.items():
             wall, spent = found[part]["spent"]
-            alone = results["Ray" if mode == "Ray" else "threads", 1][part]["spent"][0]
-            beside = results["threads", cores][part]["spent"][0]
+            alone, beside = (results["threads", number][part]["spent"][0] for number in (1, cores))
             same = "same" if found[part]["sha256"] == base[part]["sha256"] else "differ"
             rows.append(
                 (
@@ -218,7 +217,7 @@ def measure(name: str, model: str | None, small: str, scratch: str, tokens: int,
                     f"{alone / wall * (cores if mode == 'apart' else 1):.2f}x",
                     f"{wall / beside:.2f}x",
                     f"{spent:.1f} s",
-                    same,
+                    "" if mode == "apart" else same,
                 )
             )
         print(f"{table(rows)}\n", flush=True)
@@ -242,23 +241,13 @@ def main() -> None:
         work(options.task)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        config = LlamaConfig(
-            architectures=["LlamaForCausalLM"],
-            vocab_size=512,
-            hidden_size=256,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-        )
-        small = str(make_checkpoint(Path(scratch) / "small", config, "cpu"))
         for model in options.model or ([] if options.skip_model else [None]):
-            measure(Path(model or "SmolLM2-135M").name, model, small, scratch, options.tokens, options)
+            measure(Path(model or "SmolLM2-135M").name, model, scratch, options.tokens, options)
         if options.layers:
             config = config_of(options.layers, mixture=False)
             shapes = str(make_checkpoint(Path(scratch) / "llama-2-7b-shapes", config, "cpu"))
-            measure(
-                f"Llama-2-7B's shapes, {options.layers} layers", shapes, small, scratch, options.shapes_tokens, options
-            )
+            name = f"Llama-2-7B's shapes, {options.layers} layers"
+            measure(name, shapes, scratch, options.shapes_tokens, options)
     print(f"windows of {options.length}, rank {options.rank}, {options.iters} iterations")
     print(f"{describe('cpu')}")
 
