@@ -27,14 +27,30 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from machine import describe, table
 from memory import config_of, make_checkpoint
 
-MODES = (("threads", 1), ("apart", 2), ("threads", 2), ("Ray, 1 node", 2), ("Ray, 2 nodes", 2))
+
+class Mode(NamedTuple):
+    """A way to use `cores`: threads of so many processes, each for itself, or workers on so many nodes of Ray."""
+
+    name: str
+    cores: int
+    processes: int = 1
+    nodes: int = 0
+
+
+MODES = (
+    Mode("threads", 1),
+    Mode("apart", 2, processes=2),
+    Mode("threads", 2),
+    Mode("Ray, 1 node", 2, nodes=1),
+    Mode("Ray, 2 nodes", 2, nodes=2),
+)
 
 
 class _EnoughError(Exception):
@@ -131,16 +147,16 @@ def _hash(folder: Path) -> str:
 
 def work(task: dict[str, Any]) -> None:
     """What one process does: print its measurements as JSON."""
-    cores, scratch = task["cores"], Path(task["scratch"])
-    cluster, more = None, {"workers": cores}
-    torch.set_num_threads(1 if "Ray" in task["mode"] else cores)
-    if "Ray" in task["mode"]:
+    mode, scratch = Mode(*task["mode"]), Path(task["scratch"])
+    cluster, more = None, {"workers": mode.cores // mode.processes}
+    torch.set_num_threads(_threads(mode))
+    if mode.nodes:
         from ray.cluster_utils import Cluster
 
-        here = 1 if task["mode"] == "Ray, 2 nodes" else cores
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": here, "include_dashboard": False})
-        for _ in range(cores - here):
-            cluster.add_node(num_cpus=1)
+        each = mode.cores // mode.nodes
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": each, "include_dashboard": False})
+        for _ in range(mode.nodes - 1):
+            cluster.add_node(num_cpus=each)
         cluster.wait_for_nodes()
         more = {"cluster": cluster.address}
     solving = {**task["solving"], **more, "device": "cpu"}
@@ -158,18 +174,22 @@ def work(task: dict[str, Any]) -> None:
     print(json.dumps(found))
 
 
-def _started(task: dict[str, Any], number: int) -> subprocess.Popen[str]:
+def _threads(mode: Mode) -> int:
+    """The number of threads of a process for matrix products."""
+    return 1 if mode.nodes else mode.cores // mode.processes
+
+
+def _started(task: dict[str, Any], mode: Mode, number: int) -> subprocess.Popen[str]:
     """A process that does a task in a folder of its own."""
     scratch = Path(task["scratch"]) / str(number)
     scratch.mkdir(exist_ok=True)
-    threads = "1" if "Ray" in task["mode"] else str(task["cores"])
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": str(_threads(mode)),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "THP_MEM_ALLOC_ENABLE": "1",  # as the command line sets it
     }
-    command = [sys.executable, __file__, "--task", json.dumps({**task, "scratch": str(scratch)})]
+    command = [sys.executable, __file__, "--task", json.dumps({**task, "mode": mode, "scratch": str(scratch)})]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -195,29 +215,30 @@ def measure(name: str, model: str | None, scratch: str, tokens: int, options: ar
         "sequence_length": options.length,
     }
     results: dict[tuple[str, int], dict[str, Any]] = {}
-    for mode, cores in MODES:
-        parallel = cores if mode == "apart" else 1
-        processes = [_started({**task, "mode": mode, "cores": cores // parallel}, i) for i in range(parallel)]
+    for mode in MODES:
+        processes = [_started(task, mode, i) for i in range(mode.processes)]
         ended = [_ended(process) for process in processes]
-        results[mode, cores] = max(ended, key=lambda one: one["solving"]["spent"][0] + one["calibrating"]["spent"][0])
+        slowest = max(ended, key=lambda one: one["solving"]["spent"][0] + one["calibrating"]["spent"][0])
+        results[mode.name, mode.cores] = slowest
     base = results["threads", 1]
     for part in ("calibrating", "solving"):
         rows: list[tuple[str, ...]] = [
             (f"{name}: {part}", "cores", "time", "speed-up", "of threads", "CPU time", "bytes")
         ]
-        for (mode, cores), found in results.items():
+        for mode in MODES:
+            found = results[mode.name, mode.cores]
             wall, spent = found[part]["spent"]
-            alone, beside = (results["threads", number][part]["spent"][0] for number in (1, cores))
+            alone, beside = (results["threads", number][part]["spent"][0] for number in (1, mode.cores))
             same = "same" if found[part]["sha256"] == base[part]["sha256"] else "differ"
             rows.append(
                 (
-                    mode,
-                    str(cores),
+                    mode.name,
+                    str(mode.cores),
                     f"{wall:.1f} s",
-                    f"{alone / wall * (cores if mode == 'apart' else 1):.2f}x",
+                    f"{mode.processes * alone / wall:.2f}x",
                     f"{wall / beside:.2f}x",
                     f"{spent:.1f} s",
-                    "" if mode == "apart" else same,
+                    same if mode.processes == 1 else "",
                 )
             )
         print(f"{table(rows)}\n", flush=True)

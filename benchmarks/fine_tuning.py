@@ -28,10 +28,10 @@ from machine import describe, table
 from transformers.utils import logging
 
 import loftq
+from loftq.training.tasks.gsm8k import PROMPT
 
 STARTS = ("lora:64", "qlora nf4:64", "loftq nf2:64", "calibrated nf2:64", "calibrated tcq2:64", "calibrated tcq2.25:64")
 LARGEST = 128  # number of examples that are held out
-_EXAMPLE = "Question: {question}\nAnswer: {answer}"  # as the task writes it
 
 
 class Bench:
@@ -45,8 +45,8 @@ class Bench:
             self.task, self.data, self.held_out = "gsm8k", work / "train.jsonl", work / "held.jsonl"
             self.data.write_text("".join(rows[:-LARGEST]), encoding="utf-8")
             self.held_out.write_text("".join(rows[-LARGEST:][: options.held_out]), encoding="utf-8")
-            examples = "\n\n".join(_EXAMPLE.format(**json.loads(row)) for row in rows[:-LARGEST])
-            (work / "task.txt").write_text(examples, encoding="utf-8")
+            examples = [f"{PROMPT.format(row['question'])} {row['answer']}" for row in map(json.loads, rows[:-LARGEST])]
+            (work / "task.txt").write_text("\n\n".join(examples), encoding="utf-8")
         else:
             text = options.text.read_text(encoding="utf-8")
             self.task, self.data, self.held_out = "clm", work / "calibration.txt", work / "held.txt"

@@ -150,6 +150,7 @@ def translated(values: Mapping[str, Any], own: Collection[str] = ()) -> tuple[di
     for a name that something replaces.
     """
     settings: dict[str, Any] = {}
+    passed: dict[str, Any] = {}  # what becomes a part of `set`
     notes: list[str] = []
     for name, value in values.items():
         row = None if name in own else SYNONYMS.get(name)
@@ -160,14 +161,14 @@ def translated(values: Mapping[str, Any], own: Collection[str] = ()) -> tuple[di
         if row.note is not None:
             notes.append(f"{name}: {row.note}")
         if row.setting == "set":
-            settings["set"] = {**settings.get("set", {}), **(row.value if row.flag else {name: value})}
+            passed |= row.value if row.flag else {name: value}
         elif row.setting is not None:
             settings.setdefault(row.setting, row.value if row.flag or row.note else value)
     foreign = {*SYNONYMS, *_CONFIGS} - set(own)
-    ours = {name: value for name, value in values.items() if name not in foreign}
-    if isinstance(ours.get("set"), Mapping):
-        ours["set"] = {**settings.get("set", {}), **ours["set"]}
-    settings |= ours
+    settings |= {name: value for name, value in values.items() if name not in foreign}
+    own_set = settings.get("set", {})
+    if passed and isinstance(own_set, Mapping):
+        settings["set"] = {**passed, **own_set}
     if "report_to" in values:
         settings["report_to"] = values["report_to"]
     for step in _STEPS:

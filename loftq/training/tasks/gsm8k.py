@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ROLES = {"question": ("question", "prompt"), "answer": ("answer", "response")}
 MOST_TOKENS = 256  # default length of an answer
 _STOP = "Question:"  # a model that does not stop writes the next question
-_PROMPT = "Question: {}\nAnswer:"
+PROMPT = "Question: {}\nAnswer:"
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
@@ -36,7 +36,7 @@ def encode(rows: Dataset, columns: Mapping[str, str], encoder: Encoder) -> Datas
     question, answer = names["question"], names["answer"]
     return encoded(
         rows,
-        lambda row: encoder.pair(_PROMPT.format(text_of(row, question)), f" {text_of(row, answer)}"),
+        lambda row: encoder.pair(PROMPT.format(text_of(row, question)), f" {text_of(row, answer)}"),
     )
 
 
@@ -44,7 +44,7 @@ def prompt(question: str, encoder: Encoder, room: int) -> list[int]:
     """Encode a question so that `room` tokens are left for the answer."""
     if encoding.uses_template(encoder, default=False):
         return encoder.templated([{"role": "user", "content": question}], room)
-    return encoder.prompt(_PROMPT.format(question), room)
+    return encoder.prompt(PROMPT.format(question), room)
 
 
 def ends(encoder: Encoder) -> Ends:
