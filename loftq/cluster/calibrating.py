@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from loftq.calibration.forward import Answers, WorkerLostError
 from loftq.calibration.input_files import InputFiles, Sharing
@@ -26,6 +26,7 @@ from loftq.models.lockstep import Batch
 
 _MOST_LOSSES = 20  # of workers, without any progress in between
 _PATIENCE = 60.0  # seconds to wait for a node on which a worker can start
+_EARLY = 2  # groups of panels whose products a worker computes until all workers have run a block
 _IN_FLIGHT = 8  # groups of panels that pass through the workers at the same time, at least
 MOST_GPUS = 8  # with more, reading and passing on take longer than computing
 
@@ -133,14 +134,19 @@ class _Lead:
         self._next = [part.step.remote(due) for part in self._parts]
 
     def _steps(self) -> list[Step]:
-        """The next block of every worker."""
+        """The next block of every worker. Those that have run it compute their first products until the others have."""
         self._progress.begin(self._due)
-        steps = self._ray.get(self._next)
-        for step in steps:
+        steps, waiting = dict[Any, Step](), list(self._next)
+        while waiting:
+            (reference, *_), waiting = self._ray.wait(waiting)
+            step = self._ray.get(reference)
             if isinstance(step, Failure):
                 raise step.error()
             self._rates.add(step.node, step.worker, step.passes, step.seconds)
-        return cast(list[Step], steps)
+            for visits, group in _groups(step.sizes)[:_EARLY]:
+                self._compute(self._next.index(reference), step, visits, group)
+            steps[reference] = step
+        return [steps[reference] for reference in self._next]
 
     def _keep(self, steps: Sequence[Step]) -> None:
         """Write the outputs of the block, if they are due."""
@@ -173,32 +179,35 @@ class _Lead:
 
         The products of a group are asked for before the sums of the group before it, so that no worker waits.
         """
-        visits: dict[Sharing, list[Visit]] = {}
-        for visit in sorted(sizes, key=lambda visit: visit.rounds):  # stable: in the order of a single process
-            visits.setdefault(visit.modules, []).append(visit)
-        groups = [(modules, group) for modules in visits for group in panel_groups(sizes[visits[modules][0]])]
-        for i, (modules, group) in enumerate(groups):
-            if not i:
-                self._compute(steps, visits[modules], group)
-            if i + 1 < len(groups):
-                following, next_group = groups[i + 1]
-                self._compute(steps, visits[following], next_group)
+        groups = _groups(sizes)
+        for i, (visits, group) in enumerate(groups):
+            for following, next_group in groups[i + 1 : i + 2] if i else groups[:2]:
+                for place, step in enumerate(steps):
+                    self._compute(place, step, following, next_group)
             panels: Any = None
-            for visit in visits[modules]:
+            for visit in visits:
                 for part, step in zip(self._parts, steps, strict=True):
                     if visit in step.sizes:
                         panels = part.add.remote(visit, group, panels)
-            yield modules, group, panels
+            yield visits[0].modules, group, panels
 
-    def _compute(self, steps: Sequence[Step], visits: Sequence[Visit], group: range) -> None:
+    def _compute(self, place: int, step: Step, visits: Sequence[Visit], group: range) -> None:
+        """Let a worker compute the products of a group ahead."""
         for visit in visits:
-            for part, step in zip(self._parts, steps, strict=True):
-                if visit in step.sizes:
-                    part.compute.remote(visit, group)
+            if visit in step.sizes:
+                self._parts[place].compute.remote(visit, group)
 
     def _land(self, moments: dict[Sharing, Moment], modules: Sharing, group: range, panels: Any) -> None:
         for index, panel in zip(group, self._ray.get(panels), strict=True):
             moments[modules].panels[index].numpy()[:] = panel
+
+
+def _groups(sizes: Mapping[Visit, int]) -> list[tuple[list[Visit], range]]:
+    """The groups of panels of each sum, with the visits whose inputs it adds, in the order of a single process."""
+    sums: dict[Sharing, list[Visit]] = {}
+    for visit in sorted(sizes, key=lambda visit: visit.rounds):  # stable
+        sums.setdefault(visit.modules, []).append(visit)
+    return [(visits, group) for visits in sums.values() for group in panel_groups(sizes[visits[0]])]
 
 
 def _routed(steps: Sequence[Step]) -> dict[str, list[RoutedTokens]]:

@@ -134,7 +134,9 @@ class Part:
         return step
 
     def compute(self, visit: Visit, group: range) -> None:
-        """Compute the products of a group of panels for as many batches as fit."""
+        """Compute the products of a group of panels for as many batches as fit, unless they are there."""
+        if (visit, group) in self._ahead:
+            return
         held = sum(product.nbytes for found in self._ahead.values() for batch in found for product in batch)
         computed: list[list[torch.Tensor]] = []
         for x in self._vectors(visit):

@@ -155,7 +155,9 @@ def test_sums_leave_a_node_as_seldom_as_possible(
     monkeypatch.setattr(Part, "node", lambda self: nodes.setdefault(self, next(asked)))
     monkeypatch.setattr(Part, "take", lambda self, *given: (order.append(nodes[self]), take(self, *given))[1])
     settings = {**CALIBRATED, "calibration_tokens": 6144, "calibration": str(text)}
-    assert quantize(FakeRay(node("10.0.0.2", 2), node("10.0.0.3")), **settings) == quantize(**settings)
+    cores = torch.get_num_threads()  # of a worker
+    ray = FakeRay(node("10.0.0.2", 2 * cores), node("10.0.0.3", cores))
+    assert quantize(ray, **settings) == quantize(**settings)
     assert order == ["there", HERE, HERE]
 
 
