@@ -56,7 +56,6 @@ class Cluster:
         """What workers must know of a plan."""
         if statistics is not None:
             statistics = replace(statistics, folder=statistics.folder.resolve())
-        measured = plan.recipe.allocation == "auto"
         return Job(
             key=secrets.token_hex(8),
             model=self.model,
@@ -66,7 +65,7 @@ class Cluster:
             headers=headers_digest(plan.source.checkpoint),
             sizes=sizes_of(plan),
             recipe=plan.recipe,
-            widths={layer.module: layer.bits for layer in plan.linears} if measured else None,
+            widths={layer.module: layer.bits for layer in plan.linears} if plan.recipe.measures_widths else None,
             device=self.run.device.type,
             versions=version_probe()(),
             machine=machine_here(),

@@ -46,8 +46,8 @@ def make_plan(
 ) -> Plan:
     """Make the plan of a recipe for a source. Raises SourceError or OptionError, with the change that is needed.
 
-    Unless `with_experts`, fused experts stay as they are. `widths` are the bits of each module under `--allocation
-    auto`; until they are known, the plan has the same size as the final one.
+    Unless `with_experts`, fused experts stay as they are. `widths` are the bits of each module if a run
+    measures them; until they are known, the plan has the same size as the final one.
     """
     source = _with_dense_weights(source)
     model, task = build_meta(
@@ -161,10 +161,10 @@ def _new_poolers(names: NameMap) -> list[str]:
 
 def _allocate(layers: tuple[Layer, ...], recipe: Recipe, widths: Mapping[str, float] | None) -> tuple[Layer, ...]:
     """The layers with their bits."""
-    if recipe.allocation is None:
-        return tuple(replace(layer, bits=recipe.widths[0]) for layer in layers)
     if widths is not None:
         return tuple(replace(layer, bits=widths[layer.module]) for layer in layers)
+    if len(recipe.widths) == 1:
+        return tuple(replace(layer, bits=recipe.widths[0]) for layer in layers)
     bits = allocation.first([layer.weights for layer in layers], recipe.widths[0], recipe.widths[-1], recipe.bits)
     return tuple(replace(layer, bits=width) for layer, width in zip(layers, bits, strict=True))
 

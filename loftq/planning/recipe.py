@@ -24,6 +24,7 @@ from loftq.planning.settings import (
     CALIBRATION_TOKENS,
     EXPERT_RANK,
     FIRST_WIDTHS,
+    SENSITIVE,
     SEQUENCE_LENGTH,
     QuantizeSettings,
 )
@@ -70,9 +71,14 @@ class Recipe(QuantizeSettings):
     @property
     def widths(self) -> tuple[float, ...]:
         """The widths in bits that layers may get, the narrowest first."""
-        if self.allocation is None:
-            return (self.bits,)
+        if self.allocation is None or (self.allocation == SENSITIVE and TYPES[self.quant_type].trellis):
+            return (self.bits,)  # of trellis codes, whose layers get any hundredth of a bit, it stands for all
         return FIRST_WIDTHS if self.allocation == "first" else TYPES[self.quant_type].widths
+
+    @property
+    def measures_widths(self) -> bool:
+        """Whether the widths of layers are chosen by what a run measures."""
+        return self.allocation in ("auto", SENSITIVE)
 
     @property
     def scaling(self) -> float:
@@ -272,6 +278,7 @@ def _with_text(settings: QuantizeSettings) -> QuantizeSettings:
         "--sequence-length": settings.sequence_length,
         "--refine": settings.refine or None,
         "--method": settings.method if preset.needs_moment else None,
+        "--allocation": settings.allocation if settings.allocation == SENSITIVE else None,
         "--rounding": settings.rounding if settings.rounding != preset.rounding else None,
     }
     for option, value in text_settings.items():

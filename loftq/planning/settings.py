@@ -25,9 +25,11 @@ ADAPTERS = {
     "lora": "LoftQ: a plain LoRA that corrects the errors of the backbone",
     "qalora": "QA-LoRA: a LoRA on pooled inputs, which can be merged into the zero-points",
 }
+SENSITIVE = "sensitive"
 ALLOCATIONS = {
     "first": "4 bits for the first layers, 2 for the rest, as in the paper",
     "auto": "the widths that give the least summed error",
+    SENSITIVE: "the widths that change the model's answers least, which needs --calibration",
 }
 _MOST_STEPS = 100_000
 
@@ -62,7 +64,8 @@ class QuantizeSettings:
     )
     allocation: str | None = setting(
         None,
-        "How layers share a budget of bits: first (4 bits for the first layers, 2 for the rest) or auto (least error).",
+        "How layers share a budget of bits: first (4 bits for the first layers, 2 for the rest), auto (least error), "
+        "or sensitive (least change of the answers; needs --calibration, and memory for the whole model).",
         "quantization",
         choices=ALLOCATIONS,
         usual="auto for a budget such as 2.5",

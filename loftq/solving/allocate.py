@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from tqdm import tqdm
 
 from loftq.calibration.statistics import Statistics
-from loftq.core.allocation import least_error
+from loftq.core.allocation import least_error, waterfilled
+from loftq.core.codebooks import TYPES
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.run import Run
+from loftq.planning.settings import SENSITIVE
 from loftq.planning.weights import read_source_weight
 from loftq.solving.layers import one_thread_each, run_jobs, solve_layer
+from loftq.solving.sensitivity import measure_sensitivities
 
 MeasureErrors = Callable[[Sequence[str], Callable[[str, list[float]], None]], None]  # of modules, in other processes
 
@@ -24,10 +28,15 @@ def allocate(
 
     A layer's error at a width is the error after one alternation: later alternations lower the errors of all layers by
     nearly the same factor. If there are statistics of the inputs, it is the relative error of the outputs times the
-    number of weights: the perplexity that a layer costs was measured to grow with its size. Layers are measured in
-    threads of this process, unless `measure_elsewhere` does it.
+    number of weights: the perplexity that a layer costs was measured to grow with its size. If the allocation is
+    `sensitive`, it is what this error changes in the answers (`solving.sensitivity`). Layers are measured in threads of
+    this process, unless `measure_elsewhere` does it.
     """
     recipe = plan.recipe
+    sensitivities = None
+    if recipe.allocation == SENSITIVE:
+        options = {"trust_remote_code": run.trust_remote_code, "quiet": run.quiet}
+        sensitivities = measure_sensitivities(plan, cast(Statistics, statistics), run.device, **options)
     layers = {layer.module: layer for layer in plan.linears}
     errors: dict[str, list[float]] = {}
     total = sum(layer.weights for layer in plan.linears)
@@ -45,8 +54,17 @@ def allocate(
             run_jobs(measure, list(layers), run.workers)
         else:
             measure_elsewhere(list(layers), measured)
+    if sensitivities is not None:
+        for layer in plan.linears:
+            factor = sensitivities[layer.module] / layer.weights
+            errors[layer.module] = [error * factor for error in errors[layer.module]]
+    weights = [layer.weights for layer in plan.linears]
     by_width = {width: [errors[layer.module][i] for layer in plan.linears] for i, width in enumerate(recipe.widths)}
-    chosen = least_error([layer.weights for layer in plan.linears], by_width, recipe.bits)
+    kind = TYPES[recipe.quant_type]
+    if kind.trellis and sensitivities is not None:
+        chosen = waterfilled(weights, by_width[recipe.bits], recipe.bits, kind.widths[0], kind.widths[-1])
+    else:
+        chosen = least_error(weights, by_width, recipe.bits)
     return dict(zip(layers, chosen, strict=True))
 
 

@@ -1,9 +1,9 @@
 """Estimates of the peak memory of each part of a run, in bytes beside the program itself. No weight is read for them.
 
 Calibrating needs memory for the weights outside the blocks, one block with the moments of its inputs, an activation for
-each token, and the answers, whose logits are computed a batch at a time. Solving needs memory for one layer for each
-worker. Refining needs memory for the whole quantized model, its adapter with gradients and Adam's moments, the answers,
-and the tensors that autograd keeps for a step.
+each token, and the answers, whose logits are computed a batch at a time. Sensitivities of layers need the whole model.
+Solving needs memory for one layer for each worker. Refining needs memory for the whole quantized model, its adapter
+with gradients and Adam's moments, the answers, and the tensors that autograd keeps for a step.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from loftq.models.lockstep import find_blocks
 from loftq.models.positions import longest_input
 from loftq.models.training_memory import embedding_width, kept_bytes, streams_logits, trained_bytes
 from loftq.planning.plan import Layer, Plan, adapted_names
+from loftq.planning.settings import SENSITIVE
+from loftq.solving.sensitivity import LENGTH
 
 _SOLVER_BYTES = 13  # per weight of a layer: float32 twice, its source, its codes, their packed form, a sketch
 _CALIBRATED_BYTES = 36  # the same with statistics of inputs: also its residual, errors of columns, factors
@@ -43,7 +45,10 @@ def needed(plan: Plan, workers: int, device: torch.device) -> dict[str, int]:
         return {"solving": _solving(plan, workers)}
     check_calibratable(plan, _tokens(plan))
     dtype = computing_dtype(plan, device)
-    parts = {"calibrating": calibrating_bytes(plan, dtype), "solving": _solving(plan, workers)}
+    parts = {"calibrating": calibrating_bytes(plan, dtype)}
+    if plan.recipe.allocation == SENSITIVE:
+        parts["sensitivities"] = _sensitivities(plan, dtype)
+    parts["solving"] = _solving(plan, workers)
     refining = _refining(plan, dtype, device) if plan.recipe.refine else None
     return parts if refining is None else {**parts, "refining": refining}
 
@@ -89,6 +94,13 @@ def calibrating_bytes(plan: Plan, dtype: torch.dtype) -> int:
     activations = _tokens(plan) * embedding_width(model) * dtype.itemsize
     logits = BATCH_TOKENS * _vocabulary(plan) * (dtype.itemsize + 4) if plan.task.name in VOCABULARY else 0
     return outside + activations + max(max(sizes.values(), default=0), logits) + _answers(plan)
+
+
+def _sensitivities(plan: Plan, dtype: torch.dtype) -> int:
+    """The whole model, and what its linears leave for the gradient of one window."""
+    tokens = min(LENGTH, cast(int, plan.recipe.sequence_length))
+    kept = tokens * sum(sum(layer.matrix) for layer in plan.linears)
+    return (_parameters(cast(Any, plan.model)) + kept) * dtype.itemsize
 
 
 def kept_inputs_bytes(plan: Plan, device: torch.device) -> int:

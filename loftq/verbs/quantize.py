@@ -209,7 +209,7 @@ def _make(plan: Plan, folder: Path, run: Run, job: Adopter | None, cluster: Clus
     if cluster is not None:
         cluster.check(plan)
     statistics = calibrate(plan, folder, run, None if cluster is None else cluster.forward(plan))
-    if recipe.allocation == "auto":
+    if recipe.measures_widths:
         widths = allocate(plan, statistics, run, None if cluster is None else cluster.measure(plan, statistics))
         plan = make_plan(plan.source, recipe, trust_remote_code=run.trust_remote_code, widths=widths)
     if statistics is not None:

@@ -294,6 +294,18 @@ def test_widths_are_measured_there(quantize: Quantize) -> None:
     assert sum(name == "run_batch" for name, _ in ray.log) == 14 + 21  # and then they are solved
 
 
+def test_widths_that_sensitivities_choose(quantize: Quantize, text: Path) -> None:
+    """Sensitivities are measured in this process, errors there."""
+    settings = {
+        **CALIBRATED,
+        "calibration": str(text),
+        "allocation": "sensitive",
+        "bits": 2.25,
+        "quant_type": "tcqfast",
+    }
+    assert quantize(FakeRay(), **settings) == quantize(**settings)
+
+
 def test_a_weight_that_is_not_finite_ends_the_run(quantize: Quantize, tmp_path: Path) -> None:
     model = pico_llama()
     with torch.no_grad():

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from loftq.core.allocation import first, least_error
+from loftq.core.allocation import _TRUST, first, least_error, waterfilled
 from loftq.errors import OptionError
 
 
@@ -51,3 +51,30 @@ def test_a_budget_outside_the_widths(budget: float) -> None:
         first([1, 1], 2, 4, budget)
     with pytest.raises(OptionError, match="outside 2 to 4"):
         least_error([1, 1], {2: [1, 1], 4: [0, 0]}, budget)
+
+
+@pytest.mark.parametrize(("budget", "narrow", "wide"), [(2.25, 1.5, 4.0), (1.6, 1.5, 4.0), (3.9, 1.5, 4.0)])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_hundredth_of_a_bit_is_better_elsewhere(budget: float, narrow: float, wide: float, seed: int) -> None:
+    """Oracle: the sum of the errors that it minimizes, after moving weights' bits from each layer to each other one."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [n * 1000 for n in torch.randint(1, 9, (12,), generator=generator).tolist()]
+    errors = (torch.randn(12, generator=generator) * 3).exp2().tolist()
+    found = waterfilled(weights, errors, budget, narrow, wide)
+    assert all(narrow <= width <= wide and width == round(100 * width) / 100 for width in found)
+    spent = sum(n * b for n, b in zip(weights, found, strict=True)) / sum(weights)
+    assert budget - 0.01 < spent <= budget + 1e-9
+    followed = [n * (e / n) ** _TRUST for n, e in zip(weights, errors, strict=True)]
+    slopes = [
+        error * 4.0**-width / n for error, width, n in zip(followed, found, weights, strict=True)
+    ]  # a weight's bit
+    gains = [slope for slope, width in zip(slopes, found, strict=True) if width < wide]
+    losses = [slope for slope, width in zip(slopes, found, strict=True) if width > narrow]
+    assert max(gains) <= min(losses) * 4.0**0.0101
+
+
+def test_layers_without_errors_get_the_fewest_bits() -> None:
+    assert waterfilled([1000, 1000], [0.0, 1.0], 2.5, 1.5, 4) == [1.5, 3.5]
+    assert waterfilled([10, 30], [0.1, 0.3], 2.37, 1.5, 4) == [2.37, 2.37]
+    with pytest.raises(OptionError, match=r"outside 1\.5 to 4"):
+        waterfilled([1], [1.0], 1.25, 1.5, 4)

@@ -176,6 +176,7 @@ def test_in_memory_without_an_adapter() -> None:
         (["--bits", "2", "--adapter", "qalora"], "--quant-type tcq"),
         (["--bits", "2", "--format", "bitsandbytes"], "loftq-trellis"),
         (["--bits", "2", "--expert-bits", "1"], "--expert-bits"),
+        (["--bits", "2", "--allocation", "sensitive"], "--allocation sensitive: needs text: add --calibration FILE"),
     ],
 )
 def test_what_does_not_apply_is_refused(
@@ -246,3 +247,21 @@ def test_a_budget_shared_between_layers(source: Path, tmp_path: Path) -> None:
     assert loftq.load_qlora(folder) is not None
     model = loftq.quantize_model(pico_llama(), bits=2, quant_type="tcq", rank=4, target_modules=["q_proj"])
     assert torch.isfinite(model(TOKENS).logits).all()  # type: ignore[operator]
+
+
+def test_a_budget_shared_by_how_sensitive_layers_are(source: Path, tmp_path: Path) -> None:
+    """Hundredths of a bit, at most the budget and next to it. Oracles: the errors again, a second run's bytes."""
+    options = {**TEXT, "allocation": "sensitive", "statistics": tmp_path / "statistics", "refine": 0}
+    folder = make(source, tmp_path / "out", **options)
+    rows = open_artifact(folder).manifest["layers"]
+    widths = [float(row["codebook"].removeprefix("tcq")) for row in rows]
+    counts = [row["shape"][0] * row["shape"][1] for row in rows]
+    assert len(set(widths)) > 7
+    assert 2.24 < sum(n * b for n, b in zip(counts, widths, strict=True)) / sum(counts) <= 2.25
+    assert not loftq.verify(folder, source=source, quiet=True).problems
+    assert loftq.load_qlora(folder) is not None
+    again = make(source, tmp_path / "again", **options, workers=3)
+    assert {row["name"]: row["codebook"] for row in open_artifact(again).manifest["layers"]} == {
+        row["name"]: row["codebook"] for row in rows
+    }
+    assert make(source, tmp_path / "out", **options, resume=True) == folder

@@ -286,7 +286,7 @@ def test_a_budget_in_name_plan_and_resume(pico: Path, run: Callable[..., Any], t
         (["--bits", "8.5"], ["--bits 8.5", "choose 2, 3, 4, 8, or a budget between them"]),
         (["--bits", "5", "--allocation", "first"], ["--bits 5", "choose 2, 4, or a budget between them"]),
         (["--bits", "3.5", "--quant-type", "int", "--format", "gptq"], ["one width a folder", "--format loftq"]),
-        (["--bits", "2.5", "--allocation", "last"], ["unknown allocation 'last'", "auto, first"]),
+        (["--bits", "2.5", "--allocation", "last"], ["unknown allocation 'last'", "auto, first, sensitive"]),
         (["--bits", "2.5", "--format", "bitsandbytes"], ["--format bitsandbytes holds nf4"]),
     ],
 )
