@@ -47,7 +47,7 @@ def needed(plan: Plan, workers: int, device: torch.device) -> dict[str, int]:
     dtype = computing_dtype(plan, device)
     parts = {"calibrating": calibrating_bytes(plan, dtype)}
     if plan.recipe.allocation == SENSITIVE:
-        parts["sensitivities"] = _sensitivities(plan, dtype)
+        parts["measuring"] = _sensitivities(plan, dtype)
     parts["solving"] = _solving(plan, workers)
     refining = _refining(plan, dtype, device) if plan.recipe.refine else None
     return parts if refining is None else {**parts, "refining": refining}

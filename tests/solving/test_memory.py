@@ -61,7 +61,7 @@ def test_more_tokens_and_a_higher_rank_need_more(name: str, tmp_path: Path) -> N
 def test_what_is_not_done_needs_nothing(tmp_path: Path) -> None:
     folder = _save("llama", tmp_path)
     assert list(_parts(folder, refine=0)) == ["calibrating", "solving"]
-    assert list(_parts(folder, allocation="sensitive"))[:2] == ["calibrating", "sensitivities"]
+    assert list(_parts(folder, allocation="sensitive"))[:2] == ["calibrating", "measuring"]
     assert list(_parts(folder, calibration=None, calibration_tokens=None, sequence_length=None)) == ["solving"]
     one, two = (loftq.quantize(str(folder), rank=4, dry_run=True, workers=n).memory for n in (1, 2))
     assert two == 2 * one
