@@ -24,7 +24,7 @@ from loftq.cluster.threads import threads_here
 from loftq.cluster.work import check_task
 from loftq.display import one_line
 from loftq.errors import ClusterError, OptionError
-from loftq.models.devices import find_gpu
+from loftq.models.devices import is_here
 from loftq.planning.plan import Plan
 from loftq.planning.run import Run
 from loftq.solving.allocate import MeasureErrors
@@ -95,7 +95,7 @@ class Cluster:
         planned = estimate(plan, [node for node in nodes if node.id in rates], need, self.run.tasks, rates)
         if plan.recipe.calibration is None or not plan.recipe.refine:
             return planned
-        where = "this machine" if self._refines_here() else "one GPU of the cluster"
+        where = "this machine" if is_here(self.run.device) else "one GPU of the cluster"
         return {**planned, "refining": f"on {where}, {_ONE_DEVICE}"}
 
     def forward(self, plan: Plan) -> Calibrating | None:
@@ -127,13 +127,10 @@ class Cluster:
         One device refines: the steps are few and small, and gradients that are summed over several devices would make
         the bytes depend on their number.
         """
-        if self._refines_here():
+        if is_here(self.run.device):
             return None
         need = self.need(plan.backbone_bytes)
         return refining(self.ray, lambda output: self.job(plan, statistics, output), staging, need)
-
-    def _refines_here(self) -> bool:
-        return self.run.device.type == "cpu" or find_gpu() is not None
 
     def _checked_nodes(self, need: Need) -> list[Node]:
         """The nodes that have cores or GPUs for a task, and whose versions are those of this process."""

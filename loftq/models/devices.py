@@ -27,6 +27,11 @@ def find_gpu() -> torch.device | None:
     return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
+def is_here(device: torch.device) -> bool:
+    """Whether this machine has the device of a run, whose cluster may have GPUs that it lacks."""
+    return device.type == "cpu" or find_gpu() is not None
+
+
 def device_to_run(cpu: bool | None) -> torch.device:
     """The accelerator that torch finds, or the CPU where it finds none or `cpu` is true.
 

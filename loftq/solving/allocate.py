@@ -11,6 +11,7 @@ from tqdm import tqdm
 from loftq.calibration.statistics import Statistics
 from loftq.core.allocation import least_error, waterfilled
 from loftq.core.codebooks import TYPES
+from loftq.models.devices import is_here
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.run import Run
 from loftq.planning.settings import SENSITIVE
@@ -30,13 +31,14 @@ def allocate(
     nearly the same factor. If there are statistics of the inputs, it is the relative error of the outputs times the
     number of weights: the perplexity that a layer costs was measured to grow with its size. If the allocation is
     `sensitive`, it is what this error changes in the answers (`solving.sensitivity`). Layers are measured in threads of
-    this process, unless `measure_elsewhere` does it.
+    this process, unless `measure_elsewhere` does it; sensitivities always in this process.
     """
     recipe = plan.recipe
     sensitivities = None
     if recipe.allocation == SENSITIVE:
         options = {"trust_remote_code": run.trust_remote_code, "quiet": run.quiet}
-        sensitivities = measure_sensitivities(plan, cast(Statistics, statistics), run.device, **options)
+        device = run.device if is_here(run.device) else torch.device("cpu")
+        sensitivities = measure_sensitivities(plan, cast(Statistics, statistics), device, **options)
     layers = {layer.module: layer for layer in plan.linears}
     errors: dict[str, list[float]] = {}
     total = sum(layer.weights for layer in plan.linears)

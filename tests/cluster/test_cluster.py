@@ -28,7 +28,6 @@ from pico_processors import draw, save_with_processor
 import loftq
 from loftq.calibration import conversations, progress, windows
 from loftq.cluster import calibrating, cluster, jobs, part, spread, work
-from loftq.cluster.cluster import Cluster
 from loftq.cluster.jobs import SharedFolder
 from loftq.cluster.part import Part
 from loftq.errors import ClusterError, OptionError, OutputError, SourceError
@@ -228,7 +227,7 @@ def test_an_adapter_is_refined_in_one_worker(quantize: Quantize, text: Path, mon
     """As where only the cluster has a GPU. A worker that does not see the folder cannot refine."""
     settings = {**CALIBRATED, "calibration": str(text), "refine": 1}
     here = quantize(**settings)
-    monkeypatch.setattr(Cluster, "_refines_here", lambda _: False)
+    monkeypatch.setattr(cluster, "is_here", lambda _: False)
     ray = FakeRay()
     assert quantize(ray, **settings) == here
     assert sum(name == "refine_task" for name, _ in ray.log) == 1

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from loftq.models.devices import device_to_run, find_gpu
+from loftq.models.devices import device_to_run, find_gpu, is_here
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,5 @@ def test_solving_needs_float64_and_running_a_model_does_not(
     assert find_gpu() == (None if solving is None else torch.device(solving))
     assert device_to_run(None) == device_to_run(False) == torch.device(running)
     assert device_to_run(True) == torch.device("cpu")
+    assert is_here(torch.device("cpu"))
+    assert is_here(torch.device("cuda")) == (solving is not None)
