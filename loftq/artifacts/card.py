@@ -11,6 +11,7 @@ from typing import Any
 from loftq.artifacts.card_metadata import metadata
 from loftq.artifacts.card_section import marked
 from loftq.artifacts.loading_snippet import loading_section
+from loftq.core.codebooks import labels
 from loftq.core.grid import ROW
 from loftq.core.solvers.methods import METHODS, PLAIN_START
 from loftq.display import code, code_block, markdown, markdown_table, size
@@ -94,7 +95,8 @@ def _head(plan: Plan) -> str:
 
 def _settings(plan: Plan) -> dict[str, str]:
     recipe = plan.recipe
-    counts = Counter(plan.codebooks.values())
+    names = labels(plan.codebooks.values())
+    counts = Counter(names[codebook] for codebook in plan.codebooks.values())
     kinds = "".join(counts) if len(counts) == 1 else ", ".join(f"{n} x {name}" for name, n in sorted(counts.items()))
     grid = recipe.grids[0]
     what = "groups" if grid.zero_point else "blocks"

@@ -18,7 +18,7 @@ block scales: a sign, a decimal exponent in unary, and a linear fraction with th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -120,6 +120,7 @@ def _names() -> Iterator[tuple[str, tuple[QuantType, float]]]:
             yield f"{name}{bits:g}", (kind, int(bits) if float(bits).is_integer() else bits)
 
 
+_SHOWN = 4  # widths of a type that are shown one by one
 _TYPE_OF = dict(_names())
 CODEBOOKS: dict[str, Any] = {name: bits for name, (_, bits) in _TYPE_OF.items()}  # each with the bits of a code
 INTEGERS = {name: int(bits) for name, (kind, bits) in _TYPE_OF.items() if kind.integer}
@@ -131,6 +132,19 @@ def type_of(name: str) -> QuantType:
     if name not in _TYPE_OF:
         raise UnknownNameError("codebook", name, CODEBOOKS)
     return _TYPE_OF[name][0]
+
+
+def labels(names: Iterable[str]) -> dict[str, str]:
+    """How to call codebooks for a person: many widths of a trellis code by the narrowest and the widest of them."""
+    widths: dict[QuantType, list[float]] = {}
+    distinct = sorted(set(names))
+    for name in distinct:
+        widths.setdefault(type_of(name), []).append(CODEBOOKS[name])
+    spans = {kind: f"{min(found):g} to {max(found):g}" for kind, found in widths.items() if len(found) > _SHOWN}
+    return {
+        name: name.removesuffix(f"{CODEBOOKS[name]:g}") + spans.get(type_of(name), f"{CODEBOOKS[name]:g}")
+        for name in distinct
+    }
 
 
 @cache

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from loftq.artifacts.rows import summed_errors
+from loftq.core.codebooks import CODEBOOKS
 from loftq.display import visible
 from loftq.errors import ArtifactError
 from loftq.formats.adapter import Adapter, open_adapter
@@ -23,6 +24,7 @@ from loftq.reporting.sweep_record import read_sweep
 
 Row = Mapping[str, Any]
 WEIGHTS, OUTPUTS = "", "output_"  # prefixes of the errors in a row
+_TYPES = 6  # that a chart tells apart
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,13 @@ class Measured:
         shares = [_relative_errors(row, prefix, longest) for row in rows]
         return torch.tensor(shares, dtype=torch.float64).view(len(rows), longest + 1)
 
-    def grid_of(self, key: str) -> dict[Place, Any]:
-        """A value of the rows by the places of the layers. Empty if the value is the same in all layers."""
-        values = {self.places[row["name"]]: row[key] for row in self.rows}
-        return values if len(set(values.values())) > 1 else {}
+    @cached_property
+    def types(self) -> dict[Place, str]:
+        """The type of every layer; if there are many, their bits to a quarter. Empty if all layers have the same."""
+        types = {self.places[row["name"]]: row["codebook"] for row in self.rows}
+        if len(set(types.values())) > _TYPES:
+            types = {place: f"{round(4 * CODEBOOKS[name]) / 4:g} bits" for place, name in types.items()}
+        return types if len(set(types.values())) > 1 else {}
 
     @cached_property
     def ranks(self) -> dict[Place, int]:

@@ -114,7 +114,7 @@ def _captured(artifacts: Sequence[Measured]) -> list[Plot]:
 
 def _varying(artifacts: Sequence[Measured]) -> Iterator[Plot]:
     for measured in artifacts:
-        for name, values in (("type", measured.grid_of("codebook")), ("rank", measured.ranks)):
+        for name, values in (("type", measured.types), ("rank", measured.ranks)):
             if values:
                 height, title = 0.8 + 0.27 * len({place.kind for place in values}), f"{measured.label}: {name}"
                 yield drawing.panel(

@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from loftq.artifacts.rows import planned_row, totals_of
+from loftq.core.codebooks import labels
 from loftq.display import key_values, size
 from loftq.planning.plan import Plan
 
@@ -162,13 +164,15 @@ def _lines_of(cluster: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _kinds(layers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Layers of the same name, shape and width, counted."""
-    kinds = Counter(
-        (row["name"].rpartition(".")[2], tuple(row["shape"]), row["codebook"], row["bits_per_weight"]) for row in layers
-    )
+    """Layers of the same name, shape and type, counted, and the mean of their bits."""
+    names = labels(row["codebook"] for row in layers)
+    kinds: dict[tuple[str, tuple[int, ...], str], list[float]] = {}
+    for row in layers:
+        kind = row["name"].rpartition(".")[2], tuple(row["shape"]), names[row["codebook"]]
+        kinds.setdefault(kind, []).append(row["bits_per_weight"])
     return [
-        f"{count} x {name} ({' x '.join(map(str, shape))}), {codebook}, {bits:.3f} bits"
-        for (name, shape, codebook, bits), count in kinds.items()
+        f"{len(bits)} x {name} ({' x '.join(map(str, shape))}), {kind}, {fmean(bits):.3f} bits"
+        for (name, shape, kind), bits in kinds.items()
     ]
 
 

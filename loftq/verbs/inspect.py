@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +12,7 @@ from typing import Any
 from loftq.artifacts.inspection import TRAINED, Inspection
 from loftq.artifacts.quantized_linears import listed_linears
 from loftq.collector import paused_collector
+from loftq.core.codebooks import labels
 from loftq.core.grid import ROW, Grid
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats import adapter as adapters
@@ -189,11 +189,17 @@ def _described(adapter: Adapter) -> dict[str, Any]:
 
 
 def _types(grids: Mapping[str, Grid], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, Any]]:
-    """The types of the layers, the most common one first."""
-    for grid, count in Counter(grids.values()).most_common():
+    """The types of the layers, the most common one first. `bits` are the mean of all weights of a type."""
+    names = labels(grid.codebook for grid in grids.values())
+    layers: dict[str, list[str]] = {}
+    for module, grid in grids.items():
         sharing = "one scale per row" if grid.block_size == ROW else f"{grid.sharing} {grid.block_size}"
-        weights = sum(prod(shapes[module]) for module, other in grids.items() if other == grid)
-        yield {"type": f"{grid}, {sharing}", "bits": grid.bits, "layers": count, "weights": weights}
+        kind = str(grid).replace(grid.codebook, names[grid.codebook], 1)
+        layers.setdefault(f"{kind}, {sharing}", []).append(module)
+    for kind, modules in sorted(layers.items(), key=lambda item: -len(item[1])):  # stable
+        counts = [prod(shapes[module]) for module in modules]
+        bits = sum(grids[module].bits * count for module, count in zip(modules, counts, strict=True)) / sum(counts)
+        yield {"type": kind, "bits": bits, "layers": len(modules), "weights": sum(counts)}
 
 
 def _badness(row: Mapping[str, Any]) -> float:

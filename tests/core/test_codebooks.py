@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from loftq.core.codebooks import INTEGERS, TABLES, codebook, dynamic_map
+from loftq.core.codebooks import INTEGERS, TABLES, codebook, dynamic_map, labels
 from loftq.errors import UnknownNameError
 
 
@@ -54,3 +54,9 @@ def test_unknown_codebook_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(("name", "bits"), INTEGERS.items())
 def test_integers_are_the_whole_numbers_of_a_width(name: str, bits: int) -> None:
     assert codebook(name).tolist() == list(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
+
+
+def test_many_widths_are_shown_as_two() -> None:
+    few, many = ["nf2", "nf4", "tcq1.5", "tcq2"], [f"tcqfast{n / 100:g}" for n in (150, 175, 333, 201, 202)]
+    assert labels(few) == {name: name for name in few}
+    assert labels([*few, *many]) == {name: name for name in few} | dict.fromkeys(many, "tcqfast1.5 to 3.33")

@@ -265,3 +265,11 @@ def test_a_budget_shared_by_how_sensitive_layers_are(source: Path, tmp_path: Pat
         row["name"]: row["codebook"] for row in rows
     }
     assert make(source, tmp_path / "out", **options, resume=True) == folder
+    (kind,) = loftq.inspect(folder).types  # for a person, all widths are one type
+    assert kind["type"] == f"tcq{min(widths):g} to {max(widths):g}, one scale per row"
+    assert kind["bits"] == pytest.approx(2.25, abs=0.01)
+    card = (folder / "README.md").read_text()
+    assert f"cannot load tcq{min(widths):g} to {max(widths):g}: import" in card
+    assert f"| rounding | tcq{min(widths):g} to {max(widths):g}, one scale per row |" in card
+    loftq.report([folder], html=tmp_path / "report.html")
+    assert "2.25 bits" in (tmp_path / "report.html").read_text()
