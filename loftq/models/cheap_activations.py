@@ -157,8 +157,10 @@ class _Recorder(TorchFunctionMode):
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is a tensor with memory of its own, not sparse and of no class that wraps others."""
-    return type(value) in (torch.Tensor, nn.Parameter) and value.layout == torch.strided
+    """Whether a value is a tensor with memory of its own: not sparse, of no wrapping class, not within vmap."""
+    if type(value) not in (torch.Tensor, nn.Parameter) or value.layout != torch.strided:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 def _tensors(parts: Any) -> Iterator[torch.Tensor]:

@@ -95,8 +95,8 @@ def _watch(
 ) -> torch.Tensor:
     """A hook on the outputs of a linear. The first ones of a model, before which nothing trains, begin the graph."""
     if not output.requires_grad:
-        output = output.detach().requires_grad_()
-    bias = cast(torch.Tensor | None, module.bias)
+        output = output.detach().requires_grad_().clone()  # which code may write into
+    bias = cast(torch.Tensor | None, getattr(module, "bias", None))
     products = output.detach() if bias is None else output.detach() - bias
     sizes = products.float().square().sum(-1)  # of each token
 

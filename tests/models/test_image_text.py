@@ -143,6 +143,14 @@ def test_text_refines_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert all(torch.equal(tensor, after[f"model.{key}"]) for key, tensor in tower.items())
 
 
+def test_masks_that_are_made_within_vmap_do_not_end_refining(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Gemma 3's code makes them, even for text alone."""
+    monkeypatch.setattr("loftq.calibration.windows.MIN_TOKENS", 256)
+    text = {"calibration": "default", "calibration_tokens": 512, "sequence_length": 64, "refine": 1, "bits": 2}
+    report = loftq.quantize(str(save_vision("gemma3", tmp_path / "source")), output=tmp_path / "out", **text, **OPTIONS)
+    assert 0 < report.totals["divergence"] <= report.totals["divergence_before"] < 10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PICOS)
 def test_a_folder_goes_through_the_commands(name: str, tmp_path: Path) -> None:

@@ -95,6 +95,20 @@ def test_hidden_states_of_an_encoder(tmp_path: Path) -> None:
         assert EPSILON**2 * value == pytest.approx(float(moved), rel=0.25), module
 
 
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("deberta", "masked-lm"), ("gemma3", "image-text-to-text"), ("t5", "seq2seq-lm"), ("mixtral", "causal-lm")],
+)
+def test_every_layer_that_the_text_reaches(name: str, task: str, tmp_path: Path) -> None:
+    """DeBERTa's code writes into outputs, Gemma 3's makes masks within vmap, and T5 has two stacks."""
+    folder = save(pico_model(name, task).float(), tmp_path / "pico")
+    plan, statistics = planned(folder, task=task)
+    found = measure_sensitivities(plan, statistics, torch.device("cpu"), trust_remote_code=False, quiet=True)
+    assert set(found) == {layer.module for layer in plan.linears}
+    assert min(found.values()) > 0
+    assert max(found.values()) < float("inf")
+
+
 def test_modules_that_are_never_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They have the mean sensitivity of a weight."""
     folder = save(pico_model("llama", "causal-lm").float(), tmp_path / "pico")
