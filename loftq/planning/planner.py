@@ -46,8 +46,8 @@ def make_plan(
 ) -> Plan:
     """Make the plan of a recipe for a source. Raises SourceError or OptionError, with the change that is needed.
 
-    Unless `with_experts`, fused experts stay as they are. `widths` are the bits of each module if a run
-    measures them; until they are known, the plan has the same size as the final one.
+    Unless `with_experts`, fused experts stay as they are. `widths` are the bits of each module if a run measures
+    them; until they are known, the plan has the same size as the final one.
     """
     source = _with_dense_weights(source)
     model, task = build_meta(

@@ -58,7 +58,7 @@ def allocate(
             measure_elsewhere(list(layers), measured)
     if sensitivities is not None:
         for layer in plan.linears:
-            factor = sensitivities[layer.module] / layer.weights
+            factor = sensitivities[layer.module] / layer.weights  # errors are relative, times the number of weights
             errors[layer.module] = [error * factor for error in errors[layer.module]]
     weights = [layer.weights for layer in plan.linears]
     by_width = {width: [errors[layer.module][i] for layer in plan.linears] for i, width in enumerate(recipe.widths)}
