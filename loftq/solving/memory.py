@@ -97,9 +97,9 @@ def calibrating_bytes(plan: Plan, dtype: torch.dtype) -> int:
 
 
 def _sensitivities(plan: Plan, dtype: torch.dtype) -> int:
-    """The whole model, and what a window leaves for its gradient: about twice the inputs and outputs of linears."""
+    """The whole model, and what a window leaves for its gradient: half as much again as linears' inputs and outputs."""
     tokens = min(LENGTH, cast(int, plan.recipe.sequence_length))
-    kept = tokens * sum(2 * sum(layer.matrix) for layer in plan.linears)
+    kept = tokens * sum(3 * sum(layer.matrix) // 2 for layer in plan.linears)
     return (_parameters(cast(Any, plan.model)) + kept) * dtype.itemsize
 
 

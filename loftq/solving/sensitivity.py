@@ -98,11 +98,11 @@ def _watch(
         output = output.detach().requires_grad_().clone()  # which code may write into
     bias = cast(torch.Tensor | None, getattr(module, "bias", None))
     products = output.detach() if bias is None else output.detach() - bias
-    sizes = products.float().square().sum(-1)  # of each token
+    sizes, width = products.float().square().sum(-1), output.shape[-1]  # sizes of tokens
 
-    def add(gradient: torch.Tensor) -> None:
+    def add(gradient: torch.Tensor) -> None:  # must not hold the output, by which it is held
         squares = gradient.float().square().sum(-1)
-        totals[name] += float((squares * sizes).sum(dtype=torch.float64)) / output.shape[-1]
+        totals[name] += float((squares * sizes).sum(dtype=torch.float64)) / width
 
     cast(Any, output).register_hook(add)
     return output

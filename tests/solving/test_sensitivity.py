@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,27 @@ def test_every_layer_that_the_text_reaches(name: str, task: str, tmp_path: Path)
     assert set(found) == {layer.module for layer in plan.linears}
     assert min(found.values()) > 0
     assert max(found.values()) < float("inf")
+
+
+def test_nothing_of_a_window_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the collector of garbage: outputs are freed with their graph."""
+    folder = save(pico_model("llama", "causal-lm").float(), tmp_path / "pico")
+    plan, statistics = planned(folder)
+    watch, outputs = sensitivity._watch, list[weakref.ref[torch.Tensor]]()
+
+    def remember(*arguments: Any) -> torch.Tensor:
+        output = watch(*arguments)
+        outputs.append(weakref.ref(output))
+        return output
+
+    monkeypatch.setattr(sensitivity, "_watch", remember)
+    gc.disable()
+    try:
+        measure_sensitivities(plan, statistics, torch.device("cpu"), trust_remote_code=False, quiet=True)
+        assert len(outputs) == len(plan.linears) * len(statistics.teacher()["input_ids"])
+        assert not any(output() is not None for output in outputs[: -len(plan.linears)])
+    finally:
+        gc.enable()
 
 
 def test_modules_that_are_never_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
