@@ -177,13 +177,14 @@ class _Lead:
     def _passed_through(self, steps: Sequence[Step], sizes: dict[Visit, int]) -> Iterator[tuple[Sharing, range, Any]]:
         """Each group of panels of each sum, as it leaves the last worker.
 
-        The products of a group are asked for before the sums of the group before it, so that no worker waits.
+        The products of a group are asked for before the sums of the group before it, so that no worker waits; those of
+        the first groups were, when each worker had run the block.
         """
         groups = _groups(sizes)
         for i, (visits, group) in enumerate(groups):
-            for following, next_group in groups[i + 1 : i + 2] if i else groups[:2]:
+            if _EARLY <= i + 1 < len(groups):
                 for place, step in enumerate(steps):
-                    self._compute(place, step, following, next_group)
+                    self._compute(place, step, *groups[i + 1])
             panels: Any = None
             for visit in visits:
                 for part, step in zip(self._parts, steps, strict=True):

@@ -147,6 +147,11 @@ def labels(names: Iterable[str]) -> dict[str, str]:
     }
 
 
+def listing(names: Iterable[str]) -> str:
+    """Codebooks as they are listed in a note."""
+    return ", ".join(sorted(set(labels(names).values())))
+
+
 @cache
 def codebook(name: str) -> torch.Tensor:
     """Levels of a codebook by name, float32 ascending. The tensor is shared: do not write to it."""

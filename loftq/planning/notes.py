@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from loftq.core.codebooks import labels
+from loftq.core.codebooks import listing
 from loftq.display import few_of
 from loftq.formats.prequantized import DenseView
 from loftq.models import coverage
@@ -36,7 +36,7 @@ def notes_on(plan: Plan, linears: Linears, names: NameMap) -> Iterator[str]:
             "Linear",
             "Conv1D",
         }
-        what = f"{', '.join(sorted(unusual))} quantized" if unusual else _types(plan.codebooks.values())
+        what = f"{', '.join(sorted(unusual))} quantized" if unusual else listing(plan.codebooks.values())
         yield plan.layout.PLAN_NOTE.format(what=what, loader=f"load_{plan.kind}")
     if plan.recipe.needs_adapter:
         yield (
@@ -51,10 +51,6 @@ def notes_on(plan: Plan, linears: Linears, names: NameMap) -> Iterator[str]:
         yield f"not in the checkpoint, newly initialized: {few_of(list(plan.created))}"
     if names.left_out:
         yield f"not a part of the model, left out: {few_of(names.left_out)}{_kept_by(plan, names.left_out)}"
-
-
-def _types(codebooks: Iterable[str]) -> str:
-    return ", ".join(sorted(set(labels(codebooks).values())))
 
 
 def _kept_by(plan: Plan, left_out: Sequence[str]) -> str:

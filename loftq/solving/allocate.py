@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import torch
 from tqdm import tqdm
@@ -34,18 +33,14 @@ def allocate(
     this process, unless `measure_elsewhere` does it; sensitivities always in this process.
     """
     recipe = plan.recipe
-    sensitivities = None
-    if recipe.allocation == SENSITIVE:
-        options = {"trust_remote_code": run.trust_remote_code, "quiet": run.quiet}
-        device = run.device if is_here(run.device) else torch.device("cpu")
-        sensitivities = measure_sensitivities(plan, cast(Statistics, statistics), device, **options)
+    factors = _factors(plan, statistics, run)
     layers = {layer.module: layer for layer in plan.linears}
     errors: dict[str, list[float]] = {}
     total = sum(layer.weights for layer in plan.linears)
     bar = tqdm(total=total, unit="w", unit_scale=True, disable=run.quiet, dynamic_ncols=True, desc="widths")
 
     def measured(name: str, of_widths: list[float]) -> None:
-        errors[name] = of_widths
+        errors[name] = [error * factors[name] for error in of_widths]
         bar.update(layers[name].weights)
 
     def measure(name: str) -> None:
@@ -56,22 +51,28 @@ def allocate(
             run_jobs(measure, list(layers), run.workers)
         else:
             measure_elsewhere(list(layers), measured)
-    if sensitivities is not None:
-        for layer in plan.linears:
-            factor = sensitivities[layer.module] / layer.weights  # errors are relative, times the number of weights
-            errors[layer.module] = [error * factor for error in errors[layer.module]]
     weights = [layer.weights for layer in plan.linears]
     by_width = {width: [errors[layer.module][i] for layer in plan.linears] for i, width in enumerate(recipe.widths)}
     kind = TYPES[recipe.quant_type]
-    if kind.trellis and sensitivities is not None:
+    if kind.trellis and recipe.allocation == SENSITIVE:
         chosen = waterfilled(weights, by_width[recipe.bits], recipe.bits, kind.widths[0], kind.widths[-1])
     else:
         chosen = least_error(weights, by_width, recipe.bits)
     return dict(zip(layers, chosen, strict=True))
 
 
+def _factors(plan: Plan, statistics: Statistics | None, run: Run) -> dict[str, float]:
+    """What the error of each linear counts."""
+    if statistics is None:
+        return {layer.module: 1.0 for layer in plan.linears}
+    if plan.recipe.allocation != SENSITIVE:
+        return {layer.module: layer.weights for layer in plan.linears}
+    device = run.device if is_here(run.device) else torch.device("cpu")
+    return measure_sensitivities(plan, statistics, device, trust_remote_code=run.trust_remote_code, quiet=run.quiet)
+
+
 def errors_of_widths(plan: Plan, layer: Layer, statistics: Statistics | None, device: torch.device) -> list[float]:
-    """The squared error of a layer at each width."""
+    """The squared error of a layer at each width; with statistics, the relative one of its outputs."""
     recipe = plan.recipe
     weight, _ = read_source_weight(plan, layer, device)
     moment = None if statistics is None else statistics.moment(layer.module)
@@ -83,5 +84,5 @@ def errors_of_widths(plan: Plan, layer: Layer, statistics: Statistics | None, de
             errors.append(trace.final**2)
         else:
             seen = trace.outputs or trace
-            errors.append((seen.final / (seen.weight or 1.0)) ** 2 * layer.weights)
+            errors.append((seen.final / (seen.weight or 1.0)) ** 2)
     return errors

@@ -65,7 +65,7 @@ class _LogProbabilities(torch.autograd.Function):
 
 def divergence_of(core: nn.Module, states: HiddenStates, window: Window) -> torch.Tensor:
     """The divergence of a model's answers to a window, without the logits of all tokens at once if that is possible."""
-    inputs = _inputs_of(window)
+    inputs = token_ids(window)
 
     def run() -> Any:
         with keeping_less(window["input_ids"].device, products=True):
@@ -82,5 +82,6 @@ def divergence_of(core: nn.Module, states: HiddenStates, window: Window) -> torc
     return chunked(hidden, cast(nn.Module, states.head), loss) / len(hidden)
 
 
-def _inputs_of(window: Window) -> dict[str, torch.Tensor]:
+def token_ids(window: Window) -> dict[str, torch.Tensor]:
+    """The inputs of a model, without its answers."""
     return {name: tensor.long() for name, tensor in window.items() if name not in _ANSWERS}

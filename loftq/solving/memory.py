@@ -99,7 +99,7 @@ def calibrating_bytes(plan: Plan, dtype: torch.dtype) -> int:
 def _sensitivities(plan: Plan, dtype: torch.dtype) -> int:
     """The whole model, and what a window leaves for its gradient: half as much again as linears' inputs and outputs."""
     tokens = min(LENGTH, cast(int, plan.recipe.sequence_length))
-    kept = tokens * sum(3 * sum(layer.matrix) // 2 for layer in plan.linears)
+    kept = tokens * 3 * sum(sum(layer.matrix) for layer in plan.linears) // 2
     return (_parameters(cast(Any, plan.model)) + kept) * dtype.itemsize
 
 

@@ -34,6 +34,7 @@ from loftq.models.head_loss import HiddenStates, chunked
 from loftq.models.heap import own_pages
 from loftq.models.refusals import explain_forward
 from loftq.planning.plan import Plan
+from loftq.solving.divergence import token_ids
 
 TOKENS = 8192  # of the calibration text that are used: more change the widths by less than other texts do
 LENGTH = 512  # tokens of a window
@@ -70,7 +71,7 @@ def measure_sensitivities(
 
 def _windows(statistics: Statistics) -> list[dict[str, torch.Tensor]]:
     """Token ids of windows (1, length), from the beginning of the calibration text's sample."""
-    ids = {name: tensor.long() for name, tensor in statistics.teacher().items() if name.endswith("_ids")}
+    ids = token_ids(statistics.teacher())
     length = min(LENGTH, statistics.settings["sequence_length"])
     count = min(max(TOKENS // length, 1), len(ids["input_ids"]))
     return [{name: tensor[i : i + 1, :length] for name, tensor in ids.items()} for i in range(count)]

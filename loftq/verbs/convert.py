@@ -11,7 +11,7 @@ from loftq.artifacts.backbone import Backbone, backbone_of
 from loftq.artifacts.card_section import read_card, replace_marked
 from loftq.artifacts.loading_snippet import loading_section
 from loftq.artifacts.staging import Staging, check_output, open_staging
-from loftq.core.codebooks import labels
+from loftq.core.codebooks import listing
 from loftq.display import key_values, size
 from loftq.errors import ArtifactError, OptionError, UnknownNameError
 from loftq.formats.adapter import CONFIG, FOLDER, read_config
@@ -145,7 +145,7 @@ def _copy(backbone: Backbone, format: str, owner: str, names: list[str], writer:
 def _write_manifest(artifact: Artifact, format: str, staging: Staging, shards: list[Shard]) -> None:
     manifest = plain(artifact.manifest)
     old, new = LAYOUTS[manifest["format"]], LAYOUTS[format]
-    names = ", ".join(sorted(set(labels(row["codebook"] for row in manifest["layers"]).values())))
+    names = listing(row["codebook"] for row in manifest["layers"])
     told = [layout.PLAN_NOTE.format(what=names, loader=f"load_{manifest['kind']}") for layout in (old, new)]
     notes = [note for note in manifest.get("notes", []) if note != told[0]] + [told[1]] * bool(told[1])
     earlier = [*manifest.get(SAME_CODES, []), artifact.backbone_hash]
