@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from loftq.calibration.forward import Answers, WorkerLostError
 from loftq.calibration.input_files import InputFiles, Sharing
@@ -14,19 +14,18 @@ from loftq.calibration.progress import Progress
 from loftq.calibration.routed_tokens import RoutedTokens
 from loftq.cluster.jobs import Job, node_here
 from loftq.cluster.nodes import Need
-from loftq.cluster.part import Part, Past, Step, Visit
+from loftq.cluster.part import Part, Past, Step, Visit, groups_of
 from loftq.cluster.rates import Rates
 from loftq.cluster.sent import received, routed_tokens
 from loftq.cluster.tasks import Failure, Slots, explain
 from loftq.cluster.threads import Threads
-from loftq.core.moments import Moment, panel_groups
+from loftq.core.moments import Moment
 from loftq.display import one_line
 from loftq.errors import ClusterError, SourceError
 from loftq.models.lockstep import Batch
 
 _MOST_LOSSES = 20  # of workers, without any progress in between
 _PATIENCE = 60.0  # seconds to wait for a node on which a worker can start
-_EARLY = 2  # groups of panels whose products a worker computes until all workers have run a block
 _IN_FLIGHT = 8  # groups of panels that pass through the workers at the same time, at least
 MOST_GPUS = 8  # with more, reading and passing on take longer than computing
 
@@ -134,19 +133,14 @@ class _Lead:
         self._next = [part.step.remote(due) for part in self._parts]
 
     def _steps(self) -> list[Step]:
-        """The next block of every worker. Those that have run it compute their first products until the others have."""
+        """The next block of every worker."""
         self._progress.begin(self._due)
-        steps, waiting = dict[Any, Step](), list(self._next)
-        while waiting:
-            (reference, *_), waiting = self._ray.wait(waiting)
-            step = self._ray.get(reference)
+        steps = self._ray.get(self._next)
+        for step in steps:
             if isinstance(step, Failure):
                 raise step.error()
             self._rates.add(step.node, step.worker, step.passes, step.seconds)
-            for visits, group in _groups(step.sizes)[:_EARLY]:
-                self._compute(self._next.index(reference), step, visits, group)
-            steps[reference] = step
-        return [steps[reference] for reference in self._next]
+        return cast(list[Step], steps)
 
     def _keep(self, steps: Sequence[Step]) -> None:
         """Write the outputs of the block, if they are due."""
@@ -175,16 +169,8 @@ class _Lead:
         return moments
 
     def _passed_through(self, steps: Sequence[Step], sizes: dict[Visit, int]) -> Iterator[tuple[Sharing, range, Any]]:
-        """Each group of panels of each sum, as it leaves the last worker.
-
-        The products of a group are asked for before the sums of the group before it, so that no worker waits; those of
-        the first groups were, when each worker had run the block.
-        """
-        groups = _groups(sizes)
-        for i, (visits, group) in enumerate(groups):
-            if _EARLY <= i + 1 < len(groups):
-                for place, step in enumerate(steps):
-                    self._compute(place, step, *groups[i + 1])
+        """Each group of panels of each sum, as it leaves the last worker."""
+        for visits, group in groups_of(sizes):
             panels: Any = None
             for visit in visits:
                 for part, step in zip(self._parts, steps, strict=True):
@@ -192,23 +178,9 @@ class _Lead:
                         panels = part.add.remote(visit, group, panels)
             yield visits[0].modules, group, panels
 
-    def _compute(self, place: int, step: Step, visits: Sequence[Visit], group: range) -> None:
-        """Let a worker compute the products of a group ahead."""
-        for visit in visits:
-            if visit in step.sizes:
-                self._parts[place].compute.remote(visit, group)
-
     def _land(self, moments: dict[Sharing, Moment], modules: Sharing, group: range, panels: Any) -> None:
         for index, panel in zip(group, self._ray.get(panels), strict=True):
             moments[modules].panels[index].numpy()[:] = panel
-
-
-def _groups(sizes: Mapping[Visit, int]) -> list[tuple[list[Visit], range]]:
-    """The groups of panels of each sum, with the visits whose inputs it adds, in the order of a single process."""
-    sums: dict[Sharing, list[Visit]] = {}
-    for visit in sorted(sizes, key=lambda visit: visit.rounds):  # stable
-        sums.setdefault(visit.modules, []).append(visit)
-    return [(visits, group) for visits in sums.values() for group in panel_groups(sizes[visits[0]])]
 
 
 def _routed(steps: Sequence[Step]) -> dict[str, list[RoutedTokens]]:

@@ -3,7 +3,8 @@
 A moment is the sum of the products of all batches, in their order. So that its bytes do not depend on the number of
 workers, each group of panels of a sum passes through the workers in the order of their parts, and each adds its batches
 to it one after another, as a single process would. The products, which are most of the work, are computed before a
-group arrives. Therefore a worker keeps the inputs of its batches until the sums of a block are complete.
+group arrives, in the time in which the worker would wait for others. Therefore a worker keeps the inputs of its batches
+until the sums of a block are complete.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from loftq.cluster.sent import Array, arrays_of, sendable
 from loftq.cluster.tasks import Failure, failure_of
 from loftq.cluster.threads import Threads
 from loftq.core.kernels.products import fast_products
-from loftq.core.moments import panel_products, zero_panel
+from loftq.core.moments import panel_groups, panel_products, zero_panel
 from loftq.errors import LoftQError
 from loftq.models.devices import explain_full_memory
 from loftq.models.image_text import placed
@@ -94,10 +95,18 @@ class Step:
     worker: int
 
 
-class Part:
-    """An actor: the model of a job and one part of the batches. The model runs in a thread, which waits at each step.
+def groups_of(sizes: Mapping[Visit, int]) -> list[tuple[list[Visit], range]]:
+    """The groups of panels of each sum, with the visits whose inputs it adds, in the order of a single process."""
+    sums: dict[Sharing, list[Visit]] = {}
+    for visit in sorted(sizes, key=lambda visit: visit.rounds):  # stable
+        sums.setdefault(visit.modules, []).append(visit)
+    return [(visits, group) for visits in sums.values() for group in panel_groups(sizes[visits[0]])]
 
-    It computes with the driver's numbers of threads.
+
+class Part:
+    """An actor: the model of a job and one part of the batches. It computes with the driver's numbers of threads.
+
+    The model runs in a thread. At each step it waits to be asked for the next one, and computes products meanwhile.
     """
 
     def __init__(self, job: Job, threads: Threads) -> None:
@@ -105,11 +114,13 @@ class Part:
         threads.use()
         self._device = torch.device(job.device)
         self._steps: queue.Queue[Step | BaseException] = queue.Queue()
-        self._turn = threading.Semaphore(0)
         self.due = False  # whether the outputs of the current block are returned
         self._observer: _Observer | None = None
-        self._ahead: dict[tuple[Visit, range], list[list[torch.Tensor]]] = {}
         self._thread = threading.Thread()
+        self._state = threading.Condition()  # guards what follows, and is held while products are computed
+        self._ahead: dict[tuple[Visit, range], list[list[torch.Tensor]]] = {}  # of groups that are not added yet
+        self._asked = False  # whether the next step may begin
+        self._wanted = False  # whether `add` waits for a product to end
 
     def node(self) -> str:
         """The id of the node on which this worker is."""
@@ -125,7 +136,9 @@ class Part:
         if self._thread.ident is None:
             self._thread.start()
         else:
-            self._turn.release()
+            with self._state:
+                self._asked = True
+                self._state.notify_all()
         step = self._steps.get()
         if isinstance(step, LoftQError):
             return failure_of(step)
@@ -133,31 +146,22 @@ class Part:
             raise step
         return step
 
-    def compute(self, visit: Visit, group: range) -> None:
-        """Compute the products of a group of panels for as many batches as fit, unless they are there."""
-        if (visit, group) in self._ahead:
-            return
-        held = sum(product.nbytes for found in self._ahead.values() for batch in found for product in batch)
-        computed: list[list[torch.Tensor]] = []
-        for x in self._vectors(visit):
-            if held > _AHEAD_BYTES:
-                break
-            computed.append(_products(x, group))
-            held += sum(product.nbytes for product in computed[-1])
-        self._ahead[visit, group] = computed
-
     def add(self, visit: Visit, group: range, before: Panels | None) -> Panels:
         """Add the batches of this part, in their order, to a group of panels of a sum."""
-        size = cast(_Observer, self._observer).inputs[visit][0].shape[-1]
-        if before is None:
-            totals = [zero_panel(size, index, self._device) for index in group]
-        else:
-            totals = [torch.from_numpy(panel.copy()).to(self._device) for panel in before]
-        computed = self._ahead.pop((visit, group), [])
-        for i, x in enumerate(self._vectors(visit)):
-            products = computed[i] if i < len(computed) else _products(x, group)
-            for total, product in zip(totals, products, strict=True):
-                total += product
+        self._wanted = True
+        with self._state:
+            self._wanted = False
+            computed = self._ahead.pop((visit, group), [])
+            size = cast(_Observer, self._observer).inputs[visit][0].shape[-1]
+            if before is None:
+                totals = [zero_panel(size, index, self._device) for index in group]
+            else:
+                totals = [torch.from_numpy(panel.copy()).to(self._device) for panel in before]
+            for i, x in enumerate(self._vectors(visit)):
+                products = computed[i] if i < len(computed) else _products(x, group)
+                for total, product in zip(totals, products, strict=True):
+                    total += product
+            self._state.notify_all()
         return [total.cpu().numpy() for total in totals]
 
     def _vectors(self, visit: Visit) -> Iterator[torch.Tensor]:
@@ -181,9 +185,28 @@ class Part:
 
     def tell(self, step: Step) -> None:
         """Report a step, and wait until the next one is asked for (called in the thread of the model)."""
+        with self._state:
+            self._ahead = {(visit, group): [] for visits, group in groups_of(step.sizes) for visit in visits}
+            self._asked = step.block is None
         self._steps.put(step)
-        if step.block is not None:
-            self._turn.acquire()
+        for visit, group in list(self._ahead):
+            self._compute(visit, group)
+        with self._state:
+            self._state.wait_for(lambda: self._asked)
+
+    def _compute(self, visit: Visit, group: range) -> None:
+        """Compute the products of a group until it is added, not while too many are held, nor while `add` waits."""
+        for x in self._vectors(visit):
+            with self._state:
+                self._state.wait_for(lambda: (visit, group) not in self._ahead or not (self._wanted or self._is_full()))
+                if (visit, group) not in self._ahead:
+                    return
+                self._ahead[visit, group].append(_products(x, group))
+
+    def _is_full(self) -> bool:
+        """Whether as many products are held as may be."""
+        found = (product for computed in self._ahead.values() for products in computed for product in products)
+        return sum(product.nbytes for product in found) > _AHEAD_BYTES
 
 
 def _products(x: torch.Tensor, group: range) -> list[torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -10,6 +11,8 @@ from tqdm import tqdm
 from loftq.calibration.statistics import Statistics
 from loftq.core.allocation import least_error, waterfilled
 from loftq.core.codebooks import TYPES
+from loftq.core.grid import Decoder
+from loftq.core.trellis import LENGTHS, TrellisQuantizer
 from loftq.models.devices import is_here
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.run import Run
@@ -79,10 +82,18 @@ def errors_of_widths(plan: Plan, layer: Layer, statistics: Statistics | None, de
     errors = []
     for width in recipe.widths:
         once = min(recipe.iters, 1)
-        trace = solve_layer(plan, layer, weight, moment, plan.decoder(layer, width), once).trace
+        trace = solve_layer(plan, layer, weight, moment, _quick(plan.decoder(layer, width)), once).trace
         if statistics is None:
             errors.append(trace.final**2)
         else:
             seen = trace.outputs or trace
             errors.append((seen.final / (seen.weight or 1.0)) ** 2)
     return errors
+
+
+def _quick(quantizer: Decoder) -> Decoder:
+    """The quantizer, or for a trellis the one with the fewest states, whose errors stand in the same proportion.
+
+    It takes a quarter of the time.
+    """
+    return replace(quantizer, length=min(LENGTHS)) if isinstance(quantizer, TrellisQuantizer) else quantizer

@@ -53,9 +53,12 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def run_out(worker: Part) -> None:
     """Let the thread of a worker end, which a process would take with it."""
-    if worker._thread.ident is not None:
-        worker._turn.release(1000)
-        worker._thread.join()
+    while worker._thread.is_alive():
+        with worker._state:
+            worker._ahead.clear()
+            worker._asked = True
+            worker._state.notify_all()
+        worker._thread.join(0.01)
 
 
 @pytest.fixture
