@@ -159,10 +159,11 @@ def work(task: dict[str, Any]) -> None:
     if mode.nodes:
         from ray.cluster_utils import Cluster
 
-        each = mode.cores // mode.nodes
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": each, "include_dashboard": False})
+        store = int(0.3 * psutil.virtual_memory().total) // mode.nodes  # as with `ray start`, instead of 0.15 GB
+        each = {"num_cpus": mode.cores // mode.nodes, "object_store_memory": store}
+        cluster = Cluster(initialize_head=True, head_node_args={**each, "include_dashboard": False})
         for _ in range(mode.nodes - 1):
-            cluster.add_node(num_cpus=each)
+            cluster.add_node(**each)
         cluster.wait_for_nodes()
         more = {"cluster": cluster.address}
     solving = {**task["solving"], **more, "device": "cpu"}
