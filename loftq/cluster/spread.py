@@ -122,13 +122,19 @@ class _Spread:
             names, again = again, []
 
     def _batches(self, names: Sequence[str]) -> Iterator[list[str]]:
-        """The names from the largest on, so that no worker is busy alone at the end; small ones several at a time."""
-        batch: list[str] = []
+        """The names from the largest on, small ones several at a time, and fewer near the end.
+
+        So no worker is busy alone at the end.
+        """
+        left = sum(self._sizes[name] for name in names)
+        batch, held = list[str](), 0
         for name in sorted(names, key=lambda name: -self._sizes[name]):
             batch.append(name)
-            if sum(self._sizes[name] for name in batch) >= LEAST_VALUES:
+            held += self._sizes[name]
+            if held >= min(LEAST_VALUES, max(left // 4, LEAST_VALUES // 16)):
                 yield batch
-                batch = []
+                left -= held
+                batch, held = [], 0
         if batch:
             yield batch
 

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_ray
@@ -108,6 +109,16 @@ def test_small_layers_go_together(quantize: Quantize, monkeypatch: pytest.Monkey
     ray = FakeRay()
     assert quantize(ray) == quantize()
     assert 2 <= sum(name == "run_batch" for name, _ in ray.log) < 14
+
+
+def test_tasks_are_small_near_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that workers end at the same time. But a thousand vectors are not a thousand tasks."""
+    monkeypatch.setattr(spread, "LEAST_VALUES", 16_000)
+    sizes = {f"layer {i}": 1000 for i in range(100)} | {f"norm {i}": 1 for i in range(1000)}
+    spreading = spread._Spread(FakeRay(), run_out, SimpleNamespace(statistics=None), {}, {}, sizes, None)  # type: ignore[arg-type]
+    batches = list(spreading._batches(list(sizes)))
+    assert [name for batch in batches for name in batch] == list(sizes)
+    assert [len(batch) for batch in batches] == [16, 16, 16, 14, 10, 8, 6, 4, 3, 2, 2, 1, 1, 1, 1000]
 
 
 def test_the_same_bytes_where_workers_see_the_output(quantize: Quantize) -> None:
