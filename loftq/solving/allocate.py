@@ -92,8 +92,5 @@ def errors_of_widths(plan: Plan, layer: Layer, statistics: Statistics | None, de
 
 
 def _quick(quantizer: Decoder) -> Decoder:
-    """The quantizer, or for a trellis the one with the fewest states, whose errors stand in the same proportion.
-
-    It takes a quarter of the time.
-    """
+    """The quantizer, or for a trellis the one with the fewest states: its errors stand in the same proportion."""
     return replace(quantizer, length=min(LENGTHS)) if isinstance(quantizer, TrellisQuantizer) else quantizer
