@@ -1,6 +1,7 @@
 """Ray against threads: the time of calibrating and of solving with one and with two cores, and whether bytes agree.
 
-    python benchmarks/cluster.py [MODEL ...] [--layers 3] [--skip-model] [--tokens 16384] [--length 512] [--repeats 5]
+    python benchmarks/cluster.py [MODEL ...] [--layers 3] [--skip-model] [--tokens 16384] [--length 512] [--iters 5]
+                                 [--repeats 5]
 
 For each model processes work one after another: threads of one process with 1 and with 2 cores, Ray with 2 workers of
 one core each on one node, as `--cluster auto` starts it, and on two nodes of this machine (`ray.cluster_utils`). The
@@ -25,10 +26,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -65,7 +66,7 @@ class _Clock:
         self.first: tuple[float, float] | None = None
         self.last = (0.0, 0.0)
 
-    def tick(self, *_: Any) -> None:
+    def tick(self) -> None:
         """Note this moment, the first or the last one so far."""
         here, spent = psutil.Process(), 0.0
         for process in (here, *here.children(recursive=True)):
@@ -81,17 +82,6 @@ class _Clock:
         """Seconds of the wall and of the CPUs."""
         first = self.first or self.last
         return [after - before for before, after in zip(first, self.last, strict=True)]
-
-
-def _after(owner: Any, name: str, action: Callable[[], None]) -> None:
-    method = getattr(owner, name)
-
-    def followed(*args: Any, **kwargs: Any) -> Any:
-        result = method(*args, **kwargs)
-        action()
-        return result
-
-    setattr(owner, name, followed)
 
 
 def _solve(model: str | None, settings: dict[str, Any], output: Path) -> dict[str, Any]:
@@ -112,11 +102,8 @@ def _solve(model: str | None, settings: dict[str, Any], output: Path) -> dict[st
         clock.tick()
         return result
 
-    Staging.note, quantize.solve_all = noted, timed  # type: ignore[method-assign]
-    try:
+    with patch.object(Staging, "note", noted), patch.object(quantize, "solve_all", timed):
         loftq.quantize(model, output=output, quiet=True, **settings)
-    finally:
-        Staging.note, quantize.solve_all = note, solve_all  # type: ignore[method-assign]
     found = {"spent": clock.spent(), "sha256": _hash(output)}
     shutil.rmtree(output)
     return found
@@ -128,16 +115,15 @@ def _calibrate(model: str | None, settings: dict[str, Any], output: Path) -> dic
     from loftq.calibration.progress import Progress
     from loftq.verbs import quantize
 
-    clock, end, solve_all = _Clock(), Progress.end, quantize.solve_all
-    _after(Progress, "end", clock.tick)
+    clock, end = _Clock(), Progress.end
 
-    def stop(*_: Any, **__: Any) -> None:
-        raise _EnoughError
+    def ended(*args: Any) -> None:
+        end(*args)
+        clock.tick()
 
-    quantize.solve_all = stop
-    with suppress(_EnoughError):
+    stopped = patch.object(quantize, "solve_all", side_effect=_EnoughError)
+    with patch.object(Progress, "end", ended), stopped, suppress(_EnoughError):
         loftq.quantize(model, output=output, quiet=True, **settings)
-    Progress.end, quantize.solve_all = end, solve_all  # type: ignore[method-assign]
     shutil.rmtree(output)
     return {"spent": clock.spent(), "sha256": _hash(settings["statistics"])}
 

@@ -14,7 +14,7 @@ from loftq.calibration.progress import Progress
 from loftq.calibration.routed_tokens import RoutedTokens
 from loftq.cluster.jobs import Job, node_here
 from loftq.cluster.nodes import Need
-from loftq.cluster.part import Part, Past, Step, Visit, groups_of
+from loftq.cluster.part import Part, Past, Step, Visit, summed_groups
 from loftq.cluster.rates import Rates
 from loftq.cluster.sent import received, routed_tokens
 from loftq.cluster.tasks import Failure, Slots, explain
@@ -170,7 +170,7 @@ class _Lead:
 
     def _passed_through(self, steps: Sequence[Step], sizes: dict[Visit, int]) -> Iterator[tuple[Sharing, range, Any]]:
         """Each group of panels of each sum, as it leaves the last worker."""
-        for visits, group in groups_of(sizes):
+        for visits, group in summed_groups(sizes):
             panels: Any = None
             for visit in visits:
                 for part, step in zip(self._parts, steps, strict=True):

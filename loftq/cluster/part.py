@@ -95,7 +95,7 @@ class Step:
     worker: int
 
 
-def groups_of(sizes: Mapping[Visit, int]) -> list[tuple[list[Visit], range]]:
+def summed_groups(sizes: Mapping[Visit, int]) -> list[tuple[list[Visit], range]]:
     """The groups of panels of each sum, with the visits whose inputs it adds, in the order of a single process."""
     sums: dict[Sharing, list[Visit]] = {}
     for visit in sorted(sizes, key=lambda visit: visit.rounds):  # stable
@@ -186,7 +186,7 @@ class Part:
     def tell(self, step: Step) -> None:
         """Report a step, and wait until the next one is asked for (called in the thread of the model)."""
         with self._state:
-            self._ahead = {(visit, group): [] for visits, group in groups_of(step.sizes) for visit in visits}
+            self._ahead = {(visit, group): [] for visits, group in summed_groups(step.sizes) for visit in visits}
             self._asked = step.block is None
         self._steps.put(step)
         for visit, group in list(self._ahead):
