@@ -1,7 +1,7 @@
 """Ray against threads: the time of calibrating and of solving with one and with two cores, and whether bytes agree.
 
     python benchmarks/cluster.py [MODEL ...] [--layers 3] [--skip-model] [--tokens 16384] [--length 512] [--iters 5]
-                                 [--repeats 5]
+                                 [--repeats 5] [--rounds 1] [--modes threads ...]
 
 For each model processes work one after another: threads of one process with 1 and with 2 cores, Ray with 2 workers of
 one core each on one node, as `--cluster auto` starts it, and on two nodes of this machine (`ray.cluster_utils`). The
@@ -13,6 +13,9 @@ What Ray needs to start is left out: the model is quantized once before, so that
 Calibrating is timed from the end of the first block to the end of the last, and solving from the end of the first job.
 Solving takes the median of `--repeats` runs, with text a single one. CPU seconds are those of all processes in that
 time. The SHA-256 of the folder and of the statistics must be those of one thread.
+
+All modes run once in each of `--rounds`, and are compared within a round, since a machine is not as fast at every time.
+Printed are medians of the rounds, and for the speed-up the lowest and the highest too.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import tempfile
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -209,34 +213,44 @@ def measure(name: str, model: str | None, scratch: str, tokens: int, options: ar
         "calibration_tokens": tokens,
         "sequence_length": options.length,
     }
-    results: dict[tuple[str, int], dict[str, Any]] = {}
-    for mode in MODES:
-        processes = [_started(task, mode, i) for i in range(mode.processes)]
-        ended = [_ended(process) for process in processes]
-        slowest = max(ended, key=lambda one: one["solving"]["spent"][0] + one["calibrating"]["spent"][0])
-        results[mode.name, mode.cores] = slowest
-    base = results["threads", 1]
+    modes = [mode for mode in MODES if mode.name in options.modes]
+    rounds = [_round(task, modes) for _ in range(options.rounds)]
     for part in ("calibrating", "solving", "solving with text"):
         rows: list[tuple[str, ...]] = [
             (f"{name}: {part}", "cores", "time", "speed-up", "of threads", "CPU time", "bytes")
         ]
-        for mode in MODES:
-            found = results[mode.name, mode.cores]
-            wall, spent = found[part]["spent"]
-            alone, beside = (results["threads", number][part]["spent"][0] for number in (1, mode.cores))
-            same = "same" if found[part]["sha256"] == base[part]["sha256"] else "differ"
-            rows.append(
-                (
-                    mode.name,
-                    str(mode.cores),
-                    f"{wall:.1f} s",
-                    f"{mode.processes * alone / wall:.2f}x",
-                    f"{wall / beside:.2f}x",
-                    f"{spent:.1f} s",
-                    same if mode.processes == 1 else "",
-                )
-            )
+        rows += [
+            _row(mode, [{key: found[part] for key, found in results.items()} for results in rounds]) for mode in modes
+        ]
         print(f"{table(rows)}\n", flush=True)
+
+
+def _round(task: dict[str, Any], modes: list[Mode]) -> dict[Mode, dict[str, Any]]:
+    """What each mode measures, one after another. Of processes apart, the slowest counts."""
+    results = {}
+    for mode in modes:
+        processes = [_started(task, mode, i) for i in range(mode.processes)]
+        ended = [_ended(process) for process in processes]
+        results[mode] = max(ended, key=lambda one: one["solving"]["spent"][0] + one["calibrating"]["spent"][0])
+    return results
+
+
+def _row(mode: Mode, rounds: list[dict[Mode, dict[str, Any]]]) -> tuple[str, ...]:
+    """A mode's row of a table, from what the rounds have measured in all modes."""
+    alone, beside = Mode("threads", 1), Mode("threads", mode.cores)
+    walls, spent = zip(*(results[mode]["spent"] for results in rounds), strict=True)
+    ups = [mode.processes * results[alone]["spent"][0] / results[mode]["spent"][0] for results in rounds]
+    of_threads = [results[mode]["spent"][0] / results[beside]["spent"][0] for results in rounds]
+    same = all(results[mode]["sha256"] == results[alone]["sha256"] for results in rounds)
+    return (
+        mode.name,
+        str(mode.cores),
+        f"{median(walls):.1f} s",
+        f"{median(ups):.2f}x" + (f" ({min(ups):.2f} to {max(ups):.2f})" if len(ups) > 1 else ""),
+        f"{median(of_threads):.2f}x",
+        f"{median(spent):.1f} s",
+        ("same" if same else "differ") if mode.processes == 1 else "",
+    )
 
 
 def main() -> None:
@@ -252,6 +266,11 @@ def main() -> None:
     parser.add_argument("--shapes-tokens", type=int, default=4096, help="for the synthetic checkpoint")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5, help="of solving")
+    parser.add_argument("--rounds", type=int, default=1, help="of all modes")
+    names = list(dict.fromkeys(mode.name for mode in MODES))
+    parser.add_argument(
+        "--modes", nargs="+", choices=names, default=names, help="threads, and what to compare with them"
+    )
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task:
