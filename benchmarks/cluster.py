@@ -9,10 +9,10 @@ models are those given (by default the installed SmolLM2-135M), and a synthetic 
 Llama-2-7B's shapes. Two processes of one core that do all of the work at the same time, each for itself (`apart`), show
 what is to be had: their speed-up is what two cores of this machine give to programs that never wait for each other.
 
-What Ray needs to start is left out: the model is quantized once before, so that workers have imported everything.
-Calibrating is timed from the end of the first block to the end of the last, and solving from the end of the first job.
-Solving takes the median of `--repeats` runs, with text a single one. CPU seconds are those of all processes in that
-time. The SHA-256 of the folder and of the statistics must be those of one thread.
+What Ray needs to start is left out: the model is quantized once before, so that workers have imported everything, and
+calibrating is timed from the end of the first block to the end of the last. Solving is timed as a whole, and takes the
+median of `--repeats` runs, with text a single one. CPU seconds are those of all processes in that time. The SHA-256 of
+the folder and of the statistics must be those of one thread.
 
 All modes run once in each of `--rounds`, and are compared within a round, since a machine is not as fast at every time.
 Printed are medians of the rounds, and for the speed-up the lowest and the highest too.
@@ -89,24 +89,19 @@ class _Clock:
 
 
 def _solve(model: str | None, settings: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Quantize. The time is that of all jobs but the first."""
+    """Quantize. The time is that of the jobs."""
     import loftq
-    from loftq.artifacts.staging import Staging
     from loftq.verbs import quantize
 
-    clock, solve_all, note = _Clock(), quantize.solve_all, Staging.note
-
-    def noted(*args: Any) -> None:
-        note(*args)
-        if clock.first is None:
-            clock.tick()
+    clock, solve_all = _Clock(), quantize.solve_all
 
     def timed(*args: Any, **kwargs: Any) -> Any:
+        clock.tick()
         result = solve_all(*args, **kwargs)
         clock.tick()
         return result
 
-    with patch.object(Staging, "note", noted), patch.object(quantize, "solve_all", timed):
+    with patch.object(quantize, "solve_all", timed):
         loftq.quantize(model, output=output, quiet=True, **settings)
     found = {"spent": clock.spent(), "sha256": _hash(output)}
     shutil.rmtree(output)

@@ -22,7 +22,7 @@ from loftq.solving.allocate import MeasureErrors
 from loftq.solving.distill import RefineFolder
 from loftq.solving.layers import Finished, RunJobs, sizes_of_jobs
 
-LEAST_VALUES = 3_000_000  # of a task: Ray needs some milliseconds for each
+LEAST_VALUES = 8_000_000  # of a task: Ray needs some milliseconds for each
 NewJob = Callable[[SharedFolder], Job]
 
 

@@ -53,11 +53,12 @@ def run_batch(
 ) -> list[Any] | Failure:
     """Run a task for each of several names, with its inputs. Returns the results, or the first failure."""
     results = []
-    for name, given in zip(names, inputs, strict=True):
-        result = task(job, name, given)
-        if isinstance(result, Failure):
-            return result
-        results.append(result)
+    with one_thread_each():
+        for name, given in zip(names, inputs, strict=True):
+            result = task(job, name, given)
+            if isinstance(result, Failure):
+                return result
+            results.append(result)
     return results
 
 
@@ -72,7 +73,7 @@ def solve_task(job: Job, name: str, inputs: Mapping[str, Array] | None) -> Solve
                 return statistics
             writer = opened.new_writer()
             explained = explain_os_errors(Path(job.output.folder).parent) if job.output else nullcontext()
-            with one_thread_each(), explained:
+            with explained:
                 record = run_job(opened.plan, name, statistics, writer, opened.device)
                 if machine_here() != job.machine:
                     writer.sync()  # before the driver records it; on its own machine, the driver does it
@@ -85,7 +86,7 @@ def solve_task(job: Job, name: str, inputs: Mapping[str, Array] | None) -> Solve
 def measure_task(job: Job, module: str, inputs: Mapping[str, Array] | None) -> list[float] | NeedsInputs | Failure:
     """The error that each width leaves in a layer, as `allocate` compares them."""
     try:
-        with explain_full_memory(_FULL), one_thread_each():
+        with explain_full_memory(_FULL):
             opened = open_job(job)
             layer = next(layer for layer in opened.plan.layers if layer.module == module)
             statistics = _statistics_for(opened, inputs)
