@@ -158,10 +158,11 @@ def work(task: dict[str, Any]) -> None:
             _solve(task["model"], solving, scratch / "out")
             solved = [_solve(task["model"], solving, scratch / "out") for _ in range(task["repeats"])]
             found = {"solving": sorted(solved, key=lambda one: one["spent"])[len(solved) // 2]}
-            calibrating |= {"statistics": scratch / "statistics", "refine": 0}
-            found["calibrating"] = _calibrate(task["model"], calibrating, scratch / "out")
-            found["solving with text"] = _solve(task["model"], calibrating, scratch / "out")
-            shutil.rmtree(scratch / "statistics")
+            if task["tokens"]:
+                calibrating |= {"statistics": scratch / "statistics", "refine": 0}
+                found["calibrating"] = _calibrate(task["model"], calibrating, scratch / "out")
+                found["solving with text"] = _solve(task["model"], calibrating, scratch / "out")
+                shutil.rmtree(scratch / "statistics")
     finally:
         if cluster is not None:
             cluster.shutdown()
@@ -198,9 +199,9 @@ def _ended(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 def measure(name: str, model: str | None, scratch: str, tokens: int, options: argparse.Namespace) -> None:
     """Measure a model in all modes, and print a table."""
-    name = f"{name}, {tokens} tokens"
+    name = f"{name}, {tokens} tokens" if tokens else name
     shared = {"bits": 4, "rank": options.rank}
-    task: dict[str, Any] = {"model": model, "scratch": scratch, "repeats": options.repeats}
+    task: dict[str, Any] = {"model": model, "scratch": scratch, "repeats": options.repeats, "tokens": tokens}
     task["solving"] = {**shared, "iters": options.iters}
     task["calibrating"] = {
         **shared,
@@ -210,7 +211,7 @@ def measure(name: str, model: str | None, scratch: str, tokens: int, options: ar
     }
     modes = [mode for mode in MODES if mode.name in options.modes]
     rounds = [_round(task, modes) for _ in range(options.rounds)]
-    for part in ("calibrating", "solving", "solving with text"):
+    for part in ("calibrating", "solving", "solving with text") if tokens else ("solving",):
         rows: list[tuple[str, ...]] = [
             (f"{name}: {part}", "cores", "time", "speed-up", "of threads", "CPU time", "bytes")
         ]
@@ -226,7 +227,7 @@ def _round(task: dict[str, Any], modes: list[Mode]) -> dict[Mode, dict[str, Any]
     for mode in modes:
         processes = [_started(task, mode, i) for i in range(mode.processes)]
         ended = [_ended(process) for process in processes]
-        results[mode] = max(ended, key=lambda one: one["solving"]["spent"][0] + one["calibrating"]["spent"][0])
+        results[mode] = max(ended, key=lambda one: sum(part["spent"][0] for part in one.values()))
     return results
 
 
@@ -257,8 +258,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--iters", type=int, default=5)
     parser.add_argument("--data", default="default")
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--shapes-tokens", type=int, default=4096, help="for the synthetic checkpoint")
+    parser.add_argument("--tokens", type=int, default=16384, help="to calibrate on; with 0, only solving is measured")
+    parser.add_argument("--shapes-tokens", type=int, default=4096, help="the same for the synthetic checkpoint")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5, help="of solving")
     parser.add_argument("--rounds", type=int, default=1, help="of all modes")
