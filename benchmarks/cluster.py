@@ -1,7 +1,7 @@
 """Ray against threads: the time of calibrating and of solving with one and with two cores, and whether bytes agree.
 
     python benchmarks/cluster.py [MODEL ...] [--layers 3] [--skip-model] [--tokens 16384] [--length 512] [--iters 5]
-                                 [--repeats 5] [--rounds 1] [--modes threads ...]
+                                 [--repeats 5] [--rounds 1] [--modes MODE ...]
 
 For each model processes work one after another: threads of one process with 1 and with 2 cores, Ray with 2 workers of
 one core each on one node, as `--cluster auto` starts it, and on two nodes of this machine (`ray.cluster_utils`). The
@@ -209,15 +209,14 @@ def measure(name: str, model: str | None, scratch: str, tokens: int, options: ar
         "calibration_tokens": tokens,
         "sequence_length": options.length,
     }
-    modes = [mode for mode in MODES if mode.name in options.modes]
+    modes = [mode for mode in MODES if mode.name in ("threads", *options.modes)]
     rounds = [_round(task, modes) for _ in range(options.rounds)]
     for part in ("calibrating", "solving", "solving with text") if tokens else ("solving",):
         rows: list[tuple[str, ...]] = [
             (f"{name}: {part}", "cores", "time", "speed-up", "of threads", "CPU time", "bytes")
         ]
-        rows += [
-            _row(mode, [{key: found[part] for key, found in results.items()} for results in rounds]) for mode in modes
-        ]
+        measured = [{mode: found[part] for mode, found in results.items()} for results in rounds]
+        rows += [_row(mode, measured) for mode in modes]
         print(f"{table(rows)}\n", flush=True)
 
 
@@ -263,10 +262,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5, help="of solving")
     parser.add_argument("--rounds", type=int, default=1, help="of all modes")
-    names = list(dict.fromkeys(mode.name for mode in MODES))
-    parser.add_argument(
-        "--modes", nargs="+", choices=names, default=names, help="threads, and what to compare with them"
-    )
+    names = [mode.name for mode in MODES if mode.name != "threads"]
+    parser.add_argument("--modes", nargs="*", choices=names, default=names, help="what to compare with threads")
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task:
