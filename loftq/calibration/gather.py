@@ -23,6 +23,7 @@ from loftq.calibration.forward import Forward, ForwardHere, WorkerLostError
 from loftq.calibration.input_files import InputFiles, advice_on_dtype
 from loftq.calibration.progress import PROGRESS, Progress
 from loftq.calibration.routed_tokens import PRIOR
+from loftq.calibration.sizes import statistics_bytes
 from loftq.calibration.statistics import (
     AGAIN,
     RECORD,
@@ -41,6 +42,7 @@ from loftq.errors import ArtifactError, ClusterError, SourceError
 from loftq.formats.disk import explain_os_errors, move_into_place, scratch_beside, write_whole
 from loftq.formats.scan import hash_of
 from loftq.formats.schema import json_text
+from loftq.formats.space import check_space
 from loftq.models.lockstep import Batch, find_blocks
 from loftq.planning.plan import Plan
 from loftq.planning.run import Run
@@ -73,6 +75,7 @@ def gather(
         statistics = _complete_statistics(plan, calibration, folder)  # another run may have gathered them meanwhile
         if statistics is not None:
             return statistics
+        check_space(folder, statistics_bytes(plan, calibration.tokens), "--statistics", scratch)
         here = ForwardHere(plan, torch.device(device), trust_remote_code)
         arguments = scratch, plan, calibration, torch.device(device), quiet, forward or here
         if not _gather_into(*arguments):

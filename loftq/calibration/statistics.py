@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from loftq.calibration.routed_tokens import RoutedTokens
 from loftq.calibration.windows import Calibration
-from loftq.core.moments import PANEL, assemble
+from loftq.core.moments import assemble, panel_shapes
 from loftq.errors import ArtifactError, OptionError
 from loftq.formats.checkpoint import Checkpoint
 from loftq.formats.links import refuse_links
@@ -87,8 +87,7 @@ class Statistics:
             return None
         path = self._checked(self.record["modules"][module]["file"])
         panels, size = read_panels(path), self.sizes[module]
-        expected = [(min(PANEL, size - start), size - start) for start in range(0, size, PANEL)]
-        if [tuple(panel.shape) for panel in panels] != expected:
+        if [tuple(panel.shape) for panel in panels] != panel_shapes(size):
             raise ArtifactError(f"{path} is damaged (expected the moment of the {size} inputs of {module}): {AGAIN}")
         if not all(panel.dtype == torch.float32 and bool(torch.isfinite(panel).all()) for panel in panels):
             raise ArtifactError(f"{path} is damaged (expected finite float32 values): {AGAIN}")

@@ -34,6 +34,11 @@ def panel_groups(size: int) -> list[range]:
     return [range(count)] if size <= WHOLE else [range(index, index + 1) for index in range(count)]
 
 
+def panel_shapes(size: int) -> list[tuple[int, int]]:
+    """The shapes (rows, size − first row) of the panels of a moment of `size` entries."""
+    return [(min(PANEL, size - start), size - start) for start in range(0, size, PANEL)]
+
+
 def zero_panel(size: int, index: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """A panel (rows, size − first row) of an empty sum, float64."""
     start = index * PANEL

@@ -10,12 +10,13 @@ from loftq.errors import OutputError
 from loftq.formats.disk import PARTIAL
 
 
-def check_space(output: Path, needed: int, option: str = "--output") -> None:
+def check_space(output: Path, needed: int, option: str = "--output", unfinished: Path | None = None) -> None:
     """Raise OutputError if the disk of a folder, which need not exist yet, has less than `needed` bytes free.
 
-    The bytes that an unfinished run has written into the folder already count as free. `option` names the folder.
+    The bytes that an unfinished run has written already, into this folder or into `unfinished`, count as free. `option`
+    names the folder.
     """
-    free = free_bytes(output) + _written(output / PARTIAL)
+    free = free_bytes(output) + _written(unfinished or output / PARTIAL)
     if free < needed:
         raise OutputError(
             f"cannot write {output}: the disk is too full: {size(needed)} are needed and {size(free)} are free: "

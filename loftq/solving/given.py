@@ -20,7 +20,7 @@ from loftq.planning.given_backbone import GivenBackbone
 from loftq.planning.plan import Layer, Plan
 from loftq.planning.recipe import layer_seed
 from loftq.planning.weights import is_finite, read_source_weight
-from loftq.solving.report import Report
+from loftq.solving.report import Report, statistics_row
 
 
 class AdapterSolver:
@@ -100,6 +100,7 @@ class AdapterReport(Report):
         if self.parts is not None:
             parts = ", ".join(f"{size(nbytes)} while {part}" for part, nbytes in self.parts.items())
             rows.append(("memory", f"about {parts} (planned, nothing was written)"))
+            rows += statistics_row(self.statistics)
         else:
             rows += _errors(sums, "", "‖W‖")
             rows += _errors(sums, "output_", "the outputs")

@@ -17,7 +17,8 @@ import torch
 
 from loftq.calibration.block_weights import computing_dtype
 from loftq.calibration.gather import BATCH_TOKENS
-from loftq.calibration.observer import TOP, VOCABULARY
+from loftq.calibration.observer import VOCABULARY
+from loftq.calibration.sizes import answers_bytes, routed_bytes, vocabulary_of
 from loftq.calibration.windows import check_calibratable
 from loftq.models.lockstep import find_blocks
 from loftq.models.positions import longest_input
@@ -31,7 +32,6 @@ _CALIBRATED_BYTES = 36  # the same with statistics of inputs: also its residual,
 _MOMENT_BYTES = 44  # per entry of the second moment: float32 once, float64 five times
 _SUM_BYTES = 4  # per entry of a moment while it is summed: only half of the entries are kept, in float64
 _FLOAT32 = 4
-_ANSWER_BYTES = 6  # per likeliest token: its index, and its log-probability in 16 bits
 _DIVERGENCE_BYTES = 8  # per logit, more than a loss on labels needs: two float32 gradients exist at once
 
 
@@ -68,13 +68,8 @@ def solving_bytes(plan: Plan, layer: Layer) -> int:
     needed = one * _CALIBRATED_BYTES + columns**2 * _MOMENT_BYTES if calibrated else one * _SOLVER_BYTES
     if layer.experts:  # one at a time, with the factors of all, and the tokens of the layer
         needed += 2 * layer.experts * layer.rank * (rows + columns) * _FLOAT32
-        needed += _routed(plan, layer) if calibrated else 0
+        needed += routed_bytes(plan, layer, _tokens(plan)) if calibrated else 0
     return needed
-
-
-def _routed(plan: Plan, layer: Layer) -> int:
-    """The tokens of an experts module in 16 bits; the choices of the router are few bytes beside them."""
-    return 2 * _tokens(plan) * plan.observed[layer.owner]
 
 
 def calibrating_bytes(plan: Plan, dtype: torch.dtype) -> int:
@@ -90,10 +85,10 @@ def calibrating_bytes(plan: Plan, dtype: torch.dtype) -> int:
     for owner, layer in {layer.owner: layer for layer in plan.stacks}.items():
         block = next((name for name in blocks if owner.startswith(f"{name}.")), None)
         if block is not None:
-            sizes[block] += 2 * _routed(plan, layer)  # the batches, and all of them joined
+            sizes[block] += 2 * routed_bytes(plan, layer, _tokens(plan))  # the batches, and all of them joined
     activations = _tokens(plan) * embedding_width(model) * dtype.itemsize
-    logits = BATCH_TOKENS * _vocabulary(plan) * (dtype.itemsize + 4) if plan.task.name in VOCABULARY else 0
-    return outside + activations + max(max(sizes.values(), default=0), logits) + _answers(plan)
+    logits = BATCH_TOKENS * vocabulary_of(plan) * (dtype.itemsize + 4) if plan.task.name in VOCABULARY else 0
+    return outside + activations + max(max(sizes.values(), default=0), logits) + answers_bytes(plan, _tokens(plan))
 
 
 def _sensitivities(plan: Plan, dtype: torch.dtype) -> int:
@@ -135,27 +130,17 @@ def _refining(plan: Plan, dtype: torch.dtype, device: torch.device) -> int | Non
     except (RuntimeError, ValueError):  # its code depends on values, which meta tensors do not have
         return None
     whole = plan.task.name in VOCABULARY and not streams_logits(model, (plan.task.name,))
-    logits = batch[0] * batch[1] * _vocabulary(plan) if whole else 0
+    logits = batch[0] * batch[1] * vocabulary_of(plan) if whole else 0
     unquantized = sum(spec.nbytes // spec.dtype.itemsize for spec in plan.passed.values()) * dtype.itemsize
     quantized = int(plan.layer_bits * plan.weights / 8)
     largest = max(prod(layer.matrix) for layer in plan.layers) * dtype.itemsize
     trained = trained_bytes(plan.trained_parameters)
-    return quantized + unquantized + largest + trained + kept + logits * _DIVERGENCE_BYTES + _answers(plan)
-
-
-def _answers(plan: Plan) -> int:
-    if plan.task.name in VOCABULARY:
-        return _tokens(plan) * min(TOP, _vocabulary(plan)) * _ANSWER_BYTES
-    return _tokens(plan) * embedding_width(plan.model) * 2
+    answers = answers_bytes(plan, _tokens(plan))
+    return quantized + unquantized + largest + trained + kept + logits * _DIVERGENCE_BYTES + answers
 
 
 def _tokens(plan: Plan) -> int:
     return cast(int, plan.recipe.calibration_tokens)
-
-
-def _vocabulary(plan: Plan) -> int:
-    model: Any = plan.model
-    return int(model.config.get_text_config().vocab_size)
 
 
 def _parameters(module: torch.nn.Module) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from loftq.artifacts.rows import planned_row, totals_of
+from loftq.calibration.sizes import statistics_bytes
 from loftq.core.codebooks import labels
 from loftq.display import key_values, size
 from loftq.planning.plan import Plan
@@ -24,7 +25,8 @@ class Report:
     """The result of `loftq.quantize`.
 
     After a dry run the layers have no errors, `seconds` is None, and `parts` estimates the memory in bytes that each
-    part of the run needs; `memory` is the largest of them. `cluster` has the nodes of a cluster and the seconds that
+    part of the run needs; `memory` is the largest of them. `statistics` is the least that the statistics of a
+    calibration take on the disk, in bytes, after a dry run. `cluster` has the nodes of a cluster and the seconds that
     each part is expected to take there. `pushed` is the report of `loftq.push`, if the folder was pushed.
     """
 
@@ -38,6 +40,7 @@ class Report:
     memory: int
     seconds: float | None = None
     parts: Mapping[str, int] | None = None
+    statistics: int | None = None
     cluster: Mapping[str, Any] | None = None
     pushed: Mapping[str, Any] | None = None
 
@@ -53,6 +56,7 @@ class Report:
             "notes": list(self.notes),
             "memory_bytes": self.memory,
             **({} if self.parts is None else {"memory_bytes_of_parts": dict(self.parts)}),
+            **({} if self.statistics is None else {"statistics_bytes": self.statistics}),
             **({} if self.cluster is None else {"cluster": dict(self.cluster)}),
             "seconds": self.seconds,
             **({} if self.pushed is None else {"pushed": dict(self.pushed)}),
@@ -80,6 +84,7 @@ class Report:
             rows += [("plan", line) for line in _kinds(self.layers)]
             parts = ", ".join(f"{size(nbytes)} while {part}" for part, nbytes in self.parts.items())
             rows.append(("memory", f"about {parts} (planned, nothing was written)"))
+            rows += statistics_row(self.statistics)
             rows += _lines_of(self.cluster) if self.cluster is not None else []
         else:
             before, after = sums["plain_error"], sums["error"]
@@ -133,7 +138,7 @@ def planned_report(
 ) -> Report:
     """The report of a plan: the bytes of memory that the parts of a run need, and the estimate for a cluster."""
     rows, recipe = [planned_row(plan, layer) for layer in plan.layers], plan.recipe.to_dict()
-    memory = max(parts.values())
+    notes, memory = (*plan.notes, *_unmeasured(plan)), max(parts.values())
     return Report(
         folder,
         plan.source.name,
@@ -141,11 +146,30 @@ def planned_report(
         recipe,
         totals_of(plan),
         rows,
-        plan.notes,
+        notes,
         memory,
         parts=parts,
+        statistics=planned_statistics(plan),
         cluster=cluster,
     )
+
+
+def planned_statistics(plan: Plan) -> int | None:
+    """The bytes that the statistics of a plan take on the disk, if not more; None if nothing is calibrated."""
+    tokens = plan.recipe.calibration_tokens
+    return None if plan.recipe.calibration is None or tokens is None else statistics_bytes(plan, tokens)
+
+
+def statistics_row(nbytes: int | None) -> list[tuple[str, str]]:
+    """The row of a dry run that says what statistics take."""
+    return [] if nbytes is None else [("statistics", f"at least {size(nbytes)} on the disk, which other runs can use")]
+
+
+def _unmeasured(plan: Plan) -> list[str]:
+    if not plan.recipe.measures_widths:
+        return []
+    how = f"--allocation {plan.recipe.allocation}"
+    return [f"the run measures which layers get more bits ({how}): the widths shown here only have the right sum"]
 
 
 def _lines_of(cluster: Mapping[str, Any]) -> list[tuple[str, str]]:

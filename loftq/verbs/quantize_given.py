@@ -36,7 +36,7 @@ from loftq.solving.finished import ANOTHER, check_files, check_source, check_unc
 from loftq.solving.given import AdapterReport, AdapterSolver
 from loftq.solving.layers import solve_all
 from loftq.solving.memory import needed
-from loftq.solving.report import peak_memory
+from loftq.solving.report import peak_memory, planned_statistics
 
 
 def quantize_given(
@@ -51,7 +51,8 @@ def quantize_given(
     plan, backbone = plan_adapter(source, found, recipe, trust_remote_code=run.trust_remote_code)
     if dry_run:
         parts = needed(plan, run.workers, run.device)
-        return replace(_report(plan, backbone, folder, [], max(parts.values()), None), parts=parts)
+        report = _report(plan, backbone, folder, [], max(parts.values()), None)
+        return replace(report, parts=parts, statistics=planned_statistics(plan))
     if run.resume and not is_begun(folder) and (folder / artifact.MANIFEST).is_file():
         rows = _finished(plan, backbone, folder)
     else:

@@ -294,3 +294,10 @@ def test_bad_budgets(options: list[str], said: list[str], pico: Path, run: Calla
     ended = run("quantize", pico, *options, "--rank", 4, "--output", tmp_path / "out")
     assert ended.exit_code == 2
     assert all(part in ended.stderr for part in said), ended.stderr
+
+
+@pytest.mark.parametrize("allocation", ["auto", "first"])
+def test_a_plan_says_if_its_widths_are_yet_to_be_measured(allocation: str, pico: Path) -> None:
+    report = loftq.quantize(str(pico), bits=2.5, rank=4, allocation=allocation, dry_run=True)
+    told = [note for note in report.notes if "the run measures which layers get more bits" in note]
+    assert len(told) == (allocation == "auto")
