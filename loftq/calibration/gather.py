@@ -75,7 +75,8 @@ def gather(
         statistics = _complete_statistics(plan, calibration, folder)  # another run may have gathered them meanwhile
         if statistics is not None:
             return statistics
-        check_space(folder, statistics_bytes(plan, calibration.tokens), "--statistics", scratch)
+        needed = statistics_bytes(plan, calibration.tokens, answered=not calibration.examples)
+        check_space(folder, needed, "--statistics", scratch)
         here = ForwardHere(plan, torch.device(device), trust_remote_code)
         arguments = scratch, plan, calibration, torch.device(device), quiet, forward or here
         if not _gather_into(*arguments):

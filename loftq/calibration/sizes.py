@@ -14,16 +14,16 @@ _FLOAT32 = 4
 _ANSWER_BYTES = 6  # per likeliest token: its index, and its log-probability in 16 bits
 
 
-def statistics_bytes(plan: Plan, tokens: int) -> int:
-    """The bytes that the statistics of a plan's layers take on the disk, if not more.
+def statistics_bytes(plan: Plan, tokens: int, *, answered: bool = True) -> int:
+    """The bytes that the statistics of a plan's layers take on the disk, if not more, if a text reaches all of them.
 
     Linears of one module with the same number of inputs count as if they had the same inputs, as q, k and v have. Where
-    `o_proj` has as many inputs as these, its moment is not counted.
+    `o_proj` has as many inputs as these, its moment is not counted. `answered` says whether the answers are kept.
     """
     moments = {(layer.owner, layer.matrix[1]) for layer in plan.linears}
     summed = sum(prod(shape) for _, size in moments for shape in panel_shapes(size)) * _FLOAT32
     routed = sum(routed_bytes(plan, layer, tokens) for layer in {layer.owner: layer for layer in plan.stacks}.values())
-    return summed + routed + answers_bytes(plan, tokens)
+    return summed + routed + (answers_bytes(plan, tokens) if answered else 0)
 
 
 def routed_bytes(plan: Plan, layer: Layer, tokens: int) -> int:
