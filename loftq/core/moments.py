@@ -41,8 +41,7 @@ def panel_shapes(size: int) -> list[tuple[int, int]]:
 
 def zero_panel(size: int, index: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """A panel (rows, size − first row) of an empty sum, float64."""
-    start = index * PANEL
-    return torch.zeros(min(PANEL, size - start), size - start, dtype=torch.float64, device=device)
+    return torch.zeros(panel_shapes(size)[index], dtype=torch.float64, device=device)
 
 
 def panel_products(x: torch.Tensor, group: range) -> list[torch.Tensor]:

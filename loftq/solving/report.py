@@ -157,7 +157,7 @@ def planned_report(
 def planned_statistics(plan: Plan) -> int | None:
     """The bytes that the statistics of a plan take on the disk, if not more; None if nothing is calibrated."""
     tokens = plan.recipe.calibration_tokens
-    return None if plan.recipe.calibration is None or tokens is None else statistics_bytes(plan, tokens)
+    return None if tokens is None else statistics_bytes(plan, tokens)
 
 
 def statistics_row(nbytes: int | None) -> list[tuple[str, str]]:
